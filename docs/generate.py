@@ -1,0 +1,88 @@
+"""Write docs/configuration.md from the configuration models: `python docs/generate.py`. A test keeps it current."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from pipeline.config import Config
+
+TARGET = Path(__file__).parent / "configuration.md"
+HEAD = """# Configuration
+
+One YAML file configures both stages; a section that a command does not use may be absent. `--set section.field=VALUE`
+overrides a field on the command line, where VALUE is YAML. Unknown keys are refused. This page is generated from the
+models by `python docs/generate.py`.
+"""
+
+
+def models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, list):
+        return [model for argument in get_args(annotation) for model in models(argument)]
+    return []
+
+
+def kind(annotation: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return kind(get_args(annotation)[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " or ".join("null" if a is type(None) else kind(a) for a in get_args(annotation))
+    if origin in (list, tuple):
+        return f"list of {kind(get_args(annotation)[0])}"
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+    return names.get(annotation, "mapping")
+
+
+def section(model: type[BaseModel], path: str) -> Iterator[str]:
+    """Heading, description and table of one section, then those inside it."""
+    yield f"\n## `{path}`\n\n{(model.__doc__ or '').strip()}\n"
+    yield "| field | type | default | |\n|---|---|---|---|"
+    inner = []
+    for name, field in model.model_fields.items():
+        nested = models(field.annotation)
+        if nested:
+            inner += [(m, f"{path}.{name}") for m in nested]
+        if field.default is PydanticUndefined:
+            default = "**required**"
+        else:
+            default = "" if nested else f"`{_yaml(field.default)}`"
+        what = "section" if nested else kind(field.annotation)
+        yield f"| `{name}` | {what} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
+    for m, p in inner:
+        yield from section(m, p)
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD]
+    for name, field in Config.model_fields.items():
+        nested = models(field.annotation)
+        for model in nested:
+            suffix = f" ({model.model_fields['kind'].annotation.__args__[0]})" if "kind" in model.model_fields else ""
+            lines += section(model, name + suffix)
+        if not nested:
+            what = f"{kind(field.annotation).capitalize()}, default `{_yaml(field.default)}`."
+            lines.append(f"\n## `{name}`\n\n{what} {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(None if TARGET.read_text() == page() else f"{TARGET} is not current: run `python docs/generate.py`")
+    TARGET.write_text(page())

@@ -1,0 +1,222 @@
+"""Commit records, the seal and its manifest: what says that work is done.
+
+The commit record of a unit, written by put-if-absent, is the arbiter between workers: the first one wins, and every
+other attempt's data file is an orphan. The seal is written once every unit is committed; it names one manifest of
+all records, so that a reader of a hundred thousand units starts in seconds.
+"""
+
+import builtins
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, model_validator
+
+from storage_schemas.errors import DataError
+from storage_schemas.run_info import FORMAT_VERSION, canonical_json, parse_json, refuse_other_version, validated
+from storage_schemas.section import Section
+
+RUN = "run.json"
+SEAL = "SEALED.json"
+_RECORD = re.compile(r"commits/unit-(\d{8,})\.json")
+_DATA = re.compile(r"data/unit-(\d{8,})-[0-9a-f]{32}\.parquet")
+
+
+def data_key(unit: int, attempt: str) -> str:
+    """Key of one attempt's data file."""
+    return f"data/unit-{unit:08d}-{attempt}.parquet"
+
+
+def record_key(unit: int) -> str:
+    """Key of a unit's commit record."""
+    return f"commits/unit-{unit:08d}.json"
+
+
+def unit_of_record(key: str) -> int | None:
+    """The unit whose commit record `key` is, if it is one."""
+    match = _RECORD.fullmatch(key)
+    return int(match[1]) if match and record_key(int(match[1])) == key else None
+
+
+def unit_of_data(key: str) -> int | None:
+    """The unit of which `key` is an attempt's data file, if it is one."""
+    match = _DATA.fullmatch(key)
+    return int(match[1]) if match and key.startswith(data_key(int(match[1]), "")[:-8]) else None
+
+
+class ProvenJson(Section):
+    """A JSON file with a checksum in it: there is one sequence of bytes for one content, and no other is accepted."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the dump format."""
+
+    def to_json(self) -> builtins.bytes:
+        """Canonical JSON; `checksum` is the sha256 of the canonical JSON without it."""
+        content = self.model_dump(mode="json")
+        return canonical_json(content | {"checksum": hashlib.sha256(canonical_json(content)).hexdigest()})
+
+    @classmethod
+    def from_json(cls, data: builtins.bytes, *, name: str) -> Self:
+        """Parse and check such a file.
+
+        Raises:
+            DataError: torn, tampered with, or of another shape.
+            MismatchError: another format version.
+        """
+        content = parse_json(data, name=name)
+        refuse_other_version(content, name=name)
+        content.pop("checksum", None)
+        found = validated(cls, content, name=name)
+        if found.to_json() != data:
+            raise DataError(
+                f"{name} is torn or was changed",
+                got=f"{len(data)} bytes that do not match their checksum",
+                expected="canonical JSON with its own sha256 in `checksum`",
+                fix="restore the file from a backup, or dump again into another URL",
+            )
+        return found
+
+
+class CommitRecord(ProvenJson):
+    """One committed unit."""
+
+    fingerprint: str
+    """Of the dump that the unit belongs to."""
+    unit: int = Field(ge=0)
+    """Which unit."""
+    file: str = Field(pattern=rf"^{_DATA.pattern}$")
+    """Key of the data file."""
+    bytes: int = Field(ge=1)
+    """Its size."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the whole file."""
+    rows: int = Field(ge=1)
+    """Samples in the unit."""
+    tokens: int = Field(ge=0)
+    """Tokens of all samples."""
+    supervised_tokens: int = Field(ge=0)
+    """Tokens with a target."""
+    entries: int = Field(ge=0)
+    """Target entries, heads and draws."""
+    max_id: int = Field(ge=-1)
+    """Largest target id; -1 without entries."""
+    statuses: dict[str, int]
+    """Rows per status."""
+    mean_kept_mass: float
+    """Mean probability inside the heads."""
+    mean_entropy: float
+    """Mean entropy of the targets, nats."""
+    fidelity: tuple[float, ...]
+    """Mean bucketed KL(exact || stored) in nats, per temperature."""
+    logprob_step: float
+    """Finest grid in nats that the log-probs lie on; 0 when they are exact."""
+
+    @model_validator(mode="after")
+    def _own_file(self) -> Self:
+        if unit_of_data(self.file) != self.unit:
+            raise ValueError(f"file: {self.file} does not belong to unit {self.unit}")
+        return self
+
+
+class Seal(ProvenJson):
+    """SEALED.json: the dump is complete."""
+
+    fingerprint: str
+    """Of the dump."""
+    units: int
+    """Number of units, all committed."""
+    rows: int
+    """Samples in all."""
+    tokens: int
+    """Tokens in all."""
+    supervised_tokens: int
+    """Tokens with a target in all."""
+    bytes: int
+    """Of all data files."""
+    statuses: dict[str, int]
+    """Rows per status in all."""
+    tokenizer: dict[str, str]
+    """sha256 of each file of the tokenizer, by name."""
+    records_sha256: str
+    """Hash over all commit records, in unit order."""
+    manifest: str = Field(pattern=r"^manifest-[0-9a-f]{64}\.parquet$")
+    """Key of the manifest, which holds all records; its name is its hash."""
+
+
+_MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("unit", pa.int64()),
+        *[pa.field(name, pa.int64()) for name in ("bytes", "rows", "tokens", "supervised_tokens", "entries", "max_id")],
+        *[pa.field(name, pa.string()) for name in ("file", "sha256", "statuses", "fidelity")],
+        *[pa.field(name, pa.float64()) for name in ("mean_kept_mass", "mean_entropy", "logprob_step")],
+    ]
+)
+
+
+def records_sha256(records: Mapping[int, CommitRecord]) -> str:
+    """Hash over all records, in unit order."""
+    digest = hashlib.sha256()
+    for unit in sorted(records):
+        digest.update(records[unit].to_json())
+    return digest.hexdigest()
+
+
+def totals(records: Mapping[int, CommitRecord]) -> dict[str, int]:
+    """Sums over records of rows, tokens, supervised_tokens and bytes."""
+    names = ("rows", "tokens", "supervised_tokens", "bytes")
+    return {name: sum(getattr(record, name) for record in records.values()) for name in names}
+
+
+def count_statuses(records: Mapping[int, CommitRecord]) -> dict[str, int]:
+    """Rows per status over all records."""
+    found: dict[str, int] = {}
+    for record in records.values():
+        for status, rows in record.statuses.items():
+            found[status] = found.get(status, 0) + rows
+    return dict(sorted(found.items()))
+
+
+def manifest_bytes(records: Mapping[int, CommitRecord]) -> bytes:
+    """All records as one Parquet file."""
+    rows = []
+    for unit in sorted(records):
+        row = records[unit].model_dump(mode="json", exclude={"format_version", "fingerprint"})
+        rows.append(
+            row | {"statuses": json.dumps(row["statuses"], sort_keys=True), "fidelity": json.dumps(row["fidelity"])}
+        )
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=_MANIFEST_SCHEMA), sink, compression="zstd", write_page_checksum=True
+    )
+    return sink.getvalue()
+
+
+def read_manifest(data: bytes, *, seal: Seal, name: str) -> dict[int, CommitRecord]:
+    """The records of a manifest, checked against the seal.
+
+    Raises:
+        DataError: the manifest is not the one that was sealed.
+    """
+    if f"manifest-{hashlib.sha256(data).hexdigest()}.parquet" != seal.manifest:
+        raise DataError(
+            f"{name} is not the manifest that was sealed",
+            got=hashlib.sha256(data).hexdigest(),
+            expected=seal.manifest,
+            fix="restore the file from a backup; commits/ still holds every record",
+        )
+    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    records = {}
+    for batch in table.to_batches():
+        for row in batch.to_pylist():
+            row |= {"statuses": json.loads(row["statuses"]), "fidelity": tuple(json.loads(row["fidelity"]))}
+            records[row["unit"]] = CommitRecord(fingerprint=seal.fingerprint, **row)
+    if sorted(records) != list(range(seal.units)):
+        raise DataError(
+            f"{name} does not hold every unit", got=f"{len(records)} units", expected=f"units 0 ... {seal.units - 1}"
+        )
+    return records

@@ -1,0 +1,75 @@
+"""The sections of the configuration that both stages read, because the dump is where they meet."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from storage_schemas.section import Section
+
+
+class DumpSection(Section):
+    """Where the dump lies and how it is cut."""
+
+    url: str
+    """Local path, `file://`, `s3://bucket/prefix`, `gs://` or `az://`: the only thing that the two stages share."""
+    samples_per_unit: int = Field(512, ge=1)
+    """Samples per unit of work, which is one shard file. A shard is fetched and decoded as a whole."""
+    logprob_step: float = Field(0.0625, ge=0.0, le=1.0)
+    """Coarsest grid, in nats, that log-probs are rounded to; a unit halves it until its fidelity holds. 0: exact."""
+    max_kl: float = Field(1e-4, gt=0.0)
+    """Fidelity gate in nats: mean bucketed KL(exact || stored) of a unit, at every temperature, may not be above it."""
+    logsumexp: bool = True
+    """Store log sum exp(z/T) of the raw logits per temperature, from which logits can be recovered."""
+    storage_options: dict[str, str] = {}
+    """Passed to the object store, e.g. `{endpoint: "http://127.0.0.1:8333"}`. Secrets belong into the environment."""
+
+
+class TopK(Section):
+    """The k largest probabilities, ending early once they hold `mass`; one bucket for the rest. Exact bucketed KL."""
+
+    kind: Literal["topk"] = "topk"
+    k: int = Field(64, ge=1)
+    """At most this many entries per token."""
+    mass: float = Field(0.999, gt=0.0, le=1.0)
+    """End the head once it holds this much probability. 1.0: always k entries."""
+
+
+class Adaptive(Section):
+    """Fewest entries that reach `mass`, then systematic draws from the tail: an unbiased full-vocabulary gradient."""
+
+    kind: Literal["adaptive"]
+    mass: float = Field(0.9, gt=0.0, le=1.0)
+    """Probability that the exact head shall hold."""
+    k_min: int = Field(1, ge=1)
+    """Head entries per token, at least."""
+    k_max: int = Field(16, ge=1)
+    """Head entries per token, at most."""
+    tail_draws: int = Field(4, ge=1)
+    """Systematic draws from the tail per token."""
+    seed: int = 0
+    """Seed of the draws; a draw depends on (seed, sample_index, position) alone."""
+
+
+class Sampled(Section):
+    """n independent draws from p, with counts (random-sampling KD, "Sparse Logit Sampling", ACL 2025)."""
+
+    kind: Literal["sampled"]
+    draws: int = Field(50, ge=1)
+    """Draws per token."""
+    seed: int = 0
+    """Seed of the draws; a draw depends on (seed, sample_index, position) alone."""
+
+
+Estimator = Annotated[TopK | Adaptive | Sampled, Field(discriminator="kind")]
+
+
+def _usable(temperatures: tuple[float, ...]) -> tuple[float, ...]:
+    if not temperatures or temperatures[0] != 1.0:
+        raise ValueError("the first temperature must be 1.0; add others after it")
+    if len(set(temperatures)) != len(temperatures) or min(temperatures) <= 0:
+        raise ValueError("temperatures must be positive and different from each other")
+    return temperatures
+
+
+Temperatures = Annotated[tuple[float, ...], AfterValidator(_usable)]
+"""Temperatures that the tail mass is stored for; training can use these and no others. 1.0 comes first."""

@@ -1,0 +1,287 @@
+"""One row per sample: its Python form, its Arrow schema, and the way between them without a loop over tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from storage_schemas.errors import DataError
+from storage_schemas.shift import supervised_positions
+from storage_schemas.targets import F32, I32, I64, Targets, concatenate
+
+OK = "ok"
+"""The row has targets for every supervised token."""
+EMPTY = "empty"
+"""Nothing is supervised."""
+TOO_LONG = "too_long"
+"""Longer than allowed and dropped by policy."""
+NONFINITE = "nonfinite"
+"""The teacher's logits hold NaN or infinity."""
+INVALID_TEXT = "invalid_text"
+"""The text is not valid Unicode, or no template fits it."""
+STATUSES = (OK, EMPTY, TOO_LONG, NONFINITE, INVALID_TEXT)
+
+_NESTED_INT = pa.list_(pa.list_(pa.int32()))
+_NESTED_FLOAT = pa.list_(pa.list_(pa.float32()))
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_index", pa.int64(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("target_ids", _NESTED_INT, nullable=False),
+        pa.field("target_logprobs", _NESTED_FLOAT, nullable=False),
+        pa.field("head_size", pa.list_(pa.int32()), nullable=False),
+        pa.field("target_counts", _NESTED_INT),
+        pa.field("tail_logprob", _NESTED_FLOAT, nullable=False),
+        pa.field("logsumexp", _NESTED_FLOAT),
+    ]
+)
+"""The columns of every data file, in this order; `docs/format.md` says what they mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sample. A sample that cannot be used is a row with a status and without targets: nothing is lost."""
+
+    sample_index: int
+    """Place in the frozen corpus, from 0."""
+    sample_id: str
+    """The user's id, or a content hash."""
+    status: str
+    """One of STATUSES."""
+    input_ids: I32
+    """(tokens,)"""
+    loss_mask: npt.NDArray[np.bool_]
+    """(tokens,) which tokens are supervised; never the first."""
+    targets: Targets | None
+    """One target per supervised token, in order, if the status is `ok`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRows:
+    """All rows of one unit in flat arrays."""
+
+    sample_index: I64
+    """(rows,)"""
+    sample_id: list[str]
+    """(rows,)"""
+    status: list[str]
+    """(rows,)"""
+    token_offsets: I64
+    """(rows + 1,) row i owns tokens token_offsets[i]:token_offsets[i + 1]."""
+    input_ids: I32
+    """(tokens,)"""
+    loss_mask: npt.NDArray[np.bool_]
+    """(tokens,)"""
+    target_offsets: I64
+    """(rows + 1,) row i owns the targets target_offsets[i]:target_offsets[i + 1]."""
+    targets: Targets
+    """Of all supervised tokens of the unit."""
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    def row(self, i: int) -> Row:
+        """Row i of the unit, sharing memory."""
+        tokens = slice(self.token_offsets[i], self.token_offsets[i + 1])
+        ok = self.status[i] == OK
+        return Row(
+            sample_index=int(self.sample_index[i]),
+            sample_id=self.sample_id[i],
+            status=self.status[i],
+            input_ids=self.input_ids[tokens],
+            loss_mask=self.loss_mask[tokens],
+            targets=self.targets.slice(int(self.target_offsets[i]), int(self.target_offsets[i + 1])) if ok else None,
+        )
+
+
+def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+    """Flatten the rows of one unit.
+
+    Raises:
+        ValueError: a row's targets and its loss mask disagree; a bug in what made the row.
+    """
+    for row in rows:
+        supervised = len(supervised_positions(row.loss_mask).tokens)
+        if row.status not in STATUSES or (row.targets is None) != (row.status != OK):
+            raise ValueError(f"sample {row.sample_index}: status {row.status!r} with targets {row.targets is not None}")
+        if row.targets is not None and (len(row.targets) != supervised or not supervised):
+            raise ValueError(
+                f"sample {row.sample_index}: {len(row.targets)} targets for {supervised} supervised tokens"
+            )
+        if len(row.input_ids) != len(row.loss_mask):
+            raise ValueError(f"sample {row.sample_index}: {len(row.input_ids)} ids, {len(row.loss_mask)} mask entries")
+    counts = np.array([0 if row.targets is None else len(row.targets) for row in rows], np.int64)
+    parts = [row.targets for row in rows if row.targets is not None]
+    return UnitRows(
+        sample_index=np.array([row.sample_index for row in rows], np.int64),
+        sample_id=[row.sample_id for row in rows],
+        status=[row.status for row in rows],
+        token_offsets=_offsets([len(row.input_ids) for row in rows]),
+        input_ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
+        loss_mask=np.concatenate([np.empty(0, bool), *(row.loss_mask for row in rows)]),
+        target_offsets=_offsets(counts),
+        targets=concatenate(parts)
+        if parts
+        else no_targets(temperatures=temperatures, draws=draws, logsumexp=logsumexp),
+    )
+
+
+def no_targets(*, temperatures: int, draws: bool, logsumexp: bool) -> Targets:
+    """Targets of zero tokens."""
+    return Targets(
+        offsets=np.zeros(1, np.int64),
+        ids=np.empty(0, np.int32),
+        logprobs=np.empty(0, np.float32),
+        head_size=np.empty(0, np.int32),
+        counts=np.empty(0, np.int32) if draws else None,
+        tail_logprob=np.empty((0, temperatures), np.float32),
+        logsumexp=np.empty((0, temperatures), np.float32) if logsumexp else None,
+    )
+
+
+def unit_to_table(unit: UnitRows) -> pa.Table:
+    """The Arrow table of SCHEMA."""
+    targets, rows = unit.targets, len(unit)
+    if max(int(targets.offsets[-1]), len(unit.input_ids)) >= 2**31:
+        raise DataError(
+            "a unit is too large for one file",
+            got=f"{int(targets.offsets[-1])} entries",
+            expected="fewer than 2^31",
+            fix="lower dump.samples_per_unit",
+        )
+
+    def nested(inner: I64, values: Any) -> pa.ListArray:
+        return pa.ListArray.from_arrays(_i32(unit.target_offsets), pa.ListArray.from_arrays(_i32(inner), values))
+
+    def per_temperature(values: F32) -> pa.ListArray:
+        # -inf says "no tail"; in the file that is a null.
+        flat = values.reshape(-1)
+        every = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
+        return nested(every, pa.array(flat, mask=np.isneginf(flat)))
+
+    columns = [
+        pa.array(unit.sample_index),
+        pa.array(unit.sample_id, pa.string()),
+        pa.array(unit.status, pa.string()),
+        pa.ListArray.from_arrays(_i32(unit.token_offsets), pa.array(unit.input_ids)),
+        pa.ListArray.from_arrays(_i32(unit.token_offsets), pa.array(unit.loss_mask)),
+        nested(targets.offsets, pa.array(targets.ids)),
+        nested(targets.offsets, pa.array(targets.logprobs)),
+        pa.ListArray.from_arrays(_i32(unit.target_offsets), pa.array(targets.head_size)),
+        pa.nulls(rows, _NESTED_INT) if targets.counts is None else _draw_counts(targets, nested),
+        per_temperature(targets.tail_logprob),
+        pa.nulls(rows, _NESTED_FLOAT) if targets.logsumexp is None else per_temperature(targets.logsumexp),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def table_to_unit(table: pa.Table, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+    """Flat arrays of a table of SCHEMA, at Arrow level.
+
+    Raises:
+        ValueError: the lists of one token disagree in length, or a null stands where none may.
+    """
+    column = {name: table.column(name).combine_chunks() for name in table.column_names}
+    arrays = {name: c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for name, c in column.items()}
+    for name in ("input_ids", "loss_mask", "target_ids", "target_logprobs", "head_size"):
+        if arrays[name].null_count or arrays[name].flatten().null_count:
+            raise ValueError(f"{name} holds nulls")
+    token_offsets, input_ids = _one_level(arrays["input_ids"])
+    mask_offsets, loss_mask = _one_level(arrays["loss_mask"])
+    target_offsets, entry_offsets, ids = _two_levels(arrays["target_ids"])
+    logprob_outer, logprob_inner, logprobs = _two_levels(arrays["target_logprobs"])
+    head_offsets, head_size = _one_level(arrays["head_size"])
+    tail_outer, tail = _per_temperature(arrays["tail_logprob"], temperatures)
+    lists = {
+        "loss_mask": (mask_offsets, token_offsets),
+        "target_logprobs": (logprob_outer, target_offsets),
+        "target_logprobs, per token": (logprob_inner, entry_offsets),
+        "head_size": (head_offsets, target_offsets),
+        "tail_logprob": (tail_outer, target_offsets),
+    }
+    lse = None
+    if logsumexp:
+        lse_outer, lse = _per_temperature(arrays["logsumexp"], temperatures)
+        lists["logsumexp"] = (lse_outer, target_offsets)
+    counts = None
+    if draws:
+        count_outer, count_inner, drawn = _two_levels(arrays["target_counts"])
+        lists["target_counts"] = (count_outer, target_offsets)
+        lists["target_counts, per token"] = (np.diff(count_inner), np.diff(entry_offsets) - head_size)
+        counts = np.zeros(len(ids), np.int32)
+        counts[~_in_head(entry_offsets, head_size)] = drawn
+    for name, (got, expected) in lists.items():
+        if not np.array_equal(got, expected):
+            raise ValueError(f"{name} disagrees in length with its neighbours")
+    return UnitRows(
+        sample_index=arrays["sample_index"].to_numpy(),
+        sample_id=arrays["sample_id"].to_pylist(),
+        status=arrays["status"].to_pylist(),
+        token_offsets=token_offsets,
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        target_offsets=target_offsets,
+        targets=Targets(
+            offsets=entry_offsets,
+            ids=ids,
+            logprobs=logprobs,
+            head_size=head_size,
+            counts=counts,
+            tail_logprob=tail,
+            logsumexp=lse,
+        ),
+    )
+
+
+def _offsets(lengths: Any) -> I64:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _i32(offsets: I64) -> pa.Array:
+    return pa.array(offsets.astype(np.int32))
+
+
+def _in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
+    """(entries,) whether an entry is among the leading `head_size` of its token."""
+    place = np.arange(int(offsets[-1])) - np.repeat(offsets[:-1], np.diff(offsets))
+    return place < np.repeat(head_size, np.diff(offsets))
+
+
+def _draw_counts(targets: Targets, nested: Any) -> pa.ListArray:
+    assert targets.counts is not None
+    drawn = ~_in_head(targets.offsets, targets.head_size)
+    return nested(_offsets(targets.lengths - targets.head_size), pa.array(targets.counts[drawn]))
+
+
+def _one_level(array: pa.ListArray) -> tuple[I64, Any]:
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], array.flatten().to_numpy(zero_copy_only=False)
+
+
+def _two_levels(array: pa.ListArray) -> tuple[I64, I64, Any]:
+    """Offsets of rows into tokens, of tokens into entries, and the entries."""
+    if array.null_count:
+        raise ValueError("a list is null")
+    outer, inner = array.offsets.to_numpy().astype(np.int64), array.flatten()
+    if inner.null_count or inner.flatten().null_count:
+        raise ValueError("a list or an entry is null")
+    inner_offsets, values = _one_level(inner)
+    return outer - outer[0], inner_offsets, values
+
+
+def _per_temperature(array: pa.ListArray, temperatures: int) -> tuple[I64, F32]:
+    """Offsets of rows into tokens, and (tokens, temperatures) values with -inf for null."""
+    if array.null_count:
+        raise ValueError("a list is null")
+    outer, inner = array.offsets.to_numpy().astype(np.int64), array.flatten()
+    flat = inner.flatten()
+    if inner.null_count or len(flat) != len(inner) * temperatures or np.any(np.diff(inner.offsets) != temperatures):
+        raise ValueError(f"a token has not {temperatures} values, one per temperature")
+    values = flat.fill_null(float("-inf")).to_numpy(zero_copy_only=False)
+    return outer - outer[0], values.reshape(-1, temperatures)

@@ -1,0 +1,229 @@
+"""run.json: what made a dump. Its canonical hash is the dump's fingerprint."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from storage_schemas.config import Estimator, Temperatures
+from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.section import Section
+
+FORMAT_VERSION = 1
+M = TypeVar("M", bound=BaseModel)
+
+
+class TeacherIdentity(Section):
+    """The model behind the logits."""
+
+    model: str
+    """Directory or hub id, as configured."""
+    revision: str | None
+    """Resolved commit on the hub; null for a directory."""
+    config_sha256: str
+    """Hash of config.json."""
+    weights_sha256: dict[str, str]
+    """Hash of each weight file, by file name."""
+    dtype: str
+    """Compute dtype of the forward pass."""
+    head_size: int = Field(ge=1, lt=2**31)
+    """Rows of the LM head: every target id is below it."""
+
+
+class TokenizerIdentity(Section):
+    """The tokenizer that made the ids."""
+
+    vocab_size: int = Field(ge=1, lt=2**31)
+    """Number of ids that the tokenizer knows; the head may be padded beyond it."""
+    vocab_sha256: str
+    """Hash of the id -> token map, see `storage_schemas.tokenizer`."""
+    chat_template_sha256: str | None
+    """Hash of the chat template."""
+
+
+class CorpusIdentity(Section):
+    """The frozen corpus."""
+
+    fingerprint: str
+    """Hash over every sample's id, status, token ids and loss mask, in order."""
+    samples: int = Field(ge=1)
+    """Number of samples N; sample indices are 0 ... N - 1."""
+    mask: str
+    """Which tokens are supervised."""
+    max_length: int
+    """Tokens per sample, at most."""
+    too_long: str
+    """What happened to longer samples."""
+
+
+class EngineIdentity(Section):
+    """The software that ran the teacher."""
+
+    name: str
+    """Backend."""
+    version: str
+    """Its version."""
+
+
+class RunInfo(Section):
+    """Everything that determines the content of a dump, and nothing else."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the dump format, see docs/format.md."""
+    teacher: TeacherIdentity
+    """The model."""
+    tokenizer: TokenizerIdentity
+    """The tokenizer."""
+    corpus: CorpusIdentity
+    """The samples."""
+    samples_per_unit: int = Field(ge=1)
+    """Unit u holds samples [u * samples_per_unit, (u + 1) * samples_per_unit)."""
+    estimator: Estimator
+    """How targets were chosen."""
+    temperatures: Temperatures
+    """Temperatures for which the tail mass is stored."""
+    logsumexp: bool
+    """Whether logsumexp is stored."""
+    logprob_step: float
+    """Coarsest rounding grid in nats that was allowed."""
+    max_kl: float
+    """Fidelity gate in nats."""
+    engine: EngineIdentity
+    """The software."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return -(-self.corpus.samples // self.samples_per_unit)
+
+    def unit_range(self, unit: int) -> range:
+        """Sample indices of `unit`."""
+        start = unit * self.samples_per_unit
+        return range(start, min(start + self.samples_per_unit, self.corpus.samples))
+
+    def temperature_index(self, temperature: float) -> int:
+        """Column of the stored tail masses that belongs to `temperature`.
+
+        Raises:
+            MismatchError: the dump was not made for this temperature; draws are only valid at 1.
+        """
+        if self.estimator.kind != "topk" and temperature != 1.0:
+            raise MismatchError(
+                f"targets of the estimator `{self.estimator.kind}` are only valid at temperature 1",
+                got=temperature,
+                expected=1.0,
+                fix="set loss.temperature to 1.0, or dump with estimator.kind: topk",
+            )
+        if temperature not in self.temperatures:
+            raise MismatchError(
+                "the dump holds no tail mass for this temperature",
+                got=temperature,
+                expected=f"one of {list(self.temperatures)}",
+                fix="set loss.temperature to one of these, or dump again with it among `temperatures`",
+            )
+        return self.temperatures.index(temperature)
+
+    def refuse_other(self, wanted: "RunInfo", *, url: str) -> None:
+        """Raise MismatchError if `wanted`, what the configuration asks for, differs from this dump in any field."""
+        here, there = dict(leaves(self.model_dump(mode="json"))), dict(leaves(wanted.model_dump(mode="json")))
+        different = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
+        if different:
+            raise MismatchError(
+                f"{url} was made with other settings: {', '.join(different)}",
+                got="; ".join(f"{key} = {there.get(key, 'absent')}" for key in different),
+                expected="; ".join(f"{key} = {here.get(key, 'absent')}" for key in different),
+                fix="restore the settings this dump was started with, or choose another dump.url",
+            )
+
+    def to_json(self) -> bytes:
+        """The bytes of run.json."""
+        return canonical_json(self.model_dump(mode="json"), indent=2)
+
+    @classmethod
+    def from_json(cls, data: bytes, *, url: str) -> "RunInfo":
+        """Parse run.json.
+
+        Raises:
+            MismatchError: written by another format version.
+            DataError: not a valid run.json.
+        """
+        content = parse_json(data, name=f"{url}/run.json")
+        refuse_other_version(content, name=f"{url}/run.json")
+        return validated(cls, content, name=f"{url}/run.json")
+
+
+def canonical_json(value: Any, *, indent: int | None = None) -> bytes:
+    """Sorted keys, no NaN, UTF-8, one trailing newline; two equal values give equal bytes."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=separators, indent=indent)
+    return (text + "\n").encode()
+
+
+def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
+    """Parse an object of at most 64 MiB; duplicate keys, NaN and deep nesting are refused with DataError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            raise ValueError("duplicate key")
+        return dict(pairs)
+
+    def refuse(token: str) -> None:
+        raise ValueError(f"{token} is not a number")
+
+    try:
+        if len(data) > 64 * 2**20:
+            raise ValueError("more than 64 MiB")
+        value = json.loads(data, object_pairs_hook=unique, parse_constant=refuse)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{name} is not valid",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            expected="a JSON object",
+            fix="the file is torn or was not written by this project; run `llm-neo verify`",
+        ) from error
+    return value
+
+
+def refuse_other_version(content: Mapping[str, Any], *, name: str) -> None:
+    """Raise MismatchError unless `content` is of the version that this code reads and writes."""
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise MismatchError(
+            f"{name} has another format version",
+            got=version,
+            expected=FORMAT_VERSION,
+            fix="use the version of llm-neo that wrote this dump, or dump again",
+        )
+
+
+def validated(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
+    """`model` from parsed JSON, or DataError that names every bad field."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataError(
+            f"{name} is not valid",
+            got=problems[:1000],
+            expected=f"the fields of {model.__name__}, see docs/format.md",
+            fix="the file is torn or was not written by this project; run `llm-neo verify`",
+        ) from error
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested dictionaries."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

@@ -1,0 +1,351 @@
+"""Files under one URL, with the one operation that everything rests on: put-if-absent.
+
+Local directories and object stores (S3, GCS, Azure) behave the same. Nothing is ever overwritten, appended to or
+renamed over; a key that is visible is complete, and on local files also durable.
+"""
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, from_url
+
+from storage_schemas import faults
+from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
+
+T = TypeVar("T")
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+"""Keys are plain relative names: no absolute path, no `..`, no empty or hidden part, no backslash."""
+RETRY: dict[str, Any] = {"max_retries": 10, "retry_timeout": timedelta(minutes=2)}
+"""How long a request to an object store is repeated before the store counts as away."""
+CLIENT: dict[str, Any] = {"connect_timeout": "10s", "timeout": "3m"}
+"""Time limits of one request; a shard must fit through in `timeout`."""
+PARALLEL_REQUESTS = 32
+"""Requests in flight when many small keys are read."""
+_STAGED = re.compile(r"\.staged-(?P<name>.+)-[0-9a-f]{32}")
+_ENDPOINTS = ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url")
+
+
+def local_path(url: str) -> Path | None:
+    """The directory that `url` names on this machine, or None for an object store."""
+    if url.startswith("file://"):
+        return Path(url.removeprefix("file://"))
+    return None if "://" in url else Path(url)
+
+
+class Store:
+    """Keys and bytes under a URL."""
+
+    def __init__(self, url: str, *, options: Mapping[str, str] | None = None) -> None:
+        """Open a store; nothing is created or contacted.
+
+        Args:
+            url: local path, `file://`, `s3://`, `gs://` or `az://`.
+            options: settings of the object store, such as `endpoint`; credentials come from the environment.
+
+        Raises:
+            MismatchError: the URL or an option is not understood, or the URL carries credentials.
+        """
+        self.url = url
+        self.root = local_path(url)
+        self._store: Any = None
+        if self.root is not None:
+            return
+        endpoint = _endpoint(options or {})
+        for address in (url, endpoint):
+            if "@" in address.split("://")[-1].split("/")[0]:
+                raise MismatchError(
+                    "a store's URL must not carry credentials",
+                    expected="scheme://bucket/prefix",
+                    fix="give credentials in the environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)",
+                )
+        client = CLIENT | ({"allow_http": True} if endpoint.startswith("http://") else {})
+        try:
+            self._store = from_url(url, config=dict(options or {}) or None, client_options=client, retry_config=RETRY)
+        except (BaseError, ValueError) as error:
+            raise MismatchError(
+                f"the URL {url} cannot be opened",
+                got=_first_line(error),
+                expected="a local path, file://, s3://, gs:// or az://",
+                fix="correct dump.url or dump.storage_options",
+            ) from error
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write `data` under `key` unless the key exists; True if this call's bytes are what the key holds.
+
+        An attempt whose answer was lost is read back: a key with our very bytes counts as written by us.
+
+        Raises:
+            TemporaryError: the store cannot be written to (disk full, unreachable).
+            MismatchError: the store refuses access or lacks what the protocol needs.
+        """
+        _check(key)
+        kind = key.split("/")[0]
+        try:
+            faults.point(f"put:{kind}:before")
+            won = self._put_new_local(key, data) if self.root is not None else self._put_new_remote(key, data)
+            faults.point(f"put:{kind}:after")
+        except PermissionError as error:
+            raise _no_access(self.url, error) from error
+        except OSError as error:
+            raise TemporaryError(
+                f"cannot write {self.url}/{key}",
+                got=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
+                fix="free space or repair the file system, then run the same command again; what is committed stays",
+            ) from error
+        return won
+
+    def get(self, key: str) -> bytes:
+        """All bytes of `key`.
+
+        Raises:
+            DataError: there is no such key.
+            TemporaryError: the store cannot be reached.
+        """
+        data = self.get_if_present(key)
+        if data is None:
+            raise DataError(
+                f"{self.url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`"
+            )
+        return data
+
+    def get_if_present(self, key: str) -> bytes | None:
+        """All bytes of `key`, or None if there is no such key."""
+        _check(key)
+        if self._absent():
+            return None
+        try:
+            return self._ask(lambda: bytes(obstore.get(self._store, key).bytes()))
+        except FileNotFoundError:
+            return None
+
+    def get_many(self, keys: Sequence[str]) -> Iterator[bytes]:
+        """All bytes of each of `keys`, in order, with many requests in flight; errors as in `get`."""
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            for start in range(0, len(keys), 1024):
+                yield from pool.map(self.get, keys[start : start + 1024])
+
+    def size(self, key: str) -> int | None:
+        """Size of `key` in bytes, or None if there is no such key."""
+        _check(key)
+        if self._absent():
+            return None
+        try:
+            return self._ask(lambda: int(obstore.head(self._store, key)["size"]))
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key, size) of all keys under the folder `prefix`, in no particular order."""
+        _check(prefix)
+        if self._absent():
+            return
+        batches = self._ask(lambda: iter(obstore.list(self._store, prefix)))
+        while (batch := self._ask(lambda: next(batches, None))) is not None:
+            for entry in batch:
+                if KEY.fullmatch(entry["path"]):
+                    yield entry["path"], entry["size"]
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; a key that is not there is no error."""
+        _check(key)
+        try:
+            if not self._absent():
+                self._ask(lambda: obstore.delete(self._store, key))
+        except FileNotFoundError:
+            pass
+
+    def settle(self, folder: str) -> None:
+        """On local files, make names that others created in `folder` durable, before they are relied upon."""
+        if self.root is not None and (self.root / folder).is_dir():
+            try:
+                _fsync_directory(self.root / folder)
+                _fsync_directory(self.root)
+            except OSError as error:
+                raise _unreachable(self.url, error) from error
+
+    def remove_staged(self, decided: Callable[[str], bool]) -> int:
+        """On local files, remove what killed writers left staged for the keys that are `decided`; how many."""
+        found = 0
+        for path in self.root.rglob(".staged-*") if self.root is not None else ():
+            assert self.root is not None
+            match = _STAGED.fullmatch(path.name)
+            if match and decided(path.with_name(match["name"]).relative_to(self.root).as_posix()):
+                path.unlink(missing_ok=True)
+                found += 1
+        return found
+
+    def probe(self) -> None:
+        """Refuse a store that ignores the condition of a conditional write.
+
+        Raises:
+            MismatchError: the second put of one key was accepted; several writers would lose work there.
+        """
+        # Twice, because somebody's clean-up may remove the key between the two writes, once.
+        if not (self._is_conditional() or self._is_conditional()):
+            raise MismatchError(
+                f"the store {self.url} does not honour put-if-absent (If-None-Match: *)",
+                got="a second write of the same key was accepted",
+                expected="412 Precondition Failed",
+                fix="use a store with conditional writes: AWS S3, GCS, Azure, SeaweedFS, MinIO, a local or shared disk",
+            )
+
+    def _is_conditional(self) -> bool:
+        key = f"probe/{uuid.uuid4().hex}"
+        first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
+        kept = self.get_if_present(key)
+        try:
+            self.delete(key)
+        except NeoError:
+            pass  # A worker needs no right to delete; the seal cleans up.
+        return first and not second and kept == b"first"
+
+    def _absent(self) -> bool:
+        """Whether this is a local directory that does not exist yet; opens it once it does."""
+        if self._store is None and self.root is not None and self.root.is_dir():
+            self._store = LocalStore(prefix=self.root.absolute())
+        return self._store is None
+
+    def _put_new_local(self, key: str, data: bytes) -> bool:
+        """Staged file, fsync, hard link, fsync of the directory: a name is visible only with durable content."""
+        assert self.root is not None
+        target = self.root / key
+        _make_directories(target.parent)
+        staged = target.with_name(f".staged-{target.name}-{uuid.uuid4().hex}")
+        try:
+            with open(staged, "xb") as file:
+                faults.point("local:write")
+                file.write(data)
+                file.flush()
+                faults.point("local:fsync")
+                os.fsync(file.fileno())
+                faults.point("local:close")
+            faults.point("local:link")
+            try:
+                os.link(staged, target)
+            except FileExistsError:
+                return target.read_bytes() == data
+            except FileNotFoundError:
+                # A clean-up removed the staged file, which it does only where the key is decided.
+                return target.is_file() and target.read_bytes() == data
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise _no_hard_links(self.url) from error
+                raise
+            faults.point("local:linked")
+            return True
+        finally:
+            staged.unlink(missing_ok=True)
+            faults.point("local:directory")
+            _fsync_directory(target.parent)
+
+    def _put_new_remote(self, key: str, data: bytes) -> bool:
+        last: BaseException | None = None
+        for _ in range(3):
+            try:
+                obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                return True
+            except AlreadyExistsError:
+                return self.get(key) == data
+            except (PermissionDeniedError, UnauthenticatedError) as error:
+                raise _no_access(self.url, error) from error
+            except FileNotFoundError as error:
+                raise _no_bucket(self.url, error) from error
+            except BaseError as error:
+                # It may have been applied and only the answer lost. If the store is away, this read says so.
+                last = error
+                found = self.get_if_present(key)
+                if found is not None:
+                    return found == data
+        raise _unreachable(self.url, last) from last
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
+            raise _no_access(self.url, error) from error
+        except FileNotFoundError:
+            raise
+        except (BaseError, OSError) as error:
+            raise _unreachable(self.url, error) from error
+
+
+def _check(key: str) -> None:
+    if not KEY.fullmatch(key):
+        raise DataError(
+            "a name in the dump is not a plain relative path",
+            got=ascii(key[:200]),
+            expected=KEY.pattern,
+            fix="the record that names it was not written by this project; do not use this dump",
+        )
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot be asked about directories; there names are the server's business.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_directories(path: Path) -> None:
+    missing = [path, *path.parents]
+    missing = missing[: next(i for i, folder in enumerate(missing) if folder.is_dir())]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        _fsync_directory(folder.parent)
+
+
+def _endpoint(options: Mapping[str, str]) -> str:
+    """The configured address of the object store, if any; plain HTTP is allowed when it says so."""
+    given = [value for key, value in options.items() if key.lower() in _ENDPOINTS]
+    return (given or [os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT", "")])[0]
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).strip().splitlines()[0] if error is not None and str(error).strip() else type(error).__name__
+
+
+def _no_access(url: str, error: BaseException) -> MismatchError:
+    return MismatchError(
+        f"no access to {url}",
+        got=_first_line(error),
+        expected="permission to put, get and list (stage one), get and list (stage two)",
+        fix="check the credentials in the environment and the permissions that go with them",
+    )
+
+
+def _no_bucket(url: str, error: BaseException) -> MismatchError:
+    return MismatchError(
+        f"nothing can be written under {url}",
+        got=_first_line(error),
+        expected="a bucket that exists",
+        fix="create the bucket, or correct dump.url",
+    )
+
+
+def _no_hard_links(url: str) -> MismatchError:
+    return MismatchError(
+        f"the file system of {url} has no hard links",
+        got="link: not permitted",
+        expected="a file system on which a name can be created only once (ext4, XFS, NFS, Lustre)",
+        fix="choose a dump.url on another file system or on an object store",
+    )
+
+
+def _unreachable(url: str, error: BaseException | None) -> TemporaryError:
+    return TemporaryError(
+        f"the store {url} does not answer", got=_first_line(error), fix="run the same command again when it does"
+    )

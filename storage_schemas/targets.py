@@ -1,0 +1,156 @@
+"""Sparse target distributions, and the one rule by which stored values become probabilities again.
+
+A target is, per supervised token, an exact *head* (entries of the teacher's distribution), optionally *draws* from
+what the head leaves out, and the log mass of that rest, the *tail*. `docs/format.md` is the specification.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Targets of n tokens with E entries in all, in compressed rows: token i owns entries offsets[i]:offsets[i+1]."""
+
+    offsets: I64
+    """(n + 1,) starts at 0, ends at E."""
+    ids: I32
+    """(E,) absolute token ids: the head's first, ascending, then the draws', ascending."""
+    logprobs: F32
+    """(E,) natural log p at T = 1, finite, normalised over the full vocabulary."""
+    head_size: I32
+    """(n,) how many leading entries of a token are exact."""
+    counts: I32 | None
+    """(E,) how often an entry was drawn, 0 in the head; None when the estimator draws nothing (`topk`)."""
+    tail_logprob: F32
+    """(n, temperatures) log of the mass outside the head; -inf where there is none."""
+    logsumexp: F32 | None
+    """(n, temperatures) log sum exp(z / T) of the raw logits."""
+
+    def __len__(self) -> int:
+        return len(self.head_size)
+
+    @property
+    def lengths(self) -> I64:
+        """(n,) entries per token."""
+        return np.diff(self.offsets)
+
+    def slice(self, start: int, stop: int) -> "Targets":
+        """Tokens start:stop, sharing memory."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return Targets(
+            offsets=self.offsets[start : stop + 1] - first,
+            ids=self.ids[first:last],
+            logprobs=self.logprobs[first:last],
+            head_size=self.head_size[start:stop],
+            counts=None if self.counts is None else self.counts[first:last],
+            tail_logprob=self.tail_logprob[start:stop],
+            logsumexp=None if self.logsumexp is None else self.logsumexp[start:stop],
+        )
+
+
+def concatenate(parts: Sequence[Targets]) -> Targets:
+    """All tokens of `parts`, in order. The parts agree on draws, temperatures and logsumexp.
+
+    Raises:
+        ValueError: no parts, since the number of temperatures would be unknown.
+    """
+
+    def joined(arrays: Sequence[Any]) -> Any:
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    return Targets(
+        offsets=np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]),
+        ids=joined([part.ids for part in parts]),
+        logprobs=joined([part.logprobs for part in parts]),
+        head_size=joined([part.head_size for part in parts]),
+        counts=joined([part.counts for part in parts]),
+        tail_logprob=joined([part.tail_logprob for part in parts]),
+        logsumexp=joined([part.logsumexp for part in parts]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """Probabilities of n tokens at one temperature, padded to the K entries of the longest token."""
+
+    ids: I32
+    """(n, K) token ids; 0 in padding."""
+    logprobs: F32
+    """(n, K) log p at the temperature; 0 in padding."""
+    weights: F32
+    """(n, K) what an entry counts in an expectation under the teacher: p in the head, (M / m) * count for draws, 0 in
+    padding. A token's weights, plus the bucket's mass when there are no draws, sum to 1."""
+    in_head: npt.NDArray[np.bool_]
+    """(n, K) true for exact entries."""
+    tail_logprob: F32
+    """(n,) log mass outside the head at the temperature; -inf where there is none."""
+
+
+def log1mexp(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """log(1 - exp(x)) for x <= 0, exact at both ends: -inf at 0, 0 at -inf. Float64."""
+    x = np.asarray(x, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        result: npt.NDArray[np.float64] = np.where(x > -0.6931471805599453, np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
+    return result
+
+
+def decode(targets: Targets, *, temperature_index: int = 0, temperature: float = 1.0) -> Decoded:
+    """The decoding rule: the head is rescaled to hold exactly 1 - exp(tail).
+
+    Stored values are rounded, so that a head's sum misses 1 - tail by up to 5e-3; taken raw, the divergence of two
+    identical models would not be 0. Loss, fidelity gate and evaluation all decode here.
+
+    Args:
+        targets: n tokens.
+        temperature_index: column of `tail_logprob` that belongs to `temperature`.
+        temperature: T; the head becomes p^(1/T), renormalised to the mass stored for T.
+
+    Raises:
+        ValueError: draws at T != 1; they were made at T = 1 and cannot be re-tempered.
+    """
+    if targets.counts is not None and temperature != 1.0:
+        raise ValueError("targets with draws can only be decoded at temperature 1")
+    lengths = targets.lengths
+    width = int(lengths.max(initial=1))
+    columns = np.arange(width)
+    # (n, K)
+    filled = columns < lengths[:, None]
+    in_head = columns < targets.head_size[:, None]
+    ids = np.zeros(filled.shape, np.int32)
+    ids[filled] = targets.ids
+    stored = np.zeros(filled.shape, np.float64)
+    stored[filled] = targets.logprobs
+    tail = targets.tail_logprob[:, temperature_index]
+
+    # (n, K) log p^(1/T), then minus its log-sum over the head, plus the log of the mass that the head holds.
+    scaled = np.where(in_head, stored / temperature, -np.inf)
+    top = scaled.max(axis=1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        log_sum = top + np.log(np.exp(scaled - top).sum(axis=1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        head = scaled - log_sum + log1mexp(tail)[:, None]
+    logprobs = np.where(in_head, head, np.where(filled, stored, 0.0))
+    weights = np.where(in_head, np.exp(head), 0.0)
+    if targets.counts is not None:
+        counts = np.zeros(filled.shape, np.float64)
+        counts[filled] = targets.counts
+        drawn = counts.sum(axis=1, keepdims=True)
+        weights += np.exp(tail.astype(np.float64))[:, None] * counts / np.maximum(drawn, 1.0)
+    return Decoded(
+        ids=ids,
+        logprobs=logprobs.astype(np.float32),
+        weights=weights.astype(np.float32),
+        in_head=in_head,
+        tail_logprob=tail,
+    )

@@ -1,0 +1,166 @@
+"""Stage one's end of the dump: create it, commit units to it, seal it."""
+
+import hashlib
+import json
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from storage_schemas import card, codec, faults
+from storage_schemas.commit import (
+    RUN,
+    SEAL,
+    CommitRecord,
+    Seal,
+    count_statuses,
+    data_key,
+    manifest_bytes,
+    record_key,
+    records_sha256,
+    totals,
+    unit_of_record,
+)
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.reader import read_record
+from storage_schemas.rows import Row, rows_to_unit
+from storage_schemas.run_info import RunInfo, canonical_json
+from storage_schemas.store import Store
+
+
+class DumpWriter:
+    """Any number of workers may hold one for the same URL at the same time."""
+
+    def __init__(self, store: Store, run: RunInfo) -> None:
+        self.store, self.run = store, run
+
+    @classmethod
+    def open(cls, url: str, run: RunInfo, *, options: Mapping[str, str] | None = None) -> "DumpWriter":
+        """Create the dump, or join the one that is there if it was made with the same settings.
+
+        Raises:
+            MismatchError: the dump at `url` differs from `run` in some field (each is named), or the store ignores
+                the condition of a conditional write.
+        """
+        store = Store(url, options=options)
+        present = store.get_if_present(RUN)
+        if present is None:
+            store.probe()
+            if store.put_new(RUN, run.to_json()):
+                return cls(store, run)
+            present = store.get(RUN)
+        RunInfo.from_json(present, url=url).refuse_other(run, url=url)
+        return cls(store, run)
+
+    def put_tokenizer(self, files: Mapping[str, bytes]) -> None:
+        """Store the tokenizer, so that stage two never re-tokenises and can check the student's.
+
+        Raises:
+            MismatchError: another content is already there under one of the names.
+        """
+        for name, data in files.items():
+            if not self.store.put_new(f"tokenizer/{name}", data):
+                raise MismatchError(
+                    f"{self.store.url}/tokenizer/{name} differs from the teacher's",
+                    got=hashlib.sha256(self.store.get(f"tokenizer/{name}")).hexdigest(),
+                    expected=hashlib.sha256(data).hexdigest(),
+                    fix="restore the tokenizer this dump was started with, or choose another dump.url",
+                )
+
+    def committed(self) -> set[int]:
+        """Units that are committed now, by listing the records."""
+        units = {unit_of_record(key) for key, _ in self.store.list("commits")}
+        return {unit for unit in units if unit is not None}
+
+    def is_committed(self, unit: int) -> bool:
+        """Whether `unit` is committed now, durably."""
+        if self.store.size(record_key(unit)) is None:
+            return False
+        self.store.settle("commits")
+        return True
+
+    def commit_unit(self, unit: int, rows: Sequence[Row]) -> CommitRecord | None:
+        """Encode, prove, write and commit one unit; None if another worker was first.
+
+        Raises:
+            DataError: the encoded unit does not read back as what was encoded.
+            TemporaryError: the store cannot be written to.
+        """
+        expected = self.run.unit_range(unit)
+        if [row.sample_index for row in rows] != list(expected):
+            raise ValueError(f"unit {unit} holds samples {expected.start}:{expected.stop}, one row each, in order")
+        attempt = uuid.uuid4().hex
+        record, data = self._encode(unit, rows, attempt)
+        if not self.store.put_new(record.file, data):
+            raise TemporaryError(
+                f"{record.file} exists already", got="a clash of random names", fix="run the same command again"
+            )
+        faults.point("commit:between")
+        if not self.store.put_new(record_key(unit), record.to_json()):
+            self.store.delete(record.file)
+            return None
+        return record
+
+    def seal(self) -> bool:
+        """Write the seal if every unit is committed; True if the dump is sealed now."""
+        if self.store.size(SEAL) is not None:
+            return True
+        if len(self.committed()) < self.run.units:
+            return False
+        self.store.settle("commits")
+        records = {unit: read_record(self.store, unit, self.run) for unit in range(self.run.units)}
+        manifest = manifest_bytes(records)
+        seal = Seal(
+            fingerprint=self.run.fingerprint,
+            units=self.run.units,
+            statuses=count_statuses(records),
+            records_sha256=records_sha256(records),
+            manifest=f"manifest-{hashlib.sha256(manifest).hexdigest()}.parquet",
+            **totals(records),
+        )
+        self.store.put_new(seal.manifest, manifest)
+        self.store.put_new("README.md", card.dataset_card(self.run, seal).encode())
+        self.store.put_new(SEAL, canonical_json(seal.model_dump(mode="json"), indent=2))
+        return True
+
+    def _encode(self, unit: int, rows: Sequence[Row], attempt: str) -> tuple[CommitRecord, bytes]:
+        run = self.run
+        flat = rows_to_unit(
+            rows, temperatures=len(run.temperatures), draws=run.estimator.kind != "topk", logsumexp=run.logsumexp
+        )
+        rounded = codec.round_targets(
+            flat.targets, temperatures=run.temperatures, coarsest=run.logprob_step, max_kl=run.max_kl
+        )
+        stored = type(flat)(**{name: getattr(flat, name) for name in flat.__slots__} | {"targets": rounded.targets})
+        metadata = {
+            "llm_neo.format_version": str(run.format_version),
+            "llm_neo.fingerprint": run.fingerprint,
+            "llm_neo.unit": str(unit),
+            "llm_neo.run": json.dumps(run.model_dump(mode="json"), sort_keys=True),
+        }
+        data = codec.encode(stored, metadata)
+        file = codec.open_parquet(data)
+        if file.metadata.num_rows != len(rows):
+            raise DataError(
+                f"unit {unit} was encoded with missing rows", got=file.metadata.num_rows, expected=len(rows)
+            )
+        targets = rounded.targets
+        record = CommitRecord(
+            fingerprint=run.fingerprint,
+            unit=unit,
+            file=data_key(unit, attempt),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            rows=len(rows),
+            tokens=len(flat.input_ids),
+            supervised_tokens=len(targets),
+            entries=len(targets.ids),
+            max_id=int(np.max(targets.ids, initial=-1)),
+            statuses=dict(sorted(Counter(row.status for row in rows).items())),
+            mean_kept_mass=codec.mean_kept_mass(targets),
+            mean_entropy=codec.mean_entropy(targets),
+            fidelity=rounded.fidelity,
+            logprob_step=rounded.step,
+        )
+        return record, data

@@ -1,0 +1,303 @@
+"""The configuration: every bound refuses, every problem is listed at once, overrides reach everywhere."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import MAX_BYTES, Config, load_config, need
+from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.errors import MismatchError, UsageError
+from storage_schemas.section import explicit
+
+FULL = """
+dump: {url: s3://bucket/run-a, samples_per_unit: 512}
+teacher: {model: teacher, revision: null, dtype: bfloat16, backend: transformers, batch_tokens: 16384}
+estimator: {kind: topk, k: 64, mass: 0.999}
+temperatures: [1.0]
+corpus: {sources: [{path: a.jsonl, format: auto}], max_length: 2048, mask: assistant, too_long: truncate}
+heldout: {url: s3://bucket/run-a-heldout, sources: [{path: b.jsonl}]}
+student: {model: student, lora: {r: 64, alpha: 128, dropout: 0.0, target_modules: all-linear, variant: lora}}
+loss: {alpha: 0.5, divergence: forward_kl, temperature: 1.0}
+train: {output: runs/a, arm: neo, zero_stage: 2, precision: bf16, global_batch_size: 32, micro_batch_size: 4,
+        learning_rate: 2.0e-4, epochs: 1, max_steps: null, lr_scheduler_type: cosine, warmup_ratio: 0.1,
+        save_steps: 100, resume: auto, seed: 0, report_to: []}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(FULL)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> str:
+    with pytest.raises(MismatchError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_the_documented_names_are_read(file: Path) -> None:
+    config = load_config(file)
+    assert config.estimator == TopK(k=64, mass=0.999)
+    assert config.train is not None
+    assert config.train.output == Path("runs/a")
+    assert config.train.learning_rate == 2e-4
+    assert config.heldout is not None
+    assert config.heldout.sources[0].path == "b.jsonl"
+
+
+def test_a_dump_alone_is_a_configuration_and_other_sections_are_asked_for(file: Path) -> None:
+    file.write_text("dump: {url: somewhere}")
+    config = load_config(file)
+    assert config.temperatures == (1.0,)
+    assert config.estimator == TopK()
+    with pytest.raises(MismatchError, match="`llm-neo train` needs the section `student`") as caught:
+        need(config.student, "student", "train")
+    assert "to do" in str(caught.value)
+
+
+def test_the_resolved_configuration_reads_back_as_itself(file: Path) -> None:
+    for overrides in ([], ["estimator.kind=sampled"], ["heldout=null"], ["train.report_to=[wandb]"]):
+        config = load_config(file, overrides)
+        file.write_text(config.to_yaml())
+        assert load_config(file) == config
+        file.write_text(FULL)
+
+
+def test_every_problem_is_listed_where_it_stands_with_a_suggestion(file: Path) -> None:
+    file.write_text(FULL.replace("samples_per_unit", "sample_per_unit").replace("arm: neo", "arm: noe"))
+    message = problems(file, "train.zero_stage=7", "student.lora.rnk=8", "learning_rate=1")
+    assert "5 problems" in message
+    assert f"{file}: dump.sample_per_unit -> unknown key; did you mean dump.samples_per_unit?" in message
+    assert f"{file}: train.arm -> must be 'sft', 'lora', 'kd' or 'neo', got 'noe'; did you mean neo?" in message
+    assert "--set: train.zero_stage -> must be 0, 1, 2 or 3, got 7" in message
+    assert "--set: student.lora.rnk -> unknown key; known here: r, alpha" in message
+    assert "--set: learning_rate -> unknown key; did you mean train.learning_rate?" in message
+
+
+def test_suggestions_of_an_estimator_come_from_the_chosen_kind(file: Path) -> None:
+    message = problems(file, "estimator={kind: adaptive, kmax: 8}")
+    assert "estimator.kmax -> unknown key; did you mean estimator.k_max?" in message
+    assert "adaptive.kmax" not in message
+    assert (
+        "estimator.kind -> must be one of topk, adaptive, sampled, got 'adaptve'; did you mean adaptive?"
+        in problems(file, "estimator.kind=adaptve")
+    )
+
+
+def test_list_elements_are_named_by_number(file: Path) -> None:
+    message = problems(file, "corpus.sources=[{path: a, formt: auto}, {}]")
+    assert "corpus.sources.0.formt -> unknown key; did you mean corpus.sources.0.format?" in message
+    assert "corpus.sources.1.path -> missing, but required" in message
+
+
+BOUNDS = [
+    ("dump.url", None),
+    ("dump.samples_per_unit", 0),
+    ("dump.logprob_step", -0.1),
+    ("dump.logprob_step", 1.1),
+    ("dump.max_kl", 0),
+    ("dump.storage_options", {"endpoint": []}),
+    ("teacher.model", None),
+    ("teacher.dtype", "int8"),
+    ("teacher.backend", "llama.cpp"),
+    ("teacher.batch_tokens", 0),
+    ("estimator.k", 0),
+    ("estimator.mass", 0),
+    ("estimator.mass", 1.1),
+    ("estimator", {"kind": "adaptive", "mass": 0}),
+    ("estimator", {"kind": "adaptive", "k_min": 0}),
+    ("estimator", {"kind": "adaptive", "k_max": 0}),
+    ("estimator", {"kind": "adaptive", "k_min": 9, "k_max": 8}),
+    ("estimator", {"kind": "adaptive", "tail_draws": 0}),
+    ("estimator", {"kind": "sampled", "draws": 0}),
+    ("estimator", "topk"),
+    ("temperatures", []),
+    ("temperatures", [1.0, 0]),
+    ("temperatures", [1.0, -2.0]),
+    ("temperatures", [1.0, 2.0, 2.0]),
+    ("temperatures", [2.0]),
+    ("temperatures", [1.0, float("inf")]),
+    ("corpus.sources", []),
+    ("corpus.sources.0.format", "csv"),
+    ("corpus.max_length", 1),
+    ("corpus.mask", "user"),
+    ("corpus.too_long", "split"),
+    ("heldout.url", "s3://bucket/run-a/"),
+    ("heldout.sources", []),
+    ("student.model", None),
+    ("student.lora.r", 0),
+    ("student.lora.alpha", 0),
+    ("student.lora.dropout", -0.1),
+    ("student.lora.dropout", 1.0),
+    ("student.lora.variant", "qlora"),
+    ("loss.alpha", -0.1),
+    ("loss.alpha", 1.1),
+    ("loss.alpha", float("nan")),
+    ("loss.divergence", "kl"),
+    ("loss.temperature", 0),
+    ("loss.temperature", 2.0),
+    ("loss.beta", 0),
+    ("loss.beta", 1),
+    ("train.output", None),
+    ("train.arm", "full"),
+    ("train.zero_stage", 4),
+    ("train.precision", "fp16"),
+    ("train.global_batch_size", 0),
+    ("train.micro_batch_size", 0),
+    ("train.learning_rate", 0),
+    ("train.epochs", 0),
+    ("train.max_steps", 0),
+    ("train.lr_scheduler_type", "step"),
+    ("train.warmup_ratio", -0.1),
+    ("train.warmup_ratio", 1.1),
+    ("train.weight_decay", -1),
+    ("train.adam_beta1", 1.0),
+    ("train.adam_beta1", -0.1),
+    ("train.adam_beta2", 1.0),
+    ("train.adam_epsilon", 0),
+    ("train.max_grad_norm", -1),
+    ("train.shuffle_window_units", 0),
+    ("train.shuffle_block_units", 0),
+    ("train.head_chunk_tokens", 0),
+    ("train.logging_steps", 0),
+    ("train.save_steps", 0),
+    ("train.save_total_limit", 0),
+    ("train.resume", "yes"),
+    ("train.report_to", ["excel"]),
+    ("train.data_wait_seconds", 0),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), BOUNDS, ids=[f"{path}={value}" for path, value in BOUNDS])
+def test_every_bound_refuses_and_names_its_field(file: Path, path: str, value: object) -> None:
+    message = problems(file, f"{path}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...')}")
+    assert "has 1 problem" in message
+    assert path in message
+    assert "got" in message
+
+
+def test_every_key_of_the_schema_is_known_to_the_suggestions(file: Path) -> None:
+    config = load_config(file)
+    for section in ("dump", "teacher", "corpus", "heldout", "student", "loss", "train"):
+        for name in type(getattr(config, section)).model_fields:
+            assert f"did you mean {section}.{name}?" in problems(file, f"{section}.{name}_=1")
+
+
+def test_sections_must_agree(file: Path) -> None:
+    assert "train -> zero_stage 0 with bf16" in problems(file, "train.zero_stage=0")
+    assert load_config(file, ["temperatures=[1, 2]", "loss.temperature=2"]).loss.temperature == 2.0
+    draws = problems(file, "temperatures=[1, 2]", "loss.temperature=2", "estimator.kind=sampled")
+    assert "loss.temperature -> must be 1.0 with estimator.kind sampled" in draws
+    # An arm without a divergence has no use for the temperature; without a teacher, only the dump knows.
+    assert load_config(file, ["loss.temperature=2", "train.arm=sft"])
+    assert load_config(file, ["loss.temperature=2", "teacher=null"])
+
+
+def test_overrides_are_yaml_and_reach_into_lists_and_missing_sections(file: Path) -> None:
+    overrides = [
+        "train.learning_rate=1e-4",
+        "train.max_steps=3",
+        "train.deepspeed={zero_optimization: {reduce_bucket_size: 1e6}}",
+        "student.lora.target_modules=[q_proj, v_proj]",
+        "corpus.sources.0.path=other.jsonl",
+        "heldout=null",
+    ]
+    config = load_config(file, overrides)
+    assert config.train is not None
+    assert config.train.learning_rate == 1e-4
+    assert config.train.max_steps == 3
+    assert config.train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1e6}}
+    assert config.student is not None
+    assert config.student.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.corpus is not None
+    assert config.corpus.sources[0].path == "other.jsonl"
+    assert config.heldout is None
+    file.write_text("dump: {url: x}\nstudent: null")
+    assert explicit(load_config(file, ["student.model=m", "student.lora.r=8"])) == {
+        "dump.url": "x",
+        "student.lora.r": 8,
+        "student.model": "m",
+    }
+
+
+def test_an_override_of_the_kind_starts_the_estimator_anew(file: Path) -> None:
+    assert load_config(file, ["estimator.kind=sampled", "estimator.draws=9"]).estimator == Sampled(
+        kind="sampled", draws=9
+    )
+    assert load_config(file, ["estimator.kind=adaptive"]).estimator == Adaptive(kind="adaptive")
+    assert load_config(file, ["estimator.kind=topk"]).estimator == TopK(k=64, mass=0.999)
+    file.write_text("dump: {url: x}\nestimator: {k: 8}")
+    assert load_config(file, ["estimator.mass=1.0"]).estimator == TopK(k=8, mass=1.0)
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "=3", "train..epochs=3", ".=3", "train.epochs=[1"])
+def test_an_override_that_cannot_be_understood_is_a_usage_error(file: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="override"):
+        load_config(file, [text])
+
+
+def test_an_override_into_a_value_or_beyond_a_list_is_a_problem(file: Path) -> None:
+    assert "train.epochs.x -> train.epochs is a value, not a section, got 1" in problems(file, "train.epochs.x=2")
+    assert "no such element; the list has 1" in problems(file, "corpus.sources.1.path=b")
+    assert "no such element; the list has 1" in problems(file, "corpus.sources.path=b")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("dump: {url: a}\ndump: {url: b}", "duplicate key 'dump'"),
+        ("dump: {url: a, url: b}", "duplicate key 'url'"),
+        ("dump: {url: a}\n1: 2", "key 1 is not text"),
+        ("dump: [", "not a valid YAML file"),
+        ("dump: !!python/object/apply:os.getpid []", "not a valid YAML file"),
+        ("", "got:      an empty file"),
+        ("- a", "got:      list"),
+        ("dump: 3", "dump -> must be a section"),
+        ("train: {output: x}", "dump -> missing, but required"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(file: Path, text: str, complaint: str) -> None:
+    file.write_text(text)
+    assert complaint in problems(file)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(UsageError, match="cannot read"):
+        load_config(tmp_path)
+    binary, large = tmp_path / "binary.yaml", tmp_path / "large.yaml"
+    binary.write_bytes(b"\xff\xfe\xfa\x00a")
+    large.write_bytes(b"#" * MAX_BYTES + b"\n")
+    assert "not a valid YAML file" in problems(binary)
+    assert "<= 1 MiB" in problems(large)
+
+
+def test_relative_paths_stay_relative(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(os.sep)
+    config = load_config(file)
+    assert config.train is not None
+    assert config.train.output == Path("runs/a")
+
+
+def test_heldout_config_swaps_corpus_and_url_and_nothing_else(file: Path) -> None:
+    config = load_config(file)
+    heldout = config.heldout_config()
+    assert heldout.dump.url == "s3://bucket/run-a-heldout"
+    assert heldout.corpus is not None
+    assert heldout.corpus.sources[0].path == "b.jsonl"
+    assert heldout.dump.samples_per_unit == config.dump.samples_per_unit
+    assert heldout.corpus.mask == "assistant"
+    assert heldout.teacher == config.teacher
+    with pytest.raises(MismatchError, match="heldout"):
+        heldout.heldout_config()
+
+
+def test_a_config_made_in_python_is_checked_as_well() -> None:
+    with pytest.raises(ValidationError, match="sections disagree"):
+        Config.model_validate({"dump": {"url": "a"}, "heldout": {"url": "a", "sources": [{"path": "x"}]}})

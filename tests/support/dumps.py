@@ -1,0 +1,129 @@
+"""Dumps of random targets, made without a model: what the storage tests write and damage."""
+
+import numpy as np
+
+from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
+from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
+from storage_schemas.targets import Targets
+
+HASH = "0" * 64
+
+
+def run_info(
+    *,
+    samples: int = 10,
+    samples_per_unit: int = 4,
+    head_size: int = 100,
+    estimator: Estimator | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+    **changes: object,
+) -> RunInfo:
+    """A run.json of a made-up teacher."""
+    run = RunInfo(
+        teacher=TeacherIdentity(
+            model="teacher",
+            revision=None,
+            config_sha256=HASH,
+            weights_sha256={"model.safetensors": HASH},
+            dtype="float32",
+            head_size=head_size,
+        ),
+        tokenizer=TokenizerIdentity(vocab_size=head_size, vocab_sha256=HASH, chat_template_sha256=None),
+        corpus=CorpusIdentity(
+            fingerprint=HASH, samples=samples, mask="assistant", max_length=128, too_long="truncate"
+        ),
+        samples_per_unit=samples_per_unit,
+        estimator=estimator or TopK(k=8),
+        temperatures=temperatures,
+        logsumexp=True,
+        logprob_step=0.0625,
+        max_kl=1e-4,
+        engine=EngineIdentity(name="test", version="1"),
+    )
+    return run.model_copy(update=changes)
+
+
+def dense_targets(
+    logits: np.ndarray, *, k: int, temperatures: tuple[float, ...] = (1.0,), draws: int = 0, seed: int = 0
+) -> Targets:
+    """Targets of (n, V) float64 logits, written from the definition: the k largest, the tail, and optional draws."""
+    n, vocab = logits.shape
+    lse = np.stack([_logsumexp(logits / t) for t in temperatures], axis=1)
+    logp = logits - lse[:, :1]
+    head = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :k], axis=1)
+    outside = np.ones((n, vocab), bool)
+    np.put_along_axis(outside, head, False, axis=1)
+    tail = np.stack(
+        [_logsumexp(np.where(outside, logits / t, -np.inf)) - lse[:, i] for i, t in enumerate(temperatures)], axis=1
+    )
+    if not draws:
+        return Targets(
+            offsets=np.arange(n + 1) * k,
+            ids=head.reshape(-1).astype(np.int32),
+            logprobs=np.take_along_axis(logp, head, axis=1).reshape(-1).astype(np.float32),
+            head_size=np.full(n, k, np.int32),
+            counts=None,
+            tail_logprob=tail.astype(np.float32),
+            logsumexp=lse.astype(np.float32),
+        )
+    rng = np.random.default_rng(seed)
+    ids, logprobs, counts, offsets = [], [], [], [0]
+    for i in range(n):
+        p_tail = np.where(outside[i], np.exp(logp[i]), 0.0)
+        drawn, times = np.unique(rng.choice(vocab, size=draws, p=p_tail / p_tail.sum()), return_counts=True)
+        ids += [*head[i], *drawn]
+        logprobs += [*logp[i][head[i]], *logp[i][drawn]]
+        counts += [*[0] * k, *times]
+        offsets.append(len(ids))
+    return Targets(
+        offsets=np.array(offsets, np.int64),
+        ids=np.array(ids, np.int32),
+        logprobs=np.array(logprobs, np.float32),
+        head_size=np.full(n, k, np.int32),
+        counts=np.array(counts, np.int32),
+        tail_logprob=tail.astype(np.float32),
+        logsumexp=lse.astype(np.float32),
+    )
+
+
+def unit_rows(run: RunInfo, unit: int, *, seed: int = 0) -> list[Row]:
+    """The rows of one unit, of all kinds: ordinary ones, one without supervised tokens, one with non-finite logits."""
+    rows = []
+    for index in run.unit_range(unit):
+        rng = np.random.default_rng([seed, index])
+        length = int(rng.integers(2, 12))
+        ids = rng.integers(0, run.teacher.head_size, length).astype(np.int32)
+        mask = rng.random(length) < 0.6
+        mask[0] = False
+        mask[-1] = True
+        status = NONFINITE if index % 7 == 5 else EMPTY if index % 7 == 6 else OK
+        if status == EMPTY:
+            mask[:] = False
+        targets = None
+        if status == OK:
+            logits = rng.normal(0, 3, (int(mask.sum()), run.teacher.head_size))
+            targets = random_targets(run, logits, seed=index)
+        rows.append(
+            Row(sample_index=index, sample_id=f"sample-{index}", status=status, input_ids=ids, loss_mask=mask,
+                targets=targets)
+        )  # fmt: skip
+    return rows
+
+
+def random_targets(run: RunInfo, logits: np.ndarray, *, seed: int) -> Targets:
+    """Targets of the run's estimator, without early ending."""
+    match run.estimator:
+        case TopK(k=k):
+            return dense_targets(logits, k=min(k, logits.shape[1]), temperatures=run.temperatures)
+        case Adaptive(k_max=k, tail_draws=draws):
+            return dense_targets(logits, k=k, temperatures=run.temperatures, draws=draws, seed=seed)
+        case Sampled(draws=draws):
+            return dense_targets(logits, k=0, temperatures=run.temperatures, draws=draws, seed=seed)
+
+
+def _logsumexp(x: np.ndarray) -> np.ndarray:
+    top = x.max(axis=1, initial=-np.inf)
+    safe = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return safe + np.log(np.exp(x - safe[:, None]).sum(axis=1))

@@ -1,0 +1,126 @@
+"""What the engine tests run on every rank."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage_schemas.reader import Dump
+from student_train.batch import TrainBatch, collate
+from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.engine import Engine, join, load_weights
+from student_train.order import rank_slice
+from student_train.student import load_student
+from student_train.world import World
+
+Result = dict[str, Any]
+
+
+def train_section(folder: Path, **changes: Any) -> TrainSection:
+    """A small fp32 run."""
+    defaults = {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 6, "learning_rate": 1e-2}
+    return TrainSection(output=folder, **(defaults | changes))
+
+
+def batches_of_step(
+    dump: Dump, train: TrainSection, step: int, *, rank: int, world_size: int, temperature: float = 1.0
+) -> tuple[list[TrainBatch], int]:
+    """This rank's micro-batches of a step that takes the samples as they come, and the step's supervised tokens."""
+    unit_size, g = dump.run.samples_per_unit, train.global_batch_size
+    rows = []
+    for sample in range(step * g, (step + 1) * g):
+        unit, place = divmod(sample % dump.run.corpus.samples, unit_size)
+        rows.append(dump.read_unit(unit).row(place))
+    tokens = sum(len(row.targets) for row in rows if row.targets is not None)
+    shares = rank_slice(
+        np.arange(g), rank, world_size, train.micro_batch_size, lengths=[len(row.input_ids) for row in rows]
+    )
+    make = lambda share: collate(  # noqa: E731
+        [rows[i] for i in share],
+        temperature_index=dump.run.temperature_index(temperature),
+        temperature=temperature,
+        pad_id=0,
+        entries=train.distils,
+    )
+    return [make(share) for share in shares], tokens
+
+
+def make_engine(
+    world: World,
+    dump: Dump,
+    model: str,
+    train: TrainSection,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    loss: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    updates: int = 0,
+) -> Engine:
+    """A student under DeepSpeed, from the start or from an exported state."""
+    student = load_student(
+        StudentSection(model=model, lora=LoraSection(**{"r": 4, **(lora or {})})),
+        LossSection(**(loss or {})),
+        train,
+        dump.run,
+    )
+    if state:
+        load_weights(student.module, state.items())
+    engine = Engine(student.module, train, world)
+    if state:
+        engine.restore(state.items(), updates=updates)
+    return engine
+
+
+def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
+    """Train one case for some steps; per-step results, and the state after the first and the last step."""
+    train = train_section(Path("unused"), **case.get("train", {}))
+    temperature = case.get("loss", {}).get("temperature", 1.0)
+    engine = make_engine(
+        world,
+        dump,
+        case["model"],
+        train,
+        lora=case.get("lora"),
+        loss=case.get("loss"),
+        state=case.get("state"),
+        updates=case.get("first", 0),
+    )
+    if case.get("jitter"):
+        assert case["train"].get("zero_stage", 2) < 3
+    steps, first_state = [], None
+    first = case.get("first", 0)
+    for step in range(first, first + case.get("steps", 1)):
+        batches, tokens = batches_of_step(
+            dump, train, step, rank=world.rank, world_size=world.world_size, temperature=temperature
+        )
+        result = engine.step(batches, tokens=tokens, learning_rate=train.learning_rate)
+        steps.append((result.loss / tokens, result.ce / tokens, result.divergence / tokens, result.grad_norm))
+        if step == first:
+            first_state = dict(engine.export())
+    probe = engine.module.eval().logits(torch.arange(6)[None]).float()
+    result = {"steps": steps, "first": first_state, "last": dict(engine.export()), "probe": probe}
+    engine.close()
+    return result if world.main else {"steps": steps, "last": result["last"]}
+
+
+def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]) -> list[Result]:
+    """Several cases one after the other, in one process."""
+    torch.manual_seed(1234 + rank)  # Nothing may depend on a rank's own random state.
+    world = join(rank, world_size, rank, rendezvous=rendezvous)
+    results = [run_case(world, Dump.open(dump), case) for case in cases]
+    world.close()
+    return results
+
+
+def gradients(first: Mapping[str, Tensor], beta1: float = 0.9) -> dict[str, Tensor]:
+    """Gradients of the first update, from Adam's first moment: exp_avg = (1 - beta1) * gradient."""
+    return {k.split("/", 1)[1]: v / (1 - beta1) for k, v in first.items() if k.startswith("exp_avg/")}
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Global norm."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))

@@ -1,0 +1,137 @@
+"""A tiny student, a tiny teacher and the teacher's dump, made in process."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from storage_schemas.config import Estimator, TopK
+from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
+from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
+from storage_schemas.shift import supervised_positions
+from storage_schemas.tokenizer import vocab_sha256
+from storage_schemas.writer import DumpWriter
+from support.dumps import HASH, dense_targets
+
+VOCAB = 96
+
+
+def tiny_llama(seed: int, *, tied: bool = False, vocab: int = VOCAB, layers: int = 2) -> LlamaForCausalLM:
+    """A Llama of a few thousand parameters, with logits that differ between tokens."""
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    torch.set_rng_state(state)
+    return model
+
+
+def tiny_tokenizer(words: str = "w", *, vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocab` words."""
+    tokenizer = Tokenizer(models.WordLevel({f"{words}{i}": i for i in range(vocab)}, unk_token=f"{words}0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=f"{words}0", eos_token=f"{words}1")
+
+
+def save_student(folder: Path, seed: int = 1, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    """A student's directory: safetensors and tokenizer."""
+    tiny_llama(seed, tied=tied).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_dump(
+    url: Path,
+    *,
+    samples: int = 24,
+    samples_per_unit: int = 5,
+    estimator: Estimator | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+    exact: bool = False,
+    units: range | None = None,
+    bad_samples: bool = True,
+    seal: bool = True,
+) -> RunInfo:
+    """A dump of a tiny teacher's targets on random ids, with a sample without supervised tokens and a non-finite one.
+
+    Args:
+        url: a local directory.
+        samples: number of samples N.
+        samples_per_unit: per data file.
+        estimator: only `topk` is written; default k = 8.
+        temperatures: for the tails.
+        exact: store log-probs unrounded.
+        units: write these only, for a dump that is still growing.
+        bad_samples: whether samples 3 and 7 are empty and non-finite.
+        seal: seal it, if it is complete.
+    """
+    tokenizer = tiny_tokenizer()
+    estimator = estimator or TopK(k=8, mass=1.0)
+    run = RunInfo(
+        teacher=TeacherIdentity(
+            model="tiny", revision=None, config_sha256=HASH, weights_sha256={}, dtype="float32", head_size=VOCAB
+        ),
+        tokenizer=TokenizerIdentity(
+            vocab_size=VOCAB, vocab_sha256=vocab_sha256(tokenizer.get_vocab()), chat_template_sha256=None
+        ),
+        corpus=CorpusIdentity(fingerprint=HASH, samples=samples, mask="all", max_length=64, too_long="truncate"),
+        samples_per_unit=samples_per_unit,
+        estimator=estimator,
+        temperatures=temperatures,
+        logsumexp=True,
+        logprob_step=0.0 if exact else 0.0625,
+        max_kl=1e-4,
+        engine=EngineIdentity(name="test", version="1"),
+    )
+    writer = DumpWriter.open(str(url), run)
+    folder = url.parent / f"{url.name}-tokenizer"
+    tokenizer.save_pretrained(folder)
+    writer.put_tokenizer({file.name: file.read_bytes() for file in folder.iterdir()})
+    teacher = tiny_llama(0).double()
+    for unit in units or range(run.units):
+        writer.commit_unit(unit, [_row(i, teacher, run, bad=bad_samples) for i in run.unit_range(unit)])
+    if seal:
+        writer.seal()
+    return run
+
+
+@torch.no_grad()
+def teacher_logits(input_ids: np.ndarray) -> torch.Tensor:
+    """(tokens, VOCAB) float64 logits of the tiny teacher."""
+    ids = torch.from_numpy(input_ids.astype(np.int64))[None]
+    return tiny_llama(0).double()(input_ids=ids, use_cache=False).logits[0]
+
+
+def _row(index: int, teacher: LlamaForCausalLM, run: RunInfo, *, bad: bool) -> Row:
+    rng = np.random.default_rng([7, index])
+    length = int(rng.integers(3, 28))
+    ids = rng.integers(0, VOCAB, length).astype(np.int32)
+    mask = rng.random(length) < 0.6
+    mask[0], mask[-1] = False, True
+    status = OK
+    if bad and index == 3:
+        mask[:], status = False, EMPTY
+    if bad and index == 7:
+        status = NONFINITE
+    targets = None
+    if status == OK:
+        with torch.no_grad():
+            logits = teacher(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
+        chosen = logits[supervised_positions(mask).logits].numpy()
+        targets = dense_targets(chosen, k=min(run.estimator.k, VOCAB), temperatures=run.temperatures)
+    return Row(sample_index=index, sample_id=f"s{index}", status=status, input_ids=ids, loss_mask=mask, targets=targets)
