@@ -19,7 +19,8 @@ ROW_GROUP_BYTES = 32 * 2**20
 """Uncompressed bytes of a row group, at most (unless one row alone is larger): what hub viewers can scan."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
-_SLICE = 8192
+_CELLS = 2**19
+"""Padded entries that are decoded at a time: few enough for the processor's cache."""
 _LEAF = "{}.list.element.list.element"
 
 
@@ -62,8 +63,7 @@ def fidelity(exact: Targets, stored: Targets, *, temperatures: tuple[float, ...]
     For draws, whose log-probs enter a divergence linearly, the size of their mean error is added.
     """
     totals = np.zeros(len(temperatures))
-    for start in range(0, len(exact), _SLICE):
-        stop = min(start + _SLICE, len(exact))
+    for start, stop in _slices(exact):
         for i, temperature in enumerate(temperatures):
             p = decode(exact.slice(start, stop), temperature_index=i, temperature=temperature)
             q = decode(stored.slice(start, stop), temperature_index=i, temperature=temperature)
@@ -84,13 +84,18 @@ def mean_kept_mass(targets: Targets) -> float:
 def mean_entropy(targets: Targets) -> float:
     """Mean entropy in nats: of head and tail bucket for exact heads, an unbiased estimate where there are draws."""
     total = 0.0
-    for start in range(0, len(targets), _SLICE):
-        p = decode(targets.slice(start, min(start + _SLICE, len(targets))))
+    for start, stop in _slices(targets):
+        p = decode(targets.slice(start, stop))
         total -= float((p.weights * p.logprobs.astype(np.float64)).sum())
         if targets.counts is None:
             tail_mass = np.exp(p.tail_logprob.astype(np.float64))
             total -= float((tail_mass * np.where(tail_mass > 0, p.tail_logprob, 0.0)).sum())
     return total / max(len(targets), 1)
+
+
+def _slices(targets: Targets) -> list[tuple[int, int]]:
+    step = max(1, _CELLS // int(targets.lengths.max(initial=1)))
+    return [(start, min(start + step, len(targets))) for start in range(0, len(targets), step)]
 
 
 def encode(unit: UnitRows, metadata: dict[str, str]) -> bytes:

@@ -18,7 +18,14 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from storage_schemas.errors import DataError
-from storage_schemas.run_info import FORMAT_VERSION, canonical_json, parse_json, refuse_other_version, validated
+from storage_schemas.run_info import (
+    FORMAT_VERSION,
+    RunInfo,
+    canonical_json,
+    parse_json,
+    refuse_other_version,
+    validated,
+)
 from storage_schemas.section import Section
 
 RUN = "run.json"
@@ -146,6 +153,41 @@ class Seal(ProvenJson):
     """Hash over all commit records, in unit order."""
     manifest: str = Field(pattern=r"^manifest-[0-9a-f]{64}\.parquet$")
     """Key of the manifest, which holds all records; its name is its hash."""
+
+
+def parse_record(data: bytes, unit: int, run: RunInfo, *, url: str) -> CommitRecord:
+    """The commit record of `unit`, checked to be this dump's.
+
+    Raises:
+        DataError: it is torn, names another unit or dump, or claims more than the unit can hold.
+        MismatchError: it has another format version.
+    """
+    name = f"{url}/{record_key(unit)}"
+    record = CommitRecord.from_json(data, name=name)
+    rows = len(run.unit_range(unit))
+    claims = {
+        "unit": (record.unit, unit),
+        "fingerprint": (record.fingerprint, run.fingerprint),
+        "rows": (record.rows, rows),
+        "rows of all statuses": (sum(record.statuses.values()), rows),
+        "values of fidelity": (len(record.fidelity), len(run.temperatures)),
+    }
+    limits = {
+        "tokens": (record.tokens, rows * run.corpus.max_length),
+        "supervised_tokens": (record.supervised_tokens, record.tokens),
+        "entries": (record.entries, record.supervised_tokens * run.max_entries),
+        "max_id": (record.max_id, run.teacher.head_size - 1),
+    }
+    wrong = {field: (got, str(expected)) for field, (got, expected) in claims.items() if got != expected}
+    wrong |= {field: (got, f"at most {limit}") for field, (got, limit) in limits.items() if got > limit}
+    if wrong:
+        raise DataError(
+            f"{name} belongs elsewhere: {', '.join(wrong)}",
+            got="; ".join(str(got) for got, _ in wrong.values()),
+            expected="; ".join(expected for _, expected in wrong.values()),
+            fix="two dumps were mixed in one place, or a record was changed; dump again into another URL",
+        )
+    return record
 
 
 _MANIFEST_SCHEMA = pa.schema(

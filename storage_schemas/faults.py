@@ -23,7 +23,7 @@ def point(name: str) -> None:
     plan = os.environ.get("LLM_NEO_FAULT")
     if not plan:
         return
-    wanted, occurrence, action = plan.split(":")
+    wanted, occurrence, action = plan.rsplit(":", 2)
     _passed[name] = _passed.get(name, 0) + 1
     if name != wanted or _passed[name] != int(occurrence):
         return

@@ -1,23 +1,36 @@
 """Stage two's end of the dump: read it, and trust nothing that is not proven."""
 
+import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import codec
-from storage_schemas.commit import RUN, SEAL, CommitRecord, Seal, read_manifest, record_key, unit_of_record
-from storage_schemas.errors import DataError, MismatchError
-from storage_schemas.rows import OK, STATUSES, UnitRows
-from storage_schemas.run_info import RunInfo, parse_json, refuse_other_version, validated
+from storage_schemas.commit import (
+    RUN,
+    SEAL,
+    CommitRecord,
+    Seal,
+    parse_record,
+    read_manifest,
+    record_key,
+    unit_of_record,
+)
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
+from storage_schemas.run_info import RunInfo
 from storage_schemas.store import Store
 
-MAX_BYTES_PER_ENTRY = 64
-"""Uncompressed bytes that an honest file needs per row, token or entry, at most: the guard against bombs."""
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, MemoryError, NotImplementedError, pa.ArrowException)
+"""What reading a damaged or hostile Parquet file may raise."""
 
 
 class Dump:
@@ -62,9 +75,7 @@ class Dump:
         """The seal, or None while the dump is being written."""
         if self._seal is None and (data := self.store.get_if_present(SEAL)) is not None:
             name = f"{self.store.url}/{SEAL}"
-            content = parse_json(data, name=name)
-            refuse_other_version(content, name=name)
-            seal: Seal = validated(Seal, content, name=name)
+            seal = Seal.from_json(data, name=name)
             if seal.fingerprint != self.fingerprint or seal.units != self.run.units:
                 raise DataError(
                     f"{name} belongs to another dump",
@@ -86,20 +97,24 @@ class Dump:
             if len(self._records) < seal.units:
                 self._records = read_manifest(self.store.get(seal.manifest), seal=seal, name=seal.manifest)
         else:
-            units = {unit_of_record(key) for key, _ in self.store.list("commits")}
-            for unit in sorted(u for u in units if u is not None):
-                self.record(unit)
+            listed = {unit_of_record(key) for key, _ in self.store.list("commits")}
+            new = [unit for unit in range(self.run.units) if unit in listed and unit not in self._records]
+            self.store.settle("commits")
+            for unit, data in zip(new, self.store.get_many([record_key(unit) for unit in new]), strict=True):
+                self._records[unit] = parse_record(data, unit, self.run, url=self.store.url)
         return self._records
 
     def record(self, unit: int) -> CommitRecord | None:
-        """The commit record of `unit`, or None while it is not committed."""
+        """The commit record of `unit`, or None while it is not committed. One request, unless it is known."""
         if unit not in self._records:
-            if self.sealed():
-                return self.records()[unit]
-            if self.store.size(record_key(unit)) is None:
+            if self._seal is not None:
+                return self.records().get(unit)
+            data = self.store.get_if_present(record_key(unit))
+            if data is None:
                 return None
+            # Its name may be visible before it is durable: a power loss must not undo what was trained on.
             self.store.settle("commits")
-            self._records[unit] = read_record(self.store, unit, self.run)
+            self._records[unit] = parse_record(data, unit, self.run, url=self.store.url)
         return self._records[unit]
 
     def unit_rows(self, unit: int) -> int:
@@ -123,54 +138,73 @@ class Dump:
         return parse_unit(self._fetch(record), record, self.run, name=f"{self.store.url}/{record.file}")
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Name and content of the tokenizer's files."""
-        keys = sorted(key for key, _ in self.store.list("tokenizer"))
-        return {key.removeprefix("tokenizer/"): self.store.get(key) for key in keys}
+        """Name and content of the tokenizer's files.
+
+        Raises:
+            DataError: a file is not the one that was sealed.
+        """
+        seal = self.seal()
+        listed = {key.removeprefix("tokenizer/") for key, _ in self.store.list("tokenizer")}
+        names = sorted(listed if seal is None else seal.tokenizer)
+        files = {name: self.store.get(f"tokenizer/{name}") for name in names}
+        for name, data in files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            if seal is not None and digest != seal.tokenizer[name]:
+                raise DataError(
+                    f"{self.store.url}/tokenizer/{name} is not the file that was sealed",
+                    got=f"sha256 {digest}",
+                    expected=f"sha256 {seal.tokenizer[name]}",
+                    fix="restore the file: it is one of the teacher's tokenizer",
+                )
+        return files
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file, through the node's cache for object stores."""
         if self.cache_dir is None or self.store.root is not None:
-            return proven(self.store.get(record.file), record, name=f"{self.store.url}/{record.file}")
+            return self._download(record)
         cached = self.cache_dir / f"{record.sha256}.parquet"
-        if cached.is_file():
-            data = cached.read_bytes()
-            if hashlib.sha256(data).hexdigest() == record.sha256:
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(self.cache_dir / f".{record.sha256}.lock"):
+                if cached.is_file() and _is_proven(data := cached.read_bytes(), record):
+                    return data
+                data = self._download(record)
+                staged = self.cache_dir / f".staged-{uuid.uuid4().hex}"
+                staged.write_bytes(data)
+                os.replace(staged, cached)
                 return data
-        data = proven(self.store.get(record.file), record, name=f"{self.store.url}/{record.file}")
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        staged = self.cache_dir / f".staged-{uuid.uuid4().hex}"
-        staged.write_bytes(data)
-        os.replace(staged, cached)
-        return data
+        except OSError as error:
+            raise TemporaryError(
+                f"the shard cache {self.cache_dir} cannot be used",
+                got=f"{type(error).__name__}: {error}",
+                fix="free space there or move the cache, then run the same command again",
+            ) from error
+
+    def _download(self, record: CommitRecord) -> bytes:
+        data = self.store.get(record.file)
+        if self.store.root is None and not _is_proven(data, record):
+            data = self.store.get(record.file)  # It may have been damaged on its way: once more.
+        return proven(data, record, name=f"{self.store.url}/{record.file}")
 
 
-def read_record(store: Store, unit: int, run: RunInfo) -> CommitRecord:
-    """The commit record of `unit`, checked to be this dump's.
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between the processes of this node; the kernel frees it when its holder dies."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
-    Raises:
-        DataError: it is torn, names another unit or dump, or claims another number of rows.
-    """
-    name = f"{store.url}/{record_key(unit)}"
-    record = CommitRecord.from_json(store.get(record_key(unit)), name=name)
-    facts = {"unit": unit, "fingerprint": run.fingerprint, "rows": len(run.unit_range(unit))}
-    for field, expected in facts.items():
-        if getattr(record, field) != expected:
-            raise DataError(
-                f"{name} belongs elsewhere: {field} differs",
-                got=getattr(record, field),
-                expected=expected,
-                fix="two dumps were mixed in one place, or a record was changed; dump again into another URL",
-            )
-    return record
+
+def _is_proven(data: bytes, record: CommitRecord) -> bool:
+    return len(data) == record.bytes and hashlib.sha256(data).hexdigest() == record.sha256
 
 
 def proven(data: bytes, record: CommitRecord, *, name: str) -> bytes:
     """`data` if its size and hash are those of the record, else DataError."""
-    digest = hashlib.sha256(data).hexdigest()
-    if (len(data), digest) != (record.bytes, record.sha256):
+    if not _is_proven(data, record):
         raise DataError(
             f"{name} is not the file that was committed",
-            got=f"{len(data)} bytes, sha256 {digest}",
+            got=f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}",
             expected=f"{record.bytes} bytes, sha256 {record.sha256}",
             fix="the file is torn, corrupt or was replaced: restore it, or delete the dump and dump again",
         )
@@ -191,7 +225,7 @@ def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) ->
             file, temperatures=len(run.temperatures), draws=run.estimator.kind != "topk", logsumexp=run.logsumexp
         )
         _check_values(unit, record, run)
-    except (OSError, ValueError, IndexError, MemoryError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{name} breaks the dump format",
             got=f"{type(error).__name__}: {str(error)[:500]}",
@@ -217,21 +251,21 @@ def _check_footer(file: pq.ParquetFile, record: CommitRecord, run: RunInfo, *, n
             raise ValueError(f"{key} is {metadata.get(key)}, expected {expected}")
     if file.metadata.num_rows != record.rows:
         raise ValueError(f"{file.metadata.num_rows} rows, expected {record.rows}")
-    allowed = MAX_BYTES_PER_ENTRY * (
-        record.rows * 16 + record.tokens + record.entries + record.supervised_tokens * len(run.temperatures)
-    )
-    limits = {"target_ids": record.entries, "target_logprobs": record.entries, "input_ids": record.tokens}
+    # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
+    tokens, targets, width = record.tokens, record.supervised_tokens, len(run.temperatures)
+    limits = {"input_ids": tokens, "loss_mask": tokens, "target_ids": record.entries, "target_logprobs": record.entries}
+    limits |= {"head_size": targets, "target_counts": record.entries}
+    limits |= {"tail_logprob": targets * width, "logsumexp": targets * width}
+    for name in SCHEMA.names:
+        limits[name] = limits.get(name, 0) + record.rows + targets
+    claimed: Counter[str] = Counter()
     for group in range(file.metadata.num_row_groups):
         columns = file.metadata.row_group(group)
         for i in range(columns.num_columns):
-            column = columns.column(i)
-            limit = limits.get(column.path_in_schema.split(".")[0], allowed)
-            # An empty list takes one slot too.
-            if (
-                column.num_values > limit + record.rows + record.supervised_tokens
-                or column.total_uncompressed_size > allowed
-            ):
-                raise ValueError(f"column {column.path_in_schema} claims {column.num_values} values")
+            claimed[columns.column(i).path_in_schema.split(".")[0]] += columns.column(i).num_values
+    for column, values in claimed.items():
+        if values > limits.get(column, 0):
+            raise ValueError(f"column {column} claims {values} values, expected at most {limits.get(column, 0)}")
 
 
 def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
@@ -264,7 +298,14 @@ def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
         raise ValueError("a tail mass is NaN or above 1")
     if np.any(targets.head_size < 0) or np.any(targets.head_size > targets.lengths):
         raise ValueError("a head is larger than its list of entries")
-    if targets.counts is not None and np.any(targets.counts < 0):
+    longest = int(targets.lengths.max(initial=0))
+    if longest > run.max_entries:
+        raise ValueError(f"a token has {longest} entries, the estimator chooses at most {run.max_entries}")
+    if targets.counts is None and np.any(targets.head_size != targets.lengths):
+        raise ValueError("a token has draws, the estimator draws nothing")
+    if run.estimator.kind == "sampled" and targets.head_size.any():
+        raise ValueError("a token has a head, the estimator only draws")
+    if targets.counts is not None and np.any(targets.counts[~in_head(targets.offsets, targets.head_size)] < 1):
         raise ValueError("a draw was counted less than once")
     if targets.logsumexp is not None and not np.isfinite(targets.logsumexp).all():
         raise ValueError("a logsumexp is not finite")

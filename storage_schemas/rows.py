@@ -114,6 +114,13 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
             raise ValueError(
                 f"sample {row.sample_index}: {len(row.targets)} targets for {supervised} supervised tokens"
             )
+        if not _is_text(row.sample_id):
+            raise DataError(
+                f"the id of sample {row.sample_index} is not valid Unicode",
+                got=ascii(row.sample_id),
+                expected="text without lone surrogates",
+                fix="correct the ids of the corpus, or leave them out: then a hash of the content is used",
+            )
         if len(row.input_ids) != len(row.loss_mask):
             raise ValueError(f"sample {row.sample_index}: {len(row.input_ids)} ids, {len(row.loss_mask)} mask entries")
     counts = np.array([0 if row.targets is None else len(row.targets) for row in rows], np.int64)
@@ -215,7 +222,7 @@ def table_to_unit(table: pa.Table, *, temperatures: int, draws: bool, logsumexp:
         lists["target_counts"] = (count_outer, target_offsets)
         lists["target_counts, per token"] = (np.diff(count_inner), np.diff(entry_offsets) - head_size)
         counts = np.zeros(len(ids), np.int32)
-        counts[~_in_head(entry_offsets, head_size)] = drawn
+        counts[~in_head(entry_offsets, head_size)] = drawn
     for name, (got, expected) in lists.items():
         if not np.array_equal(got, expected):
             raise ValueError(f"{name} disagrees in length with its neighbours")
@@ -239,6 +246,14 @@ def table_to_unit(table: pa.Table, *, temperatures: int, draws: bool, logsumexp:
     )
 
 
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _offsets(lengths: Any) -> I64:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
@@ -247,7 +262,7 @@ def _i32(offsets: I64) -> pa.Array:
     return pa.array(offsets.astype(np.int32))
 
 
-def _in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
+def in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
     """(entries,) whether an entry is among the leading `head_size` of its token."""
     place = np.arange(int(offsets[-1])) - np.repeat(offsets[:-1], np.diff(offsets))
     return place < np.repeat(head_size, np.diff(offsets))
@@ -255,7 +270,7 @@ def _in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
 
 def _draw_counts(targets: Targets, nested: Any) -> pa.ListArray:
     assert targets.counts is not None
-    drawn = ~_in_head(targets.offsets, targets.head_size)
+    drawn = ~in_head(targets.offsets, targets.head_size)
     return nested(_offsets(targets.lengths - targets.head_size), pa.array(targets.counts[drawn]))
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from storage_schemas.config import Estimator, Temperatures
+from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.section import Section
 
@@ -103,6 +103,17 @@ class RunInfo(Section):
         """Number of units."""
         return -(-self.corpus.samples // self.samples_per_unit)
 
+    @property
+    def max_entries(self) -> int:
+        """Entries per token, at most."""
+        match self.estimator:
+            case TopK(k=k):
+                return k
+            case Adaptive(k_max=k_max, k_min=k_min, tail_draws=draws):
+                return max(k_max, k_min) + draws
+            case Sampled(draws=draws):
+                return draws
+
     def unit_range(self, unit: int) -> range:
         """Sample indices of `unit`."""
         start = unit * self.samples_per_unit
@@ -133,7 +144,7 @@ class RunInfo(Section):
     def refuse_other(self, wanted: "RunInfo", *, url: str) -> None:
         """Raise MismatchError if `wanted`, what the configuration asks for, differs from this dump in any field."""
         here, there = dict(leaves(self.model_dump(mode="json"))), dict(leaves(wanted.model_dump(mode="json")))
-        different = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
+        different = [key for key in sorted(here | there) if here.get(key, ...) != there.get(key, ...)]
         if different:
             raise MismatchError(
                 f"{url} was made with other settings: {', '.join(different)}",
@@ -197,7 +208,7 @@ def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
 def refuse_other_version(content: Mapping[str, Any], *, name: str) -> None:
     """Raise MismatchError unless `content` is of the version that this code reads and writes."""
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise MismatchError(
             f"{name} has another format version",
             got=version,

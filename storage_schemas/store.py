@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +25,19 @@ from storage_schemas.errors import DataError, MismatchError, NeoError, Temporary
 T = TypeVar("T")
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 """Keys are plain relative names: no absolute path, no `..`, no empty or hidden part, no backslash."""
-RETRY: dict[str, Any] = {"max_retries": 10, "retry_timeout": timedelta(minutes=2)}
+RETRY: dict[str, Any] = {
+    "max_retries": 40,
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
+    "retry_timeout": timedelta(minutes=2),
+}
 """How long a request to an object store is repeated before the store counts as away."""
 CLIENT: dict[str, Any] = {"connect_timeout": "10s", "timeout": "3m"}
 """Time limits of one request; a shard must fit through in `timeout`."""
 PARALLEL_REQUESTS = 32
 """Requests in flight when many small keys are read."""
 _STAGED = re.compile(r"\.staged-(?P<name>.+)-[0-9a-f]{32}")
+_NEVER = (errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG)
+"""Errors that another try will not mend."""
 _ENDPOINTS = ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url")
 
 
@@ -57,6 +64,7 @@ class Store:
         self.url = url
         self.root = local_path(url)
         self._store: Any = None
+        self._durable: set[Path] = set()
         if self.root is not None:
             return
         endpoint = _endpoint(options or {})
@@ -69,7 +77,8 @@ class Store:
                 )
         client = CLIENT | ({"allow_http": True} if endpoint.startswith("http://") else {})
         try:
-            self._store = from_url(url, config=dict(options or {}) or None, client_options=client, retry_config=RETRY)
+            config: Any = dict(options or {}) or None
+            self._store = from_url(url, config=config, client_options=client, retry_config=RETRY)  # type: ignore[call-overload]
         except (BaseError, ValueError) as error:
             raise MismatchError(
                 f"the URL {url} cannot be opened",
@@ -88,7 +97,7 @@ class Store:
             MismatchError: the store refuses access or lacks what the protocol needs.
         """
         _check(key)
-        kind = key.split("/")[0]
+        kind = re.split("[/-]", key)[0]
         try:
             faults.point(f"put:{kind}:before")
             won = self._put_new_local(key, data) if self.root is not None else self._put_new_remote(key, data)
@@ -96,6 +105,8 @@ class Store:
         except PermissionError as error:
             raise _no_access(self.url, error) from error
         except OSError as error:
+            if error.errno in _NEVER:
+                raise _no_folder(self.url, error) from error
             raise TemporaryError(
                 f"cannot write {self.url}/{key}",
                 got=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
@@ -158,6 +169,7 @@ class Store:
         """Remove `key`; a key that is not there is no error."""
         _check(key)
         try:
+            faults.point(f"delete:{key.split('/')[0]}")
             if not self._absent():
                 self._ask(lambda: obstore.delete(self._store, key))
         except FileNotFoundError:
@@ -202,10 +214,8 @@ class Store:
         key = f"probe/{uuid.uuid4().hex}"
         first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
         kept = self.get_if_present(key)
-        try:
+        with suppress(NeoError):  # A worker needs no right to delete; the seal cleans up.
             self.delete(key)
-        except NeoError:
-            pass  # A worker needs no right to delete; the seal cleans up.
         return first and not second and kept == b"first"
 
     def _absent(self) -> bool:
@@ -218,7 +228,7 @@ class Store:
         """Staged file, fsync, hard link, fsync of the directory: a name is visible only with durable content."""
         assert self.root is not None
         target = self.root / key
-        _make_directories(target.parent)
+        self._ensure(target.parent)
         staged = target.with_name(f".staged-{target.name}-{uuid.uuid4().hex}")
         try:
             with open(staged, "xb") as file:
@@ -239,13 +249,29 @@ class Store:
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                     raise _no_hard_links(self.url) from error
-                raise
+                # On a network file system the link may have been made and only the answer lost.
+                if not (target.is_file() and target.samefile(staged)):
+                    raise
             faults.point("local:linked")
             return True
         finally:
             staged.unlink(missing_ok=True)
             faults.point("local:directory")
             _fsync_directory(target.parent)
+
+    def _ensure(self, folder: Path) -> None:
+        """Create `folder` with what is missing above it, and make their names durable, once per store."""
+        assert self.root is not None
+        if folder in self._durable:
+            return
+        existed = self.root.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Somebody else may have made them and died before they were durable.
+        within = [folder, *folder.parents]
+        within = within[: within.index(self.root) + 1]
+        for path in within if existed else [folder, *folder.absolute().parents]:
+            _fsync_directory(path.absolute().parent)
+        self._durable.add(folder)
 
     def _put_new_remote(self, key: str, data: bytes) -> bool:
         last: BaseException | None = None
@@ -254,12 +280,13 @@ class Store:
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
                 return True
             except AlreadyExistsError:
-                return self.get(key) == data
-            except (PermissionDeniedError, UnauthenticatedError) as error:
-                raise _no_access(self.url, error) from error
+                # Ours, if an earlier try of this very request was applied and its answer lost.
+                return self.get_if_present(key) == data
             except FileNotFoundError as error:
                 raise _no_bucket(self.url, error) from error
             except BaseError as error:
+                if _is_refusal(error):
+                    raise _no_access(self.url, error) from error
                 # It may have been applied and only the answer lost. If the store is away, this read says so.
                 last = error
                 found = self.get_if_present(key)
@@ -270,11 +297,11 @@ class Store:
     def _ask(self, call: Callable[[], T]) -> T:
         try:
             return call()
-        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise _no_access(self.url, error) from error
         except FileNotFoundError:
             raise
         except (BaseError, OSError) as error:
+            if _is_refusal(error):
+                raise _no_access(self.url, error) from error
             raise _unreachable(self.url, error) from error
 
 
@@ -300,18 +327,16 @@ def _fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_directories(path: Path) -> None:
-    missing = [path, *path.parents]
-    missing = missing[: next(i for i, folder in enumerate(missing) if folder.is_dir())]
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        _fsync_directory(folder.parent)
-
-
 def _endpoint(options: Mapping[str, str]) -> str:
     """The configured address of the object store, if any; plain HTTP is allowed when it says so."""
     given = [value for key, value in options.items() if key.lower() in _ENDPOINTS]
     return (given or [os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT", "")])[0]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether access is denied, or there are no credentials (then the client asks a cloud machine's own address)."""
+    denied = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+    return isinstance(error, denied) or "169.254.169.254" in str(error)
 
 
 def _first_line(error: BaseException | None) -> str:
@@ -333,6 +358,15 @@ def _no_bucket(url: str, error: BaseException) -> MismatchError:
         got=_first_line(error),
         expected="a bucket that exists",
         fix="create the bucket, or correct dump.url",
+    )
+
+
+def _no_folder(url: str, error: OSError) -> MismatchError:
+    return MismatchError(
+        f"{url} cannot be a dump",
+        got=f"{error.strerror}: {error.filename}",
+        expected="a directory that can be written to, or the name of a new one",
+        fix="correct dump.url",
     )
 
 

@@ -38,12 +38,12 @@ def refuse_other_tokenizer(
             "the student's tokenizer is not the one the dump was made with",
             got=f"{len(conflicts)} of {shared} shared ids mean another token ({shown})",
             expected="the same id -> token map over the ids that both know",
-            fix="choose a student that shares the teacher's tokenizer; logits cannot be translated between vocabularies",
+            fix="choose a student with the teacher's tokenizer: logits cannot be translated between vocabularies",
         )
-    if student_head < len(theirs):
+    if student_head <= max(theirs):
         raise MismatchError(
             "the student's head is smaller than the dump's vocabulary",
             got=f"{student_head} rows",
-            expected=f"at least {len(theirs)}",
+            expected=f"at least {max(theirs) + 1}",
             fix="resize the student's embeddings, or choose another student",
         )

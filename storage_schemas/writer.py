@@ -3,8 +3,9 @@
 import hashlib
 import json
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -17,16 +18,19 @@ from storage_schemas.commit import (
     count_statuses,
     data_key,
     manifest_bytes,
+    parse_record,
     record_key,
     records_sha256,
     totals,
+    unit_of_data,
     unit_of_record,
 )
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.reader import read_record
-from storage_schemas.rows import Row, rows_to_unit
-from storage_schemas.run_info import RunInfo, canonical_json
+from storage_schemas.reader import parse_unit
+from storage_schemas.rows import Row, UnitRows, rows_to_unit
+from storage_schemas.run_info import RunInfo
 from storage_schemas.store import Store
+from storage_schemas.targets import Targets
 
 
 class DumpWriter:
@@ -93,14 +97,41 @@ class DumpWriter:
         attempt = uuid.uuid4().hex
         record, data = self._encode(unit, rows, attempt)
         if not self.store.put_new(record.file, data):
+            if self.is_committed(unit):
+                return None  # A clean-up swept this attempt away.
             raise TemporaryError(
                 f"{record.file} exists already", got="a clash of random names", fix="run the same command again"
             )
         faults.point("commit:between")
         if not self.store.put_new(record_key(unit), record.to_json()):
-            self.store.delete(record.file)
+            self._delete(record.file)
             return None
         return record
+
+    def clean(self) -> int:
+        """Remove what killed and losing attempts left; how many files.
+
+        No clock decides: a data file goes when its unit's commit record names another one. So nothing that a stopped
+        worker could still commit is ever removed, and this may run beside any number of workers.
+        """
+        committed = self.committed()
+        files: dict[int, list[str]] = defaultdict(list)
+        for key, _ in self.store.list("data"):
+            unit = unit_of_data(key)
+            if unit in committed:
+                files[unit].append(key)
+        orphans = [key for key, _ in self.store.list("probe")]
+        for unit, keys in files.items():
+            if len(keys) > 1:
+                winner = parse_record(self.store.get(record_key(unit)), unit, self.run, url=self.store.url).file
+                orphans += [key for key in keys if key != winner]
+        removed = sum(self._delete(key) for key in orphans)
+
+        def decided(key: str) -> bool:
+            unit = unit_of_data(key)
+            return unit in committed or key.startswith("probe/") or self.store.size(key) is not None
+
+        return removed + self.store.remove_staged(decided)
 
     def seal(self) -> bool:
         """Write the seal if every unit is committed; True if the dump is sealed now."""
@@ -109,19 +140,34 @@ class DumpWriter:
         if len(self.committed()) < self.run.units:
             return False
         self.store.settle("commits")
-        records = {unit: read_record(self.store, unit, self.run) for unit in range(self.run.units)}
+        contents = self.store.get_many([record_key(unit) for unit in range(self.run.units)])
+        records = {unit: parse_record(data, unit, self.run, url=self.store.url) for unit, data in enumerate(contents)}
         manifest = manifest_bytes(records)
+        tokenizer = sorted(key for key, _ in self.store.list("tokenizer"))
         seal = Seal(
             fingerprint=self.run.fingerprint,
             units=self.run.units,
             statuses=count_statuses(records),
             records_sha256=records_sha256(records),
             manifest=f"manifest-{hashlib.sha256(manifest).hexdigest()}.parquet",
+            tokenizer={
+                key.removeprefix("tokenizer/"): hashlib.sha256(data).hexdigest()
+                for key, data in zip(tokenizer, self.store.get_many(tokenizer), strict=True)
+            },
             **totals(records),
         )
         self.store.put_new(seal.manifest, manifest)
         self.store.put_new("README.md", card.dataset_card(self.run, seal).encode())
-        self.store.put_new(SEAL, canonical_json(seal.model_dump(mode="json"), indent=2))
+        self.store.put_new(SEAL, seal.to_json())
+        self.clean()
+        return True
+
+    def _delete(self, key: str) -> bool:
+        """Delete an orphan, as far as this worker may: it needs no right to delete."""
+        try:
+            self.store.delete(key)
+        except MismatchError:
+            return False
         return True
 
     def _encode(self, unit: int, rows: Sequence[Row], attempt: str) -> tuple[CommitRecord, bytes]:
@@ -132,7 +178,15 @@ class DumpWriter:
         rounded = codec.round_targets(
             flat.targets, temperatures=run.temperatures, coarsest=run.logprob_step, max_kl=run.max_kl
         )
-        stored = type(flat)(**{name: getattr(flat, name) for name in flat.__slots__} | {"targets": rounded.targets})
+        # Not `>`: NaN must not pass.
+        if not max(rounded.fidelity) <= run.max_kl:
+            raise DataError(
+                f"unit {unit} misses the fidelity gate",
+                got=f"mean KL(exact || stored) {rounded.fidelity} nats at temperatures {run.temperatures}",
+                expected=f"at most {run.max_kl} nats at each",
+                fix="the teacher's log-probs are not finite; report it with the configuration of this run",
+            )
+        stored = replace(flat, targets=rounded.targets)
         metadata = {
             "llm_neo.format_version": str(run.format_version),
             "llm_neo.fingerprint": run.fingerprint,
@@ -140,11 +194,6 @@ class DumpWriter:
             "llm_neo.run": json.dumps(run.model_dump(mode="json"), sort_keys=True),
         }
         data = codec.encode(stored, metadata)
-        file = codec.open_parquet(data)
-        if file.metadata.num_rows != len(rows):
-            raise DataError(
-                f"unit {unit} was encoded with missing rows", got=file.metadata.num_rows, expected=len(rows)
-            )
         targets = rounded.targets
         record = CommitRecord(
             fingerprint=run.fingerprint,
@@ -163,4 +212,19 @@ class DumpWriter:
             fidelity=rounded.fidelity,
             logprob_step=rounded.step,
         )
+        _refuse_difference(parse_unit(data, record, run, name=record.file), stored, name=record.file)
         return record, data
+
+
+def _refuse_difference(read: UnitRows, written: UnitRows, *, name: str) -> None:
+    """Raise DataError unless the encoded unit reads back as what was encoded."""
+    pairs = [(f.name, getattr(read, f.name), getattr(written, f.name)) for f in fields(UnitRows) if f.name != "targets"]
+    pairs += [(f.name, getattr(read.targets, f.name), getattr(written.targets, f.name)) for f in fields(Targets)]
+    different = [field for field, here, there in pairs if not np.array_equal(here, there)]
+    if different:
+        raise DataError(
+            f"{name} does not read back as what was encoded",
+            got=f"other values in {', '.join(different)}",
+            expected="the same arrays",
+            fix="check this machine's memory and its pyarrow; nothing was written",
+        )

@@ -30,9 +30,7 @@ def run_info(
             head_size=head_size,
         ),
         tokenizer=TokenizerIdentity(vocab_size=head_size, vocab_sha256=HASH, chat_template_sha256=None),
-        corpus=CorpusIdentity(
-            fingerprint=HASH, samples=samples, mask="assistant", max_length=128, too_long="truncate"
-        ),
+        corpus=CorpusIdentity(fingerprint=HASH, samples=samples, mask="assistant", max_length=128, too_long="truncate"),
         samples_per_unit=samples_per_unit,
         estimator=estimator or TopK(k=8),
         temperatures=temperatures,

@@ -1,0 +1,255 @@
+"""The command line. Heavy packages are imported by the command that needs them, so that `--help` is instant."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from rich.console import Console
+
+from pipeline.config import Config, load_config, need
+from pipeline.launch import dump_placement, training_nodes
+from pipeline.processes import dump_workers, train_workers, visible_gpus
+from storage_schemas.errors import Exit, NeoError
+
+app = typer.Typer(
+    name="llm-neo",
+    help="Distil a large language model: dump the teacher's distribution once, train a LoRA student from the shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Running a command again continues it. Exit codes: 0 done, 64 usage, 65 bad data, 66 nothing to resume "
+    "from, 70 bug, 75 temporary (run again), 78 configuration or fingerprint mismatch.",
+)
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, see docs/configuration.md.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
+StoreOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store", metavar="KEY=VALUE", help="Setting of the object store, e.g. endpoint=http://HOST. Repeatable."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Distil a large language model: dump the teacher's distribution once, train a LoRA student from the shards."""
+    if version:
+        typer.echo(f"llm-neo {installed_version('llm-neo')}")
+        raise typer.Exit
+    del context
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def dump(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
+    rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
+    found = load_config(config, overrides or ())
+    need(found.teacher, "teacher", "dump")
+    need(found.corpus, "corpus", "dump")
+    if workers > 1:
+        code, summary = dump_workers(config, overrides or (), workers)
+        if code:
+            raise typer.Exit(code)
+    else:
+        from pipeline.stages import run_dumps
+
+        summary = run_dumps(found, dump_placement(os.environ, rank, world_size))
+    _print(summary, as_json)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this node; default: one per GPU.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes; default: from Slurm.")] = None,
+    node_rank: Annotated[int | None, typer.Option(help="Number of this node; default: from Slurm.")] = None,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where nodes meet, on node 0; default: from Slurm.")
+    ] = None,
+) -> None:
+    """Stage two: train the student from the dump under DeepSpeed. Starts torchrun itself; resumes by itself."""
+    found = load_config(config, overrides or ())
+    nodes = training_nodes(os.environ, nnodes, node_rank, rdzv_endpoint)
+    code = _train(found, nproc=nproc or len(visible_gpus(os.environ)) or 1, nodes=nodes)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of stage one on this machine.")] = 1,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks of stage two; default: one per GPU.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Everything on one machine: dump, verify, evaluate, train, evaluate, merge, report."""
+    from pipeline.run import run_pipeline
+
+    found = load_config(config, overrides or ())
+    summary = run_pipeline(
+        found, config, overrides or (), workers=workers, nproc=nproc or len(visible_gpus(os.environ)) or 1
+    )
+    if as_json:
+        _print(summary, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(metavar="DIR", help="A model, or a peft adapter.")],
+    dump: Annotated[str, typer.Option(metavar="URL", help="The dump to compare with; held-out samples, that is.")],
+    store: StoreOptions = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, padding included.")] = 4096,
+    temperature: Annotated[float, typer.Option(help="One that the dump was made with.")] = 1.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate no more than the first N samples.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a model with the teacher on a dump: KL, cross-entropy, top-1 agreement per supervised token."""
+    from pipeline.stages import run_evaluation
+
+    found = run_evaluation(
+        model,
+        dump,
+        _pairs(store),
+        temperature=temperature,
+        batch_tokens=batch_tokens,
+        device=device,
+        limit=limit,
+    )
+    _print(found, as_json)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Directory of a peft adapter, such as runs/a/final.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the model to.")],
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as the base model's.")] = None,
+) -> None:
+    """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
+    from student_train.export import merge as merge_adapter
+
+    merge_adapter(adapter, out, dtype=dtype)
+    typer.echo(f"{out} is a plain model. Serve it with: vllm serve {out}")
+
+
+@app.command()
+def verify(url: Url, store: StoreOptions = None, as_json: AsJson = False) -> None:
+    """Prove a dump: every record, file and value, and that they add up. Needs neither torch nor the teacher."""
+    from storage_schemas.verify import verify as verify_dump
+
+    report = verify_dump(url, options=_pairs(store))
+    _print(report.model_dump(mode="json"), as_json)
+    if not report.ok:
+        raise typer.Exit(Exit.BAD_DATA)
+
+
+@app.command()
+def inspect(
+    url: Url,
+    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show this sample, token by token.")] = None,
+    store: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a dump holds: header from the records alone, and with --row one sample, token by token."""
+    from pipeline import show
+    from storage_schemas.reader import Dump
+
+    found = Dump.open(url, options=_pairs(store))
+    if as_json:
+        _print(show.as_json(found, row), as_json)
+    else:
+        show.show(found, row, Console())
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Llama-like model: directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the smaller model to.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Keep this many: the first and the last ones.")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="0-9,20-29", help="Keep these.")] = None,
+) -> None:
+    """Make a student by leaving out layers of a model. Says which ones stay."""
+    from pipeline.prune import prune as prune_model
+
+    typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
+
+
+def _train(config: Config, *, nproc: int, nodes: Any) -> int:
+    """Stage two, and the configuration it ran with beside its results."""
+    output = need(config.train, "train", "train").output
+    code = train_workers(config, nproc=nproc, nodes=nodes)
+    kept = output / "config.yaml"
+    if nodes.node_rank == 0 and (code in (Exit.DONE, Exit.TEMPORARY) or not kept.exists()):
+        kept.write_text(config.to_yaml())
+    return code
+
+
+def _pairs(texts: list[str] | None) -> dict[str, str]:
+    for text in texts or ():
+        if "=" not in text:
+            raise typer.BadParameter(f"{text!r} is not of the form KEY=VALUE", param_hint="--store")
+    return dict(text.split("=", 1) for text in texts or ())
+
+
+def _print(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    for name, value in found.items():
+        typer.echo(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The entry point: errors become messages and exit codes."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except NeoError as error:
+        code = _complain(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        code = _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
+    except KeyboardInterrupt:
+        code = _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
+    except click.ClickException as error:
+        error.show()
+        code = Exit.USAGE
+    except Exception:
+        traceback.print_exc()
+        code = _complain("this is a bug in llm-neo; please report it with the lines above", Exit.BUG)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str, code: Exit) -> int:
+    sys.stderr.write(f"llm-neo: {message}\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""One YAML file configures both stages: its schema, its loading, and error messages that list every problem at once.
+
+Relative paths in a configuration mean relative to the working directory of the command.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from pipeline.problems import Problem, explain, report
+from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK
+from storage_schemas.errors import MismatchError, UsageError
+from storage_schemas.section import Section
+from student_train.config import LossSection, StudentSection, TrainSection
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+
+MAX_BYTES = 1 << 20
+"""Largest configuration file that is read."""
+
+T = TypeVar("T")
+
+
+class HeldoutSection(Section):
+    """Held-out samples: dumped with the same teacher and settings into a second dump, and only ever evaluated on."""
+
+    url: str
+    """Where the held-out dump lies."""
+    sources: list[SourceSection] = Field(min_length=1)
+    """Read in order and concatenated, like those of `corpus`, whose mask and lengths apply."""
+
+
+class Config(Section):
+    """All that the two stages need. A section that a command does not use may be absent."""
+
+    dump: DumpSection
+    """Where the dump lies and how it is cut; the one section that every command needs."""
+    teacher: TeacherSection | None = None
+    """The model whose distribution is stored. Stage one only."""
+    estimator: Estimator = TopK()
+    """Which entries of the teacher's distribution are stored. Stage one only: training reads it from the dump."""
+    temperatures: Temperatures = (1.0,)
+    """Temperatures that a student may later be trained at; each costs one stored tail per supervised token."""
+    corpus: CorpusSection | None = None
+    """What is distilled on. Stage one only."""
+    heldout: HeldoutSection | None = None
+    """What the student is evaluated on, before and after."""
+    student: StudentSection | None = None
+    """The model that is trained. Stage two only."""
+    loss: LossSection = LossSection()
+    """What is minimised. Stage two only."""
+    train: TrainSection | None = None
+    """The optimisation. Stage two only."""
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any) -> Any:
+        return {"kind": "topk", **value} if isinstance(value, Mapping) and "kind" not in value else value
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        problems = list(_disagreements(self))
+        if problems:
+            raise PydanticCustomError("sections_disagree", "the sections disagree", {"problems": problems})
+        return self
+
+    def heldout_config(self) -> "Config":
+        """The same configuration with the held-out samples in place of the training corpus.
+
+        Raises:
+            MismatchError: no `heldout`, or no `corpus` whose mask and lengths would apply.
+        """
+        heldout, corpus = need(self.heldout, "heldout", "dump"), need(self.corpus, "corpus", "dump")
+        return self.model_copy(
+            update={
+                "dump": self.dump.model_copy(update={"url": heldout.url}),
+                "corpus": corpus.model_copy(update={"sources": heldout.sources}),
+                "heldout": None,
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, defaults included; `load_config` reads it back as the same object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
+    """(dotted path, problem, got) of what no section can see alone."""
+    estimator = config.estimator
+    if isinstance(estimator, Adaptive) and estimator.k_min > estimator.k_max:
+        yield "estimator.k_min", f"must not be above estimator.k_max ({estimator.k_max})", estimator.k_min
+    if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
+        problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
+        yield "heldout.url", problem, config.heldout.url
+    # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
+    if config.train is None or not config.train.distils or config.teacher is None:
+        return
+    if config.loss.temperature not in config.temperatures:
+        yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
+    elif config.loss.temperature != 1.0 and estimator.kind != "topk":
+        problem = f"must be 1.0 with estimator.kind {estimator.kind}: draws cannot be re-tempered"
+        yield "loss.temperature", problem, config.loss.temperature
+
+
+def need(section: T | None, name: str, command: str) -> T:
+    """The section, if it is there.
+
+    Raises:
+        MismatchError: it is not.
+    """
+    if section is None:
+        raise MismatchError(
+            f"`llm-neo {command}` needs the section `{name}`",
+            got="a configuration without it",
+            expected=f"`{name}: {{...}}`",
+            fix=f"add it to the configuration, or pass its fields: --set {name}.FIELD=VALUE",
+        )
+    return section
+
+
+class Override(NamedTuple):
+    """One `--set a.b=c`."""
+
+    path: tuple[str, ...]
+    value: Any
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and validate a configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `a.b=c`, where c is YAML (`null`, `[1, 2]` and `{k: 8}` work) and a number in the path indexes a
+            list. Setting `estimator.kind` to another kind starts that section anew.
+
+    Raises:
+        UsageError: no such file, or an override that is not of the form `a.b=c`.
+        MismatchError: not YAML, or invalid; lists every problem.
+    """
+    parsed = [parse_override(text) for text in overrides]
+    set_paths = {".".join(override.path) for override in parsed}
+    data = read_yaml(path)
+    problems: list[Problem] = []
+    for override in parsed:
+        problems += _apply(data, override)
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        problems += [problem for details in error.errors() for problem in explain(details, data, Config)]
+        raise report(path, set_paths, problems) from None
+    if problems:
+        raise report(path, set_paths, problems)
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 wants a dot in it)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file of at most 1 MiB.
+
+    Raises:
+        UsageError: no such file.
+        MismatchError: too large, not UTF-8, not YAML, a duplicate key, or not a mapping.
+    """
+    path = Path(path)
+    fix = "see examples/ for configurations that work"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}", got=error.strerror, expected="a YAML file") from None
+    if len(raw) > MAX_BYTES:
+        raise MismatchError(f"{path} is too large for a configuration", got="> 1 MiB", expected="<= 1 MiB", fix=fix)
+    try:
+        data = yaml.load(raw, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MismatchError(f"{path} is not a valid YAML file", got=" ".join(str(error).split()), fix=fix) from None
+    if not isinstance(data, dict):
+        kind = "an empty file" if data is None else type(data).__name__
+        raise MismatchError(f"{path} is not a configuration", got=kind, expected="a mapping of sections", fix=fix)
+    return data
+
+
+def parse_override(text: str) -> Override:
+    """`a.b=c` as a path and a YAML value.
+
+    Raises:
+        UsageError: not of that form, or c is not YAML.
+    """
+    dotted, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in dotted.split("."))
+    expected = "--set section.field=VALUE, where VALUE is YAML"
+    if not equals or not all(path):
+        raise UsageError("an override that cannot be understood", got=f"--set {text}", expected=expected)
+    try:
+        return Override(path, yaml.load(value, Loader=_Loader))
+    except yaml.YAMLError as error:
+        got = f"--set {text} ({' '.join(str(error).split())})"
+        raise UsageError("an override whose value is not YAML", got=got, expected=expected) from None
+
+
+def _apply(data: dict[str, Any], override: Override) -> list[Problem]:
+    """Set one value in place; missing sections on the way are made."""
+    dotted = ".".join(override.path)
+    node: Any = data
+    for depth, part in enumerate(override.path):
+        last = depth == len(override.path) - 1
+        key: Any = part
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                return [Problem(dotted, f"no such element; the list has {len(node)}", part)]
+            key = int(part)
+        elif not isinstance(node, dict):
+            return [Problem(dotted, f"{'.'.join(override.path[:depth])} is a value, not a section", node)]
+        if last:
+            if override.path == ("estimator", "kind") and node.get("kind", "topk") != override.value:
+                node.clear()
+            node[key] = override.value
+        else:
+            if isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+    return []

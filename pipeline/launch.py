@@ -1,0 +1,156 @@
+"""From a stage and its resources to command lines. Pure functions: what starts processes is `pipeline/processes.py`."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage_schemas.errors import UsageError
+
+DUMP_PLACEMENTS = "RANK and WORLD_SIZE, SLURM_ARRAY_TASK_ID, SLURM_PROCID or JOB_COMPLETION_INDEX"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which of how many workers this one is."""
+
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            got = f"rank {self.rank} of {self.world_size}"
+            raise UsageError("impossible worker number", got=got, expected="0 <= rank < world size")
+
+
+def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: int | None = None) -> Placement:
+    """Which worker of stage one this process is: as said on the command line, else as its scheduler says.
+
+    torchrun sets RANK and WORLD_SIZE; Slurm numbers array tasks and, within each, the tasks of a step; a Kubernetes
+    indexed job sets JOB_COMPLETION_INDEX, and its manifest must pass the number of completions along. The number only
+    says where a worker starts: units left over by others are taken by whoever is free.
+
+    Raises:
+        UsageError: only one of rank and world size is known, or they are no possible pair.
+    """
+    if rank is not None or world_size is not None:
+        if rank is None or world_size is None:
+            got = f"--rank {rank}, --world-size {world_size}"
+            raise UsageError("half a worker number", got=got, expected="both --rank and --world-size, or neither")
+        return Placement(rank, world_size)
+    if "RANK" in env:
+        return Placement(_int(env, "RANK"), _int(env, "WORLD_SIZE"))
+    if "SLURM_ARRAY_TASK_ID" in env or "SLURM_PROCID" in env:
+        tasks = _int(env, "SLURM_ARRAY_TASK_COUNT", 1)
+        step, first = max(1, _int(env, "SLURM_ARRAY_TASK_STEP", 1)), _int(env, "SLURM_ARRAY_TASK_MIN", 0)
+        # An array may have gaps (`--array=3,7,40`); the modulus keeps the number possible.
+        task = (_int(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % tasks
+        processes = _int(env, "SLURM_NTASKS", 1)
+        return Placement(task * processes + _int(env, "SLURM_PROCID", 0), tasks * processes)
+    if "JOB_COMPLETION_INDEX" in env:
+        count = "WORLD_SIZE" if "WORLD_SIZE" in env else "JOB_COMPLETIONS"
+        return Placement(_int(env, "JOB_COMPLETION_INDEX"), _int(env, count))
+    return Placement(0, 1)
+
+
+def _int(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in env and default is not None:
+        return default
+    try:
+        return int(env[name])
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"the environment variable {name} does not say which worker this is",
+            got=env.get(name, "not set"),
+            expected="an integer",
+            fix="set it, or pass the number on the command line",
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The nodes of one training."""
+
+    count: int = 1
+    node_rank: int = 0
+    endpoint: str | None = None
+    """HOST:PORT on node 0 where all nodes meet; None on a single node."""
+
+
+def training_nodes(
+    env: Mapping[str, str], nnodes: int | None = None, node_rank: int | None = None, endpoint: str | None = None
+) -> Nodes:
+    """The nodes of stage two: as said on the command line, else as Slurm says when one task runs per node.
+
+    Raises:
+        UsageError: several nodes without a common endpoint, or an impossible node number.
+    """
+    if nnodes is None:
+        # Within srun. In a batch script outside of it, SLURM_NNODES counts nodes that this process does not start on.
+        nnodes = _int(env, "SLURM_STEP_NUM_NODES", 1)
+        if nnodes > 1 and _int(env, "SLURM_STEP_NUM_TASKS", nnodes) != nnodes:
+            got = f"{env['SLURM_STEP_NUM_TASKS']} tasks on {nnodes} nodes"
+            fix = "srun --ntasks-per-node=1; the command starts one process per GPU itself"
+            raise UsageError("`llm-neo train` runs once per node", got=got, expected="one task per node", fix=fix)
+    if nnodes == 1:
+        return Nodes()
+    if node_rank is None:
+        node_rank = _int(env, "SLURM_NODEID")
+    if not 0 <= node_rank < nnodes:
+        raise UsageError("impossible node number", got=f"node {node_rank} of {nnodes}", expected="0 <= rank < nodes")
+    if endpoint is None:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if not nodes:
+            fix = "--rdzv-endpoint HOST:PORT, the same on all nodes, where HOST is node 0"
+            raise UsageError("several nodes, but no place to meet", got="no endpoint", fix=fix)
+        # Below the range from which the kernel takes ports, and another one for every job on a shared node.
+        endpoint = f"{first_host(nodes)}:{12000 + _int(env, 'SLURM_JOB_ID', 0) % 16000}"
+    return Nodes(nnodes, node_rank, endpoint)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[007-010,12],cpu1` is gpu007."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist.strip())
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodelist)
+
+
+def torchrun_argv(worker: Sequence[str], *, nproc: int, nodes: Nodes, python: str = sys.executable) -> list[str]:
+    """The command line of torchrun on this node.
+
+    Args:
+        worker: module of the worker and its arguments.
+        nproc: workers on this node, one per GPU.
+        nodes: all nodes.
+        python: interpreter.
+    """
+    argv = [python, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--max-restarts=0"]
+    if nodes.count == 1:
+        argv += ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        # Static: node numbers are Slurm's, and a node that goes away ends the job, to be run again as a whole.
+        host, _, port = str(nodes.endpoint).rpartition(":")
+        argv += [f"--nnodes={nodes.count}", f"--node-rank={nodes.node_rank}", "--rdzv-backend=static"]
+        argv += [f"--master-addr={host}", f"--master-port={port}"]
+    return [*argv, "-m", *worker]
+
+
+def dump_argv(config: Path, overrides: Sequence[str], placement: Placement, python: str = sys.executable) -> list[str]:
+    """The command line of one worker of stage one."""
+    where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
+    return [python, "-m", "pipeline.cli", "dump", str(config), *where, "--json", *set_arguments(overrides)]
+
+
+def set_arguments(overrides: Sequence[str]) -> list[str]:
+    """`a=b` as `--set a=b`, for each."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def thread_environment(env: Mapping[str, str], processes: int, cores: int) -> dict[str, str]:
+    """Variables that share the cores among processes, unless the user has set the number of threads."""
+    return {} if "OMP_NUM_THREADS" in env else {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+
+
+def device_environment(devices: Sequence[str], worker: int) -> dict[str, str]:
+    """Variables that give a worker one of the GPUs; nothing to say where there are none."""
+    return {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]} if devices else {}

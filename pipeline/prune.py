@@ -1,0 +1,213 @@
+"""Depth pruning: a student that is its teacher with fewer layers, as in the Minitron students of the LLM-Neo paper."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from storage_schemas.errors import DataError, MismatchError, UsageError
+from storage_schemas.section import Section
+
+RECORD = "pruning.json"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+"""Weights of any kind; all else beside them (tokenizer, chat template, generation config, licence) is copied."""
+
+
+class Pruning(Section):
+    """What was done; lies as pruning.json beside the weights."""
+
+    source: str
+    """Name of the directory or hub id that was pruned."""
+    source_layers: int
+    """Layers before."""
+    kept: tuple[int, ...]
+    """The source's layers that were kept, ascending; they are renumbered from 0."""
+
+    @property
+    def dropped(self) -> list[int]:
+        """The source's layers that are gone."""
+        return [layer for layer in range(self.source_layers) if layer not in self.kept]
+
+    def __str__(self) -> str:
+        return f"{len(self.kept)} of {self.source_layers} layers kept: {_ranges(self.kept)}; dropped: " + (
+            _ranges(self.dropped) or "none"
+        )
+
+
+def layers_to_keep(layers: int, keep: int) -> list[int]:
+    """Which layers stay: the first half and the last half of what is kept; one block from the middle goes.
+
+    The first and the last layers hold most of what cannot be missed. KL to the teacher of SmolLM2-135M without
+    6, 10, 14 and 18 of its 30 layers, on answers about Python: 0.9, 3.8, 5.0 and 6.6 nats with this rule; 2.9, 7.5
+    and 11.5 when 24, 20 and 12 layers are spread evenly; 21.0 and 23.7 when the block ends before the last layer.
+
+    Args:
+        layers: how many there are.
+        keep: how many shall stay, 1 <= keep <= layers.
+
+    Raises:
+        UsageError: keep is out of range.
+    """
+    if not 1 <= keep <= layers:
+        raise UsageError("impossible number of layers to keep", got=keep, expected=f"1 to {layers}, the model's layers")
+    last = keep // 2
+    return [*range(keep - last), *range(layers - last, layers)]
+
+
+def parse_keep(text: str, layers: int) -> list[int]:
+    """Layers named by hand: `0,1,2` or `0-9,20-29`.
+
+    Raises:
+        UsageError: not of that form, out of range, or not ascending.
+    """
+    expected = f"ascending layer numbers from 0 to {layers - 1}, such as 0-3,{layers - 1}"
+    kept: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise UsageError("layers to keep that cannot be understood", got=text, expected=expected)
+        kept += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not kept or kept != sorted(set(kept)) or kept[-1] >= layers:
+        raise UsageError("layers to keep that the model does not have, or not in order", got=text, expected=expected)
+    return kept
+
+
+def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None = None) -> Pruning:
+    """Write a copy of a Llama-like model with fewer layers; does nothing where the same copy already lies.
+
+    Args:
+        model: directory with safetensors and config.json, or a hub id.
+        out: directory to make.
+        layers: keep this many, chosen by `layers_to_keep`.
+        keep: keep these, see `parse_keep`; exactly one of the two is given.
+
+    Raises:
+        UsageError: neither or both of `layers` and `keep`, or out of range.
+        DataError: no safetensors, or no layers named model.layers.N.
+        MismatchError: `out` holds something else.
+    """
+    if (layers is None) == (keep is None):
+        raise UsageError("say which layers stay", expected="exactly one of --layers N and --keep 0,1,2")
+    source = Path(model) if Path(model).is_dir() else _download(model)
+    config = _read_json(source / "config.json")
+    there = config.get("num_hidden_layers")
+    if not isinstance(there, int):
+        raise DataError(f"{source}/config.json does not say how many layers there are", expected="num_hidden_layers")
+    kept = layers_to_keep(there, layers) if layers is not None else parse_keep(str(keep), there)
+    pruning = Pruning(source=Path(model).name if Path(model).is_dir() else model, source_layers=there, kept=tuple(kept))
+    if out.exists():
+        _refuse_other(out, pruning)
+        return pruning
+    # The final name appears only when everything is in place.
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_weights(source, partial, kept)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in ("config.json", "README.md"):
+            shutil.copyfile(file, partial / file.name)
+    (partial / "config.json").write_text(json.dumps(_pruned_config(config, kept), indent=2, sort_keys=True) + "\n")
+    (partial / "README.md").write_text(_model_card(pruning))
+    (partial / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
+    os.rename(partial, out)
+    return pruning
+
+
+def _refuse_other(out: Path, pruning: Pruning) -> None:
+    record = out / RECORD
+    if not record.is_file():
+        raise MismatchError(f"{out} already exists and is not a pruned model", fix="choose another directory")
+    there = Pruning.model_validate_json(record.read_bytes())
+    if there != pruning:
+        fix = "choose another directory, or delete this one"
+        raise MismatchError(f"{out} holds another pruned model", got=there, expected=pruning, fix=fix)
+
+
+def _write_weights(source: Path, out: Path, kept: Sequence[int]) -> None:
+    """Copy the tensors that stay, file by file, under their new names, with an index if there are several files."""
+    # torch takes seconds to import, and is not needed to choose layers.
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    renamed = {old: new for new, old in enumerate(kept)}
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{source} has no weights that can be pruned", got="no *.safetensors", fix="convert it first")
+    where: dict[str, str] = {}
+    seen: set[int] = set()
+    total = 0
+    for file in files:
+        tensors: dict[str, Any] = {}
+        with safe_open(file, framework="pt") as weights:
+            metadata = weights.metadata()
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                match = LAYER.match(name)
+                if match is None:
+                    tensors[name] = weights.get_tensor(name)
+                elif int(match[1]) in renamed:
+                    new = f"model.layers.{renamed[int(match[1])]}.{name[match.end() :]}"
+                    tensors[new] = weights.get_tensor(name)
+                    seen.add(int(match[1]))
+        if tensors:
+            save_file(tensors, out / file.name, metadata=metadata or {"format": "pt"})
+            where |= dict.fromkeys(tensors, file.name)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if seen != set(kept):
+        missing = sorted(set(kept) - seen)
+        raise DataError(f"{source} is not a Llama-like model", got=f"no tensors model.layers.N.* for N in {missing}")
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The configuration with fewer layers; lists with one entry per layer (`layer_types`) lose the same ones."""
+    layers = config["num_hidden_layers"]
+    pruned = {
+        key: [value[layer] for layer in kept] if isinstance(value, list) and len(value) == layers else value
+        for key, value in config.items()
+    }
+    pruned |= {"num_hidden_layers": len(kept), "pruned_layers_kept": list(kept)}
+    if isinstance(pruned.get("max_window_layers"), int):
+        pruned["max_window_layers"] = min(pruned["max_window_layers"], len(kept))
+    return pruned
+
+
+def _model_card(pruning: Pruning) -> str:
+    return f"""# {pruning.source}, depth-pruned
+
+{pruning}. Nothing was trained after that: this is a starting point for distillation, not a usable model.
+"""
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as 0-2, 5."""
+    blocks: list[list[int]] = []
+    for layer in layers:
+        if blocks and layer == blocks[-1][1] + 1:
+            blocks[-1][1] = layer
+        else:
+            blocks.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in blocks)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}", got=error, fix="point at a directory saved by transformers") from None
+    return dict(data)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise UsageError(f"no such model: {model}", got=got, expected="a directory or a hub id") from None

@@ -1,0 +1,210 @@
+"""The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from storage_schemas.errors import MismatchError
+from student_train.config import LoraSection
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+"""What a variant sets in peft's LoraConfig."""
+
+OWNED = {
+    "r": "student.lora.r",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "target_modules": "student.lora.target_modules",
+    "use_rslora": "student.lora.variant: rslora",
+    "use_dora": "student.lora.variant: dora",
+    "base_model_name_or_path": "student.model",
+    "revision": "student.revision",
+}
+"""Arguments of LoraConfig that have a place of their own in the configuration."""
+
+_CHANGES_BASE = "it changes the base weights, so that the saved adapter would not fit the original model"
+_FROZEN = "the head and the embeddings stay frozen: the fused head and the plain adapter rest on it"
+REFUSED = {
+    "task_type": "it is always CAUSAL_LM",
+    "peft_type": "it is always LORA",
+    "inference_mode": "it would freeze the adapter",
+    "modules_to_save": _FROZEN,
+    "trainable_token_indices": _FROZEN,
+    "layer_replication": _CHANGES_BASE,
+    "loftq_config": _CHANGES_BASE,
+    "eva_config": "it needs a pass over the data before training",
+    "corda_config": "it needs a pass over the data before training",
+    "megatron_config": "only data parallelism is supported",
+    "megatron_core": "only data parallelism is supported",
+}
+"""Arguments of LoraConfig that are not supported, and why."""
+
+INITS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model as it is."""
+
+
+def lora_config(lora: LoraSection) -> LoraConfig:
+    """peft's configuration of the adapter.
+
+    Raises:
+        MismatchError: `extra` holds something that peft does not know, or that cannot be supported.
+    """
+    _check_extra(lora.extra)
+    alpha = 2 * lora.r if lora.alpha is None else lora.alpha
+    arguments = {
+        "r": lora.r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.target_modules,
+        "task_type": TaskType.CAUSAL_LM,
+    }
+    return LoraConfig(**arguments, **(lora.extra | VARIANTS[lora.variant]))
+
+
+def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None) -> PeftModel:
+    """Put the adapter on the student; everything else is frozen. fp32 adapters, whatever the base's dtype.
+
+    Args:
+        base: the student; its weights are changed by `pissa`, and by nothing else.
+        lora: the adapter.
+        seed: of the initial weights; equal on every rank.
+        initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was,
+            independent of how a decomposition comes out on this machine.
+
+    Raises:
+        MismatchError: no such target modules, or the head is among them.
+    """
+    config = lora_config(lora)
+    if initial is not None:
+        config.init_lora_weights = True
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise MismatchError(
+            "the adapter does not fit the student",
+            got=str(error)[:500],
+            expected="names of linear layers, or `all-linear`",
+            fix="correct student.lora.target_modules",
+        ) from error
+    _refuse_head(model)
+    if initial is not None:
+        _subtract(model, initial)
+    return model
+
+
+def initial_factors(model: PeftModel, lora: LoraSection) -> dict[str, Tensor]:
+    """What `pissa` has taken out of the base weights, by parameter name; empty for the other variants."""
+    if lora.variant != "pissa":
+        return {}
+    factors = [(name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+    return {name: p.detach().clone() for name, p in factors}
+
+
+def plain_adapter(
+    model: PeftModel, weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and weights of the adapter as peft stores them, for the unchanged base model.
+
+    PiSSA trains B A on W - s B0 A0. On W this is the update s (B A - B0 A0), a plain LoRA of twice the rank.
+
+    Args:
+        model: the trained model; only its structure is used.
+        weights: fp32 weights by parameter name.
+        initial: what `initial_factors` gave.
+    """
+    config = dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True)
+    weights = dict(weights)
+    if initial:
+        for name, start in initial.items():
+            rows = ".lora_A." in name
+            weights[name] = torch.cat([weights[name], start if rows else -start], dim=0 if rows else 1)
+        config.init_lora_weights = True
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+        config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
+    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=ADAPTER, save_embedding_layers=False)
+    return config, {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def _subtract(model: PeftModel, initial: Mapping[str, Tensor]) -> None:
+    """Repeat what peft's PiSSA start does to the base weights, in the same order of operations."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        a = initial[f"{name}.lora_A.{ADAPTER}.weight"].float()
+        b = initial[f"{name}.lora_B.{ADAPTER}.weight"].float()
+        weight = layer.get_base_layer().weight
+        update = layer.scaling[ADAPTER] * b @ a
+        weight.data = (weight.data.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)
+        layer.lora_A[ADAPTER].weight.data.copy_(a)
+        layer.lora_B[ADAPTER].weight.data.copy_(b)
+
+
+def _refuse_head(model: PeftModel) -> None:
+    base = model.get_base_model()
+    for module in (base.get_output_embeddings(), base.get_input_embeddings()):
+        if isinstance(module, LoraLayer) or any(p.requires_grad for p in module.parameters()):
+            raise MismatchError(
+                "the adapter would train the head or the embeddings",
+                got=type(module).__name__,
+                expected="adapters on the layers in between",
+                fix=f"take them out of student.lora.target_modules: {_FROZEN}",
+            )
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key, value in extra.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            raise MismatchError(
+                f"student.lora.extra.{key} is not an argument of peft's LoraConfig",
+                got=key,
+                expected=f"did you mean `{near[0]}`?" if near else "an argument of peft.LoraConfig",
+                fix="correct or remove it",
+            )
+        if key in OWNED:
+            raise MismatchError(
+                f"student.lora.extra.{key} has a place of its own",
+                got=f"student.lora.extra.{key} = {value!r}",
+                expected=OWNED[key],
+                fix=f"set {OWNED[key]} instead",
+            )
+        if key in REFUSED:
+            raise MismatchError(
+                f"student.lora.extra.{key} is not supported: {REFUSED[key]}",
+                got=f"student.lora.extra.{key} = {value!r}",
+                expected="no such key",
+                fix=f"remove student.lora.extra.{key}",
+            )
+    init = extra.get("init_lora_weights", True)
+    if init not in INITS:
+        raise MismatchError(
+            f"student.lora.extra.init_lora_weights: {init!r} is not supported: {_why_not(init)}",
+            got=init,
+            expected=f"one of {list(INITS)}, or student.lora.variant: pissa",
+            fix="correct or remove it",
+        )
+
+
+def _why_not(init: object) -> str:
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        return "the fast decomposition draws random numbers, so a resumed run would start from other base weights"
+    if init == "pissa":
+        return "it is a variant"
+    return _CHANGES_BASE if init in ("olora", "loftq") else "it needs a pass over the data, or changes the base weights"

@@ -1,0 +1,258 @@
+"""Checkpoints free of world size and ZeRO stage: fp32 weights and Adam moments as safetensors, and a little JSON.
+
+    checkpoints/step-00000100/<attempt>-master-000.safetensors, -exp_avg-000, -exp_avg_sq-000, ...
+                              <attempt>-state.json
+                              COMMIT.json       written last: every file with its size and sha256
+
+A checkpoint exists once its commit record does; files without one are left-overs. Nothing is overwritten, and nothing
+is unpickled. What is read is verified as it is read.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from storage_schemas.errors import DataError, MismatchError, NeoError, NothingToResumeError
+from storage_schemas.run_info import canonical_json, parse_json, validated
+from storage_schemas.section import Section
+from storage_schemas.store import Store
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+"""Kinds of tensors: fp32 weights, and Adam's first and second moments. A tensor's key is `kind/parameter name`."""
+INITIAL = "initial"
+"""Kind of the tensors that the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
+FILE_BYTES = 1 << 30
+"""Size at which a new file is begun: saving holds one of them in memory."""
+
+_STEP = re.compile(r"^step-(\d{8})$")
+
+
+class TrainState(Section):
+    """All that is needed to go on, apart from tensors. The world size is not part of it."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of this format."""
+    step: int
+    """Optimizer steps done; the position in the data is a function of it."""
+    updates: int
+    """Adam's step count: steps whose global batch had supervised tokens."""
+    consumed: str
+    """Hash over the units that were trained on, see `stream.consumed_root`."""
+    identity: dict[str, Any]
+    """What must be equal for a resumed run to be the same run: dotted name -> value."""
+
+
+class FileRecord(Section):
+    """One file of a checkpoint."""
+
+    name: str
+    kind: str
+    """`state`, or the kind of its tensors."""
+    bytes: int
+    sha256: str
+
+
+class Commit(Section):
+    """COMMIT.json."""
+
+    format_version: int = FORMAT_VERSION
+    step: int
+    files: tuple[FileRecord, ...]
+
+
+class Checkpoint:
+    """One complete checkpoint."""
+
+    def __init__(self, store: Store, step: int) -> None:
+        """Read the commit record and the state.
+
+        Raises:
+            DataError: torn, tampered with, or not there.
+        """
+        self._store, self.step = store, step
+        name = f"{store.url}/{_folder(step)}/COMMIT.json"
+        content = parse_json(store.get(f"{_folder(step)}/COMMIT.json"), name=name)
+        self._commit: Commit = validated(Commit, content, name=name)
+        record = next((record for record in self._commit.files if record.kind == "state"), None)
+        if record is None or self._commit.step != step:
+            raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
+        state = parse_json(self._read(record), name=record.name)
+        self.state: TrainState = validated(TrainState, state, name=record.name)
+
+    def tensors(self, kinds: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """(`kind/name`, fp32 tensor) of some kinds; each file is verified before its tensors are given.
+
+        Raises:
+            DataError: a file is torn, tampered with or missing.
+        """
+        for record in self._commit.files:
+            if record.kind in kinds:
+                try:
+                    loaded = safetensors.torch.load(self._read(record))
+                except SafetensorError as error:
+                    raise DataError(f"{record.name} is not a safetensors file", got=str(error)) from error
+                yield from sorted(loaded.items())
+
+    def verify(self) -> None:
+        """Read every file. Raises DataError."""
+        for record in self._commit.files:
+            self._read(record)
+
+    def _read(self, record: FileRecord) -> bytes:
+        data = self._store.get(f"{_folder(self.step)}/{record.name}")
+        digest = hashlib.sha256(data).hexdigest()
+        if (len(data), digest) != (record.bytes, record.sha256):
+            raise DataError(
+                f"{self._store.url}/{_folder(self.step)}/{record.name} is torn or was changed",
+                got=f"{len(data)} bytes, sha256 {digest[:16]}",
+                expected=f"{record.bytes} bytes, sha256 {record.sha256[:16]}",
+                fix="nothing, if an earlier checkpoint is complete; else restore the file",
+            )
+        return data
+
+
+class Checkpoints:
+    """The checkpoints of a run. One rank saves; every rank may read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of the directory `folder`, which need not exist yet."""
+        self._store = Store(str(folder))
+        self._folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps of which there is any trace, ascending."""
+        names = [entry.name for entry in self._folder.iterdir()] if self._folder.is_dir() else []
+        return sorted(int(match[1]) for name in names if (match := _STEP.match(name)))
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, verified; one that is not complete is passed over with a warning."""
+        for step in reversed(self.steps()):
+            try:
+                checkpoint = self.at(step)
+                checkpoint.verify()
+            except NeoError as error:
+                log.warning("checkpoint of step %d is refused, looking for an earlier one: %s", step, error)
+            else:
+                return checkpoint
+        return None
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises DataError if it is not complete."""
+        return Checkpoint(self._store, step)
+
+    def save(self, state: TrainState, tensors: Iterable[tuple[str, Tensor]], *, keep: int) -> None:
+        """Write a checkpoint, read it back, and only then remove older ones.
+
+        Args:
+            state: step and identity.
+            tensors: (`kind/name`, tensor), grouped by kind.
+            keep: how many complete checkpoints stay. The record of the start of training goes with the first other.
+
+        Raises:
+            TemporaryError: the disk is full or away; what is committed stays.
+            DataError: what was written cannot be read back.
+        """
+        self._remove(state.step)
+        attempt = uuid.uuid4().hex[:8]
+        files = [self._put(state.step, f"{attempt}-state.json", "state", canonical_json(state.model_dump(mode="json")))]
+        for kind, number, part in _files(tensors):
+            name = f"{attempt}-{kind}-{number:03d}.safetensors"
+            files.append(self._put(state.step, name, kind, safetensors.torch.save(part)))
+        commit = Commit(step=state.step, files=tuple(files))
+        self._store.put_new(f"{_folder(state.step)}/COMMIT.json", canonical_json(commit.model_dump(mode="json")))
+        self.at(state.step).verify()
+        older = [step for step in self.steps() if step < state.step]
+        for step in older:
+            if step == 0 or step in older[: len(older) + 1 - keep]:
+                self._remove(step)
+
+    def _put(self, step: int, name: str, kind: str, data: bytes) -> FileRecord:
+        self._store.put_new(f"{_folder(step)}/{name}", data)
+        return FileRecord(name=name, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def _remove(self, step: int) -> None:
+        """The commit record goes first, so that a half-removed checkpoint does not look like a complete one."""
+        folder = self._folder / _folder(step)
+        if not folder.is_dir():
+            return
+        self._store.delete(f"{_folder(step)}/COMMIT.json")
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
+    """The checkpoint to go on from; None to start at the beginning.
+
+    Args:
+        checkpoints: of the run.
+        resume: `auto`, `must` or `never`.
+        used: whether the run directory holds anything that training has left there.
+
+    Raises:
+        NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
+        MismatchError: the directory is used and `resume` is `never`.
+    """
+    if resume == "never":
+        if used or checkpoints.steps():
+            raise MismatchError(
+                "the run directory has been used, and train.resume is `never`",
+                got=str(checkpoints._folder.parent),
+                expected="an empty or new directory",
+                fix="choose another train.output, or set train.resume: auto",
+            )
+        return None
+    found = checkpoints.newest()
+    # A start that was cut short while it wrote the record of step 0 has trained nothing that could be lost.
+    if found is None and (used or any(checkpoints.steps()) or resume == "must"):
+        raise NothingToResumeError(
+            "there is no valid checkpoint to resume from",
+            got=f"{len(checkpoints.steps())} checkpoints in {checkpoints._folder}, none of them complete",
+            expected="a checkpoint whose COMMIT.json and files agree",
+            fix="restore the checkpoints, or train from the start in a new train.output",
+        )
+    return found
+
+
+def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
+    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if different:
+        raise MismatchError(
+            f"the checkpoint is of another run: {', '.join(different)}",
+            got="; ".join(f"{key} = {json.dumps(wanted.get(key))}" for key in different),
+            expected="; ".join(f"{key} = {json.dumps(found.get(key))}" for key in different),
+            fix="restore these settings, or choose another train.output",
+        )
+
+
+def _folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+    """(kind, number, tensors) of the files to write: one kind each, and not much above FILE_BYTES."""
+    part: dict[str, Tensor] = {}
+    current, number, size = MASTER, 0, 0
+    for key, tensor in tensors:
+        kind = key.split("/", 1)[0]
+        if part and (kind != current or size >= FILE_BYTES):
+            yield current, number, part
+            number, part, size = (number + 1 if kind == current else 0), {}, 0
+        current = kind
+        part[key] = tensor.contiguous()
+        size += tensor.numel() * tensor.element_size()
+    if part:
+        yield current, number, part

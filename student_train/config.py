@@ -1,0 +1,132 @@
+"""The sections of the configuration that only stage two reads."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from storage_schemas.section import Section
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
+
+
+class LoraSection(Section):
+    """The low-rank adapter (peft)."""
+
+    r: int = Field(64, ge=1)
+    """Rank."""
+    alpha: float | None = Field(None, gt=0)
+    """Scaling numerator; the update is scaled by alpha / r. Null: 2 * r, as in the paper's code."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, a regular expression, or `all-linear`: every linear layer but the head."""
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    """Which LoRA."""
+    extra: dict[str, Any] = {}
+    """More arguments of `peft.LoraConfig`."""
+
+
+class StudentSection(Section):
+    """The model that is trained."""
+
+    model: str
+    """Directory or hub id of the student. It must share the teacher's tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    lora: LoraSection = LoraSection()
+    """Used by the arms `lora` and `neo`."""
+
+
+class LossSection(Section):
+    """L = (1 - alpha) * CE + alpha * T^2 * KL, summed over supervised tokens, divided once by their global number."""
+
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    """Weight of the divergence; 1 - alpha is the weight of the cross-entropy (LLM-Neo, section 3)."""
+    divergence: Divergence = "forward_kl"
+    """On the stored entries and one tail bucket."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Must be one of the temperatures that the dump was made with."""
+    beta: float = Field(0.5, gt=0.0, lt=1.0)
+    """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    output: Path
+    """Run directory: config, events, checkpoints, final, summary."""
+    arm: Literal["sft", "lora", "kd", "neo"] = "neo"
+    """{full, LoRA} x {CE, CE + KL}: `sft` and `kd` train all weights, `lora` and `neo` the adapter; `sft` and `lora`
+    use the cross-entropy alone."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of weights and activations; master weights and moments are always fp32."""
+    global_batch_size: int = Field(32, ge=1)
+    """Samples per optimizer step, over all ranks. World size and micro-batch size change neither loss nor gradient."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Samples per forward pass and rank, at most."""
+    learning_rate: float = Field(2e-4, gt=0.0)
+    """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA arms."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the dump."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps; the schedule then ends there. Null: what `epochs` gives."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    """Share of the steps with a linearly rising learning rate."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """AdamW's decoupled decay."""
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """AdamW's beta1."""
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    """AdamW's beta2."""
+    adam_epsilon: float = Field(1e-8, gt=0.0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Clip the global gradient norm to this; 0: never."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    shuffle_window_units: int = Field(1024, ge=1)
+    """Samples are shuffled inside windows of this many units; a window is what a following trainer waits for."""
+    shuffle_block_units: int = Field(8, ge=1)
+    """Units that are open at the same time while a window is read."""
+    head_chunk_tokens: int = Field(512, ge=1)
+    """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
+    logging_steps: int = Field(1, ge=1)
+    """Steps between two records in events.jsonl."""
+    save_steps: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints that are kept."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """`auto`: go on if the run directory has a checkpoint. `must`: exit 66 without one. `never`: refuse a directory that
+    was used."""
+    seed: int = 0
+    """Seed of the order, of the adapter's initial weights and of dropout."""
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Trackers beside events.jsonl."""
+    deepspeed: dict[str, Any] = {}
+    """Merged over the preset; what contradicts this section is an error that names both."""
+    cache_dir: Path | None = None
+    """Where shards are kept on this node. Null: `cache/` in the run directory."""
+    data_wait_seconds: float = Field(600.0, gt=0.0)
+    """How long to wait for the next window of a dump that is still being written before exit 75."""
+
+    @property
+    def lora(self) -> bool:
+        """Whether only an adapter is trained."""
+        return self.arm in ("lora", "neo")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss has a divergence term."""
+        return self.arm in ("kd", "neo")
+
+    @model_validator(mode="after")
+    def _supported(self) -> "TrainSection":
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("zero_stage 0 with bf16 has no fp32 master weights that can be saved; use stage 1, 2 or 3")
+        return self

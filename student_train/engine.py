@@ -1,0 +1,270 @@
+"""The only module that knows DeepSpeed: one optimizer step, and the training state in a form free of world size.
+
+Gradients are divided once, by the supervised tokens of the global batch. Master weights and Adam moments go in and
+out as whole fp32 tensors, whatever the ZeRO stage and the number of ranks they are spread over.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+# DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from storage_schemas.errors import DataError
+from student_train import world as worlds
+from student_train.batch import TrainBatch
+from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
+from student_train.config import TrainSection
+from student_train.student import Distilled
+from student_train.world import World
+from student_train.zero import deepspeed_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Sums over the global batch, the same on every rank."""
+
+    loss: float
+    """(1 - alpha) * CE + alpha * T^2 * D."""
+    ce: float
+    divergence: float
+    agreement: float
+    """Tokens on which teacher and student have the same most likely token."""
+    tokens: int
+    """Supervised tokens."""
+    grad_norm: float
+    """Of the mean loss, before clipping."""
+    updated: bool
+    """False for a global batch without supervised tokens: nothing is learned from it."""
+
+
+def join(rank: int, world_size: int, local_rank: int, *, rendezvous: str = "env://") -> World:
+    """Meet the other ranks, and let DeepSpeed use the group: gloo on CPUs, NCCL on CUDA devices."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    on_gpu = accelerator.device_name() == "cuda"
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        accelerator.set_device(local_rank)
+    else:
+        # A shared-memory all-reduce that only inference uses; building it takes a compiler and a minute.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes it from here alone.
+    world = worlds.join(rank, world_size, local_rank, device=device, rendezvous=rendezvous)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    return world
+
+
+class Engine:
+    """A student under DeepSpeed."""
+
+    def __init__(self, module: Distilled, train: TrainSection, world: World) -> None:
+        """Hand the module to DeepSpeed, which casts it to the precision and shards it. Collective.
+
+        In bf16 the working copy of an adapter is rounded to bf16, and its fp32 master starts from that rounded copy;
+        from the first update on, the master keeps what bf16 would lose.
+
+        Args:
+            module: the same weights on every rank.
+            train: stage, precision, optimizer and DeepSpeed settings.
+            world: all ranks.
+        """
+        config = deepspeed_config(train)
+        self._world, self._module, self._stage = world, module, train.zero_stage
+        self._max_grad_norm = train.max_grad_norm
+        self._trained = module.trained()
+        self._grad_norm = 0.0
+        adam = torch.optim.AdamW(
+            [p for _, p in self._trained],
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+        )
+        if train.zero_stage == 0:
+            # DeepSpeed tells no gradient norm here, so clipping is ours.
+            config["gradient_clipping"] = 0.0
+            adam.register_step_pre_hook(self._clip)
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
+        if train.zero_stage == 3:
+            module.head.gather = _gather
+        self.updates = 0
+        """Optimizer updates so far; Adam's step count."""
+
+    def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
+        """One optimizer step over the global batch. Collective; every rank brings the same number of micro-batches.
+
+        Args:
+            batches: this rank's micro-batches.
+            tokens: supervised tokens of the global batch.
+            learning_rate: of this step.
+
+        Raises:
+            DataError: the loss or the gradient is not finite; the weights are untouched.
+        """
+        if not tokens:
+            return StepResult(loss=0, ce=0, divergence=0, agreement=0, tokens=0, grad_norm=0, updated=False)
+        loss, ce, divergence, agreement = self._accumulate(batches, tokens)
+        for group in self._inner().param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise _not_finite("gradient")
+        if self._stage:
+            self._grad_norm = float(self._engine.get_global_grad_norm())
+        self.updates += 1
+        return StepResult(
+            loss=loss,
+            ce=ce,
+            divergence=divergence,
+            agreement=agreement,
+            tokens=tokens,
+            grad_norm=self._grad_norm,
+            updated=True,
+        )
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""
+        for kind in (MASTER, EXP_AVG, EXP_AVG_SQ) if self.updates else (MASTER,):
+            for name, parameter in self._trained:
+                # A copy, since at stage 0 it would be the live tensor.
+                yield f"{kind}/{name}", self._whole(kind, parameter).detach().to("cpu", torch.float32, copy=True)
+
+    def restore(self, tensors: Iterable[tuple[str, Tensor]], *, updates: int) -> None:
+        """Set what `export` gave, at any world size and ZeRO stage.
+
+        The weights must have been loaded into the module before it was handed to this engine: only masters and
+        moments are set here.
+        """
+        self.updates = updates
+        self._engine.global_steps = updates
+        self._make_moments(updates)
+        parameters = dict(self._trained)
+        for key, value in tensors:
+            kind, name = key.split("/", 1)
+            self._set(kind, parameters[name], value.to(self._world.device))
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds."""
+        self._engine.destroy()
+
+    @property
+    def module(self) -> Distilled:
+        """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
+        return self._module
+
+    def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> list[float]:
+        """Gradients of the mean loss per token; (loss, CE, divergence, agreement) sums over all ranks."""
+        sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
+        self._module.train()
+        for batch in batches:
+            loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
+            sums += parts
+            # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
+            self._engine.backward(loss * (self._world.world_size / tokens), scale_wrt_gas=False)
+        totals = [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
+        if not all(map(math.isfinite, totals)):
+            raise _not_finite("loss")
+        return totals
+
+    def _inner(self) -> torch.optim.Optimizer:
+        """The AdamW inside DeepSpeed's wrapper."""
+        inner: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return inner
+
+    def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        whole: Tensor
+        if not self._stage:
+            whole = parameter.data if kind == MASTER else self._inner().state[parameter][kind]
+        elif kind == MASTER:
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = safe_get_full_optimizer_state(parameter, kind)
+        return whole
+
+    def _set(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
+        if self._stage == 3:
+            # The setters for whole tensors fail on the last rank where the size is not a multiple of the world size.
+            share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            flat = nn.functional.pad(value.flatten(), (0, share * self._world.world_size - value.numel()))
+            mine = flat[share * self._world.rank :][:share].clone()
+            if kind == MASTER:
+                safe_set_local_fp32_param(parameter, mine)
+            else:
+                safe_set_local_optimizer_state(parameter, mine, kind)
+        elif self._stage:
+            if kind == MASTER:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+        elif kind == MASTER:
+            parameter.data.copy_(value)
+        else:
+            self._inner().state[parameter][kind].copy_(value)
+
+    def _make_moments(self, updates: int) -> None:
+        """Create Adam's state, which does not exist before the first update and cannot be set until it does."""
+        if not updates:
+            return
+        inner = self._inner()
+        flats = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
+        for flat in flats or [p for group in inner.param_groups for p in group["params"]]:
+            inner.state[flat] = {
+                "step": torch.tensor(float(updates)),
+                EXP_AVG: torch.zeros_like(flat, dtype=torch.float32),
+                EXP_AVG_SQ: torch.zeros_like(flat, dtype=torch.float32),
+            }
+        if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Stage 0: measure, judge and clip the gradients, which are whole and equal on every rank."""
+        gradients = [p.grad for _, p in self._trained if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self._grad_norm = float(norm)
+        if not torch.isfinite(norm):
+            raise _not_finite("gradient")
+        if self._max_grad_norm:
+            nn.utils.clip_grads_with_norm_([p for _, p in self._trained], self._max_grad_norm, norm)
+
+
+def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy fp32 masters into the module's working weights, before an Engine is made of it."""
+    parameters = dict(module.trained())
+    for key, value in tensors:
+        kind, name = key.split("/", 1)
+        if kind == MASTER:
+            parameters[name].data.copy_(value)
+
+
+def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(parameters))
+    return gathered
+
+
+def _not_finite(what: str) -> DataError:
+    return DataError(
+        f"the {what} is not finite; the step was not applied",
+        got="NaN or infinity",
+        expected="a finite number on every rank",
+        fix="lower train.learning_rate or train.max_grad_norm, or use fp32; the last checkpoint is intact",
+    )

@@ -1,0 +1,165 @@
+"""How far a student is from the teacher of a dump: in one process, through the same fused head, without gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.reader import Dump
+from storage_schemas.rows import OK, Row
+from storage_schemas.section import Section
+from student_train.batch import collate
+from student_train.config import StudentSection
+from student_train.head import HeadSpec
+from student_train.losses import LossSpec
+from student_train.student import Distilled, causal_of, load_model, refuse_tokenizer, refuse_unknown_head
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class EvalResult(Section):
+    """Means over supervised tokens."""
+
+    kl_mean: float
+    """KL(teacher || student) at the temperature, nats: on the stored entries and one tail bucket, so a lower bound of
+    the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
+    ce: float
+    """Cross-entropy of the tokens themselves, nats, at temperature 1."""
+    top1_agreement: float | None
+    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    supervised_tokens: int
+    """Tokens that were evaluated."""
+
+
+def evaluate(
+    model: str | Path,
+    dump: Dump,
+    *,
+    temperature: float = 1.0,
+    batch_tokens: int = 8192,
+    device: str = "auto",
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Compare a model with the teacher's stored targets.
+
+    Args:
+        model: a model's directory or hub id, or the directory of a peft adapter, which names its base.
+        dump: any dump of the same tokenizer; units that are not committed yet are left out.
+        temperature: one that the dump was made with.
+        batch_tokens: tokens of a batch with its padding, at most, unless one sample is longer.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        limit: evaluate no more than the first samples.
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        MismatchError: another tokenizer, a temperature that the dump does not have, or no such model or device.
+        DataError: a unit is damaged, or nothing is supervised.
+    """
+    index = dump.run.temperature_index(temperature)
+    where = _device(device)
+    student = load_any(model, device=where)
+    causal = causal_of(student)
+    source, revision = source_of(model)
+    rows = causal.get_output_embeddings().weight.shape[0]
+    refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)
+    valid = min(rows, dump.run.teacher.head_size)
+    loss = LossSpec(alpha=0.5, temperature=temperature)
+    module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()
+    refuse_unknown_head(module)
+    module.to(where)
+
+    total = min(dump.run.corpus.samples, limit or dump.run.corpus.samples)
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for done, batches in _batches(dump, total, batch_tokens):
+        for batch_rows in batches:
+            batch = collate(batch_rows, temperature_index=index, temperature=temperature, pad_id=0, vocab_size=valid)
+            with torch.no_grad():
+                sums += module(batch.to(where))[1].cpu()
+            tokens += len(batch.targets)
+        if progress is not None:
+            progress(done, total)
+    if not tokens:
+        raise DataError(
+            "the dump has no supervised tokens to evaluate on",
+            got=f"{len(dump.records())} committed units",
+            expected="at least one sample with the status `ok`",
+            fix="let stage one finish, or raise the limit",
+        )
+    _, ce, divergence, agreement = (sums / tokens).tolist()
+    exact_head = dump.run.estimator.kind != "sampled"
+    return EvalResult(
+        kl_mean=divergence, ce=ce, top1_agreement=agreement if exact_head else None, supervised_tokens=tokens
+    )
+
+
+def load_any(model: str | Path, *, device: torch.device) -> Any:
+    """A model, or an adapter on its base, ready to be run on a device: in fp32 on a CPU, else as it is stored."""
+    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    source, revision = source_of(model)
+    base = load_model(source, revision, dtype=dtype)
+    return PeftModel.from_pretrained(base, str(model)).eval() if is_adapter(model) else base.eval()
+
+
+def is_adapter(model: str | Path) -> bool:
+    """Whether this is the directory of a peft adapter."""
+    return (Path(model) / ADAPTER_CONFIG).is_file()
+
+
+def source_of(model: str | Path) -> tuple[str, str | None]:
+    """(directory or hub id, revision) of the model itself, which for an adapter is its base.
+
+    Raises:
+        MismatchError: the adapter does not say what it belongs to.
+    """
+    if not is_adapter(model):
+        return str(model), None
+    config = PeftConfig.from_pretrained(str(model))
+    if not config.base_model_name_or_path:
+        raise MismatchError(
+            f"the adapter in {model} does not name its base model",
+            got="base_model_name_or_path: null",
+            expected="a directory or hub id",
+            fix=f"set it in {Path(model) / ADAPTER_CONFIG}",
+        )
+    return config.base_model_name_or_path, config.revision
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MismatchError(
+            f"there is no device {name}",
+            got=str(error).splitlines()[0],
+            expected="auto, cpu, or cuda where there is one",
+            fix="choose another device",
+        ) from error
+    return device
+
+
+def _batches(dump: Dump, total: int, batch_tokens: int) -> Iterator[tuple[int, list[list[Row]]]]:
+    """Per unit: samples done with it, and its usable rows by length in batches of so many tokens."""
+    for unit in range(dump.run.units):
+        span = dump.run.unit_range(unit)
+        if span.start >= total or dump.record(unit) is None:
+            continue
+        rows = dump.read_unit(unit)
+        kept = [rows.row(i) for i in range(min(len(rows), total - span.start)) if rows.status[i] == OK]
+        yield min(span.stop, total), _by_budget(sorted(kept, key=lambda row: -len(row.input_ids)), batch_tokens)
+
+
+def _by_budget(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """Cut rows, longest first, so that count * longest stays within `tokens`."""
+    batches: list[list[Row]] = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].input_ids) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

@@ -1,0 +1,315 @@
+"""What a run says while it trains: events.jsonl, a progress bar or log lines, and the trackers of `report_to`."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.section import Section
+
+log = logging.getLogger(__name__)
+
+EVENTS = "events.jsonl"
+LINE_SECONDS = 5.0
+"""Seconds between two log lines where there is no terminal, at least."""
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""Tracker -> the package that it needs, which is also the name of our extra."""
+
+
+class Event(Section):
+    """One line of events.jsonl: the steps since the line before."""
+
+    step: int
+    """Optimizer steps done."""
+    epoch: float
+    """Passes over the dump done."""
+    loss: float
+    """(1 - alpha) * CE + alpha * T^2 * KL per supervised token, nats, as in `ce` and `kl`."""
+    ce: float
+    """Cross-entropy."""
+    kl: float
+    """The divergence that `loss.divergence` names, at T, without T^2; 0 for the arms without one."""
+    learning_rate: float
+    """Of the last of these steps."""
+    grad_norm: float
+    """Of the last of these steps, before clipping."""
+    supervised_tokens: int
+    """Of these steps, over all ranks."""
+    tokens_per_second: float
+    """Tokens that went through the student, over all ranks, padding not counted, per second of wall time."""
+    data_wait_seconds: float
+    """Of these steps: how long the slowest rank waited for data."""
+    eta_seconds: float
+    """Estimated time to the last step."""
+
+
+class Meter:
+    """Adds up steps until the next event. Means are per supervised token, so that steps weigh what they hold."""
+
+    def __init__(self, *, start: int, stop: int, steps_per_epoch: int) -> None:
+        """Begin after `start` of `stop` steps."""
+        self._first, self._stop, self._steps_per_epoch = start, stop, steps_per_epoch
+        self._begin = time.monotonic()
+        self.total_tokens = 0
+        """Tokens since the beginning."""
+        self.total_supervised = 0
+        """Supervised tokens since the beginning."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.monotonic()
+        self._loss = self._ce = self._kl = self._wait = 0.0
+        self._steps = self._tokens = self._supervised = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no step was added since the last event."""
+        return not self._steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the beginning."""
+        return time.monotonic() - self._begin
+
+    def add(self, *, loss: float, ce: float, kl: float, supervised: int, tokens: int, wait: float) -> None:
+        """One step: sums over its supervised tokens, its tokens, and seconds of waiting for data."""
+        self._loss, self._ce, self._kl = self._loss + loss, self._ce + ce, self._kl + kl
+        self._steps += 1
+        self._wait += wait
+        self._tokens += tokens
+        self._supervised += supervised
+        self.total_tokens += tokens
+        self.total_supervised += supervised
+
+    def event(self, step: int, *, learning_rate: float, grad_norm: float) -> Event:
+        """The event after `step` steps; starts the next one."""
+        supervised, elapsed = max(1, self._supervised), max(1e-9, time.monotonic() - self._since)
+        event = Event(
+            step=step,
+            epoch=step / self._steps_per_epoch,
+            loss=self._loss / supervised,
+            ce=self._ce / supervised,
+            kl=self._kl / supervised,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            supervised_tokens=self._supervised,
+            tokens_per_second=self._tokens / elapsed,
+            data_wait_seconds=self._wait,
+            eta_seconds=self.seconds / max(1, step - self._first) * (self._stop - step),
+        )
+        self._reset()
+        return event
+
+
+class Sink(Protocol):
+    """Somewhere that events go."""
+
+    def write(self, event: Event) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+class EventLog:
+    """events.jsonl."""
+
+    def __init__(self, path: Path, *, after: int) -> None:
+        """Open it, dropping what was logged beyond step `after`: those steps are trained again.
+
+        Raises:
+            TemporaryError: the file cannot be written.
+        """
+        self._path = path
+        try:
+            kept = [line for line in _lines(path) if line["step"] <= after]
+            staged = path.with_suffix(".staged")
+            staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(staged, path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def write(self, event: Event) -> None:
+        """Append and flush, so that others can follow."""
+        try:
+            self._file.write(json.dumps(event.model_dump()) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events of a run; a torn last line, of a run that is being written or was killed, is left out."""
+    return [Event.model_validate(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            log.warning("a torn line in %s is left out", path)
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+
+class Bar:
+    """A progress bar on a terminal."""
+
+    def __init__(self, console: Console, *, start: int, stop: int) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(TextColumn("train"), *columns, console=console)
+        self._task = self._progress.add_task("", total=stop, completed=start)
+        self._progress.start()
+
+    def write(self, event: Event) -> None:
+        """Move on."""
+        text = f"loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}  {event.tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=event.step, description=text)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+
+class Lines:
+    """One line every few seconds, and one for the first and the last step."""
+
+    def __init__(self, console: Console, *, stop: int) -> None:
+        self._console, self._stop = console, stop
+        self._next = 0.0
+
+    def write(self, event: Event) -> None:
+        """Print a line, if it is time."""
+        if time.monotonic() < self._next and event.step < self._stop:
+            return
+        self._next = time.monotonic() + LINE_SECONDS
+        self._console.print(
+            f"train step {event.step}/{self._stop}  loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}  "
+            f"lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s  "
+            f"eta {_duration(event.eta_seconds)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class TensorBoard:
+    """Scalars in `tensorboard/` of the run directory."""
+
+    def __init__(self, output: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(output / "tensorboard"))
+
+    def write(self, event: Event) -> None:
+        """One point per field."""
+        for name, value in _values(event).items():
+            self._writer.add_scalar(f"train/{name}", value, event.step)
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases that is continued when training is."""
+
+    def __init__(self, output: Path, config: Mapping[str, Any], name: str) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(dir=str(output), id=name, name=output.name, resume="allow", config=dict(config))
+
+    def write(self, event: Event) -> None:
+        """One point per field."""
+        self._run.log({f"train/{name}": value for name, value in _values(event).items()}, step=event.step)
+
+    def close(self) -> None:
+        """Upload the rest."""
+        self._run.finish()
+
+
+class Reporter:
+    """All sinks of a run. events.jsonl comes first: a tracker that fails must not cost a line of it."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, event: Event) -> None:
+        """Tell every sink."""
+        for sink in self._sinks:
+            sink.write(event)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_reporter(
+    output: Path, report_to: Sequence[str], *, start: int, stop: int, config: Mapping[str, Any], name: str
+) -> Reporter:
+    """The sinks of the rank that reports.
+
+    Args:
+        output: run directory.
+        report_to: trackers beside events.jsonl.
+        start: steps done.
+        stop: steps in all.
+        config: shown by trackers that can.
+        name: identity of the run, the same when it is resumed.
+    """
+    console = Console()
+    sinks: list[Sink] = [EventLog(output / EVENTS, after=start)]
+    sinks.append(Bar(console, start=start, stop=stop) if console.is_terminal else Lines(console, stop=stop))
+    if "tensorboard" in report_to:
+        sinks.append(TensorBoard(output))
+    if "wandb" in report_to:
+        sinks.append(Wandb(output, config, name))
+    return Reporter(sinks)
+
+
+def refuse_missing_trackers(report_to: Sequence[str]) -> None:
+    """Raise MismatchError if a tracker's package is not installed."""
+    for tracker in report_to:
+        if find_spec(PACKAGES[tracker]) is None:
+            raise MismatchError(
+                f"train.report_to names {tracker}, which is not installed",
+                got=f"no package {PACKAGES[tracker]}",
+                expected=f"train.report_to: {list(report_to)} to be usable",
+                fix=f"pip install 'llm-neo[{tracker}]', or take it out of train.report_to",
+            )
+
+
+def _values(event: Event) -> dict[str, float]:
+    return {name: value for name, value in event.model_dump().items() if name != "step"}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _cannot_write(path: Path, error: OSError) -> TemporaryError:
+    return TemporaryError(
+        f"cannot write {path}",
+        got=error.strerror,
+        fix="free space or repair the file system, then run the same command again",
+    )

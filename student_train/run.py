@@ -1,0 +1,171 @@
+"""A run: what it is made of, what decides its result, and what its directory already holds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from storage_schemas.config import DumpSection
+from storage_schemas.errors import DataError
+from storage_schemas.reader import Dump
+from storage_schemas.rows import OK
+from storage_schemas.run_info import parse_json, validated
+from storage_schemas.section import Section
+from storage_schemas.store import Store
+from student_train.checkpoint import Checkpoint, Checkpoints, choose, refuse_other_run
+from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.losses import refuse_unsupported
+from student_train.metrics import EVENTS, refuse_missing_trackers
+from student_train.order import Order
+from student_train.stream import consumed_root
+from student_train.world import World
+
+SUMMARY, FINAL = "summary.json", "final"
+PROBE_TOKENS = 64
+"""Tokens of the row that the saved student is compared on, at most."""
+WEIGHTS = "student.weights"
+"""Key of the student's digest in a checkpoint's identity: known only once the student is loaded."""
+
+
+class Summary(Section):
+    """summary.json: a run that is done."""
+
+    arm: str
+    """What was trained."""
+    steps: int
+    """Optimizer steps."""
+    epochs: float
+    """Passes over the dump."""
+    loss: float
+    """Of the last logged steps, per supervised token."""
+    ce: float
+    """Its cross-entropy."""
+    kl: float
+    """Its divergence."""
+    supervised_tokens: int
+    """That were trained on, over all starts of this run."""
+    tokens_per_second: float
+    """Tokens through the student per second of training, over all ranks, since the last start."""
+    seconds: float
+    """Of training, since the last start."""
+    data_wait_seconds: float
+    """Of these, waited for data by the slowest rank."""
+    peak_rss_bytes: int
+    """Largest resident memory of any rank."""
+    world_size: int
+    """Ranks of the last start."""
+    zero_stage: int
+    """Of the last start."""
+    resumed_from: int | None
+    """Step that the last start went on from; null if it was the first."""
+    fingerprint: str
+    """Of the dump."""
+    student: str
+    """Where training began."""
+    final: str
+    """Path of the adapter, or of the model for the full arms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run, as far as it is known before the student is loaded."""
+
+    dump: Dump
+    order: Order
+    steps: int
+    identity: dict[str, Any]
+    checkpoints: Checkpoints
+    student: StudentSection
+    loss: LossSection
+    train: TrainSection
+
+
+def open_run(section: DumpSection, student: StudentSection, loss: LossSection, train: TrainSection) -> Run:
+    """Open the dump and refuse what it cannot serve."""
+    refuse_missing_trackers(train.report_to)
+    cache = train.cache_dir or train.output / "cache"
+    dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache)
+    if train.distils:
+        dump.run.temperature_index(loss.temperature)
+        refuse_unsupported(loss.divergence, loss.temperature, dump.run.estimator.kind != "topk")
+    order = Order(
+        samples=dump.run.corpus.samples,
+        samples_per_unit=dump.run.samples_per_unit,
+        window_units=train.shuffle_window_units,
+        block_units=train.shuffle_block_units,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+    )
+    steps = train.max_steps or order.steps_per_epoch * train.epochs
+    return Run(
+        dump=dump,
+        order=order,
+        steps=steps,
+        identity=_identity(dump, student, loss, train, steps),
+        checkpoints=Checkpoints(train.output / "checkpoints"),
+        student=student,
+        loss=loss,
+        train=train,
+    )
+
+
+def _identity(
+    dump: Dump, student: StudentSection, loss: LossSection, train: TrainSection, steps: int
+) -> dict[str, Any]:
+    """What decides the result: all but world size, ZeRO stage, micro-batches, and where and when things happen."""
+    decisive = (
+        "arm", "precision", "global_batch_size", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "shuffle_window_units", "shuffle_block_units",
+        "seed",
+    )  # fmt: skip
+    found: dict[str, Any] = {f"train.{name}": getattr(train, name) for name in decisive}
+    if train.lora:
+        found |= {f"student.lora.{name}": value for name, value in student.lora.model_dump(mode="json").items()}
+    if train.distils:
+        found |= {f"loss.{name}": value for name, value in loss.model_dump(mode="json").items()}
+    return found | {"dump.fingerprint": dump.fingerprint, "train.max_steps": steps}
+
+
+def agree_on_checkpoint(world: World, run: Run) -> Checkpoint | None:
+    """Rank 0 chooses and verifies; the others open the same one."""
+    output = run.train.output
+    used = any((output / name).exists() for name in (EVENTS, FINAL, SUMMARY))
+    chosen = world.together(lambda: choose(run.checkpoints, resume=run.train.resume, used=used) if world.main else None)
+    step = int(world.gather([-1 if chosen is None else chosen.step])[0][0])
+    return world.together(lambda: _open_checkpoint(run, step, verify=world.main) if step >= 0 else None)
+
+
+def _open_checkpoint(run: Run, step: int, *, verify: bool) -> Checkpoint:
+    """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
+    checkpoint = run.checkpoints.at(step)
+    known = {key: value for key, value in checkpoint.state.identity.items() if key != WEIGHTS}
+    refuse_other_run(known, run.identity)
+    if verify and (root := consumed_root(run.dump, run.order, step)) != checkpoint.state.consumed:
+        raise DataError(
+            "the dump has changed since the checkpoint was written",
+            got=f"commit records with the hash {root[:16]}",
+            expected=checkpoint.state.consumed[:16],
+            fix="restore the dump, or train from the start in a new train.output",
+        )
+    return checkpoint
+
+
+def finished(run: Run, step: int) -> Summary | None:
+    """The summary, if the run is done."""
+    data = Store(str(run.train.output)).get_if_present(SUMMARY)
+    if data is None or step < run.steps or not (run.train.output / FINAL).is_dir():
+        return None
+    # Evaluation adds fields of its own.
+    found = {name: value for name, value in parse_json(data, name=SUMMARY).items() if name in Summary.model_fields}
+    return validated(Summary, found, name=SUMMARY)
+
+
+def stored_row(run: Run) -> torch.Tensor:
+    """(1, seq) tokens of the first usable sample that was trained on."""
+    for step in range(run.steps):
+        for sample in run.order.step_samples(step):
+            unit, place = divmod(int(sample), run.dump.run.samples_per_unit)
+            row = run.dump.read_unit(unit).row(place)
+            if row.status == OK:
+                return torch.from_numpy(row.input_ids[:PROBE_TOKENS].astype("int64"))[None]
+    return torch.zeros(1, 1, dtype=torch.int64)

@@ -1,0 +1,404 @@
+"""Stage two: a student is trained on the targets of a dump."""
+
+import logging
+import random
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+
+from storage_schemas.config import DumpSection
+from storage_schemas.errors import DataError, Exit, NeoError, TemporaryError
+from storage_schemas.run_info import canonical_json
+from storage_schemas.store import Store
+from student_train.batch import TrainBatch, collate
+from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState, refuse_other_run
+from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.engine import Engine, join, load_weights
+from student_train.final import write_final
+from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
+from student_train.run import FINAL, SUMMARY, WEIGHTS, Run, Summary, agree_on_checkpoint, finished, open_run, stored_row
+from student_train.schedule import learning_rate
+from student_train.stream import Follower, Stream, consumed_root
+from student_train.student import Student, causal_of, load_student, refuse_tokenizer
+from student_train.world import PeerError, World, exit_code
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+"""How long a rank waits for its data before it tells the others that it is still there."""
+
+
+def train(
+    dump: DumpSection,
+    student: StudentSection,
+    loss: LossSection,
+    train: TrainSection,
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    rendezvous: str = "env://",
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Train a student; one call per rank.
+
+    Args:
+        dump: where the targets lie; the rest of the section is stage one's.
+        student: model and adapter.
+        loss: what is minimised.
+        train: everything else.
+        rank: 0 ... world_size - 1.
+        world_size: number of ranks.
+        local_rank: rank among those of this node.
+        rendezvous: where the ranks meet, see `world.join`.
+        stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
+
+    Returns:
+        The summary of the finished run, also if it was finished before.
+
+    Raises:
+        DataError: a shard or a checkpoint is damaged, or the loss is not finite.
+        MismatchError: the configuration does not fit the dump, the student or the checkpoint.
+        NothingToResumeError: a checkpoint is needed and there is none.
+        TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
+        PeerError: another rank raised one of these.
+    """
+    world = join(rank, world_size, local_rank, rendezvous=rendezvous)
+    summary = train_in(world, dump, student, loss, train, stop=stop)
+    world.close()
+    return summary
+
+
+def train_in(
+    world: World,
+    dump: DumpSection,
+    student: StudentSection,
+    loss: LossSection,
+    train: TrainSection,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """`train` for ranks that have met already, and stay together afterwards."""
+    run = world.together(lambda: open_run(dump, student, loss, train))
+    checkpoint = agree_on_checkpoint(world, run)
+    if checkpoint is not None and (done := world.together(lambda: finished(run, checkpoint.step))):
+        if world.main:
+            log.info("%s is finished: %d steps; nothing to do", train.output, done.steps)
+        return done
+    learner = world.together(lambda: _load_student(run, checkpoint, check_tokenizer=world.main))
+    if checkpoint is not None:
+        world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
+    engine = Engine(learner.module, train, world)
+    try:
+        if checkpoint is None:
+            _save(world, run, learner, engine, 0)
+        else:
+            _restore(run, learner, engine, checkpoint)
+        return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
+    finally:
+        engine.close()
+
+
+def _load_student(run: Run, checkpoint: Checkpoint | None, *, check_tokenizer: bool) -> Student:
+    initial = None
+    if checkpoint is not None:
+        initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))} or None
+    learner = load_student(run.student, run.loss, run.train, run.dump.run, initial=initial)
+    if checkpoint is not None:
+        refuse_other_run(checkpoint.state.identity, run.identity | {WEIGHTS: learner.digest})
+    if check_tokenizer:
+        rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
+        refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
+    return learner
+
+
+def _restore(run: Run, learner: Student, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Masters and moments; nothing to do before the first update."""
+    if checkpoint.state.updates:
+        kinds = (MASTER, EXP_AVG, EXP_AVG_SQ)
+        engine.restore(checkpoint.tensors(kinds), updates=checkpoint.state.updates)
+
+
+def _save(world: World, run: Run, learner: Student, engine: Engine, step: int) -> None:
+    """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
+    exported = engine.export() if step else iter(())
+    error: Exception | None = None
+    try:
+        if world.main:
+            state = TrainState(
+                step=step,
+                updates=engine.updates,
+                consumed=consumed_root(run.dump, run.order, step),
+                identity=run.identity | {WEIGHTS: learner.digest},
+            )
+            initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
+            run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
+    except Exception as caught:
+        error = caught
+    # The other ranks are in the middle of the export: a disk that is full here must not leave them there.
+    for _ in exported:
+        pass
+    world.leave_together([vote[0] for vote in world.gather([exit_code(error)])], error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Due:
+    """What the ranks agreed on before a step."""
+
+    batches: list[TrainBatch] | None
+    """This rank's; None if the step is not done."""
+    supervised: int
+    """Tokens over all ranks."""
+    tokens: int
+    """Tokens over all ranks."""
+    wait: float
+    """Seconds that the slowest rank waited."""
+    codes: list[int]
+    """Exit code of each rank's error, 0 for none."""
+    error: BaseException | None
+    """This rank's."""
+
+
+class _Loop:
+    """The steps of a run."""
+
+    def __init__(
+        self,
+        world: World,
+        run: Run,
+        learner: Student,
+        engine: Engine,
+        *,
+        start: int | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._world, self._run, self._learner, self._engine, self._stop = world, run, learner, engine, stop
+        self._resumed, self._start = start, start or 0
+        self._saved = self._start
+        self._follower = Follower(run.dump, run.order)
+        self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.order.steps_per_epoch)
+        self._trouble: BaseException | None = None
+        """An error of this rank that the others have not been told of yet."""
+        self._wait = self._rate = self._grad_norm = 0.0
+
+    def run(self) -> Summary:
+        """All steps that are left, and the end."""
+        world, run = self._world, self._run
+        reporter = world.together(self._open_reporter)
+        stream = self._open_stream()
+        try:
+            for step in range(self._start, run.steps):
+                due = self._next(stream, step)
+                if due.batches is None:
+                    self._leave(due, step, reporter)
+                    break
+                self._train(due.batches, due, step)
+                done = step + 1
+                save = done % run.train.save_steps == 0 or done == run.steps
+                if save or done % run.train.logging_steps == 0:
+                    self._report(reporter, done)
+                if save:
+                    _save(world, run, self._learner, self._engine, done)
+                    self._saved = done
+        finally:
+            stream.close()
+            if reporter is not None:
+                reporter.close()
+        return self._finish()
+
+    def _train(self, batches: Sequence[TrainBatch], due: _Due, step: int) -> None:
+        train = self._run.train
+        self._rate = learning_rate(
+            step,
+            total_steps=self._run.steps,
+            warmup_ratio=train.warmup_ratio,
+            kind=train.lr_scheduler_type,
+            peak=train.learning_rate,
+        )
+        # Dropout must not depend on what was drawn before the last start.
+        torch.manual_seed(random.Random(f"{train.seed}/{step}/{self._world.rank}").getrandbits(63))
+        try:
+            result = self._engine.step(batches, tokens=due.supervised, learning_rate=self._rate)
+        except NeoError as error:  # Found by all ranks at once, so one of them speaks.
+            raise (error if self._world.main else PeerError(0, exit_code(error))) from None
+        self._grad_norm = result.grad_norm
+        self._meter.add(
+            loss=result.loss,
+            ce=result.ce,
+            kl=result.divergence,
+            supervised=due.supervised,
+            tokens=due.tokens,
+            wait=due.wait,
+        )
+        self._wait += due.wait
+
+    def _next(self, stream: Stream, step: int) -> _Due:
+        """Wait until every rank has its micro-batches of this step, or one has a reason to leave. Collective."""
+        world, began = self._world, time.monotonic()
+        batches: list[TrainBatch] | None = None
+        windows, wait = 0, 0.0
+        while True:
+            try:
+                if world.main and self._trouble is None:
+                    windows = self._follower.windows()
+                    stream.allow(windows)
+                    if windows < self._run.order.windows_of_step(step).stop:
+                        self._refuse_stalled(windows, time.monotonic() - began)
+                if batches is None and self._trouble is None:
+                    batches = stream.get(step, timeout=POLL_SECONDS)
+                    wait = time.monotonic() - began
+            except Exception as caught:
+                self._trouble = caught
+            supervised = sum(len(batch.targets) for batch in batches or ())
+            tokens = sum(batch.tokens for batch in batches or ())
+            ready = batches is not None
+            mine = [exit_code(self._trouble), self._stop(), ready, supervised, tokens, wait, windows]
+            codes, stops, readies, *sums, waits, seen = zip(*world.gather(mine), strict=True)
+            stream.allow(int(seen[0]))
+            if any(codes) or any(stops) or all(readies):
+                return _Due(
+                    batches=None if any(codes) or any(stops) else batches,
+                    supervised=int(sum(sums[0])),
+                    tokens=int(sum(sums[1])),
+                    wait=max(waits),
+                    codes=[int(code) for code in codes],
+                    error=self._trouble,
+                )
+
+    def _leave(self, due: _Due, step: int, reporter: Reporter | None) -> None:
+        """Keep what was trained, and raise. Collective."""
+        if step > self._saved and Exit.BUG not in due.codes:
+            self._report(reporter, step)
+            _save(self._world, self._run, self._learner, self._engine, step)
+        self._world.leave_together(due.codes, due.error)
+        if not self._world.main:
+            raise PeerError(0, Exit.TEMPORARY)
+        raise TemporaryError(
+            f"training was asked to stop, and has stopped after step {step} of {self._run.steps}",
+            got="SIGTERM or SIGINT",
+            expected="to run to the end",
+            fix="run the same command again; it goes on from the checkpoint",
+        )
+
+    def _refuse_stalled(self, windows: int, waited: float) -> None:
+        if waited > self._run.train.data_wait_seconds:
+            raise TemporaryError(
+                "the dump is not written as far as training needs it",
+                got=f"{windows} of {self._run.order.windows} windows after {waited:.0f} s",
+                expected="the next window of units to be committed",
+                fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
+            )
+
+    def _report(self, reporter: Reporter | None, done: int) -> None:
+        """Log the steps since the last event, if any. An error is told to the others before the next step."""
+        if reporter is None or self._meter.empty:
+            return
+        try:
+            reporter.write(self._meter.event(done, learning_rate=self._rate, grad_norm=self._grad_norm))
+        except Exception as caught:
+            self._trouble = caught
+
+    def _open_reporter(self) -> Reporter | None:
+        if not self._world.main:
+            return None
+        run = self._run
+        return open_reporter(
+            run.train.output,
+            run.train.report_to,
+            start=self._start,
+            stop=run.steps,
+            config=run.identity,
+            name=f"neo-{random.Random(str(run.train.output.resolve())).getrandbits(64):016x}",
+        )
+
+    def _open_stream(self) -> Stream:
+        run, world = self._run, self._world
+        distils, temperature = run.train.distils, run.loss.temperature
+        spec = self._learner.module.head.spec
+
+        def make(rows: Sequence[Any]) -> TrainBatch:
+            batch = collate(
+                rows,
+                temperature_index=run.dump.run.temperature_index(temperature) if distils else 0,
+                temperature=temperature if distils else 1.0,
+                pad_id=0,
+                entries=distils,
+                vocab_size=spec.valid_vocab,
+            )
+            return batch.pin_memory() if world.device.type == "cuda" else batch
+
+        looked = world.together(lambda: self._follower.windows() if world.main else 0)
+        return Stream(
+            run.dump,
+            run.order,
+            make,
+            rank=world.rank,
+            world_size=world.world_size,
+            micro_batch_size=run.train.micro_batch_size,
+            start=self._start,
+            stop=run.steps,
+            windows=int(world.gather([looked])[0][0]),
+        )
+
+    def _finish(self) -> Summary:
+        """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
+        world, run = self._world, self._run
+        peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+        ids = world.together(lambda: stored_row(run))
+        logits = self._engine.module.eval().logits(ids.to(world.device)).float().cpu()
+
+        def write() -> Summary | None:
+            if self._trouble is not None:
+                raise self._trouble
+            if not world.main:
+                return None
+            checkpoint = run.checkpoints.at(run.steps)
+            write_final(
+                run.train.output / FINAL,
+                self._learner,
+                run.student,
+                run.train,
+                weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
+                tokenizer=run.dump.tokenizer_files(),
+                input_ids=ids,
+                logits=logits,
+            )
+            summary = self._summary(int(peak))
+            Store(str(run.train.output)).put_new(SUMMARY, canonical_json(summary.model_dump(mode="json"), indent=2))
+            return summary
+
+        world.together(write)
+        done = world.together(lambda: finished(run, run.steps))
+        assert done is not None
+        return done
+
+    def _summary(self, peak: int) -> Summary:
+        run = self._run
+        events = read_events(run.train.output / EVENTS)
+        if not events:
+            raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
+        return Summary(
+            arm=run.train.arm,
+            steps=run.steps,
+            epochs=run.steps / run.order.steps_per_epoch,
+            loss=events[-1].loss,
+            ce=events[-1].ce,
+            kl=events[-1].kl,
+            supervised_tokens=sum(event.supervised_tokens for event in events),
+            tokens_per_second=self._meter.total_tokens / max(1e-9, self._meter.seconds),
+            seconds=self._meter.seconds,
+            data_wait_seconds=self._wait,
+            peak_rss_bytes=peak,
+            world_size=self._world.world_size,
+            zero_stage=run.train.zero_stage,
+            resumed_from=self._resumed,
+            fingerprint=run.dump.fingerprint,
+            student=run.student.model,
+            final=str(run.train.output / FINAL),
+        )

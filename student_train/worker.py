@@ -1,0 +1,216 @@
+"""What torchrun starts, one process per rank: `python -m student_train.worker --config resolved.json`.
+
+The protocol with whoever starts it (`pipeline`):
+
+- `resolved.json` holds the sections `dump`, `student`, `loss` and `train`, complete and validated. RANK, WORLD_SIZE,
+  LOCAL_RANK and the rendezvous come from the environment, as torchrun sets them; nothing else in this package reads it.
+- torchrun turns every failure into exit code 1. So each rank leaves its own code, as text, in
+  `<train.output>/exit/rank-<RANK>`; all ranks leave with the same one. Who starts them empties that directory before,
+  and returns the code found there afterwards. No file at all means that nothing was even imported.
+- SIGTERM or SIGINT to any rank: a checkpoint at the next step boundary, and 75 on all. torchrun passes SIGTERM on, but
+  kills its workers 30 seconds later; to leave them more time, create `<train.output>/exit/stop` instead, which has the
+  same effect.
+- Errors are printed once, by the rank that met them, on standard error.
+
+A rank that fails between two agreements (out of memory, killed) cannot tell the others, who may wait for it in a
+collective. They see its file, or their connection to it breaks; then they leave with its code, within half a minute.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from storage_schemas.config import DumpSection
+from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError
+from storage_schemas.section import Section
+from student_train.config import LossSection, StudentSection, TrainSection
+
+EXIT_FOLDER, STOP = "exit", "stop"
+GRACE_SECONDS = 15.0
+"""How long a rank may go on once another one has left with an error."""
+LOST_SECONDS = 5.0
+"""How long a rank whose collective broke looks for the reason that another one gives."""
+LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "remote process")
+"""What the errors of a collective say when another rank is gone."""
+
+
+class Resolved(Section):
+    """resolved.json."""
+
+    dump: DumpSection
+    student: StudentSection
+    loss: LossSection
+    train: TrainSection
+
+
+class ExitCodes:
+    """The exit codes of all ranks, as files in the run directory."""
+
+    def __init__(self, output: Path, rank: int) -> None:
+        self._folder, self._rank = output / EXIT_FOLDER, rank
+
+    def write(self, code: int) -> None:
+        """Leave this rank's code; a disk that is full cannot be helped here."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            staged = self._folder / f".rank-{self._rank}"
+            staged.write_text(f"{code}\n", encoding="ascii")
+            os.replace(staged, self._folder / f"rank-{self._rank}")
+        except OSError as error:
+            print(f"cannot write {self._folder}: {error}", file=sys.stderr)
+
+    def of_others(self) -> int:
+        """The code of the lowest other rank that has failed; 0 if none has."""
+        codes = read_codes(self._folder.parent)
+        return next((code for rank, code in sorted(codes.items()) if code and rank != self._rank), 0)
+
+    def stop_requested(self) -> bool:
+        """Whether somebody asks for a checkpoint and an end."""
+        return (self._folder / STOP).exists()
+
+
+def read_codes(output: Path) -> dict[int, int]:
+    """Rank -> exit code, of the ranks that have left."""
+    folder = output / EXIT_FOLDER
+    found = {}
+    for file in folder.glob("rank-*") if folder.is_dir() else ():
+        rank = file.name.removeprefix("rank-")
+        if rank.isdecimal():
+            found[int(rank)] = int(file.read_text(encoding="ascii"))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as one rank; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m student_train.worker")
+    parser.add_argument("--config", required=True, type=Path)
+    path = parser.parse_args(argv).config
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "torch", "transformers", "accelerate", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Deprecations inside torch and transformers are not the user's business.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        config = read_config(path)
+    except NeoError as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return int(error.exit_code)
+    codes = ExitCodes(config.train.output, rank)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
+    code = run(config, codes, rank=rank, world_size=world_size, local_rank=local_rank, stop=stop)
+    codes.write(code)
+    return code
+
+
+def read_config(path: Path) -> Resolved:
+    """Read resolved.json.
+
+    Raises:
+        MismatchError: missing or invalid.
+    """
+    try:
+        return Resolved.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError, ValidationError) as error:
+        raise MismatchError(
+            f"{path} is not a resolved configuration",
+            got=str(error)[:1000],
+            expected="a JSON object with the sections dump, student, loss and train",
+            fix="start training with `llm-neo train`",
+        ) from error
+
+
+def run(
+    config: Resolved, codes: ExitCodes, *, rank: int, world_size: int, local_rank: int, stop: threading.Event
+) -> int:
+    """Train; an error becomes an exit code, and is printed by the rank that it belongs to."""
+    # Here, so that a wrong configuration is told in an instant.
+    from transformers.utils.logging import disable_progress_bar
+
+    from student_train.train import train
+    from student_train.world import PeerError
+
+    disable_progress_bar()
+
+    def stopped() -> bool:
+        return stop.is_set() or (rank == 0 and codes.stop_requested())
+
+    try:
+        train(
+            config.dump,
+            config.student,
+            config.loss,
+            config.train,
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            stop=stopped,
+        )
+    except PeerError as error:
+        return int(error.exit_code)
+    except NeoError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    except Exception as error:
+        return unexpected(error, codes, rank)
+    return int(Exit.DONE)
+
+
+def unexpected(error: Exception, codes: ExitCodes, rank: int) -> int:
+    """The code for an error that is not meant for the user: another rank's if this is but its echo, else a bug."""
+    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+    deadline = time.monotonic() + LOST_SECONDS
+    while lost and time.monotonic() < deadline:
+        if code := codes.of_others():
+            return code
+        time.sleep(0.1)
+    if lost:
+        gone = TemporaryError(
+            f"rank {rank} has lost another rank",
+            got=str(error).splitlines()[0][:300],
+            expected="all ranks to be there",
+            fix="look for what ended it (out of memory? a lost node?), then run the same command again",
+        )
+        print(gone, file=sys.stderr)
+        return int(gone.exit_code)
+    traceback.print_exception(error)
+    return int(Exit.BUG)
+
+
+def leave_with_others(codes: ExitCodes) -> None:
+    """End this process if another rank has failed and this one does not get to know: it waits in a collective."""
+    seen: float | None = None
+    while True:
+        time.sleep(1.0)
+        code = codes.of_others()
+        seen = (seen or time.monotonic()) if code else None
+        if seen is not None and time.monotonic() - seen > GRACE_SECONDS:
+            codes.write(code)
+            end(code)
+
+
+def end(code: int) -> Any:
+    """Leave at once, whatever other threads and collectives are in."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    end(main())

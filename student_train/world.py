@@ -1,0 +1,112 @@
+"""The ranks of a job, and the few numbers they exchange before each step so that they go on, or leave, together.
+
+All of this runs on its own gloo group, beside whatever DeepSpeed does: a rank that has met an error says so here
+instead of staying away from the next collective, where the others would wait for it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from storage_schemas.errors import Exit, NeoError
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a collective may take. Ranks whose peer has died leave much earlier, see `student_train.worker`."""
+
+
+class PeerError(NeoError):
+    """Another rank has met an error and has printed it; this rank leaves with the same exit code."""
+
+    def __init__(self, rank: int, code: int) -> None:
+        self.exit_code = Exit(code)
+        super().__init__(f"rank {rank} has stopped with exit code {code}; its message says why")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process among the processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every rank, by rank. Collective; float64, so that integers are exact up to 2^53."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine, group=self.control)
+        return [one.tolist() for one in everyone]
+
+    def leave_together(self, codes: Sequence[float], error: BaseException | None) -> None:
+        """Raise on every rank if any has an error: its own on the lowest such rank, PeerError elsewhere.
+
+        Args:
+            codes: exit code per rank, 0 where all is well; the result of a `gather`.
+            error: this rank's error.
+        """
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if not failed:
+            return
+        if failed[0] == self.rank:
+            assert error is not None
+            raise error
+        raise PeerError(failed[0], int(codes[failed[0]])) from error
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; if it fails on one, raise on all. Collective; `work` itself must not be."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        self.leave_together([vote[0] for vote in self.gather([exit_code(error)])], error)
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave the job. Collective."""
+        dist.barrier(group=self.control)
+        dist.destroy_process_group()
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The exit code that an error stands for; 0 for none."""
+    if error is None:
+        return 0
+    return int(error.exit_code if isinstance(error, NeoError) else Exit.BUG)
+
+
+def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:
+    """Meet the other ranks.
+
+    Args:
+        rank: 0 ... world_size - 1.
+        world_size: number of ranks.
+        local_rank: rank among those of this node.
+        device: what this rank computes on.
+        rendezvous: `env://` (torchrun), `tcp://host:port` or `file://path`; not used by a single rank.
+    """
+    # DeepSpeed makes groups without naming a timeout; they take this default and not that of the first group.
+    distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),
+    )
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, control=control)

@@ -1,0 +1,152 @@
+"""The DeepSpeed configuration of a run: a preset per ZeRO stage, under what the user gives for DeepSpeed itself."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from storage_schemas.errors import MismatchError
+from student_train.config import TrainSection
+
+TUNABLE = (
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+)
+"""Top-level keys of DeepSpeed that change speed, memory or logs, and that nothing here decides."""
+
+REFUSED = {
+    "amp": "train.precision chooses the dtype",
+    "fp16": "train.precision offers bf16 and fp32; fp16 needs a loss scale, which exact resume does not carry",
+    "torch_autocast": "train.precision chooses the dtype",
+    "optimizer": "train.learning_rate, weight_decay and adam_* set the optimizer",
+    "scheduler": "train.lr_scheduler_type and warmup_ratio set the schedule, which is a function of the step alone",
+    "gradient_allreduce_op": "gradients are normalised by the tokens of the global batch",
+    "gradient_predivide_factor": "gradients are normalised by the tokens of the global batch",
+    "prescale_gradients": "gradients are normalised by the tokens of the global batch",
+    "sparse_gradients": "the global gradient norm needs dense gradients",
+    "checkpoint": "checkpoints are written without DeepSpeed, free of world size and ZeRO stage",
+    "data_efficiency": "the order of samples is a function of train.seed alone",
+    "pipeline": "only data parallelism is supported",
+    "tensor_parallel": "only data parallelism is supported",
+    "sequence_parallel_size": "only data parallelism is supported",
+    "expert_parallel": "only data parallelism is supported",
+}
+"""Top-level keys of DeepSpeed that contradict what this project does, and why."""
+
+
+def deepspeed_config(train: TrainSection) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`: the preset of the ZeRO stage, overridden by `train.deepspeed`.
+
+    The optimizer is not part of it; it is handed over as an object.
+
+    Raises:
+        MismatchError: `train.deepspeed` contradicts the train section, or holds a key that has no effect here.
+    """
+    claims = _claims(train)
+    _refuse_unknown(train.deepspeed, claims)
+    for path, value in _leaves(train.deepspeed):
+        claimed, field = claims.get(path, (value, ""))
+        if value != claimed and value != "auto":
+            raise MismatchError(
+                f"train.deepspeed.{path} contradicts {field}",
+                got=f"train.deepspeed.{path} = {value!r}",
+                expected=f"{claimed!r}, from {field}",
+                fix=f"remove train.deepspeed.{path}, and set {field}",
+            )
+    config = _merge(_preset(train), train.deepspeed)
+    for path, (value, _) in claims.items():
+        _set(config, path, value)
+    # DeepSpeed would insist on micro-batch size * world size, which the global batch need not be a multiple of.
+    del config["train_batch_size"]
+    return config
+
+
+def _claims(train: TrainSection) -> dict[str, tuple[Any, str]]:
+    """Dotted DeepSpeed key -> (value, who decides it)."""
+    norm = "the normalisation by global tokens"
+    return {
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
+        "gradient_accumulation_steps": (1, norm),
+        # Every step() is a boundary, so that the number of micro-batches follows from the world size.
+        "managed_gradient_accumulation": (False, norm),
+        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+        "zero_optimization.stage": (train.zero_stage, "train.zero_stage"),
+        "zero_optimization.compute_grad_norm": (True, "the logged gradient norm"),
+        "bf16.enabled": (train.precision == "bf16", "train.precision"),
+        "bf16.check_grad_overflow": (train.precision == "bf16", "the refusal of non-finite gradients"),
+        "bf16.bf16_master_weights_and_grads": (False, "the promise that master weights are fp32"),
+        "bf16.bf16_optimizer_states": (False, "the promise that moments are fp32"),
+        "zero_allow_untested_optimizer": (True, "train.adam_*"),
+        "zero_force_ds_cpu_optimizer": (False, "train.adam_*"),
+    }
+
+
+def _preset(train: TrainSection) -> dict[str, Any]:
+    zero: dict[str, Any] = {"contiguous_gradients": True}
+    if train.zero_stage == 3:
+        # Adapters are small: gathering them one by one costs more than keeping them whole.
+        zero |= {"stage3_param_persistence_threshold": 100_000}
+    return {"zero_optimization": zero if train.zero_stage else {}, "steps_per_print": None}
+
+
+def _refuse_unknown(given: Mapping[str, Any], claims: Mapping[str, Any]) -> None:
+    known = {path.split(".")[0] for path in claims} | set(TUNABLE)
+    for key in given:
+        if key in REFUSED and not _disabled(given[key]):
+            raise MismatchError(
+                f"train.deepspeed.{key} is not supported: {REFUSED[key]}",
+                got=f"train.deepspeed.{key} = {given[key]!r}",
+                expected="no such key",
+                fix=f"remove train.deepspeed.{key}",
+            )
+        if key not in known and key not in REFUSED:
+            near = difflib.get_close_matches(key, [*known, *REFUSED], n=1)
+            raise MismatchError(
+                f"train.deepspeed.{key} is not a key of DeepSpeed that has an effect here",
+                got=key,
+                expected=f"did you mean `{near[0]}`?" if near else f"one of {', '.join(sorted(known))}",
+                fix="DeepSpeed ignores keys it does not know; correct or remove it",
+            )
+
+
+def _disabled(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("enabled") is False
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        tree[name] = dict(tree.get(name, {}))
+        tree = tree[name]
+    tree[leaf] = value

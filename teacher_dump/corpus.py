@@ -1,0 +1,235 @@
+"""The frozen corpus: every sample tokenised once, in a fixed order, in flat arrays."""
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.errors import DataError
+from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, TOO_LONG
+from storage_schemas.targets import I32, I64
+from teacher_dump.config import CorpusSection
+from teacher_dump.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
+from teacher_dump.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
+from teacher_dump.sources import RawRecord, read_source
+
+_BATCH = 256
+_NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample of the corpus; its arrays share the corpus's memory."""
+
+    sample_index: int
+    """Place in the corpus, from 0."""
+    sample_id: str
+    """The record's `id`, or a hash of its content."""
+    status: str
+    """`ok`, or why there is nothing to ask the teacher."""
+    input_ids: I32
+    """(tokens,)"""
+    loss_mask: npt.NDArray[np.bool_]
+    """(tokens,)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """All samples in flat arrays: sample i owns tokens offsets[i]:offsets[i + 1]."""
+
+    sample_ids: list[str]
+    """(samples,) ids are the user's and need not be unique."""
+    statuses: list[str]
+    """(samples,)"""
+    offsets: I64
+    """(samples + 1,)"""
+    input_ids: I32
+    """(tokens,)"""
+    loss_mask: npt.NDArray[np.bool_]
+    """(tokens,)"""
+    fingerprint: str
+    """Hash over every sample's id, status, token ids and loss mask, in order."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        return Sample(
+            sample_index=index,
+            sample_id=self.sample_ids[index],
+            status=self.statuses[index],
+            input_ids=self.input_ids[tokens],
+            loss_mask=self.loss_mask[tokens],
+        )
+
+    def tokens(self, samples: range) -> int:
+        """Number of tokens of a range of samples."""
+        return int(self.offsets[samples.stop] - self.offsets[samples.start])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return int(np.diff(self.offsets).max(initial=0))
+
+
+def freeze_corpus(section: CorpusSection, tokenizer: Any, *, head_size: int) -> Corpus:
+    """Read, tokenise and hash every record of every source.
+
+    Args:
+        section: sources, mask and length policy.
+        tokenizer: the teacher's fast tokenizer.
+        head_size: rows of the teacher's LM head; pre-tokenised ids must be below it.
+
+    Raises:
+        DataError: a source or a record is not readable, or nothing in the corpus can be used.
+    """
+    builder = _Builder(section, head_size=head_size)
+    for source in section.sources:
+        records = read_source(source)
+        while batch := list(islice(records, _BATCH)):
+            _add_batch(builder, batch, tokenizer, section.mask)
+    return builder.corpus()
+
+
+def _add_batch(builder: "_Builder", records: list[tuple[str, str, RawRecord]], tokenizer: Any, mask: str) -> None:
+    forms = [
+        record if isinstance(record, Unusable) else normalise(record, kind, where=where)
+        for where, kind, record in records
+    ]
+    for (where, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
+        given = None if isinstance(raw, Unusable) else raw.get("id")
+        builder.add(_content_hash(form) if given is None else str(given), tokens, where=where)
+
+
+def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) -> Iterator[Tokens | Unusable]:
+    """One result per form, in order; forms of one kind are tokenised together, which is several times faster."""
+    conversations = [form for form in forms if isinstance(form, Conversation)]
+    completions = [form for form in forms if isinstance(form, Completion)]
+    documents = [form for form in forms if isinstance(form, Document)]
+    results: dict[type, Iterator[Tokens | Unusable]] = {}
+    if conversations:
+        messages = [form.messages for form in conversations]
+        results[Conversation] = iter(tokenise_conversations(tokenizer, messages, mask=mask))
+    if completions:
+        results[Completion] = iter(tokenise_completions(tokenizer, completions, mask=mask))
+    if documents:
+        results[Document] = iter(tokenise_documents(tokenizer, documents))
+    for form in forms:
+        if form is None:
+            yield _NOTHING
+        elif isinstance(form, Unusable):
+            yield form
+        elif isinstance(form, Pretokenised):
+            yield _pretokenised(form, mask)
+        else:
+            yield next(results[type(form)])
+
+
+def _pretokenised(form: Pretokenised, mask: str) -> Tokens:
+    # Larger than int32 is out of range for any vocabulary; keep it so, instead of wrapping around.
+    ids = np.clip(np.array(form.input_ids, np.int64), -1, 2**31 - 1).astype(np.int32)
+    given = form.loss_mask if form.loss_mask is not None and mask == "assistant" else np.ones(len(ids), bool)
+    loss_mask = np.array(given, bool)
+    loss_mask[:1] = False
+    return Tokens(ids, loss_mask)
+
+
+def _content_hash(form: Record | Unusable | None) -> str:
+    """An id for a record without one: the same content has the same id."""
+    match form:
+        case None:
+            content: Any = None
+        case Unusable(reason):
+            content = reason
+        case Conversation(messages):
+            content = messages
+        case Completion(prompt, completion):
+            content = [prompt, completion]
+        case Document(text):
+            content = text
+        case Pretokenised(input_ids, loss_mask):
+            content = [list(input_ids), None if loss_mask is None else list(loss_mask)]
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Builder:
+    """Grows the flat arrays and the fingerprint, sample by sample."""
+
+    def __init__(self, section: CorpusSection, *, head_size: int) -> None:
+        self.section, self.head_size = section, head_size
+        self.sample_ids: list[str] = []
+        self.statuses: list[str] = []
+        self.offsets = array("q", [0])
+        self.input_ids = array("i")
+        self.loss_mask = bytearray()
+        self.digest = hashlib.sha256()
+        self.first_problem = ""
+
+    def add(self, sample_id: str, tokens: Tokens | Unusable, *, where: str) -> None:
+        status, tokens = self._judge(tokens, where=where)
+        self.sample_ids.append(sample_id.encode(errors="replace").decode())
+        self.statuses.append(status)
+        self.input_ids.frombytes(tokens.input_ids.tobytes())
+        self.loss_mask += tokens.loss_mask.tobytes()
+        self.offsets.append(len(self.input_ids))
+        head = json.dumps([self.sample_ids[-1], status, len(tokens.input_ids)])
+        self.digest.update(head.encode() + b"\n")
+        self.digest.update(tokens.input_ids.astype("<i4").tobytes())
+        self.digest.update(tokens.loss_mask.tobytes())
+
+    def corpus(self) -> Corpus:
+        counts = Counter(self.statuses)
+        if not counts[OK]:
+            found = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no records"
+            raise DataError(
+                "no sample of the corpus can be used",
+                got=f"{found} ({self.first_problem})" if self.first_problem else found,
+                expected="at least one sample with a supervised token",
+                fix="correct corpus.sources, corpus.mask or corpus.max_length",
+            )
+        return Corpus(
+            sample_ids=self.sample_ids,
+            statuses=self.statuses,
+            offsets=np.frombuffer(self.offsets, np.int64),
+            input_ids=np.frombuffer(self.input_ids, np.int32),
+            loss_mask=np.frombuffer(self.loss_mask, np.bool_),
+            fingerprint=self.digest.hexdigest(),
+        )
+
+    def _judge(self, tokens: Tokens | Unusable, *, where: str) -> tuple[str, Tokens]:
+        """Status of a sample, and what is kept of it."""
+        if isinstance(tokens, Unusable):
+            self.first_problem = self.first_problem or f"{where}: {tokens.reason}"
+            return INVALID_TEXT, _NOTHING
+        ids, mask, limit = tokens.input_ids, tokens.loss_mask, self.section.max_length
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.head_size:
+            raise DataError(
+                f"{where}: a token id is outside of the teacher's vocabulary",
+                got=int(ids.min()) if ids.min() < 0 else int(ids.max()),
+                expected=f"0 ... {self.head_size - 1}",
+                fix="tokenise the corpus with the teacher's tokenizer",
+            )
+        if len(ids) > limit:
+            match self.section.too_long:
+                case "drop":
+                    return TOO_LONG, _NOTHING
+                case "truncate":
+                    ids, mask = ids[:limit], mask[:limit]
+                case "error":
+                    raise DataError(
+                        f"{where}: the sample is too long",
+                        got=f"{len(ids)} tokens",
+                        expected=f"at most {limit} (corpus.max_length)",
+                        fix="raise corpus.max_length, or set corpus.too_long to truncate or drop",
+                    )
+        return (OK if mask.any() else EMPTY), Tokens(ids, mask)

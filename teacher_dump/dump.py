@@ -1,0 +1,299 @@
+"""Stage one: run the teacher over the corpus once and commit its targets, unit by unit, beside any number of workers."""
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from storage_schemas.config import DumpSection, Estimator
+from storage_schemas.errors import TemporaryError
+from storage_schemas.reader import Dump
+from storage_schemas.rows import NONFINITE, OK, Row
+from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TokenizerIdentity
+from storage_schemas.section import Section
+from storage_schemas.targets import Targets
+from storage_schemas.tokenizer import vocab_sha256
+from storage_schemas.writer import DumpWriter
+from teacher_dump.batches import length_sorted_batches
+from teacher_dump.commits import Committer
+from teacher_dump.config import CorpusSection, TeacherSection
+from teacher_dump.corpus import Corpus, Sample, freeze_corpus
+from teacher_dump.progress import DumpProgress, EventLog
+from teacher_dump.stop import StopRequest, stoppable
+from teacher_dump.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 10.0
+"""How often a worker looks what others have committed."""
+
+
+class DumpSummary(Section):
+    """What a dump holds, and what this worker did for it."""
+
+    url: str
+    """Where it lies."""
+    fingerprint: str
+    """Of the dump."""
+    units: int
+    """Units in all; all are committed."""
+    units_done_here: int
+    """Units that this call committed."""
+    rows: int
+    """Samples in all."""
+    tokens: int
+    """Tokens in all."""
+    supervised_tokens: int
+    """Tokens with a target, in all."""
+    bytes: int
+    """Of all data files."""
+    bytes_per_supervised_token: float | None
+    """All columns counted; null without supervised tokens."""
+    mean_kept_mass: float | None
+    """Mean probability inside the heads; null without supervised tokens."""
+    statuses: dict[str, int]
+    """Rows per status, in all."""
+    tokens_here: int
+    """Tokens that this call sent through the teacher, without padding."""
+    seconds: float
+    """From the first batch to the last commit; 0 if there was nothing to do."""
+    tokens_per_second: float | None
+    """Of this call; null if there was nothing to do."""
+
+
+def run_dump(
+    *,
+    dump: DumpSection,
+    teacher: Teacher | TeacherSection,
+    corpus: CorpusSection,
+    estimator: Estimator,
+    temperatures: Sequence[float] = (1.0,),
+    rank: int = 0,
+    world_size: int = 1,
+    events: Path | None = None,
+    console: Console | None = None,
+) -> DumpSummary:
+    """Work on a dump until all its units are committed, and seal it. Running it again continues, or does nothing.
+
+    Args:
+        dump: where to, and how it is cut and encoded.
+        teacher: a Teacher that was loaded once can serve several dumps.
+        corpus: what is distilled on.
+        estimator: how targets are chosen.
+        temperatures: of the stored tail masses; the first is 1.
+        rank: which worker this is.
+        world_size: how many there are; it may differ from call to call.
+        events: file that one JSON object per event is appended to.
+        console: where the progress bar goes; standard error by default.
+
+    Raises:
+        MismatchError: the dump at the URL was made with other settings, or the teacher cannot be loaded.
+        DataError: the corpus cannot be used.
+        TemporaryError: a stop was requested, or the store cannot be written to; the same call continues.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of {world_size} workers")
+    teacher = Teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
+    with stoppable() as stop:
+        samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
+        run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
+        writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
+        writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
+        log_events = EventLog(events)
+        try:
+            worker = Worker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
+            worker.run(log_events, console)
+            summary = summarise(dump, worker)
+            log_events.write("end", rank=rank, **summary.model_dump(mode="json"))
+        finally:
+            log_events.close()
+    return summary
+
+
+def run_info(
+    dump: DumpSection,
+    teacher: Teacher,
+    section: CorpusSection,
+    corpus: Corpus,
+    *,
+    estimator: Estimator,
+    temperatures: Sequence[float],
+) -> RunInfo:
+    """run.json of a dump; no weight is loaded for it."""
+    vocab = teacher.tokenizer.get_vocab()
+    template = teacher.tokenizer.chat_template
+    return RunInfo(
+        teacher=teacher.identity(),
+        tokenizer=TokenizerIdentity(
+            vocab_size=len(vocab),
+            vocab_sha256=vocab_sha256(vocab),
+            chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        ),
+        corpus=CorpusIdentity(
+            fingerprint=corpus.fingerprint,
+            samples=len(corpus),
+            mask=section.mask,
+            max_length=section.max_length,
+            too_long=section.too_long,
+        ),
+        samples_per_unit=dump.samples_per_unit,
+        estimator=estimator,
+        temperatures=tuple(temperatures),
+        logsumexp=dump.logsumexp,
+        logprob_step=dump.logprob_step,
+        max_kl=dump.max_kl,
+        engine=EngineIdentity(name=teacher.section.backend, version=version("transformers")),
+    )
+
+
+def tokenizer_files(tokenizer: object) -> dict[str, bytes]:
+    """The tokenizer as transformers saves it, by file name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def unit_order(units: int, *, rank: int, world_size: int) -> Iterator[int]:
+    """All units in the order in which a worker takes those that nobody has committed by then.
+
+    First its own, rank, rank + world_size, ...; then the others', the last ones first: their owners come to these
+    last. Every worker starts at another place among them, so that few meet.
+    """
+    yield from range(rank, units, world_size)
+    others = [unit for unit in range(units - 1, -1, -1) if unit % world_size != rank]
+    start = rank * len(others) // world_size
+    yield from others[start:] + others[:start]
+
+
+class Worker:
+    """One worker's way through the units."""
+
+    def __init__(
+        self, writer: DumpWriter, teacher: Teacher, corpus: Corpus, *, rank: int, world_size: int, stop: StopRequest
+    ) -> None:
+        self.writer, self.teacher, self.corpus, self.stop = writer, teacher, corpus, stop
+        self.rank, self.world_size = rank, world_size
+        self.units_done_here = self.tokens = 0
+        self.seconds = 0.0
+        self._committed: set[int] = set()
+        self._tokens_left = 0
+        self._looked = 0.0
+
+    def run(self, events: EventLog, console: Console | None) -> None:
+        """Take units until none is left, then seal; without open units, the weights are not loaded.
+
+        Raises:
+            TemporaryError: the dump is not complete at the end.
+        """
+        run = self.writer.run
+        self._look()
+        events.write("start", rank=self.rank, world_size=self.world_size, units=run.units, done=len(self._committed))
+        if len(self._committed) < run.units:
+            _ = self.teacher.model
+            progress = DumpProgress(units=run.units, world_size=self.world_size, events=events, console=console)
+            with progress, Committer(self.writer) as commits:
+                for unit in unit_order(run.units, rank=self.rank, world_size=self.world_size):
+                    self._take(unit, commits, progress)
+                commits.close()
+                self._look()
+                self._report(commits, progress)
+                progress.finish()
+            self.units_done_here, self.tokens, self.seconds = len(commits.won), progress.tokens, progress.seconds
+        if not self.writer.seal():
+            raise TemporaryError(
+                f"{self.writer.store.url} is not complete",
+                got=f"{len(self.writer.committed())} of {run.units} units",
+                fix="run the same command again",
+            )
+
+    def _take(self, unit: int, commits: Committer, progress: DumpProgress) -> None:
+        """Compute a unit and hand it to the committing thread, unless somebody else commits it first."""
+        if unit in self._committed or self.writer.is_committed(unit):
+            return
+        samples = [self.corpus.sample(index) for index in self.writer.run.unit_range(unit)]
+        usable = [sample for sample in samples if sample.status == OK]
+        found: dict[int, Targets | None] = {}
+        lengths = [len(sample.input_ids) for sample in usable]
+        for places in length_sorted_batches(lengths, budget=self.teacher.section.batch_tokens):
+            self.stop.check()
+            commits.check()
+            if time.monotonic() - self._looked > _LOOK_SECONDS:
+                self._look()
+                if unit in self._committed:
+                    return
+            batch = [usable[place] for place in places]
+            found |= zip((sample.sample_index for sample in batch), self._ask(batch), strict=True)
+            self._report(commits, progress, tokens=sum(len(sample.input_ids) for sample in batch))
+        commits.commit(unit, [_row(sample, found.get(sample.sample_index)) for sample in samples])
+
+    def _ask(self, batch: Sequence[Sample]) -> list[Targets | None]:
+        run = self.writer.run
+        return self.teacher.targets(
+            batch, estimator=run.estimator, temperatures=run.temperatures, logsumexp=run.logsumexp
+        )
+
+    def _look(self) -> None:
+        """See what is committed by now, by anybody."""
+        run = self.writer.run
+        self._looked = time.monotonic()
+        self._committed = self.writer.committed()
+        starts = np.minimum(np.arange(run.units + 1) * run.samples_per_unit, len(self.corpus))
+        tokens = np.diff(self.corpus.offsets[starts])
+        done = np.fromiter(self._committed, np.int64, len(self._committed))
+        self._tokens_left = int(tokens.sum() - tokens[done].sum())
+
+    def _report(self, commits: Committer, progress: DumpProgress, *, tokens: int = 0) -> None:
+        self._tokens_left = max(0, self._tokens_left - tokens)
+        progress.update(
+            tokens=tokens,
+            units_done=len(self._committed | commits.won.keys()),
+            tokens_left=self._tokens_left,
+            records=commits.won,
+        )
+
+
+def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
+    """Totals of a sealed dump, from its manifest."""
+    found = Dump.open(dump.url, options=dump.storage_options)
+    records = list(found.records().values())
+    supervised = sum(record.supervised_tokens for record in records)
+    size = sum(record.bytes for record in records)
+    mass = sum(record.mean_kept_mass * record.supervised_tokens for record in records)
+    statuses: dict[str, int] = {}
+    for record in records:
+        for status, rows in record.statuses.items():
+            statuses[status] = statuses.get(status, 0) + rows
+    return DumpSummary(
+        url=dump.url,
+        fingerprint=worker.writer.run.fingerprint,
+        units=len(records),
+        units_done_here=worker.units_done_here,
+        rows=sum(record.rows for record in records),
+        tokens=sum(record.tokens for record in records),
+        supervised_tokens=supervised,
+        bytes=size,
+        bytes_per_supervised_token=size / supervised if supervised else None,
+        mean_kept_mass=mass / supervised if supervised else None,
+        statuses=dict(sorted(statuses.items())),
+        tokens_here=worker.tokens,
+        seconds=worker.seconds,
+        tokens_per_second=worker.tokens / worker.seconds if worker.tokens else None,
+    )
+
+
+def _row(sample: Sample, targets: Targets | None) -> Row:
+    status = NONFINITE if sample.status == OK and targets is None else sample.status
+    return Row(
+        sample_index=sample.sample_index,
+        sample_id=sample.sample_id,
+        status=status,
+        input_ids=sample.input_ids,
+        loss_mask=sample.loss_mask,
+        targets=targets,
+    )

@@ -1,0 +1,69 @@
+"""What a causal language model does between its LM head and its logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from storage_schemas.errors import MismatchError
+
+_MULTIPLIED_BY = {
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
+    "cohere2_moe": "logit_scale",
+    "falcon_h1": "lm_head_multiplier",
+    "hyperclovax": "logits_scaling",
+}
+_DIVIDED_BY = {
+    "granite": "logits_scaling",
+    "granite_swa": "logits_scaling",
+    "granitemoe": "logits_scaling",
+    "granitemoe_swa": "logits_scaling",
+    "granitemoehybrid": "logits_scaling",
+    "granitemoeshared": "logits_scaling",
+    "minicpm3": "logits_scaling",
+}
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTransform:
+    """logits = softcap * tanh(scale * x / softcap), where x is what the LM head returns."""
+
+    scale: float
+    """Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    softcap: float | None
+    """Gemma 2's `final_logit_softcapping`."""
+
+    @classmethod
+    def of(cls, config: Any) -> "HeadTransform":
+        """From a transformers model config.
+
+        Raises:
+            MismatchError: the model scales its logits in a way that is not known here. The same attribute multiplies
+                in one architecture and divides in another, so guessing could store wrong targets.
+        """
+        config = config.get_text_config()
+        softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
+        scale, kind = 1.0, config.model_type
+        if kind in _MULTIPLIED_BY:
+            scale = float(getattr(config, _MULTIPLIED_BY[kind]))
+        elif kind in _DIVIDED_BY:
+            scale = 1.0 / float(getattr(config, _DIVIDED_BY[kind]))
+        elif found := [name for name in _SCALES if getattr(config, name, None) not in (None, 1, 1.0)]:
+            raise MismatchError(
+                f"models of type `{kind}` scale their logits in a way that is not known here",
+                got=", ".join(f"{name} = {getattr(config, name)}" for name in found),
+                expected=f"one of {sorted([*_MULTIPLIED_BY, *_DIVIDED_BY])}, or a model that does not scale its logits",
+                fix="choose another teacher",
+            )
+        return cls(scale=scale, softcap=softcap)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits from float32 head outputs, in place."""
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        if self.softcap is not None:
+            x.div_(self.softcap).tanh_().mul_(self.softcap)
+        return x

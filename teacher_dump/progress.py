@@ -1,0 +1,130 @@
+"""Live progress: a bar on a terminal, else a log line every few seconds, and one JSON object per event."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from storage_schemas.commit import CommitRecord
+
+log = logging.getLogger(__name__)
+
+_LINE_SECONDS = 5.0
+_BAR_SECONDS = 0.5
+
+
+class EventLog:
+    """Appends JSON objects to a file, one a line; without a file it does nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one event, with the time in seconds since 1970."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class DumpProgress:
+    """What a worker shows while it runs. Speeds are this worker's; units are those of all workers."""
+
+    def __init__(self, *, units: int, world_size: int, events: EventLog, console: Console | None = None) -> None:
+        self.units, self.world_size, self.events = units, world_size, events
+        self.tokens = 0
+        """Tokens that went through the teacher here."""
+        self.units_done = 0
+        self.tokens_left = 0
+        """Tokens of all units that nobody has committed."""
+        self.started = time.monotonic()
+        self._shown = self.started
+        self._records: Mapping[int, CommitRecord] = {}
+        console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("dump"), BarColumn(), MofNCompleteColumn(), TextColumn("units  {task.fields[text]}"),
+            console=console, transient=False,
+        ) if console.is_terminal else None  # fmt: skip
+        self._task = self._bar.add_task("dump", total=units, text="") if self._bar else None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(
+        self, *, tokens: int = 0, units_done: int, tokens_left: int, records: Mapping[int, CommitRecord]
+    ) -> None:
+        """Count tokens that went through the teacher, and show where the dump is, if it is time.
+
+        Args:
+            tokens: since the last call.
+            units_done: by all workers.
+            tokens_left: of the units that are not committed.
+            records: of the units committed here.
+        """
+        self.tokens += tokens
+        self.units_done, self.tokens_left, self._records = units_done, tokens_left, records
+        now = time.monotonic()
+        if now - self._shown < (_LINE_SECONDS if self._bar is None else _BAR_SECONDS):
+            return
+        self._shown = now
+        self._show()
+
+    def finish(self) -> None:
+        """Show the last state, whatever the time."""
+        self._show()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first batch could start."""
+        return time.monotonic() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this worker."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds left if every worker is as fast as this one."""
+        return self.tokens_left / (self.tokens_per_second * self.world_size) if self.tokens else None
+
+    def _show(self) -> None:
+        supervised = sum(record.supervised_tokens for record in self._records.values())
+        size = sum(record.bytes for record in self._records.values())
+        mass = sum(record.mean_kept_mass * record.supervised_tokens for record in self._records.values())
+        values = {
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "eta_seconds": None if self.eta_seconds is None else round(self.eta_seconds, 1),
+            "bytes_per_supervised_token": size / supervised if supervised else None,
+            "mean_kept_mass": mass / supervised if supervised else None,
+        }
+        self.events.write("progress", units_done=self.units_done, units=self.units, tokens=self.tokens, **values)
+        text = f"{self.tokens_per_second:,.0f} tokens/s"
+        if self.eta_seconds is not None:
+            text += f", {timedelta(seconds=round(self.eta_seconds))} left"
+        if supervised:
+            text += f", {size / supervised:.1f} bytes/supervised token, kept mass {mass / supervised:.4f}"
+        if self._bar is None or self._task is None:
+            log.info("dump: %d/%d units, %s", self.units_done, self.units, text)
+        else:
+            self._bar.update(self._task, completed=self.units_done, text=text)

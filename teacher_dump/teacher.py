@@ -1,0 +1,246 @@
+"""The teacher: who it is, and its targets for a batch of samples. Logits exist for chunks of supervised tokens only."""
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from storage_schemas.config import Estimator
+from storage_schemas.errors import MismatchError
+from storage_schemas.run_info import TeacherIdentity
+from storage_schemas.shift import Positions, supervised_positions
+from storage_schemas.targets import I64, Targets
+from teacher_dump.config import TeacherSection
+from teacher_dump.corpus import Sample
+from teacher_dump.estimators import Entries, estimate, to_targets
+from teacher_dump.head import HeadTransform
+from teacher_dump.weights import ModelFiles, find_model
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits that exist at a time: little enough for a CPU's caches, enough to keep a GPU busy."""
+
+
+class Teacher:
+    """A causal language model of transformers. Its weights are loaded when the first targets are asked for."""
+
+    def __init__(self, section: TeacherSection) -> None:
+        self.section = section
+        self._fits: int | None = None
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """Its files, fetched from the hub if need be."""
+        return find_model(self.section.model, self.section.revision)
+
+    @cached_property
+    def config(self) -> Any:
+        """Its transformers config."""
+        return self._from_pretrained(AutoConfig)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._from_pretrained(AutoTokenizer)
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the LM head."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        name = self.section.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise MismatchError(
+                "the teacher's device cannot be used",
+                got=f"{name}: {str(error).strip().splitlines()[0]}",
+                expected="auto, cpu, cuda or cuda:N",
+                fix="correct teacher.device",
+            ) from error
+
+    @cached_property
+    def model(self) -> Any:
+        """The model with its weights, on its device."""
+        model = self._from_pretrained(AutoModelForCausalLM, dtype=_DTYPES[self.section.dtype], use_safetensors=True)
+        model = model.to(self.device).eval().requires_grad_(False)
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows != self.head_size:
+            raise MismatchError(
+                f"the LM head of {self.section.model} disagrees with its config",
+                got=f"{rows} rows",
+                expected=f"vocab_size = {self.head_size}",
+                fix="correct config.json, or choose another teacher",
+            )
+        refuse_unknown_head(model)
+        return model
+
+    def identity(self) -> TeacherIdentity:
+        """Who the teacher is, from its files alone."""
+        return self._identity
+
+    def targets(
+        self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+    ) -> list[Targets | None]:
+        """Targets of each sample's supervised tokens, in order; None where its logits are not finite.
+
+        A batch that does not fit into the GPU's memory is halved, and so are later ones of its size.
+
+        Args:
+            samples: each with at least one supervised token; they go through the model together, padded.
+            estimator: how targets are chosen.
+            temperatures: of the stored tail masses; the first is 1.
+            logsumexp: whether to keep the logsumexp of the raw logits.
+
+        Raises:
+            MismatchError: a single sample does not fit into the device's memory.
+        """
+        model = self.model
+        padded = len(samples) * max(len(sample.input_ids) for sample in samples)
+        if len(samples) == 1 or self._fits is None or padded <= self._fits:
+            try:
+                return _targets(
+                    model, samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp
+                )
+            except torch.OutOfMemoryError as error:
+                message = str(error).strip().splitlines()[0]
+            self._refuse_or_halve(samples, padded, message)
+        half = (len(samples) + 1) // 2
+        return [
+            found
+            for part in (samples[:half], samples[half:])
+            for found in self.targets(part, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
+        ]
+
+    @cached_property
+    def _identity(self) -> TeacherIdentity:
+        return TeacherIdentity(
+            model=self.section.model,
+            revision=self.files.revision,
+            config_sha256=self.files.config_sha256(),
+            weights_sha256=self.files.weights_sha256(),
+            dtype=self.section.dtype,
+            head_size=self.head_size,
+        )
+
+    def _from_pretrained(self, kind: Any, **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.files.folder, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise MismatchError(
+                f"the teacher {self.section.model} cannot be loaded",
+                got=str(error).strip().splitlines()[0][:300],
+                expected="a causal language model that the installed transformers knows, with its tokenizer",
+                fix="correct teacher.model",
+            ) from error
+
+    def _refuse_or_halve(self, samples: Sequence[Sample], padded: int, message: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(samples) == 1:
+            raise MismatchError(
+                f"sample {samples[0].sample_index} alone does not fit into the memory of {self.device}",
+                got=f"{padded} tokens: {message}",
+                expected="a device that holds the model and one sample",
+                fix="lower corpus.max_length, or run the teacher in bfloat16 or on a larger device",
+            )
+        if self._fits is None:
+            log.warning("%d padded tokens do not fit into %s: halving such batches", padded, self.device)
+        self._fits = padded // 2
+
+
+def refuse_unknown_head(model: Any) -> None:
+    """Raise MismatchError if this architecture does more between body and logits than is known here."""
+    ids = torch.arange(4, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        got = _logits(model, _hidden(model, ids)[0], HeadTransform.of(model.config))
+    difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if bool(expected.isfinite().all()) and not difference < 0.02:
+        raise MismatchError(
+            f"the head of {type(model).__name__} is not understood",
+            got=f"logits off by {difference:.2g} of the largest",
+            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
+            fix="choose another teacher",
+        )
+
+
+@torch.inference_mode()
+def _targets(
+    model: Any, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+) -> list[Targets | None]:
+    positions = [supervised_positions(sample.loss_mask) for sample in samples]
+    hidden = _supervised_hidden(model, samples, positions)
+    sample_index, position = _coordinates(samples, positions)
+    transform = HeadTransform.of(model.config)
+    chunk = _chunk_tokens(model)
+    parts: list[Entries] = []
+    for start in range(0, len(hidden), chunk):
+        tokens = slice(start, start + chunk)
+        logits = _logits(model, hidden[tokens], transform)
+        parts.append(
+            estimate(
+                logits,
+                estimator,
+                temperatures=temperatures,
+                sample_index=sample_index[tokens],
+                position=position[tokens],
+            )
+        )
+    targets, finite = to_targets(parts, logsumexp=logsumexp)
+    stops = np.cumsum([len(place.tokens) for place in positions])
+    spans = zip([0, *stops[:-1]], stops, strict=True)
+    return [targets.slice(int(a), int(b)) if finite[a:b].all() else None for a, b in spans]
+
+
+def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequence[Positions]) -> Tensor:
+    """(supervised tokens, hidden) the states that predict them, sample by sample.
+
+    Padding is on the right, where a causal model's earlier positions cannot see it: no attention mask is needed, and
+    the fast causal kernels apply. What follows the last state in use is not run at all.
+    """
+    lengths = [int(place.logits[-1]) + 1 for place in positions]
+    ids = np.zeros((len(samples), max(lengths)), np.int64)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        ids[row, :length] = sample.input_ids[:length]
+    rows = np.repeat(np.arange(len(samples)), [len(place.logits) for place in positions])
+    columns = np.concatenate([place.logits for place in positions])
+    hidden = _hidden(model, torch.from_numpy(ids).to(model.device))
+    place = torch.from_numpy(rows * ids.shape[1] + columns).to(model.device)
+    return hidden.flatten(0, 1).index_select(0, place)
+
+
+def _coordinates(samples: Sequence[Sample], positions: Sequence[Positions]) -> tuple[I64, I64]:
+    """(tokens,) sample index and (tokens,) position of every supervised token: what its draws depend on."""
+    indices = np.array([sample.sample_index for sample in samples], np.int64)
+    sample_index = np.repeat(indices, [len(place.tokens) for place in positions])
+    return sample_index, np.concatenate([place.tokens for place in positions])
+
+
+def _hidden(model: Any, input_ids: Tensor) -> Tensor:
+    """(batch, seq, hidden) final hidden states, without a key-value cache."""
+    states: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return states
+
+
+def _logits(model: Any, hidden: Tensor, transform: HeadTransform) -> Tensor:
+    """(tokens, V) float32: the product in the model's dtype, everything after it in float32."""
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    return transform(logits)
+
+
+def _chunk_tokens(model: Any) -> int:
+    budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
+    return max(16, budget // (4 * int(model.get_output_embeddings().weight.shape[0])))

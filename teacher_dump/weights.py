@@ -1,0 +1,94 @@
+"""Where a model's files lie and what identifies them, without loading a weight."""
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from storage_schemas.errors import MismatchError
+
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_UNWANTED = ["consolidated*", "original/*", "onnx/*", "*/*.safetensors"]
+_INDEX = "model.safetensors.index.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model on this machine."""
+
+    folder: Path
+    """Holds config.json, tokenizer and weights."""
+    revision: str | None
+    """Commit on the hub; None for a directory."""
+    weights: tuple[Path, ...]
+    """The safetensors files."""
+
+    def config_sha256(self) -> str:
+        """Hash of config.json."""
+        return _sha256(self.folder / "config.json")
+
+    def weights_sha256(self) -> dict[str, str]:
+        """Hash of each weight file, by name."""
+        with ThreadPoolExecutor(4) as pool:
+            return dict(zip((path.name for path in self.weights), pool.map(_sha256, self.weights), strict=True))
+
+
+def find_model(name: str, revision: str | None) -> ModelFiles:
+    """The files of a directory or of a hub model, fetched if need be.
+
+    Raises:
+        MismatchError: no such model, or one without safetensors.
+    """
+    folder, commit = Path(name), None
+    if not folder.is_dir():
+        try:
+            found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        except (OSError, ValueError) as error:
+            raise _no_model(name, str(error).strip().splitlines()[0][:300]) from error
+        folder = Path(found)
+        commit = folder.name
+    elif revision is not None:
+        raise MismatchError(
+            f"{name} is a directory, which has no revisions",
+            got=f"teacher.revision = {revision}",
+            expected="null",
+            fix="remove teacher.revision, or give a hub id as teacher.model",
+        )
+    if not (folder / "config.json").is_file():
+        raise _no_model(name, "no config.json")
+    return ModelFiles(folder=folder, revision=commit, weights=_weight_files(folder, name))
+
+
+def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+    if (folder / _INDEX).is_file():
+        content = json.loads((folder / _INDEX).read_bytes())
+        names = sorted(set(content["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [file for file in names if not (folder / file).is_file()]
+    if missing:
+        raise _no_model(name, f"no {', '.join(missing[:5])}")
+    return tuple(folder / file for file in names)
+
+
+def _sha256(path: Path) -> str:
+    # The hub's cache names large files by their hash; terabytes need not be read to learn it.
+    target = path.resolve()
+    if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
+        return target.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _no_model(name: str, got: str) -> MismatchError:
+    return MismatchError(
+        f"the teacher {name} cannot be loaded",
+        got=got,
+        expected="a directory or hub id with config.json, a tokenizer and *.safetensors",
+        fix="correct teacher.model or teacher.revision; convert other weight formats to safetensors first",
+    )

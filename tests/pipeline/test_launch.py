@@ -1,0 +1,167 @@
+"""Who is which worker, and what is started: pure functions of environment and resources."""
+
+import pytest
+
+from pipeline.launch import (
+    Nodes,
+    Placement,
+    device_environment,
+    dump_argv,
+    dump_placement,
+    first_host,
+    thread_environment,
+    torchrun_argv,
+    training_nodes,
+)
+from storage_schemas.errors import UsageError
+
+ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        (ARRAY, (3, 8)),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "1"}, (3, 8)),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "14", "SLURM_ARRAY_TASK_STEP": "2"}, (7, 8)),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "40", "SLURM_ARRAY_TASK_MIN": "3"}, (5, 8)),
+        ({**ARRAY, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (7, 16)),
+        ({**ARRAY, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (3, 8)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (5, 6)),
+        ({"JOB_COMPLETION_INDEX": "2", "JOB_COMPLETIONS": "3"}, (2, 3)),
+        ({"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"RANK": "1", "WORLD_SIZE": "2", **ARRAY}, (1, 2)),
+        ({"WORLD_SIZE": "4"}, (0, 1)),
+    ],
+)
+def test_a_dump_worker_knows_its_number_from_its_scheduler(env: dict[str, str], expected: tuple[int, int]) -> None:
+    assert dump_placement(env) == Placement(*expected)
+
+
+def test_the_command_line_wins_over_the_environment() -> None:
+    assert dump_placement(ARRAY, 1, 2) == Placement(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("env", "rank", "world"),
+    [
+        ({}, 1, None),
+        ({}, None, 2),
+        ({}, 2, 2),
+        ({}, -1, 2),
+        ({}, 0, 0),
+        ({"RANK": "1"}, None, None),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, None, None),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, None, None),
+        ({"JOB_COMPLETION_INDEX": "0"}, None, None),
+        ({**ARRAY, "SLURM_ARRAY_TASK_COUNT": ""}, None, None),
+    ],
+)
+def test_half_or_impossible_worker_numbers_are_refused(env: dict[str, str], rank: int, world: int) -> None:
+    with pytest.raises(UsageError):
+        dump_placement(env, rank, world)
+
+
+STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "41"}
+
+
+def test_training_nodes_come_from_slurm_inside_srun() -> None:
+    nodes = training_nodes({**STEP, "SLURM_STEP_NODELIST": "gpu[07-08]"})
+    assert nodes == Nodes(2, 1, "gpu07:12041")
+    assert training_nodes({**STEP, "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "a,b"}) == Nodes(2, 0, "a:12041")
+    # Another job on the same node meets elsewhere; all nodes of one job at the same place.
+    assert training_nodes({**STEP, "SLURM_JOB_ID": "42", "SLURM_STEP_NODELIST": "a,b"}).endpoint == "a:12042"
+
+
+def test_training_is_on_one_node_unless_told_otherwise() -> None:
+    assert training_nodes({}) == Nodes()
+    assert training_nodes({"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "a[1-4]"}) == Nodes()
+    assert training_nodes({}, 2, 1, "host:1") == Nodes(2, 1, "host:1")
+    assert training_nodes({**STEP, "SLURM_STEP_NODELIST": "a,b"}, endpoint="c:5").endpoint == "c:5"
+
+
+@pytest.mark.parametrize(
+    ("env", "arguments"),
+    [
+        (STEP, ()),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NODELIST": "a,b"}, ()),
+        ({}, (2, 0)),
+        ({}, (2, None, "host:1")),
+        ({}, (2, 2, "host:1")),
+    ],
+)
+def test_nodes_that_cannot_meet_are_refused(env: dict[str, str], arguments: tuple[int, int, str]) -> None:
+    with pytest.raises(UsageError):
+        training_nodes(env, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[007-010,12],cpu1", "gpu007"),
+        ("gpu[3,5-9]", "gpu3"),
+        ("rack[1-2]node[05,07]", "rack1node05"),
+        ("n[1-3]-ib,m1", "n1-ib"),
+    ],
+)
+def test_first_host_of_a_slurm_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_torchrun_on_one_node_meets_on_loopback_and_never_restarts() -> None:
+    argv = torchrun_argv(["student_train.worker", "run"], nproc=2, nodes=Nodes(), python="py")
+    assert argv == [
+        "py",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--max-restarts=0",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "-m",
+        "student_train.worker",
+        "run",
+    ]
+
+
+def test_torchrun_on_many_nodes_is_static() -> None:
+    argv = torchrun_argv(["w"], nproc=8, nodes=Nodes(2, 1, "[fe80::1]:12041"), python="py")
+    assert argv[3:] == [
+        "--nproc-per-node=8",
+        "--max-restarts=0",
+        "--nnodes=2",
+        "--node-rank=1",
+        "--rdzv-backend=static",
+        "--master-addr=[fe80::1]",
+        "--master-port=12041",
+        "-m",
+        "w",
+    ]
+
+
+def test_torchrun_understands_its_command_line() -> None:
+    from torch.distributed.run import parse_args
+
+    one = parse_args(torchrun_argv(["w", "a"], nproc=2, nodes=Nodes())[3:])
+    assert (one.nproc_per_node, one.max_restarts, one.standalone, one.module) == ("2", 0, True, True)
+    assert (one.training_script, one.training_script_args) == ("w", ["a"])
+    two = parse_args(torchrun_argv(["w"], nproc=8, nodes=Nodes(2, 1, "host:5"))[3:])
+    assert (two.nnodes, two.node_rank, two.master_addr, two.master_port) == ("2", 1, "host", 5)
+    assert two.rdzv_backend == "static"
+
+
+def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
+    from pathlib import Path
+
+    argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py")
+    assert argv[1:4] == ["-m", "pipeline.cli", "dump"]
+    assert argv[4:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--json", "--set", "a.b=c"]
+    assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}
+    assert thread_environment({}, 16, 8) == {"OMP_NUM_THREADS": "1"}
+    assert thread_environment({"OMP_NUM_THREADS": "3"}, 2, 8) == {}
+    assert device_environment([], 1) == {}
+    assert [device_environment(["4", "6"], worker)["CUDA_VISIBLE_DEVICES"] for worker in range(3)] == ["4", "6", "4"]
