@@ -3,18 +3,18 @@
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 
 from pipeline.config import Config, load_config, need
-from pipeline.launch import dump_placement, training_nodes
+from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_workers, train_workers, visible_gpus
 from storage_schemas.errors import Exit, NeoError
 
@@ -70,14 +70,15 @@ def dump(
     found = load_config(config, overrides or ())
     need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
+    placement = dump_placement(os.environ, rank, world_size)
     if workers > 1:
-        code, summary = dump_workers(config, overrides or (), workers)
+        code, summary = dump_workers(config, overrides or (), workers, node=placement)
         if code:
             raise typer.Exit(code)
     else:
         from pipeline.stages import run_dumps
 
-        summary = run_dumps(found, dump_placement(os.environ, rank, world_size))
+        summary = run_dumps(found, placement)
     _print(summary, as_json)
 
 
@@ -112,8 +113,14 @@ def run(
     from pipeline.run import run_pipeline
 
     found = load_config(config, overrides or ())
+    # With --json, standard output belongs to the object alone.
     summary = run_pipeline(
-        found, config, overrides or (), workers=workers, nproc=nproc or len(visible_gpus(os.environ)) or 1
+        found,
+        config,
+        overrides or (),
+        workers=workers,
+        nproc=nproc or len(visible_gpus(os.environ)) or 1,
+        console=Console(stderr=as_json),
     )
     if as_json:
         _print(summary, as_json)
@@ -163,9 +170,11 @@ def merge(
 @app.command()
 def verify(url: Url, store: StoreOptions = None, as_json: AsJson = False) -> None:
     """Prove a dump: every record, file and value, and that they add up. Needs neither torch nor the teacher."""
+    from pipeline.stages import shown_progress
     from storage_schemas.verify import verify as verify_dump
 
-    report = verify_dump(url, options=_pairs(store))
+    with shown_progress(f"verifying {url}") as progress:
+        report = verify_dump(url, options=_pairs(store), progress=progress)
     _print(report.model_dump(mode="json"), as_json)
     if not report.ok:
         raise typer.Exit(Exit.BAD_DATA)
@@ -202,12 +211,15 @@ def prune(
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
 
 
-def _train(config: Config, *, nproc: int, nodes: Any) -> int:
+def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
     """Stage two, and the configuration it ran with beside its results."""
-    output = need(config.train, "train", "train").output
+    kept = need(config.train, "train", "train").output / "config.yaml"
+    if nodes.node_rank == 0 and not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(config.to_yaml())
     code = train_workers(config, nproc=nproc, nodes=nodes)
-    kept = output / "config.yaml"
-    if nodes.node_rank == 0 and (code in (Exit.DONE, Exit.TEMPORARY) or not kept.exists()):
+    # Not before: a start that is refused must not replace what the results in this directory were made with.
+    if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
         kept.write_text(config.to_yaml())
     return code
 
@@ -229,21 +241,25 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: errors become messages and exit codes."""
+    # A scheduler's SIGTERM is an interruption like any other, unless a command knows better.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(arguments, standalone_mode=False)
+        app(arguments)
+        code: int = Exit.DONE
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else Exit.DONE
+        # What Typer says when the command line is wrong (2), and after an interruption (130).
+        code = {2: Exit.USAGE, 130: Exit.TEMPORARY}.get(code, code)
+        if code == Exit.TEMPORARY and left.code == 130:
+            _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
     except NeoError as error:
         code = _complain(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        code = _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
     except KeyboardInterrupt:
         code = _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
-    except click.ClickException as error:
-        error.show()
-        code = Exit.USAGE
     except Exception:
         traceback.print_exc()
         code = _complain("this is a bug in llm-neo; please report it with the lines above", Exit.BUG)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(int(code))
 
 
 def _complain(message: str, code: Exit) -> int:

@@ -124,7 +124,7 @@ def torchrun_argv(worker: Sequence[str], *, nproc: int, nodes: Nodes, python: st
         nodes: all nodes.
         python: interpreter.
     """
-    argv = [python, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--max-restarts=0"]
+    argv = [python, "-m", "pipeline.torchrun", f"--nproc-per-node={nproc}", "--max-restarts=0"]
     if nodes.count == 1:
         argv += ["--standalone", "--local-addr=127.0.0.1"]
     else:

@@ -4,6 +4,7 @@ torchrun turns every exit code of a worker into 1, so stage two's workers leave 
 directory, see `student_train.worker`, and the launcher returns what they say.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,14 +21,21 @@ from typing import Any
 from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement, device_environment, dump_argv, thread_environment, torchrun_argv
 from storage_schemas.errors import Exit
+from student_train.worker import EXIT_FOLDER, STOP
 
 SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHING_TO_RESUME, Exit.TEMPORARY)
 """Which code a group of processes returns: a stop that others made is no news beside the reason for it."""
+STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+"""Exit codes of a process that was stopped before it could answer signals by itself."""
+LAUNCH = "LLM_NEO_LAUNCH"
+"""Environment variable that marks all processes of one launch."""
+_PR_SET_PDEATHSIG = 1
 
 
 def combined(codes: Sequence[int]) -> int:
     """One exit code for a group of processes; what is not one of ours is a bug."""
-    known = [code if code in tuple(Exit) else int(Exit.BUG) for code in codes]
+    told = [int(Exit.TEMPORARY) if code in STOPPED else code for code in codes]
+    known = [code if code in tuple(Exit) else int(Exit.BUG) for code in told]
     return next((int(code) for code in SEVEREST_FIRST if code in known), 0)
 
 
@@ -37,37 +46,67 @@ def visible_gpus(env: Mapping[str, str]) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return [str(i) for i, line in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU "))]
 
 
-def dump_workers(config: Path, overrides: Sequence[str], workers: int) -> tuple[int, dict[str, Any]]:
-    """Run `workers` workers of stage one on this machine; the exit code and the summary of all together."""
+def dump_workers(
+    config: Path, overrides: Sequence[str], workers: int, *, node: Placement
+) -> tuple[int, dict[str, Any]]:
+    """Run several workers of stage one on this machine.
+
+    Args:
+        config: the configuration file.
+        overrides: of the command line.
+        workers: how many.
+        node: which of how many such groups this one is.
+
+    Returns:
+        The exit code of all together, and, if it is 0, the sum of their summaries.
+    """
     env, gpus = dict(os.environ), visible_gpus(os.environ)
+    started: list[subprocess.Popen[str]] = []
+
+    def forward(number: int, _: int) -> None:
+        for process in started:
+            process.send_signal(number)
+
     with ExitStack() as files:
-        started = []
-        for rank in range(workers):
-            # One worker shows the progress of all, since it counts the units that anyone has committed.
-            quiet = None if rank == 0 else files.enter_context(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen(
-                dump_argv(config, overrides, Placement(rank, workers)),
-                env=env | thread_environment(env, workers, os.cpu_count() or 1) | device_environment(gpus, rank),
-                stdout=(summary := files.enter_context(tempfile.TemporaryFile("w+"))),
-                stderr=quiet,
-            )
-            started.append((process, summary, quiet))
-        with forwarded_signals(lambda number: [process.send_signal(number) for process, _, _ in started]):
-            for process, _, _ in started:
+        outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
+        # One worker shows the progress of all, since it counts the units that anyone has committed.
+        errors = [None, *(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers - 1))]
+        with forwarded_signals(forward):
+            for local in range(workers):
+                placement = Placement(node.rank * workers + local, node.world_size * workers)
+                threads = thread_environment(env, workers, os.cpu_count() or 1)
+                started.append(
+                    subprocess.Popen(
+                        dump_argv(config, overrides, placement),
+                        env=env | threads | device_environment(gpus, local),
+                        stdout=outputs[local],
+                        stderr=errors[local],
+                        text=True,
+                        start_new_session=True,
+                        preexec_fn=end_with_parent,
+                    )
+                )
+            for process in started:
                 process.wait()
-        summaries = []
-        for process, summary, quiet in started:
-            summary.seek(0)
-            if process.returncode == 0:
-                summaries.append(json.load(summary))
-            elif quiet is not None:
-                quiet.seek(0)
-                sys.stderr.write(quiet.read())
-    code = combined([process.returncode for process, _, _ in started])
-    return code, {} if code else _sum(summaries)
+        code = combined([process.returncode for process in started])
+        for process, error in zip(started, errors, strict=True):
+            if process.returncode and error is not None:
+                error.seek(0)
+                sys.stderr.write(error.read())
+        if code:
+            return code, {}
+        for output in outputs:
+            output.seek(0)
+        return code, _sum([parse_output(output.read()) for output in outputs])
+
+
+def parse_output(text: str) -> dict[str, Any]:
+    """The JSON object at the end of a command's standard output; libraries may have printed before it."""
+    found: dict[str, Any] = json.loads(text[text.rfind("\n{\n") + 1 :])
+    return found
 
 
 def _sum(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +125,7 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes) -> int:
     """Run stage two on this node under torchrun; the exit code that its workers agreed on."""
     train = need(config.train, "train", "train")
     student = need(config.student, "student", "train")
-    folder = train.output / "exit"
+    folder = train.output / EXIT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     mine = [folder / f"rank-{nodes.node_rank * nproc + local}" for local in range(nproc)]
     # What the last start left there would end this one. The first node clears for all, since a node may come late.
@@ -96,33 +135,69 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         resolved = Path(scratch) / "resolved.json"
         resolved.write_text(json.dumps({name: section.model_dump(mode="json") for name, section in sections.items()}))
-        env = dict(os.environ)
-        argv = torchrun_argv(["student_train.worker", "--config", str(resolved)], nproc=nproc, nodes=nodes)
-        process = subprocess.Popen(
-            argv,
-            env=env | thread_environment(env, nproc, os.cpu_count() or 1) | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
-            start_new_session=True,
+        returned = run_torchrun(
+            torchrun_argv(["student_train.worker", "--config", str(resolved)], nproc=nproc, nodes=nodes),
+            thread_environment(os.environ, nproc, os.cpu_count() or 1),
+            stop=(folder / STOP).touch,
         )
-        try:
-            # torchrun would kill its workers half a minute after a signal; the file leaves them time for a checkpoint.
-            with forwarded_signals(lambda _: (folder / "stop").touch()):
-                returned = process.wait()
-        finally:
-            _end_group(process.pid)
     codes = [int(file.read_text()) for file in mine if file.is_file()]
     if not returned and not any(codes):
         return int(Exit.DONE)
-    # A worker that was killed leaves no code; torchrun then ended the others.
-    return combined(codes) or int(Exit.TEMPORARY if len(codes) < nproc else Exit.BUG)
+    # A worker that was killed leaves no code; the others then say that they have lost it. No code at all: not even
+    # the imports worked, and running again would not help.
+    return combined(codes) or int(Exit.TEMPORARY if codes else Exit.BUG)
+
+
+def run_torchrun(argv: Sequence[str], env: Mapping[str, str], *, stop: Callable[[], None]) -> int:
+    """Run torchrun to its end and leave nothing of it behind.
+
+    Args:
+        argv: its command line.
+        env: variables to set.
+        stop: asks the workers for a checkpoint and an end. torchrun itself would kill them half a minute after a
+            signal, so it gets the second one only.
+
+    Returns:
+        Its exit code.
+    """
+    launch = uuid.uuid4().hex
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(_: int, count: int) -> None:
+        if count == 1:
+            stop()
+        elif process is not None:
+            process.terminate()
+
+    try:
+        with forwarded_signals(forward):
+            process = subprocess.Popen(
+                argv,
+                env={**os.environ, **env, "TORCH_CPP_LOG_LEVEL": "ERROR", LAUNCH: launch},
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+            return process.wait()
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+        end_launch(launch)
 
 
 @contextmanager
-def forwarded_signals(send: Callable[[int], object]) -> Iterator[None]:
-    """Pass SIGTERM, SIGINT and SIGUSR1 on to the processes that were started, and wait for them."""
+def forwarded_signals(send: Callable[[int, int], object]) -> Iterator[None]:
+    """Pass SIGTERM, SIGINT and SIGUSR1 on to processes that were started, instead of ending.
+
+    Args:
+        send: called with the signal and how many there were. SIGUSR1 becomes SIGTERM: schedulers warn with whatever
+            signal they were told to, and the workers know one way to stop.
+    """
+    count = 0
 
     def forward(number: int, _: object) -> None:
-        # Schedulers warn with whatever signal they were told to; the workers know one way to stop.
-        send(signal.SIGTERM if number == signal.SIGUSR1 else number)
+        nonlocal count
+        count += 1
+        send(signal.SIGTERM if number == signal.SIGUSR1 else number, count)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
@@ -132,9 +207,19 @@ def forwarded_signals(send: Callable[[int], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_group(group: int) -> None:
-    """Kill what is left of a session whose leader has ended."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def end_with_parent() -> None:
+    """Called in a new process: SIGTERM as soon as the one that started it is gone, be it by SIGKILL. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_launch(launch: str) -> None:
+    """Kill what is left of a launch: torchrun's workers have sessions of their own and outlive it if it is killed."""
+    marker = f"{LAUNCH}={launch}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            # Gone by now, or somebody else's.
+            continue

@@ -104,17 +104,24 @@ def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None 
         return pruning
     # The final name appears only when everything is in place.
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(source, partial, kept)
+    try:
+        _write_model(source, partial, config, pruning)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return pruning
+
+
+def _write_model(source: Path, out: Path, config: dict[str, Any], pruning: Pruning) -> None:
+    _write_weights(source, out, pruning.kept)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in ("config.json", "README.md"):
-            shutil.copyfile(file, partial / file.name)
-    (partial / "config.json").write_text(json.dumps(_pruned_config(config, kept), indent=2, sort_keys=True) + "\n")
-    (partial / "README.md").write_text(_model_card(pruning))
-    (partial / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
-    os.rename(partial, out)
-    return pruning
+            shutil.copyfile(file, out / file.name)
+    pruned = _pruned_config(config, pruning.kept)
+    (out / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
+    (out / "README.md").write_text(_model_card(pruning))
+    (out / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
 
 
 def _refuse_other(out: Path, pruning: Pruning) -> None:

@@ -1,18 +1,19 @@
-"""Both stages on one machine, with evaluation, merge and report. Every step is skipped once its result lies there.
+"""Both stages on one machine, with evaluation, merge and report. What is done already is not done again.
 
-Each step that needs a model is a process of its own: its memory is free before the next one starts, which matters
-more on one machine than the seconds it takes to import torch again. What a step found is kept as one JSON file in
-`steps/` of the run directory, written when the step is done.
+Each step that needs a model is a process of its own: its memory, and its GPU, are free before the next one starts,
+which is worth more on one machine than the seconds it takes to import torch again. What a step found is kept as one
+JSON file in `steps/` of the run directory, with the inputs it was found from; other inputs make it run again.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, need
-from pipeline.launch import Nodes
-from pipeline.processes import dump_workers, forwarded_signals, train_workers
+from pipeline.launch import Nodes, Placement
+from pipeline.processes import dump_workers, end_with_parent, forwarded_signals, parse_output, train_workers
 from pipeline.report import QUALITY, write_report
 from storage_schemas.errors import DataError, Exit, NeoError
+from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
 
 log = logging.getLogger(__name__)
@@ -37,37 +39,47 @@ class StepFailedError(NeoError):
         super().__init__(f"the step `{step}` ended with exit code {int(self.exit_code)}; its message says why")
 
 
-def run_pipeline(config: Config, path: Path, overrides: Sequence[str], *, workers: int, nproc: int) -> dict[str, Any]:
+def run_pipeline(
+    config: Config, path: Path, overrides: Sequence[str], *, workers: int, nproc: int, console: Console
+) -> dict[str, Any]:
     """Dump, verify, evaluate, train, evaluate, merge, report.
 
     Args:
         config: the loaded configuration.
-        path: the file it was loaded from, which the steps load again.
+        path: the file it was loaded from, which stage one's workers load again.
         overrides: as on the command line.
         workers: processes of stage one.
         nproc: ranks of stage two.
+        console: where the result goes.
 
     Returns:
         What summary.json holds.
     """
     train, student = need(config.train, "train", "run"), need(config.student, "student", "run")
-    teacher = need(config.teacher, "teacher", "run")
-    heldout = need(config.heldout, "heldout", "run")
-    steps = Steps(train.output / "steps", config)
+    teacher, heldout = need(config.teacher, "teacher", "run"), need(config.heldout, "heldout", "run")
+    need(config.corpus, "corpus", "run")
     final, merged = train.output / "final", train.output / "merged"
+    steps = Steps(train.output / "steps")
 
-    dumped = steps.do("dump", lambda: _dump(path, overrides, workers), redo=lambda found: not _sealed(config))
-    for url in (config.dump.url, heldout.url):
-        steps.do(f"verify-{hashlib.sha256(url.encode()).hexdigest()[:8]}", lambda url=url: _verify(config, url))
-    before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url))
+    sealed = _sealed(config, config.dump.url) and _sealed(config, heldout.url)
+    dumped = steps.do("dump", lambda: _dump(path, overrides, workers), _dump_inputs(config), redo=not sealed)
+    against = {"dump": _sealed(config, heldout.url)}
+    steps.do("verify", lambda: _verify(config, config.dump.url), {"dump": _sealed(config, config.dump.url)})
+    steps.do("verify-heldout", lambda: _verify(config, heldout.url), against)
+    before_inputs = against | {"student": _state(student.model), "revision": student.revision}
+    before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url), before_inputs)
+
+    # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
     _check("train", train_workers(config, nproc=nproc, nodes=Nodes()))
-    (train.output / "config.yaml").write_text(config.to_yaml())
+    _replace(train.output / "config.yaml", config.to_yaml())
     trained = json.loads((train.output / "summary.json").read_text())
-    after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url))
-    if train.lora and not (merged / "config.json").is_file():
-        _check("merge", _child(["merge", str(final), str(merged)])[0])
 
-    summary = trained | {f"{QUALITY[name]}_before": before[name] for name in QUALITY}
+    trained_inputs = before_inputs | {"final": _state(str(final))}
+    after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url), trained_inputs)
+    if train.lora:
+        steps.do("merge", lambda: _merge(final, merged), trained_inputs, redo=not (merged / "config.json").is_file())
+
+    summary: dict[str, Any] = trained | {f"{QUALITY[name]}_before": before[name] for name in QUALITY}
     summary |= {f"{QUALITY[name]}_after": after[name] for name in QUALITY}
     summary |= {
         "dump_tokens_per_second": dumped["tokens_per_second"],
@@ -83,33 +95,38 @@ def run_pipeline(config: Config, path: Path, overrides: Sequence[str], *, worker
     }
     write_report(Path(summary["report"]), config, summary, dumped)
     _replace(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
-    Console().print(result_table(summary))
-    Console().print(f"report: {summary['report']}", soft_wrap=True)
+    console.print(result_table(summary))
+    console.print(f"report: {summary['report']}", soft_wrap=True, highlight=False)
     return summary
 
 
 class Steps:
-    """What was done before, for one configuration."""
+    """Results of earlier steps, and what each was made from."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._of = hashlib.sha256(config.to_yaml().encode()).hexdigest()
 
     def do(
-        self, name: str, work: Callable[[], dict[str, Any]], *, redo: Callable[[dict[str, Any]], bool] = lambda _: False
+        self, name: str, work: Callable[[], dict[str, Any]], inputs: Mapping[str, Any], *, redo: bool = False
     ) -> dict[str, Any]:
-        """The result of `work`, now or from an earlier call with the same configuration."""
+        """The result of `work`, now or from an earlier call with the same inputs.
+
+        Args:
+            name: of the step, and of its file.
+            work: does it.
+            inputs: all that its result depends on, as JSON.
+            redo: do it whatever was found before.
+        """
         file = self._folder / f"{name}.json"
-        if file.is_file():
-            kept = json.loads(file.read_text())
-            if kept["configuration"] == self._of and not redo(kept["result"]):
-                log.info("%s: done before", name)
-                result: dict[str, Any] = kept["result"]
-                return result
+        of = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        if not redo and file.is_file() and (kept := json.loads(file.read_text()))["inputs"] == of:
+            log.info("%s: done before", name)
+            found: dict[str, Any] = kept["result"]
+            return found
         log.info("%s: starting", name)
         result = work()
         self._folder.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps({"configuration": self._of, "result": result}, indent=2, sort_keys=True) + "\n")
+        _replace(file, json.dumps({"inputs": of, "result": result}, indent=2, sort_keys=True) + "\n")
         return result
 
 
@@ -128,18 +145,32 @@ def result_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _sealed(config: Config) -> bool:
-    from storage_schemas.reader import Dump
-
-    urls = [config.dump.url] + ([config.heldout.url] if config.heldout else [])
+def _sealed(config: Config, url: str) -> str | None:
+    """A hash of all that a sealed dump holds; None while it is not sealed or not there."""
     try:
-        return all(Dump.open(url, options=config.dump.storage_options).sealed() for url in urls)
+        seal = Dump.open(url, options=config.dump.storage_options).seal()
     except DataError:
-        return False
+        return None
+    return None if seal is None else f"{seal.fingerprint}:{seal.records_sha256}"
+
+
+def _dump_inputs(config: Config) -> dict[str, Any]:
+    """What decides the content of both dumps; stage one itself compares it with what lies there."""
+    sections = ("dump", "teacher", "estimator", "temperatures", "corpus", "heldout")
+    described = config.model_dump(mode="json", include=set(sections))
+    sources = [source.path for part in (config, config.heldout_config()) for source in part.corpus.sources]  # type: ignore[union-attr]
+    return described | {"files": {path: _state(path) for path in [described["teacher"]["model"], *sources]}}
+
+
+def _state(path: str) -> Any:
+    """Sizes and times of a file, or of the files of a directory; null for what is not here, such as a hub id."""
+    here = Path(path)
+    files = sorted(file for file in here.iterdir() if file.is_file()) if here.is_dir() else [here]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()] or None
 
 
 def _dump(path: Path, overrides: Sequence[str], workers: int) -> dict[str, Any]:
-    code, summary = dump_workers(path, overrides, workers)
+    code, summary = dump_workers(path, overrides, workers, node=Placement(0, 1))
     _check("dump", code)
     return summary
 
@@ -148,25 +179,37 @@ def _verify(config: Config, url: str) -> dict[str, Any]:
     report = verify(url, options=config.dump.storage_options)
     if not report.ok:
         raise DataError(f"the dump {url} is damaged", got="; ".join(report.errors[:5]), fix="dump again elsewhere")
-    return report.model_dump(mode="json")
+    return dict(report.model_dump(mode="json"))
 
 
 def _evaluate(config: Config, model: str, url: str) -> dict[str, Any]:
     store = [word for key, value in config.dump.storage_options.items() for word in ("--store", f"{key}={value}")]
-    code, text = _child(["evaluate", "--model", model, "--dump", url, "--json", *store])
-    _check("evaluate", code)
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return parse_output(_child("evaluate", ["--model", model, "--dump", url, "--json", *store]))
 
 
-def _child(arguments: Sequence[str]) -> tuple[int, str]:
-    """Run one of our own commands; its exit code and standard output."""
+def _merge(final: Path, merged: Path) -> dict[str, Any]:
+    # Made from another adapter, or by nobody knows whom: the directory is ours.
+    shutil.rmtree(merged, ignore_errors=True)
+    _child("merge", [str(final), str(merged)])
+    return {}
+
+
+def _child(command: str, arguments: Sequence[str]) -> str:
+    """Run one of our own commands; its standard output."""
+    process: subprocess.Popen[str] | None = None
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, "-m", "pipeline.cli", *arguments], stdout=output)
-        with forwarded_signals(process.send_signal):
+        with forwarded_signals(lambda number, _: process.send_signal(number) if process is not None else None):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.cli", command, *arguments],
+                stdout=output,
+                text=True,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
             code = process.wait()
+        _check(command, code)
         output.seek(0)
-        return code, output.read()
+        return output.read()
 
 
 def _check(step: str, code: int) -> None:

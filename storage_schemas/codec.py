@@ -5,6 +5,7 @@ ids, log-probs natural logs. How the settings were chosen: `benchmarks/storage.m
 """
 
 import io
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,15 @@ from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
 """Uncompressed bytes of a row group, at most (unless one row alone is larger): what hub viewers can scan."""
+PAGE_BYTES = 4 * 2**20
+"""Uncompressed bytes of a page: ids of neighbouring tokens repeat, and zstd sees repeats within a page only."""
+DICTIONARY_STEP = 2.0**-4
+"""From this grid on, log-probs down to e^-64 have at most 256 values: one byte each in a dictionary, which zstd then
+brings near their entropy. On finer grids byte planes are smaller."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
 _CELLS = 2**19
-"""Padded entries that are decoded at a time: few enough for the processor's cache."""
+"""Padded entries that are decoded at a time: tens of MB, for short heads and for whole vocabularies alike."""
 _LEAF = "{}.list.element.list.element"
 
 
@@ -29,7 +35,7 @@ class Rounded(NamedTuple):
 
     targets: Targets
     step: float
-    """Grid in nats that the log-probs lie on; 0 when they are exact."""
+    """Grid in nats of log-probs between -4 and -2; 0 when they are exact."""
     fidelity: tuple[float, ...]
     """Mean bucketed KL(exact || stored) in nats, per temperature."""
 
@@ -37,24 +43,34 @@ class Rounded(NamedTuple):
 def round_targets(targets: Targets, *, temperatures: tuple[float, ...], coarsest: float, max_kl: float) -> Rounded:
     """Round log-probs to the coarsest grid that keeps the fidelity gate, halving from `coarsest` down.
 
-    Tail masses and logsumexp keep 8 significant bits below the point: a log tail mass near 0 (a flat distribution)
-    needs relative precision, since 1 - exp(tail) is what the head is rescaled to.
+    The grid is `step` between -4 and -2, twice as coarse from -8 to -4 and so on with each doubling, and step / 2
+    above -2, down to 0: what an error costs in KL is p times its square. Tail masses keep 9 significant bits (a
+    log tail mass near 0, a flat distribution, needs relative precision, since the head is rescaled to
+    1 - exp(tail)), logsumexp a fixed grid of step / 4.
     """
+    tail = np.minimum(targets.tail_logprob, np.float32(0))
+    exact = replace(targets, tail_logprob=tail)
     step = coarsest
-    while True:
-        stored = Targets(
-            offsets=targets.offsets,
-            ids=targets.ids,
-            logprobs=_to_grid(targets.logprobs, step),
-            head_size=targets.head_size,
-            counts=targets.counts,
-            tail_logprob=_to_bits(targets.tail_logprob) if step else targets.tail_logprob,
-            logsumexp=None if targets.logsumexp is None else _to_grid(targets.logsumexp, step / 4),
+    while step > 0.0:
+        stored = replace(
+            exact,
+            logprobs=round_logprobs(exact.logprobs, step),
+            tail_logprob=_to_bits(tail),
+            logsumexp=None if exact.logsumexp is None else _to_grid(exact.logsumexp, np.float32(step / 4)),
         )
-        loss = fidelity(targets, stored, temperatures=temperatures)
-        if step == 0.0 or max(loss) <= max_kl:
+        loss = fidelity(exact, stored, temperatures=temperatures)
+        if max(loss) <= max_kl:
             return Rounded(stored, step, loss)
         step = step / 2 if step > FINEST_STEP else 0.0
+    return Rounded(exact, 0.0, fidelity(exact, exact, temperatures=temperatures))
+
+
+def round_logprobs(logprobs: F32, step: float) -> F32:
+    """Log-probs on the grid that `round_targets` describes."""
+    _, exponent = np.frexp(logprobs)
+    # 2^octave <= |x| < 2^(octave + 1), and 0 below 1.
+    octave = np.maximum(exponent - 1, 0)
+    return _to_grid(logprobs, np.ldexp(np.float32(step), octave - 1))
 
 
 def fidelity(exact: Targets, stored: Targets, *, temperatures: tuple[float, ...]) -> tuple[float, ...]:
@@ -67,9 +83,9 @@ def fidelity(exact: Targets, stored: Targets, *, temperatures: tuple[float, ...]
         for i, temperature in enumerate(temperatures):
             p = decode(exact.slice(start, stop), temperature_index=i, temperature=temperature)
             q = decode(stored.slice(start, stop), temperature_index=i, temperature=temperature)
-            gap = p.logprobs.astype(np.float64) - q.logprobs
             tail_mass = np.exp(p.tail_logprob.astype(np.float64))
             with np.errstate(invalid="ignore"):
+                gap = p.logprobs.astype(np.float64) - q.logprobs
                 tail = np.where(tail_mass > 0, tail_mass * (p.tail_logprob - q.tail_logprob), 0.0)
             totals[i] += (p.weights * gap * p.in_head).sum() + tail.sum()
             totals[i] += abs((p.weights * gap * ~p.in_head).sum())
@@ -98,22 +114,28 @@ def _slices(targets: Targets) -> list[tuple[int, int]]:
     return [(start, min(start + step, len(targets))) for start in range(0, len(targets), step)]
 
 
-def encode(unit: UnitRows, metadata: dict[str, str]) -> bytes:
-    """Parquet bytes with page checksums, page index and `metadata` as key-value metadata."""
+def encode(unit: UnitRows, metadata: dict[str, str], *, step: float = 0.0) -> bytes:
+    """Parquet bytes with page checksums, page index and `metadata` as key-value metadata.
+
+    Args:
+        unit: the rows, rounded.
+        metadata: provenance.
+        step: grid of the log-probs, 0 if there is none; it decides their encoding.
+    """
     table = unit_to_table(unit)
     schema = SCHEMA.with_metadata({key.encode(): value.encode() for key, value in metadata.items()})
+    logprobs = _LEAF.format("target_logprobs")
+    few_values = step >= DICTIONARY_STEP
+    planes = [_LEAF.format("tail_logprob"), _LEAF.format("logsumexp"), *([] if few_values else [logprobs])]
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
         schema,
         compression="zstd",
         compression_level=9,
-        use_dictionary=["status"],
-        column_encoding={
-            _LEAF.format("target_logprobs"): "BYTE_STREAM_SPLIT",
-            _LEAF.format("tail_logprob"): "BYTE_STREAM_SPLIT",
-            _LEAF.format("logsumexp"): "BYTE_STREAM_SPLIT",
-        },
+        use_dictionary=["status", *([logprobs] if few_values else [])],
+        column_encoding=dict.fromkeys(planes, "BYTE_STREAM_SPLIT"),
+        data_page_size=PAGE_BYTES,
         write_page_checksum=True,
         write_page_index=True,
         store_schema=True,
@@ -156,12 +178,10 @@ def _row_groups(unit: UnitRows) -> list[tuple[int, int]]:
     return groups
 
 
-def _to_grid(values: F32, step: float) -> F32:
-    return (
-        values
-        if step == 0.0
-        else (np.round(values / np.float32(step)) * np.float32(step)).astype(np.float32) + np.float32(0.0)
-    )
+def _to_grid(values: F32, grid: npt.NDArray[np.float32] | np.float32) -> F32:
+    # Adding 0 turns -0 into 0.
+    rounded: F32 = np.round(values / grid) * grid + np.float32(0)
+    return rounded
 
 
 def _to_bits(values: F32) -> F32:

@@ -163,11 +163,19 @@ class RunInfo(Section):
 
         Raises:
             MismatchError: written by another format version.
-            DataError: not a valid run.json.
+            DataError: not a valid run.json, or not the bytes that were written.
         """
         content = parse_json(data, name=f"{url}/run.json")
         refuse_other_version(content, name=f"{url}/run.json")
-        return validated(cls, content, name=f"{url}/run.json")
+        run = validated(cls, content, name=f"{url}/run.json")
+        if run.to_json() != data:
+            raise DataError(
+                f"{url}/run.json was changed",
+                got=f"{len(data)} bytes in another form",
+                expected="the canonical form in which it was written",
+                fix="restore the file from a backup, or dump again into another URL",
+            )
+        return run
 
 
 def canonical_json(value: Any, *, indent: int | None = None) -> bytes:

@@ -168,10 +168,14 @@ class Store:
     def delete(self, key: str) -> None:
         """Remove `key`; a key that is not there is no error."""
         _check(key)
-        try:
+
+        def remove() -> None:
             faults.point(f"delete:{key.split('/')[0]}")
+            obstore.delete(self._store, key)
+
+        try:
             if not self._absent():
-                self._ask(lambda: obstore.delete(self._store, key))
+                self._ask(remove)
         except FileNotFoundError:
             pass
 

@@ -193,7 +193,7 @@ class DumpWriter:
             "llm_neo.unit": str(unit),
             "llm_neo.run": json.dumps(run.model_dump(mode="json"), sort_keys=True),
         }
-        data = codec.encode(stored, metadata)
+        data = codec.encode(stored, metadata, step=rounded.step)
         targets = rounded.targets
         record = CommitRecord(
             fingerprint=run.fingerprint,

@@ -102,8 +102,8 @@ class TrainSection(Section):
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints that are kept."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """`auto`: go on if the run directory has a checkpoint. `must`: exit 66 without one. `never`: refuse a directory that
-    was used."""
+    """`auto`: go on if the run directory has a checkpoint. `must`: exit 66 without one. `never`: refuse a used
+    directory."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []

@@ -7,8 +7,8 @@ where R sums exp(z / T) outside the head. With g = dD/dlog q, g_tail = dD/dlog Q
     dD/dz_k = (g_k - q_k G) / T                      for entries of the head,
     dD/dz_j = s_j (g_tail - Q G) / T                 outside, where s_j = exp(z_j / T) / R,
 
-so that one row factor turns the tail's softmax s into its gradient, and g comes from the small [tokens, K + 1] part.
-The cross-entropy is the same with g_k = 0 and T = 1, plus -1 at the label. Draws leave nothing outside: R = Z.
+so that one row factor turns the tail's softmax s into its gradient, and g comes from the small [tokens, K + 1] part. A
+draw is an entry outside the head: it adds g_k / T to its column. The cross-entropy adds q everywhere, -1 at the label.
 """
 
 from dataclasses import dataclass
@@ -166,7 +166,7 @@ class _Rows(NamedTuple):
     log_z: Tensor
     """(rows,) log Z."""
     q: Tensor
-    """(rows, K) of the entries that were masked, 0 elsewhere: what the exponentials lack."""
+    """(rows, K) of the head's entries, 0 elsewhere: what the exponentials lack."""
     mass: Tensor
     """(rows,) sum of the exponentials, which makes them s."""
     factor: Tensor
@@ -246,21 +246,19 @@ class _Pass:
         """Add the rows' losses to the sums; z, the logits, becomes dLoss/dz."""
         alpha, temperature = self.loss.alpha, self.loss.temperature
         distils = alpha > 0
-        bucket = distils and not targets.has_draws
         label, entries = z.gather(1, targets.labels[:, None]), z.gather(1, targets.ids)
-        if bucket:
-            z.scatter_add_(1, targets.ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
+        z.scatter_add_(1, targets.ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
         tempered = None if self.tempered is None else torch.div(z, temperature, out=self.tempered[: len(z)])
         top = z.amax(1)
         self.agreement += ranks_first(entries, top, targets).sum()
 
-        plain = _tail_softmax(z, top, entries, targets, bucket=bucket)
+        plain = _tail_softmax(z, top, entries, targets)
         self.ce += (plain.log_z - label[:, 0]).sum(dtype=torch.float64)
         factor, at_entries = (1 - alpha) * plain.factor, (1 - alpha) * plain.q
         if distils:
             rows = plain
             if tempered is not None:
-                rows = _tail_softmax(tempered, top / temperature, entries / temperature, targets, bucket=bucket)
+                rows = _tail_softmax(tempered, top / temperature, entries / temperature, targets)
             value, g, g_tail = _entry_gradients(rows, targets, self.loss)
             self.divergence += value
             total = g.sum(1) + g_tail
@@ -277,24 +275,21 @@ class _Pass:
         z.scatter_add_(1, targets.labels[:, None], torch.full_like(label, alpha - 1))
 
 
-def _tail_softmax(z: Tensor, top: Tensor, entries: Tensor, targets: SparseTargets, *, bucket: bool) -> _Rows:
+def _tail_softmax(z: Tensor, top: Tensor, entries: Tensor, targets: SparseTargets) -> _Rows:
     """exp(z - top) in place, and what it makes of the entries.
 
     Args:
-        z: logits over the temperature; the head's columns are masked if there is a bucket.
+        z: logits over the temperature; the head's columns are masked.
         top: highest of each row.
         entries: the same logits at the targets' entries, before the mask.
         targets: of the rows.
-        bucket: whether the head is kept apart from the rest.
     """
     mass = z.sub_(top[:, None]).exp_().sum(1)
     log_tail = top + mass.log()
-    log_z = log_tail
-    if bucket:
-        head = torch.where(targets.in_head, entries, -torch.inf)
-        log_z = torch.cat([head, log_tail[:, None]], 1).logsumexp(1)
+    head = torch.where(targets.in_head, entries, -torch.inf)
+    log_z = torch.cat([head, log_tail[:, None]], 1).logsumexp(1)
     log_q, log_q_tail = entries - log_z[:, None], log_tail - log_z
-    q = torch.where(targets.in_head, log_q.exp(), 0.0) if bucket else torch.zeros_like(log_q)
+    q = torch.where(targets.in_head, log_q.exp(), 0.0)
     return _Rows(log_q=log_q, log_q_tail=log_q_tail, log_z=log_z, q=q, mass=mass, factor=log_q_tail.exp() / mass)
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,9 +234,9 @@ class Wandb:
     """A run of Weights & Biases that is continued when training is."""
 
     def __init__(self, output: Path, config: Mapping[str, Any], name: str) -> None:
-        import wandb
-
-        self._run: Any = wandb.init(dir=str(output), id=name, name=output.name, resume="allow", config=dict(config))
+        self._run: Any = import_module("wandb").init(
+            dir=str(output), id=name, name=output.name, resume="allow", config=dict(config)
+        )
 
     def write(self, event: Event) -> None:
         """One point per field."""

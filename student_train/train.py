@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from storage_schemas import faults
 from storage_schemas.config import DumpSection
 from storage_schemas.errors import DataError, Exit, NeoError, TemporaryError
 from storage_schemas.run_info import canonical_json
@@ -223,6 +224,7 @@ class _Loop:
         )
         # Dropout must not depend on what was drawn before the last start.
         torch.manual_seed(random.Random(f"{train.seed}/{step}/{self._world.rank}").getrandbits(63))
+        faults.point("train:step")
         try:
             result = self._engine.step(batches, tokens=due.supervised, learning_rate=self._rate)
         except NeoError as error:  # Found by all ranks at once, so one of them speaks.
@@ -281,7 +283,7 @@ class _Loop:
             raise PeerError(0, Exit.TEMPORARY)
         raise TemporaryError(
             f"training was asked to stop, and has stopped after step {step} of {self._run.steps}",
-            got="SIGTERM or SIGINT",
+            got="SIGTERM, SIGINT or a file named `exit/stop`",
             expected="to run to the end",
             fix="run the same command again; it goes on from the checkpoint",
         )
@@ -369,8 +371,9 @@ class _Loop:
                 input_ids=ids,
                 logits=logits,
             )
-            summary = self._summary(int(peak))
-            Store(str(run.train.output)).put_new(SUMMARY, canonical_json(summary.model_dump(mode="json"), indent=2))
+            summary, store = self._summary(int(peak)), Store(str(run.train.output))
+            store.delete(SUMMARY)  # Of an end whose checkpoint was damaged since.
+            store.put_new(SUMMARY, canonical_json(summary.model_dump(mode="json"), indent=2))
             return summary
 
         world.together(write)

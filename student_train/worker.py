@@ -57,8 +57,12 @@ class Resolved(Section):
 class ExitCodes:
     """The exit codes of all ranks, as files in the run directory."""
 
-    def __init__(self, output: Path, rank: int) -> None:
-        self._folder, self._rank = output / EXIT_FOLDER, rank
+    def __init__(self, output: Path, rank: int, world_size: int) -> None:
+        self._folder, self._rank, self._world_size = output / EXIT_FOLDER, rank, world_size
+
+    def clear(self) -> None:
+        """Forget what the last start left here, if who started this one has not done so."""
+        (self._folder / f"rank-{self._rank}").unlink(missing_ok=True)
 
     def write(self, code: int) -> None:
         """Leave this rank's code; a disk that is full cannot be helped here."""
@@ -72,8 +76,9 @@ class ExitCodes:
 
     def of_others(self) -> int:
         """The code of the lowest other rank that has failed; 0 if none has."""
+        others = set(range(self._world_size)) - {self._rank}
         codes = read_codes(self._folder.parent)
-        return next((code for rank, code in sorted(codes.items()) if code and rank != self._rank), 0)
+        return next((code for rank, code in sorted(codes.items()) if code and rank in others), 0)
 
     def stop_requested(self) -> bool:
         """Whether somebody asks for a checkpoint and an end."""
@@ -109,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(error, file=sys.stderr)
         return int(error.exit_code)
-    codes = ExitCodes(config.train.output, rank)
+    codes = ExitCodes(config.train.output, rank, world_size)
+    codes.clear()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

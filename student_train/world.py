@@ -106,7 +106,8 @@ def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, r
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),
+        # One rank meets nobody, and needs no port.
+        **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),  # type: ignore[attr-defined]
     )
     control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, control=control)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def length_sorted_batches(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
+def length_sorted_batches(lengths: Sequence[int], *, budget: int, apart_at: int | None = None) -> list[list[int]]:
     """Cut samples into batches in which little is padded.
 
     The longest come first, so that memory runs out in the first batch or never.
@@ -11,13 +11,16 @@ def length_sorted_batches(lengths: Sequence[int], *, budget: int) -> list[list[i
     Args:
         lengths: tokens of each sample.
         budget: a batch's samples times its longest sample stay within it; a longer sample goes alone.
+        apart_at: samples up to this length never share a batch with longer ones.
 
     Returns:
         Places in `lengths`; each exactly once.
     """
     batches: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        apart = apart_at is not None and lengths[place] <= apart_at < longest
+        if not batches or apart or (len(batches[-1]) + 1) * longest > budget:
             batches.append([])
         batches[-1].append(place)
     return batches

@@ -1,4 +1,4 @@
-"""Stage one: run the teacher over the corpus once and commit its targets, unit by unit, beside any number of workers."""
+"""Stage one: run the teacher over the corpus once and commit its targets, unit by unit, beside other workers."""
 
 import hashlib
 import logging
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from storage_schemas.config import DumpSection, Estimator
-from storage_schemas.errors import TemporaryError
+from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TokenizerIdentity
@@ -20,7 +20,6 @@ from storage_schemas.section import Section
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
-from teacher_dump.batches import length_sorted_batches
 from teacher_dump.commits import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
@@ -102,6 +101,7 @@ def run_dump(
     teacher = Teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
     with stoppable() as stop:
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
+        refuse_too_long(samples, teacher)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
         writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
@@ -152,6 +152,17 @@ def run_info(
     )
 
 
+def refuse_too_long(corpus: Corpus, teacher: Teacher) -> None:
+    """Raise MismatchError if a sample is longer than what the teacher was made for."""
+    if teacher.positions is not None and corpus.longest > teacher.positions:
+        raise MismatchError(
+            "a sample is longer than what the teacher can see",
+            got=f"{corpus.longest} tokens",
+            expected=f"at most max_position_embeddings = {teacher.positions}",
+            fix=f"set corpus.max_length to {teacher.positions} or less",
+        )
+
+
 def tokenizer_files(tokenizer: object) -> dict[str, bytes]:
     """The tokenizer as transformers saves it, by file name."""
     with tempfile.TemporaryDirectory() as folder:
@@ -182,6 +193,9 @@ class Worker:
         self.units_done_here = self.tokens = 0
         self.seconds = 0.0
         self._committed: set[int] = set()
+        """Units that are committed, as far as was seen."""
+        self._computed: dict[int, int] = {}
+        """Tokens that went through the teacher here, by unit."""
         self._tokens_left = 0
         self._looked = 0.0
 
@@ -219,17 +233,17 @@ class Worker:
         samples = [self.corpus.sample(index) for index in self.writer.run.unit_range(unit)]
         usable = [sample for sample in samples if sample.status == OK]
         found: dict[int, Targets | None] = {}
-        lengths = [len(sample.input_ids) for sample in usable]
-        for places in length_sorted_batches(lengths, budget=self.teacher.section.batch_tokens):
+        for batch in self.teacher.batches(usable):
             self.stop.check()
             commits.check()
             if time.monotonic() - self._looked > _LOOK_SECONDS:
                 self._look()
                 if unit in self._committed:
                     return
-            batch = [usable[place] for place in places]
             found |= zip((sample.sample_index for sample in batch), self._ask(batch), strict=True)
-            self._report(commits, progress, tokens=sum(len(sample.input_ids) for sample in batch))
+            tokens = sum(len(sample.input_ids) for sample in batch)
+            self._computed[unit] = self._computed.get(unit, 0) + tokens
+            self._report(commits, progress, tokens=tokens)
         commits.commit(unit, [_row(sample, found.get(sample.sample_index)) for sample in samples])
 
     def _ask(self, batch: Sequence[Sample]) -> list[Targets | None]:
@@ -246,7 +260,8 @@ class Worker:
         starts = np.minimum(np.arange(run.units + 1) * run.samples_per_unit, len(self.corpus))
         tokens = np.diff(self.corpus.offsets[starts])
         done = np.fromiter(self._committed, np.int64, len(self._committed))
-        self._tokens_left = int(tokens.sum() - tokens[done].sum())
+        computed = sum(n for unit, n in self._computed.items() if unit not in self._committed)
+        self._tokens_left = int(tokens.sum() - tokens[done].sum()) - computed
 
     def _report(self, commits: Committer, progress: DumpProgress, *, tokens: int = 0) -> None:
         self._tokens_left = max(0, self._tokens_left - tokens)

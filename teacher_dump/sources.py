@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetGenerationError
 
 from storage_schemas.errors import DataError
 from teacher_dump.config import SourceSection
@@ -48,13 +47,11 @@ def _records(source: SourceSection) -> Iterator[RawRecord]:
         )
     try:
         dataset = _load(source, builder)
-    except (DatasetGenerationError, UnicodeDecodeError, StopIteration) as error:
-        # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
-        if builder == "json" and path.is_file() and path.suffix in _BUILDERS:
-            return _json_lines(path, source.split)
-        raise _unreadable(source, error.__cause__ or error) from error
     except Exception as error:
-        raise _unreadable(source, error) from error
+        # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
+        if builder == "json" and path.suffix in _BUILDERS and path.is_file() and _split_name(source.split) == "train":
+            return _json_lines(path, source)
+        raise _unreadable(source, error.__cause__ or error) from error
     return _rows(dataset)
 
 
@@ -70,8 +67,8 @@ def _load(source: SourceSection, builder: str | None) -> Any:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(source.path)
         if isinstance(saved, datasets.DatasetDict):
-            return saved[source.split]
-        return saved.select(range(*_split_range(source.split, len(saved))))
+            saved = saved[_split_name(source.split)]
+        return saved.select(range(*_split_range(source, len(saved))))
     return datasets.load_dataset(source.path, source.name, split=source.split)
 
 
@@ -94,11 +91,11 @@ def _row(dataset: Any, i: int) -> RawRecord:
     return row
 
 
-def _json_lines(path: Path, split: str) -> Iterator[RawRecord]:
+def _json_lines(path: Path, source: SourceSection) -> Iterator[RawRecord]:
     """Records of a JSONL file, line by line; a line that is not UTF-8 is an unusable record."""
     with path.open("rb") as file:
         numbers = [number for number, line in enumerate(file) if line.strip()]
-    first, last = _split_range(split, len(numbers))
+    first, last = _split_range(source, len(numbers))
     wanted = set(numbers[first:last])
     with path.open("rb") as file:
         for number, line in enumerate(file):
@@ -127,10 +124,17 @@ def _json_object(text: str, *, where: str) -> Mapping[str, Any]:
     return record
 
 
-def _split_range(split: str, length: int) -> tuple[int, int]:
+def _split_name(split: str) -> str:
+    return split.split("[")[0]
+
+
+def _split_range(source: SourceSection, length: int) -> tuple[int, int]:
     """First and last + 1 of a split in the notation of `datasets`, such as `train[:1000]`."""
-    name = split.split("[")[0]
-    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: length})
+    try:
+        instruction = datasets.ReadInstruction.from_spec(source.split)
+        (part,) = instruction.to_absolute({_split_name(source.split): length})
+    except (ValueError, AssertionError) as error:
+        raise _unreadable(source, error) from error
     return part.from_ or 0, length if part.to is None else part.to
 
 

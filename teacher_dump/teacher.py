@@ -15,6 +15,7 @@ from storage_schemas.errors import MismatchError
 from storage_schemas.run_info import TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
+from teacher_dump.batches import length_sorted_batches
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
 from teacher_dump.estimators import Entries, estimate, to_targets
@@ -25,7 +26,11 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-"""Float32 logits that exist at a time: little enough for a CPU's caches, enough to keep a GPU busy."""
+"""Float32 logits that exist at a time: little memory, and enough to keep the matrix product busy."""
+_PROBE = 8
+"""Tokens of each sequence that a freshly loaded model is checked with."""
+_TOLERANCE = 0.02
+"""Of the largest value: what bfloat16 may differ by between two ways to the same number."""
 
 
 class Teacher:
@@ -55,6 +60,20 @@ class Teacher:
         """Rows of the LM head."""
         return int(self.config.get_text_config().vocab_size)
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it can see at most; None if nothing in its config limits them."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def short_context(self) -> int | None:
+        """Sequences up to this length are rotated by other frequencies than longer ones (LongRoPE); else None."""
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+        short = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+        return min((length for length in short if length is not None), default=None)
+
     @cached_property
     def device(self) -> torch.device:
         """Where it runs."""
@@ -74,8 +93,11 @@ class Teacher:
     @cached_property
     def model(self) -> Any:
         """The model with its weights, on its device."""
-        model = self._from_pretrained(AutoModelForCausalLM, dtype=_DTYPES[self.section.dtype], use_safetensors=True)
-        model = model.to(self.device).eval().requires_grad_(False)
+        # A device map reads the weights straight to the device, without a copy in the host's memory.
+        place: dict[str, Any] = {} if self.device.type == "cpu" else {"device_map": {"": self.device}}
+        dtype = _DTYPES[self.section.dtype]
+        model = self._from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **place)
+        model.eval().requires_grad_(False)
         rows = model.get_output_embeddings().weight.shape[0]
         if rows != self.head_size:
             raise MismatchError(
@@ -84,12 +106,18 @@ class Teacher:
                 expected=f"vocab_size = {self.head_size}",
                 fix="correct config.json, or choose another teacher",
             )
-        refuse_unknown_head(model)
+        refuse_unknown_model(model)
         return model
 
     def identity(self) -> TeacherIdentity:
         """Who the teacher is, from its files alone."""
         return self._identity
+
+    def batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Samples that go through the model together: of like length, within the budget of padded tokens."""
+        lengths = [forward_tokens(sample) for sample in samples]
+        cuts = length_sorted_batches(lengths, budget=self.section.batch_tokens, apart_at=self.short_context)
+        return [[samples[place] for place in places] for places in cuts]
 
     def targets(
         self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
@@ -108,12 +136,10 @@ class Teacher:
             MismatchError: a single sample does not fit into the device's memory.
         """
         model = self.model
-        padded = len(samples) * max(len(sample.input_ids) for sample in samples)
+        padded = len(samples) * max(forward_tokens(sample) for sample in samples)
         if len(samples) == 1 or self._fits is None or padded <= self._fits:
             try:
-                return _targets(
-                    model, samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp
-                )
+                return _targets(model, samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
             except torch.OutOfMemoryError as error:
                 message = str(error).strip().splitlines()[0]
             self._refuse_or_halve(samples, padded, message)
@@ -161,20 +187,46 @@ class Teacher:
         self._fits = padded // 2
 
 
-def refuse_unknown_head(model: Any) -> None:
-    """Raise MismatchError if this architecture does more between body and logits than is known here."""
-    ids = torch.arange(4, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
+def forward_tokens(sample: Sample) -> int:
+    """Tokens that the model must see: up to the one before the last supervised token."""
+    return int(supervised_positions(sample.loss_mask).logits[-1]) + 1
+
+
+def refuse_unknown_model(model: Any) -> None:
+    """Raise MismatchError unless targets of this architecture can be computed as they are here.
+
+    Two sequences with a common beginning must agree on it, since batches are padded without a mask; and body, head
+    and what is known to follow the head must give the model's own logits.
+    """
+    head = model.get_output_embeddings()
+    ids = torch.arange(2 * _PROBE, device=model.device).view(2, _PROBE) % head.weight.shape[0]
+    ids[1, : _PROBE // 2] = ids[0, : _PROBE // 2]
     with torch.inference_mode():
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
-        got = _logits(model, _hidden(model, ids)[0], HeadTransform.of(model.config))
-    difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if bool(expected.isfinite().all()) and not difference < 0.02:
+        expected = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+        hidden = _hidden(model, ids)
+        got = _logits(model, hidden.flatten(0, 1), HeadTransform.of(model.config))
+    if not bool(expected.isfinite().all()):
+        return  # Broken weights are reported sample by sample.
+    seen = _relative_difference(*hidden[:, : _PROBE // 2].float())
+    if not seen < _TOLERANCE:
+        raise MismatchError(
+            f"{type(model).__name__} is not causal: a later token changes what it computes for earlier ones",
+            got=f"hidden states that differ by {seen:.2g} of the largest",
+            expected="a decoder whose states depend on the tokens up to their own",
+            fix="choose another teacher",
+        )
+    off = _relative_difference(got, expected) if got.shape == expected.shape else float("inf")
+    if not off < _TOLERANCE:
         raise MismatchError(
             f"the head of {type(model).__name__} is not understood",
-            got=f"logits off by {difference:.2g} of the largest",
+            got=f"logits off by {off:.2g} of the largest",
             expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
             fix="choose another teacher",
         )
+
+
+def _relative_difference(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 @torch.inference_mode()
@@ -211,7 +263,7 @@ def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequenc
     Padding is on the right, where a causal model's earlier positions cannot see it: no attention mask is needed, and
     the fast causal kernels apply. What follows the last state in use is not run at all.
     """
-    lengths = [int(place.logits[-1]) + 1 for place in positions]
+    lengths = [forward_tokens(sample) for sample in samples]
     ids = np.zeros((len(samples), max(lengths)), np.int64)
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         ids[row, :length] = sample.input_ids[:length]

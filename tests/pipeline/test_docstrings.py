@@ -30,10 +30,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_corpus_depends_on_the_sources_alone(library: Path, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(library, tmp_path / "elsewhere")
-    first, second = (split(docstring_pairs(root), 40, 10) for root in (library, elsewhere))
+    first, second = (split(docstring_pairs(root), 320, 80) for root in (library, elsewhere))
     assert first == second
-    assert len(first[0]) == 40
-    assert first[0][:20] != sorted(first[0][:20])
+    assert len(first[0]) > 60
+    assert first[0] != sorted(first[0])
 
 
 def test_no_module_is_in_both_splits_and_no_answer_twice(library: Path) -> None:

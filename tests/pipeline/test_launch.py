@@ -117,7 +117,7 @@ def test_torchrun_on_one_node_meets_on_loopback_and_never_restarts() -> None:
     assert argv == [
         "py",
         "-m",
-        "torch.distributed.run",
+        "pipeline.torchrun",
         "--nproc-per-node=2",
         "--max-restarts=0",
         "--standalone",

@@ -11,7 +11,7 @@ from storage_schemas.commit import RUN
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import DataError, Exit, MismatchError
 from storage_schemas.reader import Dump
-from storage_schemas.run_info import RunInfo, leaves
+from storage_schemas.run_info import RunInfo, canonical_json, leaves
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256
 from storage_schemas.writer import DumpWriter
 from support.dumps import run_info
@@ -89,9 +89,11 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
 
 def test_fingerprint_depends_on_content_alone() -> None:
     run = run_info()
-    again = RunInfo.from_json(json.dumps(dict(reversed(json.loads(run.to_json()).items()))).encode(), url="u")
+    again = RunInfo.model_validate(dict(reversed(json.loads(run.to_json()).items())))
     assert again.fingerprint == run.fingerprint
-    assert again == run
+    assert RunInfo.from_json(run.to_json(), url="u") == again
+    with pytest.raises(DataError, match="canonical"):
+        RunInfo.from_json(run.to_json() + b" ", url="u")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_fingerprint_depends_on_content_alone() -> None:
 )  # fmt: skip
 def test_other_versions_are_refused(version: object, error: type[Exception] | None, tmp_path: Path) -> None:
     content = json.loads(run_info().to_json()) | {"format_version": version}
-    (tmp_path / RUN).write_text(json.dumps(content))
+    (tmp_path / RUN).write_bytes(canonical_json(content, indent=2))
     if error is None:
         assert Dump.open(str(tmp_path)).run == run_info()
         return

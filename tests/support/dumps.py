@@ -1,11 +1,16 @@
 """Dumps of random targets, made without a model: what the storage tests write and damage."""
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 
+from storage_schemas.commit import CommitRecord, record_key
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
 from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
 from storage_schemas.targets import Targets
+from storage_schemas.writer import DumpWriter
 
 HASH = "0" * 64
 
@@ -118,6 +123,41 @@ def random_targets(run: RunInfo, logits: np.ndarray, *, seed: int) -> Targets:
             return dense_targets(logits, k=k, temperatures=run.temperatures, draws=draws, seed=seed)
         case Sampled(draws=draws):
             return dense_targets(logits, k=0, temperatures=run.temperatures, draws=draws, seed=seed)
+
+
+TOKENIZER = {"tokenizer.json": b'{"model": {}}', "tokenizer_config.json": b"{}"}
+
+
+def make_dump(
+    url: str | Path, run: RunInfo | None = None, *, seal: bool = True, options: dict[str, str] | None = None
+) -> RunInfo:
+    """A whole dump of random targets."""
+    run = run or run_info()
+    writer = DumpWriter.open(str(url), run, options=options)
+    writer.put_tokenizer(TOKENIZER)
+    for unit in range(run.units):
+        assert writer.commit_unit(unit, unit_rows(run, unit)) is not None
+    assert writer.seal() if seal else True
+    return run
+
+
+def replace_unit(url: Path, run: RunInfo, unit: int, data: bytes, **claims: object) -> None:
+    """Put `data` in the place of a unit's file and make its commit record say so: a hostile or broken writer."""
+    path = url / record_key(unit)
+    record = CommitRecord.from_json(path.read_bytes(), name="record")
+    changes = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **claims}
+    (url / record.file).write_bytes(data)
+    path.write_bytes(record.model_copy(update=changes).to_json())
+
+
+def metadata_of(run: RunInfo, unit: int) -> dict[str, str]:
+    """Key-value metadata of a unit's file."""
+    return {
+        "llm_neo.format_version": "1",
+        "llm_neo.fingerprint": run.fingerprint,
+        "llm_neo.unit": str(unit),
+        "llm_neo.run": run.to_json().decode(),
+    }
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,128 @@
+"""Under every ZeRO stage, on two ranks: the steps of plain torch on one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import Trace, relative, train_plainly
+
+from storage_schemas.reader import Dump
+from support.distributed import run_ranks
+from support.tiny_student import save_student, write_dump
+
+BATCH, STEPS, RATE, CLIP = 6, 3, 1e-2, 0.3
+CASES = [
+    ("neo", False, 0), ("neo", False, 1), ("neo", False, 2), ("neo", False, 3), ("neo", True, 2), ("neo", True, 3),
+    ("kd", False, 1), ("kd", False, 2), ("kd", False, 3), ("kd", True, 0), ("kd", True, 2), ("kd", True, 3),
+    ("lora", False, 2), ("sft", True, 2),
+]  # fmt: skip
+"""(arm, tied head, ZeRO stage)"""
+SPLITS = [(1, 8), (1, 1), (1, 3), (2, 4), (2, 1)]
+"""(ranks, micro-batch size) of one global batch of 8"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dump and two students."""
+    folder = tmp_path_factory.mktemp("engine")
+    write_dump(folder / "dump")
+    for tied in (False, True):
+        save_student(folder / f"tied-{tied}", tied=tied)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """All cases: those of the stages on two ranks, and the splits; by number of ranks, of rank 0."""
+    stages = [
+        {
+            "model": str(folder / f"tied-{tied}"),
+            "train": {
+                "arm": arm, "zero_stage": stage, "max_grad_norm": CLIP, "global_batch_size": BATCH,
+                "learning_rate": RATE,
+            },
+            "steps": STEPS,
+        }
+        for arm, tied, stage in CASES
+    ]  # fmt: skip
+    splits = {
+        ranks: [
+            {
+                "model": str(folder / "tied-True"),
+                "train": {"arm": "kd", "micro_batch_size": micro, "global_batch_size": 8, "max_grad_norm": 0.0},
+            }
+            for n, micro in SPLITS
+            if n == ranks
+        ]
+        for ranks in (1, 2)
+    }
+    function, dump = "support.engine_jobs:run_cases", str(folder / "dump")
+    return {
+        1: run_ranks(function, 1, dump=dump, cases=splits[1])[0],
+        2: run_ranks(function, 2, dump=dump, cases=[*splits[2], *stages])[0],
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> dict[tuple[str, bool], Trace]:
+    """The reference of each arm and student."""
+    dump = Dump.open(str(folder / "dump"))
+    return {
+        (arm, tied): train_plainly(
+            dump, str(folder / f"tied-{tied}"), arm=arm, steps=STEPS, batch=BATCH, rate=RATE, clip=CLIP
+        )
+        for arm, tied in {(arm, tied) for arm, tied, _ in CASES}
+    }
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+def test_equals_plain_torch(
+    case: int, results: dict[int, list[dict[str, Any]]], plain: dict[tuple[str, bool], Trace]
+) -> None:
+    """Losses, gradients, the logged norm and, after some clipped steps, the weights."""
+    arm, tied, _ = CASES[case]
+    expected, found = plain[arm, tied], results[2][len([n for n, _ in SPLITS if n == 2]) + case]
+    assert min(expected.norms) > CLIP, "clipping must be active"
+    for step in range(STEPS):
+        loss, _, _, norm = found["steps"][step]
+        assert loss == pytest.approx(expected.losses[step], abs=3e-6)
+        assert norm == pytest.approx(expected.norms[step], rel=2e-5)
+    # Adam's first moment after one step is a tenth of the clipped gradient.
+    assert relative(found["first"], expected.first, "exp_avg") < 5e-6
+    assert relative(found["last"], expected.last, "master") < 2e-4
+
+
+def test_split_of_the_batch_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
+    """One batch of 8 = eight of 1 = a ragged split = two ranks, for loss and gradients."""
+    found = [*results[1], *results[2][:2]]
+    whole = found[0]
+    for other in found[1:]:
+        assert other["steps"][0][0] == pytest.approx(whole["steps"][0][0], rel=1e-6)
+        gradient, expected = (_flat(x["first"], "exp_avg") for x in (other, whole))
+        assert float((gradient - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_first_step_of_neo_is_that_of_full_distillation(results: dict[int, list[dict[str, Any]]]) -> None:
+    """The adapter starts at zero: same loss as the full arm, and no gradient for A, since B is 0."""
+    by_case = dict(zip(CASES, results[2][2:], strict=True))
+    for tied in (False, True):
+        neo, kd = by_case["neo", tied, 2], by_case["kd", tied, 2]
+        assert neo["steps"][0][:3] == pytest.approx(kd["steps"][0][:3], abs=1e-6)
+        gradients = {key: value for key, value in neo["first"].items() if key.startswith("exp_avg/")}
+        assert all(not value.any() for key, value in gradients.items() if "lora_A" in key)
+        assert all(value.any() for key, value in gradients.items() if "lora_B" in key)
+
+
+def test_arms_without_divergence_need_none(results: dict[int, list[dict[str, Any]]]) -> None:
+    """`sft` and `lora` minimise the cross-entropy alone."""
+    by_case = dict(zip(CASES, results[2][2:], strict=True))
+    for case in (("lora", False, 2), ("sft", True, 2)):
+        for loss, ce, divergence, _ in by_case[case]["steps"]:
+            assert loss == pytest.approx(ce, rel=1e-6)
+            assert ce > 0
+            assert divergence == 0
+
+
+def _flat(state: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    return torch.cat([state[key].flatten() for key in sorted(state) if key.startswith(f"{kind}/")])

@@ -1,0 +1,293 @@
+"""Whole trainings on two ranks: resuming, refusing, leaving together, and what a run leaves behind."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import plain_student
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from support.distributed import run_ranks
+from support.tiny_student import save_student, tiny_tokenizer, write_dump
+
+Results = dict[str, list[dict[str, Any]]]
+"""By name of the job: what each rank returned."""
+SAME = [("zero0", {"zero_stage": 0}, {}), ("zero2", {"zero_stage": 2}, {}), ("zero3", {"zero_stage": 3}, {})] + [
+    ("bf16", {"zero_stage": 2, "precision": "bf16"}, {}),
+    ("pissa", {"zero_stage": 1, "weight_decay": 0.1}, {"variant": "pissa", "dropout": 0.2}),
+    ("kd", {"zero_stage": 2, "arm": "kd"}, {}),
+]  # fmt: skip
+"""(name, train section, adapter) of the runs that are interrupted and go on where they were"""
+OTHER = [("1", {"zero_stage": 1}), ("3", {"zero_stage": 3})]
+"""(ZeRO stage by name, train section) that an interrupted run of stage 2 goes on with"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dumps, good and bad ones, and students."""
+    folder = tmp_path_factory.mktemp("train")
+    write_dump(folder / "dump")
+    save_student(folder / "student")
+    save_student(folder / "other-tokenizer")
+    tiny_tokenizer("x").save_pretrained(folder / "other-tokenizer")
+    shutil.copytree(folder / "dump", folder / "other-version")
+    info = json.loads((folder / "dump" / "run.json").read_bytes())
+    (folder / "other-version" / "run.json").write_text(json.dumps(info | {"format_version": 2}))
+    shutil.copytree(folder / "dump", folder / "missing-shard")
+    for file in (folder / "missing-shard" / "data").glob("unit-00000002-*"):
+        file.unlink()
+    for name in ("growing", "stalled"):
+        write_dump(folder / name, units=range(2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    """All trainings on two ranks, in one pair of processes."""
+    windows = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, train, lora in SAME:
+        jobs[f"{name} whole"] = {"train": train, "lora": lora}
+        jobs[f"{name} half"] = {"train": train, "lora": lora, "stop_after": 3, "output": name}
+        jobs[f"{name} rest"] = {"train": train | {"resume": "must"}, "lora": lora, "output": name}
+    jobs["half"] = {"stop_after": 3}
+    for name, train in OTHER:
+        jobs[f"stage {name}"] = {"train": train, "copy": "half"}
+    jobs |= {
+        "again": {"output": "zero2 whole"},
+        "no summary": {"copy": "zero2 whole", "spoil": "no summary"},
+        "flipped": {"copy": "zero2 whole", "spoil": "flip newest"},
+        "torn": {"copy": "zero2 whole", "spoil": "tear newest"},
+        "none valid": {"copy": "zero2 whole", "spoil": "no commits"},
+        "none left": {"copy": "zero2 whole", "spoil": "no checkpoints"},
+        "must, but new": {"train": {"resume": "must"}},
+        "never, but used": {"train": {"resume": "never"}, "output": "zero2 whole"},
+        "never and new": {"train": {"resume": "never", "max_steps": 1}},
+        "other rate": {"train": {"learning_rate": 2e-2}, "output": "zero2 whole"},
+        "other dump": {"train": {}, "copy": "half", "dump": "growing"},
+        "tokenizer": {"model": "other-tokenizer"},
+        "version": {"dump": "other-version"},
+        "shard": {"dump": "missing-shard", "train": {"shuffle_block_units": 1, "save_steps": 100}},
+        "temperature": {"loss": {"temperature": 2.0}},
+        "model": {"model": "nowhere"},
+        "tracker": {"train": {"report_to": ["wandb"]}},
+        "sealed": {"train": windows},
+        "following": {"train": windows, "dump": "growing", "grow": (range(2, 4), range(4, 5))},
+        "stalled": {"train": windows | {"data_wait_seconds": 1.0}, "dump": "stalled"},
+    }
+    # The other dump differs in nothing that shows before its data is read, so it must be told by its records.
+    write_dump(folder / "rewritten", samples=24, bad_samples=False)
+    jobs["other dump"]["dump"] = "rewritten"
+    full = [
+        job | {
+            "output": str(folder / job.get("output", name)),
+            "dump": str(folder / job.get("dump", "dump")),
+            "model": str(folder / job.get("model", "student")),
+        } | ({"copy": str(folder / job["copy"])} if "copy" in job else {})
+        for name, job in jobs.items()
+    ]  # fmt: skip
+    by_rank = run_ranks("support.train_jobs:run_trainings", 2, jobs=full)
+    return {name: [rank[i] for rank in by_rank] for i, name in enumerate(jobs)}
+
+
+def codes(results: Results, name: str) -> list[int]:
+    """Exit code of each rank."""
+    return [rank["code"] for rank in results[name]]
+
+
+def losses(results: Results, name: str) -> list[float]:
+    """Loss of each step."""
+    return [event.loss for event in results[name][0]["events"]]
+
+
+def largest_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """Over all tensors."""
+    assert set(found) == set(expected)
+    assert expected
+    return max(float((found[key] - value).abs().max()) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in SAME])
+def test_resumed_run_is_the_uninterrupted_one(name: str, results: Results) -> None:
+    """2N steps = N + resume + N, bit for bit, in every loss, weight and moment."""
+    assert codes(results, f"{name} whole") == [0, 0]
+    assert codes(results, f"{name} half") == [75, 75]
+    assert 0 < results[f"{name} half"][0]["step"] < 6
+    assert codes(results, f"{name} rest") == [0, 0]
+    assert losses(results, f"{name} rest") == losses(results, f"{name} whole")
+    whole, rest = (results[f"{name} {part}"][0] for part in ("whole", "rest"))
+    assert largest_difference(rest["state"], whole["state"]) == 0
+    assert rest["summary"]["resumed_from"] == results[f"{name} half"][0]["step"]
+    assert rest["summary"]["supervised_tokens"] == whole["summary"]["supervised_tokens"]
+
+
+@pytest.mark.parametrize("stage", [name for name, _ in OTHER])
+def test_resume_at_another_stage(stage: str, results: Results) -> None:
+    """fp32: losses within 1e-6, parameters within 1e-4."""
+    assert losses(results, f"stage {stage}") == pytest.approx(losses(results, "zero2 whole"), abs=1e-6)
+    assert largest_difference(results[f"stage {stage}"][0]["state"], results["zero2 whole"][0]["state"]) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_resume_at_another_world_size(ranks: int, results: Results, folder: Path) -> None:
+    """Stopped on two ranks, continued on one or three."""
+    assert codes(results, "half") == [75, 75]
+    job = {
+        "output": str(folder / f"on {ranks}"), "copy": str(folder / "half"), "dump": str(folder / "dump"),
+        "model": str(folder / "student"), "train": {"zero_stage": 2},
+    }  # fmt: skip
+    found = run_ranks("support.train_jobs:run_trainings", ranks, jobs=[job])[0][0]
+    assert found["code"] == 0, found["message"]
+    assert [e.loss for e in found["events"]] == pytest.approx(losses(results, "zero2 whole"), abs=1e-6)
+    assert largest_difference(found["state"], results["zero2 whole"][0]["state"]) < 1e-4
+
+
+def test_finished_run_does_nothing(results: Results) -> None:
+    """The same summary, at once, with nothing trained or written."""
+    again, whole = results["again"][0], results["zero2 whole"][0]
+    assert codes(results, "again") == [0, 0]
+    assert again["summary"] == whole["summary"]
+    assert again["seconds"] < 1.0
+    assert again["events"] == whole["events"]
+
+
+def test_interrupted_final_is_written_again(results: Results, folder: Path) -> None:
+    """Without its summary a run is not finished, and what lies in `final/` is not trusted."""
+    assert codes(results, "no summary") == [0, 0]
+    assert results["no summary"][0]["summary"]["steps"] == 6
+    found, expected = (
+        (folder / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("no summary", "zero2 whole")
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["flipped", "torn"])
+def test_damaged_checkpoint_is_passed_over(name: str, results: Results) -> None:
+    """The one before is complete: training goes on from there, to the same end."""
+    assert codes(results, name) == [0, 0]
+    assert results[name][0]["summary"]["resumed_from"] == 4
+    assert losses(results, name) == losses(results, "zero2 whole")
+    assert largest_difference(results[name][0]["state"], results["zero2 whole"][0]["state"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("none valid", 66, "no valid checkpoint"),
+        ("none left", 66, "no valid checkpoint"),
+        ("must, but new", 66, "no valid checkpoint"),
+        ("never, but used", 78, "has been used"),
+        ("other rate", 78, "train.learning_rate = 0.02"),
+        ("other dump", 65, "has changed since"),
+        ("tokenizer", 78, "tokenizer"),
+        ("version", 78, "format version"),
+        ("shard", 65, "unit-00000002"),
+        ("temperature", 78, "temperature"),
+        ("model", 78, "nowhere"),
+        ("stalled", 75, "is not written as far"),
+    ],
+)
+def test_refusals(name: str, code: int, says: str, results: Results) -> None:
+    """Every rank leaves with the code; one rank has the message, the others know that it does."""
+    assert codes(results, name) == [code, code]
+    assert says in results[name][0]["message"]
+    assert [rank["peer"] for rank in results[name]] == [False, True]
+
+
+def test_never_starts_anew(results: Results) -> None:
+    """`resume: never` in a new directory trains."""
+    assert codes(results, "never and new") == [0, 0]
+
+
+def test_missing_tracker_is_told(results: Results) -> None:
+    """Where the package is not installed."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        assert codes(results, "tracker") == [78, 78]
+        assert "pip install 'llm-neo[wandb]'" in results["tracker"][0]["message"]
+
+
+def test_work_before_a_bad_shard_is_kept(results: Results) -> None:
+    """A checkpoint of the steps before it, though none was due."""
+    step = results["shard"][0]["step"]
+    assert 0 < step == len(results["shard"][0]["events"])
+
+
+def test_following_makes_no_difference(results: Results) -> None:
+    """Training while the dump is written sees the same samples at each step as training afterwards."""
+    assert codes(results, "following") == codes(results, "sealed") == [0, 0]
+    assert losses(results, "following") == losses(results, "sealed")
+    assert max(event.data_wait_seconds for event in results["following"][0]["events"]) > 0.5
+
+
+def test_stalled_dump_keeps_the_work(results: Results) -> None:
+    """A checkpoint of the last step that could be trained."""
+    assert results["stalled"][0]["step"] == len(results["stalled"][0]["events"]) > 0
+
+
+def test_events_and_summary(results: Results, folder: Path) -> None:
+    """What the files of a run say agrees with each other."""
+    run, summary = folder / "zero2 whole", results["zero2 whole"][0]["summary"]
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    names = {
+        "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens_per_second",
+        "data_wait_seconds", "eta_seconds",
+    }  # fmt: skip
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(set(line) == names for line in lines)
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kl"], rel=1e-6)
+    # Warm-up over 2 of 6 steps, then a cosine: what transformers' schedule gives.
+    assert [line["learning_rate"] for line in lines][:3] == pytest.approx([0, 0.5e-2, 1e-2])
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert summary["loss"] == lines[-1]["loss"]
+    assert summary["supervised_tokens"] == sum(line["supervised_tokens"] for line in lines)
+    assert summary["peak_rss_bytes"] > 100e6
+    assert summary["tokens_per_second"] > 0
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+@torch.no_grad()
+def test_final_adapter_is_the_trained_one(results: Results, folder: Path) -> None:
+    """A plain `PeftModel` from `final/` has the logits of the master weights in the last checkpoint."""
+    trained = plain_student(str(folder / "student"), lora=True).eval()
+    parameters = dict(trained.named_parameters())
+    for key, value in results["zero2 whole"][0]["state"].items():
+        if key.startswith("master/"):
+            parameters[key.removeprefix("master/")].copy_(value)
+    ids = torch.arange(20)[None]
+    expected = trained(input_ids=ids).logits
+    base = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    before = base(input_ids=ids).logits
+    final = folder / "zero2 whole" / "final"
+    found = PeftModel.from_pretrained(base, final).eval()(input_ids=ids).logits
+    assert float((expected - before).abs().max()) > 0.1
+    assert float((found - expected).abs().max()) < 1e-5
+    config = json.loads((final / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "student")
+    assert (final / "tokenizer.json").read_bytes() == (folder / "dump" / "tokenizer" / "tokenizer.json").read_bytes()
+
+
+@torch.no_grad()
+def test_final_model_of_a_full_arm(results: Results, folder: Path) -> None:
+    """It holds the master weights, and loads with transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "kd whole" / "final", dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, results["kd whole"][0]["state"][f"master/{name}"])
+
+
+@torch.no_grad()
+def test_pissa_becomes_a_plain_adapter(results: Results, folder: Path) -> None:
+    """On the unchanged base model, with twice the rank."""
+    final = folder / "pissa whole" / "final"
+    config = json.loads((final / "adapter_config.json").read_text())
+    assert config["r"] == 8
+    assert config["init_lora_weights"] is True
+    assert codes(results, "pissa whole") == [0, 0]  # The run itself has compared the logits.

@@ -1,0 +1,171 @@
+"""The processes that torchrun starts: how they stop, and how they leave when one of them fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from student_train.config import TrainSection
+from student_train.metrics import read_events
+from student_train.worker import read_codes
+from support.distributed import environment
+from support.tiny_student import save_student, write_dump
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dump and a student."""
+    folder = tmp_path_factory.mktemp("worker")
+    write_dump(folder / "dump")
+    save_student(folder / "student")
+    return folder
+
+
+def resolved(folder: Path, output: Path, **train: object) -> Path:
+    """resolved.json of a small run."""
+    defaults = {
+        "output": output, "precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2,
+    }  # fmt: skip
+    section = TrainSection(**(defaults | train))
+    path = output.with_suffix(".json")
+    path.write_text(
+        json.dumps(
+            {
+                "dump": {"url": str(folder / "dump")},
+                "student": {"model": str(folder / "student"), "lora": {"r": 4}},
+                "loss": {},
+                "train": section.model_dump(mode="json"),
+            }
+        )
+    )
+    return path
+
+
+class Ranks:
+    """Two workers, started as torchrun does, but each with a log and an environment of its own."""
+
+    def __init__(self, config: Path, output: Path, *, fault_on_rank_1: str | None = None) -> None:
+        self.output = output
+        self._logs = [output.with_suffix(f".log-{rank}") for rank in range(2)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = []
+        for rank in range(2):
+            more = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if fault_on_rank_1 and rank:
+                more["LLM_NEO_FAULT"] = fault_on_rank_1
+            with self._logs[rank].open("wb") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "student_train.worker", "--config", str(config)],
+                        env=environment(**more), stdout=log, stderr=subprocess.STDOUT,
+                    )
+                )  # fmt: skip
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait while both are alive."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.logs
+            assert all(process.poll() is None for process in self.processes), self.logs
+            time.sleep(0.05)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit codes; fails if they are not there in time."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    @property
+    def logs(self) -> str:
+        """What both have printed."""
+        return "\n".join(log.read_text(errors="replace") for log in self._logs)
+
+    def steps(self) -> int:
+        """Steps that were logged."""
+        return len(read_events(self.output / "events.jsonl"))
+
+
+def test_sigterm_on_one_rank_stops_all(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint, and 75 on both; torchrun's own 1 never shows. The same command then finishes."""
+    output = tmp_path / "run"
+    config = resolved(folder, output, epochs=400)
+    ranks = Ranks(config, output)
+    ranks.wait_for(lambda: ranks.steps() >= 3)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    assert ranks.wait(30) == [75, 75], ranks.logs
+    assert read_codes(output) == {0: 75, 1: 75}
+    assert ranks.logs.count("was asked to stop") == 1
+    steps = ranks.steps()
+    assert (output / "checkpoints" / f"step-{steps:08d}" / "COMMIT.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        # A bug in the middle of a step, where the other rank waits for it in a collective.
+        ("train:step:3:thread", 70, "injected failure at train:step"),
+        # A rank that is gone without a word, as when memory runs out.
+        ("train:step:3:kill", 75, "has lost another rank"),
+    ],
+)
+def test_failing_rank_ends_all(folder: Path, tmp_path: Path, fault: str, code: int, message: str) -> None:
+    """Within 30 seconds and with the same code, and the message is printed once."""
+    output = tmp_path / "run"
+    ranks = Ranks(resolved(folder, output, epochs=400), output, fault_on_rank_1=fault)
+    ranks.wait_for(lambda: ranks.steps() >= 2)
+    found = ranks.wait(30)
+    killed = fault.endswith("kill")
+    assert found == [code, -signal.SIGKILL if killed else code], ranks.logs
+    assert read_codes(output) == ({0: code} if killed else {0: code, 1: code})
+    assert ranks.logs.count(message) == 1, ranks.logs
+    assert "Traceback" not in ranks.logs or not killed
+
+
+def test_under_torchrun(folder: Path, tmp_path: Path) -> None:
+    """As users start it: the code of a data error, which torchrun itself turns into 1; a rerun after a stop request."""
+    output = tmp_path / "run"
+    config = resolved(folder, output, epochs=400, zero_stage=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen(
+            [*torchrun, "-m", "student_train.worker", "--config", str(config)],
+            env=environment(), stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while len(read_events(output / "events.jsonl")) < 2:
+                assert job.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            (output / "exit" / "stop").parent.mkdir(exist_ok=True)
+            (output / "exit" / "stop").touch()
+            assert job.wait(40) == 1
+        finally:
+            job.kill()
+    assert read_codes(output) == {0: 75, 1: 75}
+
+
+def test_wrong_configuration_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before anything heavy is imported, on rank 0 alone."""
+    (tmp_path / "resolved.json").write_text('{"train": {"otput": "x"}}')
+    for rank in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "student_train.worker", "--config", str(tmp_path / "resolved.json")],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 78
+        assert ("otput" in done.stderr) == (rank == 0)

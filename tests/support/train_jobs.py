@@ -1,0 +1,105 @@
+"""What the training tests run on every rank."""
+
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage_schemas.config import DumpSection
+from storage_schemas.errors import NeoError
+from student_train.checkpoint import Checkpoints
+from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.engine import join
+from student_train.metrics import EVENTS, read_events
+from student_train.train import train_in
+from student_train.world import PeerError, World
+from support.engine_jobs import train_section
+from support.tiny_student import write_dump
+
+Job = Mapping[str, Any]
+
+
+def run_training(world: World, job: Job) -> dict[str, Any]:
+    """One training: what it returned or raised, its events, and the state of its newest checkpoint.
+
+    Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
+    `spoil` damages the run directory first; `stop_after` asks to stop after so many steps, on the last rank; `grow`
+    writes these units while the training runs.
+    """
+    output = Path(job["output"])
+    if world.main and job.get("copy"):
+        shutil.copytree(job["copy"], output)
+    if world.main and job.get("spoil"):
+        spoil(output, job["spoil"])
+    defaults = {"max_steps": 6, "epochs": 2, "save_steps": 4, "warmup_ratio": 0.2}
+    train = train_section(output, **(defaults | dict(job.get("train", {}))))
+    asked = job.get("stop_after")
+
+    def stop() -> bool:
+        last = world.rank == world.world_size - 1
+        return asked is not None and last and len(read_events(output / EVENTS)) >= asked
+
+    if world.main and job.get("grow"):
+        threading.Thread(target=_grow, args=(Path(job["dump"]), job["grow"]), daemon=True).start()
+    result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
+    began = time.monotonic()
+    try:
+        summary = train_in(
+            world,
+            DumpSection(url=job["dump"]),
+            StudentSection(model=job["model"], lora=LoraSection(**{"r": 4, **job.get("lora", {})})),
+            LossSection(**job.get("loss", {})),
+            train,
+            stop=stop,
+        )
+        result["summary"] = summary.model_dump(mode="json")
+    except NeoError as error:
+        result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
+    result["seconds"] = time.monotonic() - began
+    if world.main:
+        newest = Checkpoints(output / "checkpoints").newest()
+        result["events"] = read_events(output / EVENTS)
+        result["step"] = newest.step if newest else None
+        result["state"] = dict(newest.tensors(("master", "exp_avg", "exp_avg_sq"))) if newest else {}
+    return result
+
+
+def run_trainings(rank: int, world_size: int, rendezvous: str, *, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Several trainings one after the other, in one process."""
+    torch.manual_seed(99 + rank)  # Nothing may depend on a rank's own random state.
+    world = join(rank, world_size, rank, rendezvous=rendezvous)
+    results = [run_training(world, job) for job in jobs]
+    world.close()
+    return results
+
+
+def spoil(output: Path, how: str) -> None:
+    """Damage a run directory: its newest checkpoint, or all of them."""
+    steps = sorted((output / "checkpoints").iterdir())
+    match how:
+        case "flip newest":  # One bit of the weights.
+            file = next(steps[-1].glob("*-master-*"))
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        case "tear newest":
+            file = next(steps[-1].glob("*-exp_avg-*"))
+            file.write_bytes(file.read_bytes()[:-7])
+        case "no commits":
+            for step in steps:
+                (step / "COMMIT.json").unlink()
+        case "no checkpoints":
+            shutil.rmtree(output / "checkpoints")
+        case "no summary":  # Killed after the last checkpoint, while it wrote `final/`.
+            (output / "summary.json").unlink()
+            (output / "final" / "adapter_model.safetensors").write_bytes(b"half")
+
+
+def _grow(url: Path, units: tuple[range, ...]) -> None:
+    for part in units:
+        time.sleep(1.5)
+        write_dump(url, units=part)

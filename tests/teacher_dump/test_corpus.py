@@ -1,0 +1,221 @@
+"""The frozen corpus on real files of every kind, good and bad."""
+
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
+
+from storage_schemas.errors import DataError
+from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.corpus import freeze_corpus
+
+RECORDS = [
+    {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}
+    for i in range(1, 6)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def freeze(*paths, tokenizer=None, split="train", format="auto", **options):
+    sources = [SourceSection(path=str(path), split=split, format=format) for path in paths]
+    section = CorpusSection(sources=sources, **options)
+    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), head_size=VOCABULARY)
+
+
+def supervised(corpus, i, tokenizer=None):
+    sample = corpus.sample(i)
+    return (tokenizer or tiny_tokenizer(CHATML)).decode(sample.input_ids[sample.loss_mask])
+
+
+def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path):
+    lines = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", RECORDS)
+    corpus = freeze(lines)
+    assert corpus.sample_ids == ["r1", "r2", "r3", "r4", "r5"]
+    assert corpus.statuses == ["ok"] * 5
+    assert supervised(corpus, 1) == "so so <|im_end|>"
+    for other in ("a.json", "a.parquet", "saved", "splits", "folder"):
+        assert freeze(tmp_path / other).fingerprint == corpus.fingerprint, other
+
+
+def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path):
+    chat = write_jsonl(tmp_path / "chat.jsonl", RECORDS[:2])
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"text": "what is the answer"}])
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "what ", "completion": "so"}])
+    corpus = freeze(chat, plain, pairs)
+    assert len(corpus) == 4
+    assert supervised(corpus, 3) == "so</s>"
+    assert corpus.sample(3).sample_index == 3
+    assert freeze(plain, chat, pairs).fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_splits_can_be_cut(tmp_path, broken):
+    lone = [{"id": "bad", "messages": [{"role": "user", "content": "\ud800"}]}] if broken else []
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS + lone)
+    assert freeze(path, split="train[:2]").sample_ids == ["r1", "r2"]
+    assert freeze(path, split="train[3:5]").sample_ids == ["r4", "r5"]
+
+
+def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    renamed = write_jsonl(tmp_path / "b.jsonl", [RECORDS[0] | {"id": "other"}, *RECORDS[1:]])
+    limit = len(freeze(path).sample(2).input_ids)
+    prints = [
+        freeze(path).fingerprint,
+        freeze(renamed).fingerprint,
+        freeze(path, mask="all").fingerprint,
+        freeze(path, max_length=limit).fingerprint,
+        freeze(path, max_length=limit, too_long="drop").fingerprint,
+        freeze(path, split="train[:4]").fingerprint,
+    ]
+    assert len(set(prints)) == len(prints)
+    again = write_jsonl(tmp_path / "elsewhere.jsonl", RECORDS)
+    assert freeze(again).fingerprint == prints[0], "where a file lies does not matter"
+
+
+def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path):
+    bare = [{"text": "what is it"}, {"text": "the answer"}, {"text": "what is it"}]
+    corpus = freeze(write_jsonl(tmp_path / "a.jsonl", bare))
+    assert corpus.sample_ids[0] == corpus.sample_ids[2] != corpus.sample_ids[1]
+    assert len(corpus.sample_ids[0]) == 16
+    repeated = freeze(write_jsonl(tmp_path / "b.jsonl", [{"id": 7, "text": "what"}, {"id": 7, "text": "it is"}]))
+    assert repeated.sample_ids == ["7", "7"]
+
+
+def test_over_long_samples(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    whole = freeze(path)
+    limit = len(whole.sample(2).input_ids)
+    assert len(whole.sample(3).input_ids) > limit
+    cut = freeze(path, max_length=limit)
+    assert cut.statuses == ["ok"] * 5
+    np.testing.assert_array_equal(cut.sample(4).input_ids, whole.sample(4).input_ids[:limit])
+    np.testing.assert_array_equal(cut.sample(2).input_ids, whole.sample(2).input_ids)
+    dropped = freeze(path, max_length=limit, too_long="drop")
+    assert dropped.statuses == ["ok", "ok", "ok", "too_long", "too_long"]
+    assert dropped.longest == limit
+    with pytest.raises(DataError, match=rf"record 4(.|\n)*at most {limit}"):
+        freeze(path, max_length=limit, too_long="error")
+
+
+def test_samples_without_supervised_tokens_are_empty(tmp_path):
+    records = [
+        RECORDS[0],
+        {"id": "prompt only", "messages": [{"role": "user", "content": "what"}]},
+        {"id": "nothing", "messages": []},
+        {"id": "cut", "messages": [{"role": "user", "content": "what " * 50}, {"role": "assistant", "content": "so"}]},
+    ]
+    corpus = freeze(write_jsonl(tmp_path / "a.jsonl", records), max_length=40)
+    assert corpus.statuses == ["ok", "empty", "empty", "empty"]
+    assert len(corpus.sample(1).input_ids) > 0
+    assert not corpus.loss_mask[corpus.offsets[1] :].any()
+
+
+def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path):
+    bad = {"id": "half", "messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "so"}]}
+    corpus = freeze(write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], bad, RECORDS[1]]))
+    assert corpus.statuses == ["ok", "invalid_text", "ok"]
+    assert corpus.sample_ids == ["r1", "half", "r2"]
+    only_good = freeze(write_jsonl(tmp_path / "b.jsonl", [RECORDS[0], RECORDS[1]]))
+    np.testing.assert_array_equal(corpus.sample(2).input_ids, only_good.sample(1).input_ids)
+
+
+def test_bytes_that_are_not_utf8_lose_one_record(tmp_path):
+    lines = [json.dumps(record).encode() for record in RECORDS[:2]]
+    (tmp_path / "a.jsonl").write_bytes(lines[0] + b'\n{"messages": "\xff\xfe"}\n\n' + lines[1] + b"\n")
+    assert freeze(tmp_path / "a.jsonl").statuses == ["ok", "invalid_text", "ok"]
+    invalid = pa.Array.from_buffers(pa.string(), 3, pa.array([b"what is", b"\xff\xfe", b"it is"]).buffers())
+    pq.write_table(pa.table({"text": invalid}), tmp_path / "a.parquet")
+    assert freeze(tmp_path / "a.parquet").statuses == ["ok", "invalid_text", "ok"]
+
+
+@pytest.mark.parametrize("split", ["train[:oops]", "validation"])
+def test_an_unknown_split_is_a_clear_error(tmp_path, split):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)).save_to_disk(tmp_path / "splits")
+    for source in (path, tmp_path / "splits"):
+        with pytest.raises(DataError, match="cannot be read"):
+            freeze(source, split=split)
+
+
+def test_a_torn_line_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    path.write_text(path.read_text() + '{"messages": [{"ro')
+    with pytest.raises(DataError, match="line 6"):
+        freeze(path)
+
+
+def test_records_of_mixed_shape_are_named(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, {"messages": "oops"}])
+    with pytest.raises(DataError, match="record 6"):
+        freeze(path)
+
+
+def test_a_very_long_sample_is_cut(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it " * 40_000}, {"text": "what is it"}])
+    corpus = freeze(path, max_length=100)
+    assert [len(corpus.sample(i).input_ids) for i in range(2)] == [100, len(corpus.sample(1).input_ids)]
+
+
+def test_pretokenised_records(tmp_path):
+    records = [{"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]}, {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 0]}]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    corpus = freeze(path)
+    np.testing.assert_array_equal(corpus.sample(0).input_ids, [5, 6, 7])
+    np.testing.assert_array_equal(corpus.sample(0).loss_mask, [False, False, True])
+    assert corpus.statuses == ["ok", "empty"]
+    np.testing.assert_array_equal(freeze(path, mask="all").sample(1).loss_mask, [False, True, True])
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"input_ids": [5, 6, 7]}])
+    np.testing.assert_array_equal(freeze(bare).sample(0).loss_mask, [False, True, True])
+    for wrong in (VOCABULARY, -1, 2**40):
+        outside = write_jsonl(tmp_path / "outside.jsonl", [{"input_ids": [5, wrong]}])
+        with pytest.raises(DataError, match="outside of the teacher's vocabulary"):
+            freeze(outside)
+
+
+def test_a_corpus_without_any_usable_sample_says_why(tmp_path):
+    only_prompts = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "what"}]}] * 3)
+    with pytest.raises(DataError, match="3 empty"):
+        freeze(only_prompts)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(DataError, match="no records"):
+        freeze(empty)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "no/such/dataset"])
+def test_a_missing_source_is_a_clear_error(tmp_path, name):
+    with pytest.raises(DataError, match=r"missing|cannot be read"):
+        freeze(tmp_path / name)
+
+
+def test_unknown_columns_are_listed(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "what", "answer": "so"}])
+    with pytest.raises(DataError, match="columns answer, question"):
+        freeze(path)
+
+
+def test_a_stated_format_is_not_guessed(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it", "messages": []}, {"text": "so", "messages": []}])
+    assert freeze(path, format="text").statuses == ["ok", "ok"]
+    with pytest.raises(DataError, match="alpaca"):
+        freeze(path, format="alpaca")

@@ -1,0 +1,464 @@
+"""Stage one end to end on a tiny teacher: what is stored, what a rerun does, and how work is shared and lost."""
+
+import json
+import logging
+import os
+import signal
+import time
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.dump_jobs import Workers
+from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from storage_schemas import faults
+from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
+from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.reader import Dump
+from storage_schemas.targets import decode
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+from teacher_dump.corpus import freeze_corpus
+from teacher_dump.dump import run_dump, unit_order
+from teacher_dump.teacher import Teacher
+
+SAMPLES = 11
+PER_UNIT = 3
+UNITS = 4
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "answer",
+    "to",
+    "that",
+    "question",
+    "and",
+    "how",
+    "many",
+    "of",
+    "them",
+    "are",
+    "there",
+    "in",
+    "all",
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def write_corpus(path: Path) -> Path:
+    """Eleven samples of many lengths; number 5 has nothing to learn from, and number 7 is too long."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for i in range(SAMPLES):
+            question, answer = (" ".join(rng.choice(WORDS, rng.integers(1, n))) for n in (6, 9))
+            answer = {5: None, 7: " ".join(WORDS * 9)}.get(i, answer)
+            turns = [{"role": "user", "content": question}]
+            if answer is not None:
+                turns.append({"role": "assistant", "content": answer})
+            file.write(json.dumps({"id": f"s{i}", "messages": turns}) + "\n")
+    return path
+
+
+def sections(url, corpus_file, model_folder, *, batch_tokens=200, **dump):
+    return {
+        "dump": DumpSection(url=str(url), **({"samples_per_unit": PER_UNIT} | dump)),
+        "teacher": TeacherSection(model=str(model_folder), dtype="float32", device="cpu", batch_tokens=batch_tokens),
+        "corpus": CorpusSection(sources=[SourceSection(path=str(corpus_file))], max_length=96, too_long="drop"),
+        "estimator": TopK(k=8),
+    }
+
+
+def rows_of(url) -> list:
+    """All rows of a sealed dump, in order; every checksum verified."""
+    found = Dump.open(str(url))
+    assert found.sealed()
+    units = [found.read_unit(unit) for unit in sorted(found.records())]
+    return [unit.row(i) for unit in units for i in range(len(unit))]
+
+
+def assert_each_sample_once(url) -> None:
+    assert [row.sample_index for row in rows_of(url)] == list(range(SAMPLES))
+    assert sorted(Dump.open(str(url)).records()) == list(range(UNITS))
+
+
+def files_of(folder) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def exact_logprobs(model, row) -> np.ndarray:
+    """(supervised tokens, V) float64 log-softmax of the logits one position before each supervised token."""
+    with torch.no_grad():
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0].double()
+    tokens = np.flatnonzero(row.loss_mask)
+    return torch.log_softmax(logits[tokens - 1], dim=1).numpy()
+
+
+def test_stored_targets_are_the_log_softmax_one_position_earlier(tmp_path, corpus_file, model_folder):
+    run_dump(
+        **sections(tmp_path, corpus_file, model_folder, logprob_step=0.0) | {"estimator": TopK(k=VOCABULARY, mass=1.0)},
+        temperatures=(1.0, 2.0),
+    )
+    model = tiny_model("llama")
+    supervised = 0
+    for row in rows_of(tmp_path):
+        if row.status != "ok":
+            assert row.targets is None
+            continue
+        exact = exact_logprobs(model, row)
+        supervised += len(exact)
+        np.testing.assert_array_equal(
+            row.targets.ids.reshape(exact.shape), np.tile(np.arange(VOCABULARY), (len(exact), 1))
+        )
+        np.testing.assert_allclose(row.targets.logprobs.reshape(exact.shape), exact, atol=5e-5)
+        assert np.isneginf(row.targets.tail_logprob).all()
+    assert supervised > 50
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [TopK(k=12), Adaptive(kind="adaptive", mass=0.8, k_max=8, tail_draws=4), Sampled(kind="sampled", draws=20)],
+)
+def test_rounded_targets_stay_within_the_gate(tmp_path, corpus_file, model_folder, estimator):
+    temperatures = (1.0, 2.0) if estimator.kind == "topk" else (1.0,)
+    run_dump(**sections(tmp_path, corpus_file, model_folder) | {"estimator": estimator}, temperatures=temperatures)
+    model = tiny_model("llama")
+    for i, temperature in enumerate(temperatures):
+        total, tokens = 0.0, 0
+        for row in rows_of(tmp_path):
+            if row.status != "ok":
+                continue
+            exact = exact_logprobs(model, row)
+            tempered = torch.log_softmax(torch.from_numpy(exact) / temperature, dim=1).numpy()
+            stored = decode(row.targets, temperature_index=i, temperature=temperature)
+            assert_true_entries(stored, tempered)
+            total += bucketed_kl(stored, tempered)
+            tokens += len(exact)
+        assert -1e-6 < total / tokens < 1.2e-4
+
+
+def assert_true_entries(stored, exact) -> None:
+    """Each stored log-prob is the teacher's, up to the rounding grid."""
+    filled = stored.weights > 0
+    there = np.take_along_axis(exact, stored.ids.astype(np.int64), 1)
+    np.testing.assert_allclose(stored.logprobs[filled], there[filled], atol=0.08)
+
+
+def bucketed_kl(stored, exact) -> float:
+    """Sum over tokens of KL(exact || stored) on the head and one bucket for the rest."""
+    there = np.take_along_axis(exact, stored.ids.astype(np.int64), 1)
+    p = np.where(stored.in_head, np.exp(there), 0.0)
+    head = (p * np.where(stored.in_head, there - stored.logprobs, 0.0)).sum()
+    rest = 1.0 - p.sum(1)
+    visible = (rest > 1e-9) & np.isfinite(stored.tail_logprob)
+    return float(head + (rest[visible] * (np.log(rest[visible]) - stored.tail_logprob[visible])).sum())
+
+
+def test_every_sample_has_one_row_and_the_summary_counts_them(tmp_path, corpus_file, model_folder):
+    summary = run_dump(**sections(tmp_path, corpus_file, model_folder))
+    rows = rows_of(tmp_path)
+    assert_each_sample_once(tmp_path)
+    assert [row.sample_id for row in rows] == [f"s{i}" for i in range(SAMPLES)]
+    assert rows[5].status == "empty"
+    assert rows[7].status == "too_long"
+    assert summary.statuses == {"empty": 1, "ok": 9, "too_long": 1}
+    assert summary.rows == SAMPLES
+    assert (summary.units, summary.units_done_here) == (UNITS, UNITS)
+    assert summary.supervised_tokens == sum(int(row.loss_mask.sum()) for row in rows if row.status == "ok")
+    assert summary.tokens == sum(len(row.input_ids) for row in rows)
+    assert summary.tokens_here == sum(len(row.input_ids) for row in rows if row.status == "ok")
+    assert summary.bytes == sum(path.stat().st_size for path in tmp_path.glob("data/*"))
+    assert summary.fingerprint == Dump.open(str(tmp_path)).run.fingerprint
+    assert summary.tokens_per_second > 0
+    assert 0 < summary.mean_kept_mass < 1
+
+
+def test_the_tokenizer_in_the_dump_is_the_teachers(tmp_path, corpus_file, model_folder):
+    run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name, content in Dump.open(str(tmp_path / "dump")).tokenizer_files().items():
+        (folder / name).write_bytes(content)
+    found = AutoTokenizer.from_pretrained(folder)
+    assert found.get_vocab() == tiny_tokenizer().get_vocab()
+    assert found.chat_template == tiny_tokenizer().chat_template
+
+
+def test_a_rerun_does_nothing_and_loads_no_weights(tmp_path, corpus_file, model_folder):
+    first = run_dump(**sections(tmp_path, corpus_file, model_folder))
+    before = files_of(tmp_path)
+    teacher = Teacher(sections(tmp_path, corpus_file, model_folder)["teacher"])
+    again = run_dump(**sections(tmp_path, corpus_file, model_folder, batch_tokens=50) | {"teacher": teacher})
+    assert files_of(tmp_path) == before
+    assert "model" not in vars(teacher), "the weights were loaded"
+    assert (again.units_done_here, again.tokens_here, again.tokens_per_second) == (0, 0, None)
+    assert again.rows == first.rows
+    assert again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"estimator": TopK(k=9)}, "estimator.k"),
+        ({"temperatures": (1.0, 3.0)}, "temperatures"),
+        ({"corpus": "other"}, "corpus.fingerprint"),
+        ({"teacher": "other"}, "teacher.weights_sha256"),
+    ],
+)
+def test_other_settings_are_refused_before_the_weights_are_loaded(tmp_path, corpus_file, model_folder, change, field):
+    url = tmp_path / "dump"
+    run_dump(**sections(url, corpus_file, model_folder))
+    before = files_of(url)
+    wanted = sections(url, corpus_file, model_folder) | change
+    if change.get("corpus"):
+        path = tmp_path / "other.jsonl"
+        path.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[::-1]))
+        wanted["corpus"] = CorpusSection(sources=[SourceSection(path=str(path))], max_length=96, too_long="drop")
+    folder = save_teacher(tmp_path / "teacher", seed=1) if change.get("teacher") else model_folder
+    section = TeacherSection(model=str(folder), dtype="float32", device="cpu")
+    teacher = wanted["teacher"] = Teacher(section)
+    with pytest.raises(MismatchError, match=field.replace(".", r"\.")):
+        run_dump(**wanted)
+    assert "model" not in vars(teacher), "the weights were loaded"
+    assert files_of(url) == before
+
+
+def test_one_teacher_serves_several_dumps(tmp_path, corpus_file, model_folder):
+    other = tmp_path / "heldout.jsonl"
+    other.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:4]))
+    teacher = Teacher(sections(tmp_path, corpus_file, model_folder)["teacher"])
+    run_dump(**sections(tmp_path / "a", corpus_file, model_folder) | {"teacher": teacher})
+    model = teacher.model
+    run_dump(**sections(tmp_path / "b", other, model_folder) | {"teacher": teacher})
+    assert teacher.model is model
+    for a, b in zip(rows_of(tmp_path / "a"), rows_of(tmp_path / "b"), strict=False):
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)
+        if a.targets is not None:
+            np.testing.assert_array_equal(a.targets.ids, b.targets.ids)
+
+
+@pytest.mark.parametrize("estimator", [TopK(k=8), Adaptive(kind="adaptive", mass=0.6, k_max=4)])
+def test_targets_do_not_depend_on_the_batches(tmp_path, corpus_file, model_folder, estimator):
+    """Entries are equal; log-probs differ by float32 rounding of other matrix shapes, below 1e-4."""
+    for tokens in (1, 64, 10_000):
+        job = sections(tmp_path / str(tokens), corpus_file, model_folder, batch_tokens=tokens, logprob_step=0.0)
+        run_dump(**job | {"estimator": estimator})
+    alone, *others = (rows_of(tmp_path / str(tokens)) for tokens in (1, 64, 10_000))
+    for rows in others:
+        for a, b in zip(alone, rows, strict=True):
+            if a.targets is not None:
+                np.testing.assert_array_equal(a.targets.ids, b.targets.ids)
+                np.testing.assert_allclose(a.targets.logprobs, b.targets.logprobs, atol=1e-4)
+                np.testing.assert_allclose(a.targets.tail_logprob, b.targets.tail_logprob, atol=1e-4)
+
+
+def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpus_file, model_folder):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    section = sections(tmp_path, corpus_file, model_folder)["corpus"]
+    corpus = freeze_corpus(section, tokenizer, head_size=VOCABULARY)
+    used = [set(corpus.sample(i).input_ids.tolist()) for i in range(SAMPLES)]
+    poisoned = next(token for token in range(VOCABULARY) if 2 <= sum(token in ids for ids in used) <= 5)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poisoned] = float("inf")
+    folder = tmp_path / "teacher"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    summary = run_dump(**sections(tmp_path / "dump", corpus_file, folder))
+    for row in rows_of(tmp_path / "dump"):
+        seen = row.input_ids[: np.flatnonzero(row.loss_mask).max(initial=0)]
+        if row.status in ("ok", "nonfinite"):
+            assert (row.status == "nonfinite") == (poisoned in seen)
+    assert summary.statuses["nonfinite"] > 0
+    assert summary.statuses["ok"] > 0
+    assert_each_sample_once(tmp_path / "dump")
+
+
+@pytest.mark.parametrize(("units", "world_size"), [(1, 1), (7, 3), (4, 4), (2, 5), (20, 6)])
+def test_every_worker_goes_through_all_units_its_own_first(units, world_size):
+    firsts = []
+    for rank in range(world_size):
+        order = list(unit_order(units, rank=rank, world_size=world_size))
+        assert sorted(order) == list(range(units))
+        own = list(range(rank, units, world_size))
+        assert order[: len(own)] == own
+        firsts += order[len(own) : len(own) + 1]
+    if units > 2 * world_size:
+        assert len(set(firsts)) > 1, "all workers go for the same unit when they are done"
+
+
+def test_one_worker_of_three_finishes_what_the_others_never_began(tmp_path, corpus_file, model_folder):
+    summary = run_dump(**sections(tmp_path, corpus_file, model_folder), rank=1, world_size=3)
+    assert summary.units_done_here == UNITS
+    assert_each_sample_once(tmp_path)
+
+
+def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(tmp_path, corpus_file, model_folder):
+    job = sections(tmp_path, corpus_file, model_folder)
+
+    class Overtaken(Teacher):
+        calls = 0
+
+        def targets(self, samples, **options):
+            found = super().targets(samples, **options)
+            if not self.calls:
+                self.calls = 1
+                run_dump(**job, rank=1, world_size=2)
+            return found
+
+    summary = run_dump(**job | {"teacher": Overtaken(job["teacher"])}, rank=0, world_size=2)
+    assert summary.units_done_here == 0
+    assert_each_sample_once(tmp_path)
+    assert len(list(tmp_path.glob("data/*"))) == UNITS, "the loser's file stayed"
+
+
+def test_a_rank_outside_the_world_is_refused(tmp_path, corpus_file, model_folder):
+    with pytest.raises(ValueError, match="rank 2"):
+        run_dump(**sections(tmp_path, corpus_file, model_folder), rank=2, world_size=2)
+
+
+@pytest.mark.parametrize(("action", "error"), [("thread", RuntimeError), ("full", TemporaryError)])
+def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_folder, action, error, monkeypatch):
+    asked = []
+
+    class Counting(Teacher):
+        def targets(self, samples, **options):
+            asked.append(len(samples))
+            time.sleep(0.1)
+            return super().targets(samples, **options)
+
+    job = sections(tmp_path, corpus_file, model_folder, samples_per_unit=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "_passed", {})
+        patch.setenv("LLM_NEO_FAULT", f"put:data:before:1:{action}")
+        with pytest.raises(error, match=r"injected|cannot write"):
+            run_dump(**job | {"teacher": Counting(job["teacher"])})
+    assert len(asked) <= 4, "the worker went on for long after its writer had died"
+    run_dump(**job)
+    assert [row.sample_index for row in rows_of(tmp_path)] == list(range(SAMPLES))
+
+
+def test_progress_is_a_line_or_a_bar_and_events_are_json(tmp_path, corpus_file, model_folder, caplog, monkeypatch):
+    monkeypatch.setattr("teacher_dump.progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("teacher_dump.progress._BAR_SECONDS", 0.0)
+    job = sections(tmp_path / "a", corpus_file, model_folder)
+    with caplog.at_level(logging.INFO, logger="teacher_dump"):
+        run_dump(**job, events=tmp_path / "log" / "events.jsonl", console=Console(file=StringIO()))
+    line = caplog.messages[-1]
+    for part in (f"{UNITS}/{UNITS} units", "tokens/s", "left", "bytes/supervised token", "kept mass"):
+        assert part in line
+    events = [json.loads(line) for line in (tmp_path / "log" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in (events[0], events[-1])] == ["start", "end"]
+    progress = [event for event in events if event["event"] == "progress"]
+    assert [event["tokens"] for event in progress] == sorted(event["tokens"] for event in progress)
+    assert progress[-1]["units_done"] == progress[-1]["units"] == UNITS
+    assert progress[-1]["eta_seconds"] == 0.0
+    assert progress[-1]["bytes_per_supervised_token"] == pytest.approx(events[-1]["bytes_per_supervised_token"])
+
+    screen, lines = StringIO(), len(caplog.messages)
+    job = sections(tmp_path / "b", corpus_file, model_folder)
+    run_dump(**job, console=Console(file=screen, force_terminal=True, width=160))
+    assert f"{UNITS}/{UNITS}" in screen.getvalue()
+    assert "tokens/s" in screen.getvalue()
+    assert len(caplog.messages) == lines, "the bar and the lines were both shown"
+
+
+def test_signal_handlers_are_put_back(tmp_path, corpus_file, model_folder):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run_dump(**sections(tmp_path, corpus_file, model_folder))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.fixture(scope="module")
+def workers():
+    found = Workers()
+    yield found
+    found.close()
+
+
+def job_of(url, corpus_file, model_folder, **options) -> dict:
+    parts = sections(url, corpus_file, model_folder)
+    return {name: parts[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus")} | options
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["put:run.json:after:1", "put:tokenizer:before:2", "local:fsync:5", "put:data:after:1", "commit:between:2",
+     "local:linked:9", "put:commits:after:2", "put:SEALED.json:before:1"],
+)  # fmt: skip
+def test_a_killed_worker_loses_nothing(tmp_path, corpus_file, model_folder, workers, fault):
+    job = job_of(tmp_path, corpus_file, model_folder)
+    assert workers.run(job, fault=f"{fault}:kill") == -signal.SIGKILL, "this point was never passed"
+    assert not (tmp_path / "SEALED.json").exists()
+    run_dump(**sections(tmp_path, corpus_file, model_folder))
+    assert_each_sample_once(tmp_path)
+
+
+def test_two_workers_share_the_units(tmp_path, corpus_file, model_folder, workers):
+    jobs = [
+        job_of(
+            tmp_path / "dump",
+            corpus_file,
+            model_folder,
+            rank=rank,
+            world_size=2,
+            delay=0.3,
+            summary=str(tmp_path / str(rank)),
+        )
+        for rank in range(2)
+    ]
+    started = [workers.start(job) for job in jobs]
+    assert [workers.wait(pid) for pid in started] == [0, 0]
+    assert_each_sample_once(tmp_path / "dump")
+    shares = [json.loads((tmp_path / str(rank)).read_text())["units_done_here"] for rank in range(2)]
+    assert sum(shares) == UNITS
+    assert min(shares) >= 1
+
+
+def test_a_worker_killed_beside_another_is_covered_by_it(tmp_path, corpus_file, model_folder, workers):
+    jobs = [job_of(tmp_path, corpus_file, model_folder, rank=rank, world_size=2, delay=0.2) for rank in range(2)]
+    dies, lives = workers.start(jobs[0], fault="put:data:before:1:kill"), workers.start(jobs[1])
+    assert workers.wait(dies) == -signal.SIGKILL
+    assert workers.wait(lives) == 0
+    assert_each_sample_once(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_file, model_folder, workers, number):
+    ready = tmp_path / "ready"
+    pid = workers.start(job_of(tmp_path / "dump", corpus_file, model_folder, delay=30.0, ready=str(ready)))
+    while not ready.exists():
+        time.sleep(0.02)
+    asked = time.monotonic()
+    os.kill(pid, number)
+    assert workers.wait(pid) == 75
+    assert time.monotonic() - asked < 10
+    run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
+    assert_each_sample_once(tmp_path / "dump")
+
+
+def test_a_stop_request_keeps_what_is_committed(tmp_path, corpus_file, model_folder, workers):
+    pid = workers.start(job_of(tmp_path, corpus_file, model_folder, delay=1.0))
+    while not list(tmp_path.glob("commits/*.json")):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert workers.wait(pid) == 75
+    before = files_of(tmp_path / "commits")
+    assert before
+    assert len(before) < UNITS
+    run_dump(**sections(tmp_path, corpus_file, model_folder))
+    assert_each_sample_once(tmp_path)
+    assert before.items() <= files_of(tmp_path / "commits").items()

@@ -1,0 +1,183 @@
+"""Which tokens the assistant wrote, over templates with and without generation marks."""
+
+import numpy as np
+import pytest
+from support.tiny_teachers import (
+    CHATML,
+    CHATML_GENERATION,
+    FORGETS_THOUGHTS,
+    HEADERS,
+    INSTRUCTIONS,
+    tiny_tokenizer,
+)
+
+from storage_schemas.errors import DataError
+from teacher_dump.formats import Completion, Document
+from teacher_dump.masks import (
+    Tokens,
+    Unusable,
+    covered,
+    tokenise_completions,
+    tokenise_conversations,
+    tokenise_documents,
+)
+
+
+def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
+    """Alternating turns."""
+    roles = ["user", "assistant"] if first == "user" else [first, "user", "assistant"]
+    names = roles[:1] + ["user", "assistant"] * len(contents) if first != "user" else roles * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(names, contents, strict=False)]
+
+
+CONVERSATIONS = [
+    turns("what is it", "the answer"),
+    turns("what is it", "the answer", "and the other", "one, two\nthree "),
+    turns("be brief", "what is it", "the answer\n\n", first="system"),
+    turns("what is it", "  spaced answer with \u00e9, \u4e2d\u6587 and \U0001f600"),
+    turns("what is it", "the answer is what is it", "what is it"),
+    turns("the answer", "the answer"),
+    turns("what is it", "\n"),
+]
+
+
+def supervised_text(tokenizer, tokens: Tokens) -> str:
+    assert isinstance(tokens, Tokens)
+    return tokenizer.decode(tokens.input_ids[tokens.loss_mask])
+
+
+def text(tokenizer, tokens: Tokens) -> str:
+    return tokenizer.decode(tokens.input_ids)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_generation_marks_and_prefix_rendering_agree(messages):
+    marked, unmarked = tiny_tokenizer(CHATML_GENERATION), tiny_tokenizer(CHATML)
+    (a,) = tokenise_conversations(marked, [messages], mask="assistant")
+    (b,) = tokenise_conversations(unmarked, [messages], mask="assistant")
+    np.testing.assert_array_equal(a.input_ids, b.input_ids)
+    np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_chatml_supervises_each_answer_and_its_end_of_turn(template, messages):
+    tokenizer = tiny_tokenizer(template)
+    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert supervised_text(tokenizer, tokens) == "".join(answer + "<|im_end|>" for answer in answers)
+    assert text(tokenizer, tokens) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_header_template_supervises_each_answer_and_its_end_of_turn(messages):
+    tokenizer = tiny_tokenizer(HEADERS)
+    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+    assert supervised_text(tokenizer, tokens) == "".join(answer + "<|eot|>" for answer in answers)
+
+
+def test_the_beginning_of_text_is_not_doubled():
+    tokenizer = tiny_tokenizer(HEADERS)
+    # As Llama's tokenizer does, add <s> to whatever is tokenised.
+    tokenizer._tokenizer.post_processor = _adds_bos(tokenizer)
+    (chat,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
+    (plain, marked) = tokenise_documents(tokenizer, [Document("what is it"), Document("<s>what is it")])
+    for tokens in (chat, plain, marked):
+        assert (tokens.input_ids == tokenizer.bos_token_id).sum() == 1
+        assert tokens.input_ids[0] == tokenizer.bos_token_id
+    np.testing.assert_array_equal(plain.input_ids, marked.input_ids)
+
+
+def test_instruction_template_without_generation_prompt():
+    tokenizer = tiny_tokenizer(INSTRUCTIONS)
+    ours, refused = tokenise_conversations(
+        tokenizer, [turns("what", "the answer", "how", "so"), CONVERSATIONS[2]], mask="assistant"
+    )
+    assert supervised_text(tokenizer, ours) == " the answer</s> so</s>"
+    assert isinstance(refused, Unusable)
+    assert "only user and assistant" in refused.reason
+
+
+def test_a_template_that_rewrites_history_is_refused_only_where_it_matters():
+    tokenizer = tiny_tokenizer(FORGETS_THOUGHTS)
+    (single,) = tokenise_conversations(tokenizer, [turns("what", "the answer")], mask="assistant")
+    assert supervised_text(tokenizer, single) == "<think></think>the answer<|im_end|>"
+    several = [turns("what", "the answer", "how", "so")]
+    with pytest.raises(DataError, match=r"mask: all(.|\n)*generation"):
+        tokenise_conversations(tokenizer, several, mask="assistant")
+    (everything,) = tokenise_conversations(tokenizer, several, mask="all")
+    assert everything.loss_mask[1:].all()
+
+
+def test_an_answer_that_nothing_precedes_is_context():
+    tokenizer = tiny_tokenizer(CHATML)
+    messages = [{"role": "assistant", "content": "hello"}, *turns("what", "the answer")]
+    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    assert supervised_text(tokenizer, tokens) == "the answer<|im_end|>"
+
+
+def test_mask_all_supervises_everything_but_the_first_token():
+    tokenizer = tiny_tokenizer(CHATML)
+    (tokens,) = tokenise_conversations(tokenizer, [CONVERSATIONS[1]], mask="all")
+    assert not tokens.loss_mask[0]
+    assert tokens.loss_mask[1:].all()
+
+
+def test_no_chat_template_is_a_clear_error():
+    with pytest.raises(DataError, match="chat template"):
+        tokenise_conversations(tiny_tokenizer(None), [CONVERSATIONS[0]], mask="assistant")
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
+def test_invalid_unicode_is_unusable_and_leaves_its_neighbours_alone(template):
+    tokenizer = tiny_tokenizer(template)
+    bad = turns("what", "\ud800 half a pair")
+    good, unusable, also_good = tokenise_conversations(
+        tokenizer, [CONVERSATIONS[0], bad, CONVERSATIONS[1]], mask="assistant"
+    )
+    assert isinstance(unusable, Unusable)
+    assert supervised_text(tokenizer, good) == "the answer<|im_end|>"
+    assert supervised_text(tokenizer, also_good).startswith("the answer<|im_end|>one")
+    assert isinstance(tokenise_documents(tokenizer, [Document("\udfff")])[0], Unusable)
+    assert isinstance(tokenise_completions(tokenizer, [Completion("\udfff", "a")], mask="assistant")[0], Unusable)
+    assert isinstance(tokenise_conversations(tokenizer, [bad], mask="assistant")[0], Unusable)
+
+
+def test_completions_supervise_the_completion_and_end_the_text():
+    tokenizer = tiny_tokenizer(None)
+    records = [Completion("what is", " the answer"), Completion("", "the answer"), Completion("what ", "so</s>")]
+    with_prompt, without, ended = tokenise_completions(tokenizer, records, mask="assistant")
+    assert text(tokenizer, with_prompt) == "what is the answer</s>"
+    assert supervised_text(tokenizer, with_prompt) == " the answer</s>"
+    assert not without.loss_mask[0]
+    assert without.loss_mask[1:].all()
+    assert text(tokenizer, ended) == "what so</s>"
+    (straddling,) = tokenise_completions(tokenizer, [Completion("what is ", "the answer")], mask="assistant")
+    np.testing.assert_array_equal(straddling.loss_mask, with_prompt.loss_mask)
+    (everything,) = tokenise_completions(tokenizer, records[:1], mask="all")
+    assert everything.loss_mask[1:].all()
+
+
+def test_documents_supervise_everything_but_the_first_token():
+    tokens, empty = tokenise_documents(tiny_tokenizer(None), [Document("what is the answer"), Document("")])
+    assert not tokens.loss_mask[0]
+    assert tokens.loss_mask[1:].all()
+    assert len(empty.input_ids) == 0
+
+
+def test_white_space_tokens_belong_to_the_span_they_end_in():
+    # As byte-level tokenizers with trimmed offsets report: token 1 is white space before the span, token 3 inside it.
+    offsets = [(0, 4), (5, 5), (5, 9), (10, 10), (10, 14), (0, 0)]
+    np.testing.assert_array_equal(covered(offsets, [(5, 14)]), [False, False, True, True, True, True])
+    np.testing.assert_array_equal(covered(offsets, [(5, 10)]), [False, False, True, True, False, False])
+    np.testing.assert_array_equal(covered(offsets, [(5, 5)]), np.zeros(6, bool))
+    assert covered([], [(0, 3)]).shape == (0,)
+
+
+def _adds_bos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )

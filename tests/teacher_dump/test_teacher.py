@@ -1,0 +1,256 @@
+"""The teacher's targets against the model's own logits, over architectures, batches, dtypes and bad weights."""
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_teachers import ARCHITECTURES, VOCABULARY, save_teacher, tiny_model
+
+from storage_schemas.config import Adaptive, TopK
+from storage_schemas.errors import MismatchError
+from storage_schemas.rows import OK
+from teacher_dump import teacher as teacher_module
+from teacher_dump.config import TeacherSection
+from teacher_dump.corpus import Sample
+from teacher_dump.teacher import Teacher
+
+EVERYTHING = TopK(k=VOCABULARY, mass=1.0)
+
+
+def sample_of(length: int, *, index: int = 0, mask: list[int] | None = None) -> Sample:
+    """Random ids; the supervised tokens are those of `mask`, else every second one."""
+    ids = np.random.default_rng(index).integers(0, VOCABULARY, length).astype(np.int32)
+    loss_mask = np.zeros(length, bool)
+    loss_mask[mask if mask is not None else slice(1, None, 2)] = True
+    return Sample(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=loss_mask)
+
+
+def ask(teacher, samples, estimator=EVERYTHING, temperatures=(1.0,)):
+    return teacher.targets(samples, estimator=estimator, temperatures=temperatures, logsumexp=True)
+
+
+def teacher_of(folder, **options) -> Teacher:
+    return Teacher(TeacherSection(model=str(folder), **({"dtype": "float32", "device": "cpu"} | options)))
+
+
+def all_logits(model, sample) -> np.ndarray:
+    """(tokens, V) logits of the whole sample, alone, through the model's own forward, float64."""
+    with torch.no_grad():
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+        return model(input_ids=ids, use_cache=False).logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_targets_equal_the_models_logits_one_position_earlier(name, tmp_path):
+    model = tiny_model(name)
+    teacher = teacher_of(save_teacher(tmp_path, name))
+    samples = [sample_of(n, index=i) for i, n in enumerate([19, 7, 30])]
+    for sample, targets in zip(samples, ask(teacher, samples, temperatures=(1.0, 2.0)), strict=True):
+        logits = all_logits(model, sample)
+        supervised = np.flatnonzero(sample.loss_mask)
+        assert len(targets) == len(supervised)
+        for i, t in enumerate(supervised):
+            expected = logits[t - 1]
+            token = targets.slice(i, i + 1)
+            np.testing.assert_array_equal(token.ids, np.arange(VOCABULARY))
+            np.testing.assert_allclose(token.logprobs, expected - np.logaddexp.reduce(expected), atol=2e-4)
+            lse = [np.logaddexp.reduce(expected), np.logaddexp.reduce(expected / 2)]
+            np.testing.assert_allclose(token.logsumexp[0], lse, atol=2e-4)
+            assert np.isneginf(token.tail_logprob).all()
+    assert np.ptp(logits) > 0.5, "the logits of this model tell nothing apart"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_targets_do_not_depend_on_the_batch(name, tmp_path):
+    teacher = teacher_of(save_teacher(tmp_path, name))
+    samples = [sample_of(n, index=i) for i, n in enumerate([12, 40, 3, 23])]
+    estimator = Adaptive(kind="adaptive", mass=0.6, k_max=4, tail_draws=4)
+    together = ask(teacher, samples, estimator)
+    for sample, there in zip(samples, together, strict=True):
+        (alone,) = ask(teacher, [sample], estimator)
+        np.testing.assert_array_equal(there.ids, alone.ids)
+        np.testing.assert_array_equal(there.counts, alone.counts)
+        np.testing.assert_allclose(there.logprobs, alone.logprobs, atol=1e-4)
+        np.testing.assert_allclose(there.tail_logprob, alone.tail_logprob, atol=1e-4)
+
+
+def test_chunks_of_the_head_change_nothing(tmp_path, monkeypatch):
+    teacher = teacher_of(save_teacher(tmp_path))
+    samples = [sample_of(60, index=i) for i in range(3)]
+    whole = ask(teacher, samples, TopK(k=5))
+    monkeypatch.setitem(teacher_module._CHUNK_BYTES, "cpu", 16 * 4 * VOCABULARY)
+    for a, b in zip(whole, ask(teacher, samples, TopK(k=5)), strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_no_tensor_of_batch_times_sequence_times_vocabulary_exists(tmp_path, monkeypatch):
+    teacher = teacher_of(save_teacher(tmp_path))
+    largest = 0
+
+    def watch(module, inputs, output):
+        nonlocal largest
+        largest = max(largest, output.numel() // VOCABULARY)
+
+    teacher.model.get_output_embeddings().register_forward_hook(watch)
+    monkeypatch.setitem(teacher_module._CHUNK_BYTES, "cpu", 20 * 4 * VOCABULARY)
+    samples = [sample_of(60, index=i, mask=list(range(30, 50))) for i in range(3)]
+    found = ask(teacher, samples, TopK(k=5))
+    assert [len(targets) for targets in found] == [20, 20, 20]
+    assert largest == 20
+
+
+def test_what_follows_the_last_supervised_token_is_not_run(tmp_path):
+    teacher = teacher_of(save_teacher(tmp_path))
+    seen = []
+    teacher.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    ask(teacher, [sample_of(50, mask=[4, 9]), sample_of(30, mask=[2])])
+    assert seen == [(2, 9)]
+
+
+def test_bfloat16_logits_become_float32_before_anything_is_summed(tmp_path):
+    folder = save_teacher(tmp_path)
+    teacher = teacher_of(folder, dtype="bfloat16")
+    sample = sample_of(40)
+    (targets,) = ask(teacher, [sample])
+    with torch.no_grad():
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+        logits = teacher.model(input_ids=ids, use_cache=False).logits[0].double().numpy()
+    assert teacher.model.dtype == torch.bfloat16
+    for i, t in enumerate(np.flatnonzero(sample.loss_mask)):
+        exact = logits[t - 1] - np.logaddexp.reduce(logits[t - 1])
+        # Products of another shape may round differently: some units of bfloat16 in the last place.
+        np.testing.assert_allclose(targets.slice(i, i + 1).logprobs, exact, atol=2.0**-6 * np.abs(logits).max())
+    total = np.exp(targets.logprobs.astype(np.float64).reshape(len(targets), -1)).sum(1)
+    np.testing.assert_allclose(total, 1.0, atol=1e-5)
+
+
+def test_a_sample_with_nonfinite_logits_leaves_the_others_of_its_batch_alone(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = float("nan")
+    model.save_pretrained(tmp_path)
+    samples = [sample_of(20, index=i) for i in range(3)]
+    for sample in samples:
+        sample.input_ids[sample.input_ids == 77] = 78
+    samples[1].input_ids[10] = 77
+    teacher = teacher_of(tmp_path)
+    good, bad, also_good = ask(teacher, samples)
+    assert bad is None
+    for targets, sample in [(good, samples[0]), (also_good, samples[2])]:
+        np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=1e-5)
+    samples[1].loss_mask[10:] = False
+    assert ask(teacher, samples)[1] is not None, "logits before the broken token are finite"
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_lesson_is_kept(tmp_path, caplog):
+    teacher = teacher_of(save_teacher(tmp_path))
+    samples = [sample_of(21, index=i) for i in range(8)]
+    expected = ask(teacher, samples, TopK(k=5))
+    sizes = []
+
+    def small_memory(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    teacher.model.get_decoder().register_forward_pre_hook(small_memory, with_kwargs=True)
+    for _ in range(2):
+        found = ask(teacher, samples, TopK(k=5))
+        for a, b in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(a.ids, b.ids)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert sum("halving" in message for message in caplog.messages) == 1
+
+
+def test_a_sample_that_alone_does_not_fit_is_a_clear_error(tmp_path):
+    teacher = teacher_of(save_teacher(tmp_path))
+
+    def no_memory(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    teacher.model.get_output_embeddings().register_forward_pre_hook(no_memory)
+    with pytest.raises(MismatchError, match=r"sample 3 alone does not fit(.|\n)*max_length"):
+        ask(teacher, [sample_of(9, index=3)])
+
+
+def test_a_model_that_is_not_causal_is_refused(tmp_path):
+    teacher = teacher_of(save_teacher(tmp_path))
+    layer = type(teacher.model.get_decoder().layers[0])
+    forward = layer.forward
+
+    def sees_everything(self, hidden_states, *args, **kwargs):
+        return forward(self, hidden_states, *args, **kwargs) + hidden_states.mean(1, keepdim=True)
+
+    layer.forward = sees_everything
+    try:
+        with pytest.raises(MismatchError, match="not causal"):
+            _ = teacher_of(tmp_path).model
+    finally:
+        layer.forward = forward
+
+
+def test_a_head_that_is_not_understood_is_refused(tmp_path):
+    teacher = teacher_of(save_teacher(tmp_path))
+    kind = type(teacher.model)
+    forward = kind.forward
+
+    def scales(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    kind.forward = scales
+    try:
+        with pytest.raises(MismatchError, match="not understood"):
+            _ = teacher_of(tmp_path).model
+    finally:
+        kind.forward = forward
+
+
+def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [7.0] * 4}
+    save_teacher(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=16, sliding_window=None)
+    teacher = teacher_of(tmp_path, batch_tokens=1000)
+    samples = [sample_of(n, index=i) for i, n in enumerate([12, 40, 17, 18, 30])]
+    batches = teacher.batches(samples)
+    # Of the samples of 18 and 17 tokens, the first 17 and 15 are run.
+    assert [[len(sample.input_ids) for sample in batch] for batch in batches] == [[40, 30, 18], [17, 12]]
+    for batch in batches:
+        for sample, targets in zip(batch, ask(teacher, batch), strict=True):
+            np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=1e-4)
+    mixed = ask(teacher, samples)[0].logprobs
+    assert np.abs(mixed - ask(teacher, [samples[0]])[0].logprobs).max() > 1e-2, "the factors of this model do nothing"
+
+
+def test_identity_needs_no_weights_and_follows_the_files(tmp_path):
+    first = teacher_of(save_teacher(tmp_path / "a"))
+    same, other = teacher_of(save_teacher(tmp_path / "b")), teacher_of(save_teacher(tmp_path / "c", seed=1))
+    hashes = [teacher.identity().weights_sha256 for teacher in (first, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert list(hashes[0]) == ["model.safetensors"]
+    assert first.identity().head_size == VOCABULARY
+    assert "model" not in vars(first), "the weights were loaded"
+
+
+def test_weights_that_are_not_safetensors_are_refused(tmp_path):
+    save_teacher(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(MismatchError, match="safetensors"):
+        teacher_of(tmp_path).identity()
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert sorted(teacher_of(tmp_path).identity().weights_sha256) == shards
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(MismatchError, match=shards[1]):
+        teacher_of(tmp_path).identity()
+
+
+def test_an_unknown_device_is_a_clear_error(tmp_path):
+    with pytest.raises(MismatchError, match=r"teacher\.device"):
+        _ = teacher_of(save_teacher(tmp_path), device="warp:9").model
