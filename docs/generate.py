@@ -59,7 +59,8 @@ def section(model: type[BaseModel], path: str) -> Iterator[str]:
         else:
             default = "" if nested else f"`{_yaml(field.default)}`"
         what = "section" if nested else kind(field.annotation)
-        yield f"| `{name}` | {what} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
+        description = " ".join((field.description or "").split()).replace("|", chr(92) + "|")
+        yield f"| `{name}` | {what} | {default} | {description} |"
     for m, p in inner:
         yield from section(m, p)
 

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.S
 LAUNCH = "LLM_NEO_LAUNCH"
 """Environment variable that marks all processes of one launch."""
 _PR_SET_PDEATHSIG = 1
+_KILL_SECONDS = 10.0
 
 
 def combined(codes: Sequence[int]) -> int:
@@ -121,8 +123,18 @@ def _sum(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def train_workers(config: Config, *, nproc: int, nodes: Nodes) -> int:
-    """Run stage two on this node under torchrun; the exit code that its workers agreed on."""
+def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | None = None) -> int:
+    """Run stage two on this node under torchrun.
+
+    Args:
+        config: with `student` and `train`.
+        nproc: ranks on this node.
+        nodes: all nodes.
+        stdout: file descriptor for the progress of the workers; standard output by default.
+
+    Returns:
+        The exit code that the workers agreed on.
+    """
     train = need(config.train, "train", "train")
     student = need(config.student, "student", "train")
     folder = train.output / EXIT_FOLDER
@@ -139,6 +151,7 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes) -> int:
             torchrun_argv(["student_train.worker", "--config", str(resolved)], nproc=nproc, nodes=nodes),
             thread_environment(os.environ, nproc, os.cpu_count() or 1),
             stop=(folder / STOP).touch,
+            stdout=stdout,
         )
     codes = [int(file.read_text()) for file in mine if file.is_file()]
     if not returned and not any(codes):
@@ -148,7 +161,9 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes) -> int:
     return combined(codes) or int(Exit.TEMPORARY if codes else Exit.BUG)
 
 
-def run_torchrun(argv: Sequence[str], env: Mapping[str, str], *, stop: Callable[[], None]) -> int:
+def run_torchrun(
+    argv: Sequence[str], env: Mapping[str, str], *, stop: Callable[[], None], stdout: int | None = None
+) -> int:
     """Run torchrun to its end and leave nothing of it behind.
 
     Args:
@@ -156,6 +171,7 @@ def run_torchrun(argv: Sequence[str], env: Mapping[str, str], *, stop: Callable[
         env: variables to set.
         stop: asks the workers for a checkpoint and an end. torchrun itself would kill them half a minute after a
             signal, so it gets the second one only.
+        stdout: file descriptor for its standard output, if not ours.
 
     Returns:
         Its exit code.
@@ -174,6 +190,7 @@ def run_torchrun(argv: Sequence[str], env: Mapping[str, str], *, stop: Callable[
             process = subprocess.Popen(
                 argv,
                 env={**os.environ, **env, "TORCH_CPP_LOG_LEVEL": "ERROR", LAUNCH: launch},
+                stdout=stdout,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
@@ -216,10 +233,14 @@ def end_with_parent() -> None:
 def end_launch(launch: str) -> None:
     """Kill what is left of a launch: torchrun's workers have sessions of their own and outlive it if it is killed."""
     marker = f"{LAUNCH}={launch}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            # Gone by now, or somebody else's.
-            continue
+    deadline = time.monotonic() + _KILL_SECONDS
+    left = True
+    while left and time.monotonic() < deadline:
+        left = False
+        for folder in Path("/proc").glob("[0-9]*"):
+            # What is gone by now, or somebody else's, cannot be read; what is dead has no environment.
+            with suppress(OSError):
+                if marker in (folder / "environ").read_bytes().split(b"\0"):
+                    left = True
+                    os.kill(int(folder.name), signal.SIGKILL)
+        time.sleep(0.05 if left else 0)

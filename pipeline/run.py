@@ -70,7 +70,7 @@ def run_pipeline(
     before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url), before_inputs)
 
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
-    _check("train", train_workers(config, nproc=nproc, nodes=Nodes()))
+    _check("train", train_workers(config, nproc=nproc, nodes=Nodes(), stdout=2 if console.stderr else None))
     _replace(train.output / "config.yaml", config.to_yaml())
     trained = json.loads((train.output / "summary.json").read_text())
 

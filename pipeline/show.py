@@ -65,7 +65,7 @@ class TokenView(Section):
     token: str
     """The token itself, the label."""
     rank: int | None
-    """Its rank among the stored entries, from 1; null if it is not among them."""
+    """Its rank among the stored entries, from 1, up to ties that rounding makes; null if it is not among them."""
     p: float | None
     """The teacher's probability of it; null if it is not among the stored entries."""
     top: list[tuple[str, float]]
@@ -259,6 +259,7 @@ def as_json(dump: Dump, row: int | None) -> dict[str, Any]:
 
 def show(dump: Dump, row: int | None, console: Console) -> None:
     """Print header, and a row if asked for."""
-    console.print(header_table(header(dump)))
-    if row is not None:
-        console.print(row_table(row_view(dump, row)))
+    # First everything that may fail.
+    parts = [header_table(header(dump)), *([] if row is None else [row_table(row_view(dump, row))])]
+    for part in parts:
+        console.print(part)

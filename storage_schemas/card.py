@@ -35,7 +35,7 @@ of the raw logits. Rescale the head to `1 - exp(tail_logprob)` before use.
 
 ```sql
 -- DuckDB: the teacher's probability of its most likely token, by token
-SELECT sample_index, list_transform(target_logprobs, t -> exp(list_max(t))) FROM 'data/*.parquet';
+SELECT sample_index, list_transform(target_logprobs, lambda t: exp(list_max(t))) FROM 'data/*.parquet';
 ```
 """
 

@@ -10,9 +10,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
@@ -164,6 +165,11 @@ def parse_record(data: bytes, unit: int, run: RunInfo, *, url: str) -> CommitRec
     """
     name = f"{url}/{record_key(unit)}"
     record = CommitRecord.from_json(data, name=name)
+    _refuse_foreign(record, unit, run, name=name)
+    return record
+
+
+def _refuse_foreign(record: CommitRecord, unit: int, run: RunInfo, *, name: str) -> None:
     rows = len(run.unit_range(unit))
     claims = {
         "unit": (record.unit, unit),
@@ -187,7 +193,6 @@ def parse_record(data: bytes, unit: int, run: RunInfo, *, url: str) -> CommitRec
             expected="; ".join(expected for _, expected in wrong.values()),
             fix="two dumps were mixed in one place, or a record was changed; dump again into another URL",
         )
-    return record
 
 
 _MANIFEST_SCHEMA = pa.schema(
@@ -238,7 +243,38 @@ def manifest_bytes(records: Mapping[int, CommitRecord]) -> bytes:
     return sink.getvalue()
 
 
-def read_manifest(data: bytes, *, seal: Seal, name: str) -> dict[int, CommitRecord]:
+class Manifest(Mapping[int, CommitRecord]):
+    """The records of a sealed dump. They are made when asked for: a hundred thousand objects take half a gigabyte."""
+
+    _BLOCK = 256
+
+    def __init__(self, table: pa.Table, run: RunInfo, *, name: str) -> None:
+        self._table, self._run, self._name = table, run, name
+        self._fingerprint = run.fingerprint
+        self._rows: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __getitem__(self, unit: int) -> CommitRecord:
+        if not 0 <= unit < len(self):
+            raise KeyError(unit)
+        block, place = divmod(unit, self._BLOCK)
+        rows = self._rows
+        if rows[0] != block:
+            # One assignment: several threads may ask.
+            self._rows = rows = (block, self._table.slice(block * self._BLOCK, self._BLOCK).to_pylist())
+        row = rows[1][place]
+        row = row | {"statuses": json.loads(row["statuses"]), "fidelity": json.loads(row["fidelity"])}
+        record = validated(CommitRecord, row | {"fingerprint": self._fingerprint}, name=self._name)
+        _refuse_foreign(record, unit, self._run, name=self._name)
+        return record
+
+
+def read_manifest(data: bytes, *, seal: Seal, run: RunInfo, name: str) -> Manifest:
     """The records of a manifest, checked against the seal.
 
     Raises:
@@ -251,14 +287,9 @@ def read_manifest(data: bytes, *, seal: Seal, name: str) -> dict[int, CommitReco
             expected=seal.manifest,
             fix="restore the file from a backup; commits/ still holds every record",
         )
-    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-    records = {}
-    for batch in table.to_batches():
-        for row in batch.to_pylist():
-            row |= {"statuses": json.loads(row["statuses"]), "fidelity": tuple(json.loads(row["fidelity"]))}
-            records[row["unit"]] = CommitRecord(fingerprint=seal.fingerprint, **row)
-    if sorted(records) != list(range(seal.units)):
+    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True).combine_chunks()
+    if table.schema != _MANIFEST_SCHEMA or not np.array_equal(table["unit"].to_numpy(), np.arange(seal.units)):
         raise DataError(
-            f"{name} does not hold every unit", got=f"{len(records)} units", expected=f"units 0 ... {seal.units - 1}"
+            f"{name} does not hold every unit", got=f"{table.num_rows} rows", expected=f"units 0 ... {seal.units - 1}"
         )
-    return records
+    return Manifest(table, run, name=name)

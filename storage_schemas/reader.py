@@ -18,6 +18,7 @@ from storage_schemas.commit import (
     RUN,
     SEAL,
     CommitRecord,
+    Manifest,
     Seal,
     parse_record,
     read_manifest,
@@ -40,6 +41,7 @@ class Dump:
         self.store, self.run, self.cache_dir = store, run, cache_dir
         self._records: dict[int, CommitRecord] = {}
         self._seal: Seal | None = None
+        self._manifest: Manifest | None = None
 
     @classmethod
     def open(cls, url: str, *, options: Mapping[str, str] | None = None, cache_dir: Path | None = None) -> "Dump":
@@ -90,12 +92,14 @@ class Dump:
         """Whether every unit is committed and the dump is complete."""
         return self.seal() is not None
 
-    def records(self) -> dict[int, CommitRecord]:
+    def records(self) -> Mapping[int, CommitRecord]:
         """All commit records there are: from the manifest of a sealed dump, else by listing."""
         seal = self.seal()
         if seal is not None:
-            if len(self._records) < seal.units:
-                self._records = read_manifest(self.store.get(seal.manifest), seal=seal, name=seal.manifest)
+            if self._manifest is None:
+                data = self.store.get(seal.manifest)
+                self._manifest = read_manifest(data, seal=seal, run=self.run, name=f"{self.store.url}/{seal.manifest}")
+            return self._manifest
         else:
             listed = {unit_of_record(key) for key, _ in self.store.list("commits")}
             new = [unit for unit in range(self.run.units) if unit in listed and unit not in self._records]

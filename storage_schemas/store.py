@@ -339,8 +339,10 @@ def _endpoint(options: Mapping[str, str]) -> str:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether access is denied, or there are no credentials (then the client asks a cloud machine's own address)."""
-    denied = (PermissionDeniedError, UnauthenticatedError, PermissionError)
-    return isinstance(error, denied) or "169.254.169.254" in str(error)
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
+        return True
+    # A refused LIST has no class of its own.
+    return any(sign in str(error) for sign in ("403 Forbidden", "401 Unauthorized", "169.254.169.254"))
 
 
 def _first_line(error: BaseException | None) -> str:

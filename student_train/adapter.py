@@ -48,11 +48,16 @@ REFUSED = {
     "loftq_config": _CHANGES_BASE,
     "eva_config": "it needs a pass over the data before training",
     "corda_config": "it needs a pass over the data before training",
+    "lora_ga_config": "it needs a pass over the data before training",
+    "alora_invocation_tokens": "it switches the adapter on in peft's forward pass, which training does not go through",
+    "use_qalora": "a quantised base is not supported yet",
     "megatron_config": "only data parallelism is supported",
     "megatron_core": "only data parallelism is supported",
 }
 """Arguments of LoraConfig that are not supported, and why."""
 
+_NOT_TAKEN = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+"""What peft raises for arguments that it cannot use."""
 INITS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the base model as it is."""
 
@@ -72,7 +77,10 @@ def lora_config(lora: LoraSection) -> LoraConfig:
         "target_modules": lora.target_modules,
         "task_type": TaskType.CAUSAL_LM,
     }
-    return LoraConfig(**arguments, **(lora.extra | VARIANTS[lora.variant]))
+    try:
+        return LoraConfig(**arguments, **(lora.extra | VARIANTS[lora.variant]))
+    except _NOT_TAKEN as error:
+        raise _not_taken(error) from error
 
 
 def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None) -> PeftModel:
@@ -94,13 +102,8 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)
-    except ValueError as error:
-        raise MismatchError(
-            "the adapter does not fit the student",
-            got=str(error)[:500],
-            expected="names of linear layers, or `all-linear`",
-            fix="correct student.lora.target_modules",
-        ) from error
+    except _NOT_TAKEN as error:
+        raise _not_taken(error) from error
     _refuse_head(model)
     if initial is not None:
         _subtract(model, initial)
@@ -153,6 +156,15 @@ def _subtract(model: PeftModel, initial: Mapping[str, Tensor]) -> None:
         weight.data = (weight.data.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)
         layer.lora_A[ADAPTER].weight.data.copy_(a)
         layer.lora_B[ADAPTER].weight.data.copy_(b)
+
+
+def _not_taken(error: Exception) -> MismatchError:
+    return MismatchError(
+        "peft does not take this adapter for this student",
+        got=f"{type(error).__name__}: {str(error)[:500]}",
+        expected="target_modules: names of linear layers, a pattern, or `all-linear`; extra: as peft.LoraConfig says",
+        fix="correct student.lora.target_modules or student.lora.extra",
+    )
 
 
 def _refuse_head(model: PeftModel) -> None:

@@ -14,6 +14,7 @@ import logging
 import re
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from storage_schemas.errors import DataError, MismatchError, NeoError, NothingToResumeError
+from storage_schemas.errors import DataError, MismatchError, NothingToResumeError
 from storage_schemas.run_info import canonical_json, parse_json, validated
 from storage_schemas.section import Section
 from storage_schemas.store import Store
@@ -80,15 +81,18 @@ class Checkpoint:
 
         Raises:
             DataError: torn, tampered with, or not there.
+            MismatchError: written by another version of this format.
         """
         self._store, self.step = store, step
         name = f"{store.url}/{_folder(step)}/COMMIT.json"
         content = parse_json(store.get(f"{_folder(step)}/COMMIT.json"), name=name)
+        _refuse_other_version(content, name)
         self._commit: Commit = validated(Commit, content, name=name)
         record = next((record for record in self._commit.files if record.kind == "state"), None)
         if record is None or self._commit.step != step:
             raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
         state = parse_json(self._read(record), name=record.name)
+        _refuse_other_version(state, record.name)
         self.state: TrainState = validated(TrainState, state, name=record.name)
 
     def tensors(self, kinds: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -137,12 +141,17 @@ class Checkpoints:
         return sorted(int(match[1]) for name in names if (match := _STEP.match(name)))
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, verified; one that is not complete is passed over with a warning."""
+        """The newest complete checkpoint, verified; one that is not complete is passed over with a warning.
+
+        Raises:
+            MismatchError: the newest one is of another format version: it is complete, but not for us.
+            TemporaryError: the disk is away.
+        """
         for step in reversed(self.steps()):
             try:
                 checkpoint = self.at(step)
                 checkpoint.verify()
-            except NeoError as error:
+            except DataError as error:
                 log.warning("checkpoint of step %d is refused, looking for an earlier one: %s", step, error)
             else:
                 return checkpoint
@@ -190,7 +199,9 @@ class Checkpoints:
         self._store.delete(f"{_folder(step)}/COMMIT.json")
         for file in folder.iterdir():
             file.unlink()
-        folder.rmdir()
+        with suppress(OSError):  # A network file system may hold a name that is still open elsewhere.
+            folder.rmdir()
+        self._store = Store(str(self._folder))  # The other one remembers the directory.
 
 
 def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
@@ -235,6 +246,16 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             got="; ".join(f"{key} = {json.dumps(wanted.get(key))}" for key in different),
             expected="; ".join(f"{key} = {json.dumps(found.get(key))}" for key in different),
             fix="restore these settings, or choose another train.output",
+        )
+
+
+def _refuse_other_version(content: Mapping[str, Any], name: str) -> None:
+    if content.get("format_version") != FORMAT_VERSION:
+        raise MismatchError(
+            f"{name} has another format version",
+            got=content.get("format_version"),
+            expected=FORMAT_VERSION,
+            fix="resume with the version of llm-neo that wrote it, or choose another train.output",
         )
 
 

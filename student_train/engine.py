@@ -19,6 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -27,15 +28,16 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from storage_schemas.errors import DataError
+from storage_schemas.errors import DataError, Exit, MismatchError
 from student_train import world as worlds
 from student_train.batch import TrainBatch
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
 from student_train.config import TrainSection
 from student_train.student import Distilled
-from student_train.world import World
+from student_train.world import PeerError, World
 from student_train.zero import deepspeed_config
 
 
@@ -87,6 +89,9 @@ class Engine:
             module: the same weights on every rank.
             train: stage, precision, optimizer and DeepSpeed settings.
             world: all ranks.
+
+        Raises:
+            MismatchError: `train.deepspeed` is not what DeepSpeed takes. PeerError on the other ranks.
         """
         config = deepspeed_config(train)
         self._world, self._module, self._stage = world, module, train.zero_stage
@@ -104,7 +109,10 @@ class Engine:
             # DeepSpeed tells no gradient norm here, so clipping is ours.
             config["gradient_clipping"] = 0.0
             adam.register_step_pre_hook(self._clip)
-        self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
+        try:
+            self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise (_not_taken(error) if world.main else PeerError(0, Exit.MISMATCH)) from error
         if train.zero_stage == 3:
             module.head.gather = _gather
         self.updates = 0
@@ -259,6 +267,15 @@ def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> No
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
     gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(parameters))
     return gathered
+
+
+def _not_taken(error: Exception) -> MismatchError:
+    return MismatchError(
+        "DeepSpeed does not take its configuration",
+        got=str(error)[:1000],
+        expected="keys and values of DeepSpeed's configuration",
+        fix="correct train.deepspeed",
+    )
 
 
 def _not_finite(what: str) -> DataError:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
 from storage_schemas.errors import DataError
 from storage_schemas.reader import Dump
@@ -165,7 +165,12 @@ class Stream:
 
     def _row(self, sample: int) -> Row:
         unit, place = divmod(sample, self._order.samples_per_unit)
-        rows = self._units[unit].result()
+        future = self._units[unit]
+        # A store may take its time to answer; closing does not wait for it.
+        while not wait([future], timeout=0.5).done:
+            if self._closed:
+                raise CancelledError
+        rows = future.result()
         row = rows.row(place) if place < len(rows) else None
         if row is None or row.sample_index != sample:
             raise DataError(
@@ -204,7 +209,9 @@ class Follower:
             self._windows = self._order.windows
         while self._windows < self._order.windows:
             self._missing = self._missing or list(self._order.units_of_window(self._windows))
-            self._missing = [unit for unit in self._missing if self._dump.record(unit) is None]
+            # One that is not there is reason enough to wait: a look costs one request, and one per new unit.
+            while self._missing and self._dump.record(self._missing[0]) is not None:
+                self._missing.pop(0)
             if self._missing:
                 break
             self._windows += 1

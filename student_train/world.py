@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take. Ranks whose peer has died leave much earlier, see `student_train.worker`."""
+CONTROL_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other between steps: one of them may be writing a large model."""
 
 
 class PeerError(NeoError):
@@ -109,5 +111,5 @@ def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, r
         # One rank meets nobody, and needs no port.
         **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),  # type: ignore[attr-defined]
     )
-    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, control=control)

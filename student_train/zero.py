@@ -7,6 +7,9 @@ from typing import Any
 from storage_schemas.errors import MismatchError
 from student_train.config import TrainSection
 
+AUTO = "auto"
+"""What configurations for transformers' Trainer say where it shall decide; here it is as if the key were not there."""
+
 TUNABLE = (
     "activation_checkpointing",
     "aio",
@@ -60,14 +63,14 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
     _refuse_unknown(train.deepspeed, claims)
     for path, value in _leaves(train.deepspeed):
         claimed, field = claims.get(path, (value, ""))
-        if value != claimed and value != "auto":
+        if value not in (claimed, AUTO):
             raise MismatchError(
                 f"train.deepspeed.{path} contradicts {field}",
                 got=f"train.deepspeed.{path} = {value!r}",
                 expected=f"{claimed!r}, from {field}",
-                fix=f"remove train.deepspeed.{path}, and set {field}",
+                fix=f"remove train.deepspeed.{path}",
             )
-    config = _merge(_preset(train), train.deepspeed)
+    config = _merge(_preset(train), {key: value for key, value in train.deepspeed.items() if key not in REFUSED})
     for path, (value, _) in claims.items():
         _set(config, path, value)
     # DeepSpeed would insist on micro-batch size * world size, which the global batch need not be a multiple of.
@@ -125,7 +128,7 @@ def _refuse_unknown(given: Mapping[str, Any], claims: Mapping[str, Any]) -> None
 
 
 def _disabled(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("enabled") is False
+    return isinstance(value, Mapping) and value.get("enabled") in (False, AUTO)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,7 +142,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        inner = merged.get(key)
+        if value == AUTO:
+            continue
+        inner = merged.get(key, {} if isinstance(value, Mapping) else None)
         merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
 

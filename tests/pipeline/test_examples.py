@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def cluster(tmp_path: Path) -> Path:
     (commands / "activate").write_text(f'export PATH="{commands}:$PATH"\n')
     log = tmp_path / "calls"
     bodies = {
-        "llm-neo": f'echo "llm-neo $*" >> {log}\ntrap "exit 75" TERM\n[ -n "$SLEEP" ] && {{ sleep 30 & wait; }}\nexit $CODE',
+        "llm-neo": f'echo "llm-neo $*" >> {log}\ntrap "exit 75" TERM\n[ $SLEEP ] && {{ sleep 30 & wait; }}\nexit $CODE',
         "srun": f'echo "srun $*" >> {log}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"',
         "scontrol": f'echo "scontrol $*" >> {log}',
     }
@@ -100,7 +101,8 @@ def test_the_warning_before_the_time_limit_stops_and_requeues(cluster: Path, pat
         script.send_signal(number)
         assert script.wait(timeout=20) == 75
     finally:
-        os.killpg(script.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
     calls = (cluster / "calls").read_text()
     assert f"llm-neo {path.stem} examples/llama-8b-to-1b.yaml" in calls
     assert "scontrol requeue 7" in calls

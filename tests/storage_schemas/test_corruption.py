@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.dumps import make_dump, run_info
 
 from storage_schemas.commit import CommitRecord, record_key
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.reader import Dump, parse_unit
 from storage_schemas.verify import verify
-from support.dumps import make_dump, run_info
 
 KINDS = ["shard", "record", "seal", "manifest", "run", "tokenizer"]
 REFUSED = (DataError, MismatchError)

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.dumps import run_info
+from support.storage_jobs import Zygote
 
 from storage_schemas.commit import CommitRecord
 from storage_schemas.errors import Exit
 from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
-from support.dumps import run_info
-from support.storage_jobs import Zygote
 
 Point = tuple[str, int]
 KILLED = -signal.SIGKILL
@@ -94,7 +94,7 @@ def kill_at(zygote: Zygote, url: Path, point: Point) -> None:
 
 
 def test_a_sample_of_kills(zygote: Zygote, points: list[Point], place: Path) -> None:
-    for url, point in zip(folders(place), sample(points, 4), strict=False):
+    for url, point in zip(folders(place), sample(points, 5), strict=False):
         kill_at(zygote, url, point)
         assert zygote.run(url) == Exit.DONE, point
         assert_exactly_once(url)
@@ -125,7 +125,7 @@ def double_kills(zygote: Zygote, points: list[Point], place: Path, n: int) -> No
 
 
 def test_a_few_double_kills(zygote: Zygote, points: list[Point], place: Path) -> None:
-    double_kills(zygote, points, place, 15)
+    double_kills(zygote, points, place, 12)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def zombies(zygote: Zygote, points: list[Point], place: Path) -> None:
 
 
 def test_a_sample_of_zombies(zygote: Zygote, points: list[Point], place: Path) -> None:
-    zombies(zygote, sample(points, 12), place)
+    zombies(zygote, sample(points, 20), place)
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def failures(zygote: Zygote, points: list[Point], place: Path, action: str) -> N
 
 @pytest.mark.parametrize("action", ["full", "raise", "thread"])
 def test_a_sample_of_failures(zygote: Zygote, points: list[Point], place: Path, action: str) -> None:
-    failures(zygote, sample(points, 30), place, action)
+    failures(zygote, sample(points, 60), place, action)
 
 
 @pytest.mark.slow

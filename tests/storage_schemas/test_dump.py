@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.dumps import TOKENIZER, make_dump, metadata_of, replace_unit, run_info, unit_rows
 
 from storage_schemas import codec
 from storage_schemas.commit import CommitRecord, record_key
@@ -21,7 +22,6 @@ from storage_schemas.rows import SCHEMA, Row, UnitRows, rows_to_unit
 from storage_schemas.run_info import RunInfo, canonical_json
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
-from support.dumps import TOKENIZER, make_dump, metadata_of, replace_unit, run_info, unit_rows
 
 ESTIMATORS = [TopK(k=8), Adaptive(kind="adaptive", k_max=6, tail_draws=4), Sampled(kind="sampled", draws=12)]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.dumps import run_info
 
 from storage_schemas.commit import RUN
 from storage_schemas.config import Adaptive, Sampled, TopK
@@ -14,7 +15,6 @@ from storage_schemas.reader import Dump
 from storage_schemas.run_info import RunInfo, canonical_json, leaves
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256
 from storage_schemas.writer import DumpWriter
-from support.dumps import run_info
 
 OTHER = "f" * 64
 DIFFERENCES = {

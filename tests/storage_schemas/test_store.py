@@ -41,8 +41,9 @@ def test_an_empty_file_is_a_file(tmp_path: Path) -> None:
 
 HOSTILE_NAMES = [
     "", ".", "..", "../x", "a/../x", "a/..", "/etc/passwd", "a//b", "a/", "./a", "a/./b", ".hidden", "a/.hidden",
-    "a\\b", "..\\x", "C:\\x", "a\0b", "a\nb", "a b", "~/x", "$HOME/x", "file:///x", "s3://b/x", "http://x/y", "%2e%2e/x",
-    "a/%2e%2e/x", "\u2025/x", "a\u2215b", "x;rm", "x|y", "x?y", "x*", "-rf", "a/-b", "[a]", "{a}", "a:b", "a,b", "\ud800",
+    "a\\b", "..\\x", "C:\\x", "a\0b", "a\nb", "a b", "~/x", "$HOME/x", "file:///x", "s3://b/x", "http://x/y",
+    "%2e%2e/x", "a/%2e%2e/x", "\u2025/x", "a\u2215b", "x;rm", "x|y", "x?y", "x*", "-rf", "a/-b", "[a]", "{a}", "a:b",
+    "a,b", "\ud800",
     "data/unit-00000000-" + "0" * 32 + ".parquet\n",
 ]  # fmt: skip
 
@@ -53,10 +54,15 @@ def test_names_never_leave_the_dump(name: str, verb: str, tmp_path: Path) -> Non
     files = Store(str(tmp_path / "dump"))
     files.put_new("a/b", b"1")
     before = sorted(tmp_path.rglob("*"))
+    calls = {
+        "put_new": lambda: files.put_new(name, b"x"),
+        "list": lambda: list(files.list(name)),
+        "get": lambda: files.get(name),
+        "size": lambda: files.size(name),
+        "delete": lambda: files.delete(name),
+    }
     with pytest.raises(DataError, match="plain relative path"):
-        result = getattr(files, verb)(name, *([b"x"] if verb == "put_new" else []))
-        if verb == "list":
-            list(result)
+        calls[verb]()
     assert sorted(tmp_path.rglob("*")) == before
 
 

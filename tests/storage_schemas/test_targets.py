@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.dumps import dense_targets
 
 from storage_schemas.codec import fidelity, mean_entropy, mean_kept_mass, round_targets
 from storage_schemas.errors import DataError
 from storage_schemas.rows import no_targets
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets, concatenate, decode, log1mexp
-from support.dumps import dense_targets
 
 TEMPERATURES = (1.0, 2.0)
 

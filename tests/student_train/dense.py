@@ -91,7 +91,8 @@ def norm(parameters: Sequence[Tensor]) -> Tensor:
 def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str) -> float:
     """Largest difference of one kind of tensor, relative to its largest value."""
     keys = [key for key in expected if key.startswith(f"{kind}/")]
-    assert keys and {key for key in found if key.startswith(f"{kind}/")} == set(keys)
+    assert keys
+    assert {key for key in found if key.startswith(f"{kind}/")} == set(keys)
     largest = max(float(expected[key].abs().max()) for key in keys)
     return max(float((found[key] - expected[key]).abs().max()) for key in keys) / largest
 

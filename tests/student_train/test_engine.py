@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from dense import Trace, relative, train_plainly
-
-from storage_schemas.reader import Dump
 from support.distributed import run_ranks
 from support.tiny_student import save_student, write_dump
+
+from storage_schemas.reader import Dump
 
 BATCH, STEPS, RATE, CLIP = 6, 3, 1e-2, 0.3
 CASES = [

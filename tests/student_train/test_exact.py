@@ -1,4 +1,4 @@
-"""Offline distillation against the teacher itself: the stored targets lose nothing but what the fidelity gate allows."""
+"""Offline distillation against the teacher itself: stored targets lose nothing but what the fidelity gate allows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from dense import rows_of
+from support.engine_jobs import train_section
+from support.tiny_student import VOCAB, save_student, teacher_logits, write_dump
 from torch import Tensor
 
 from storage_schemas.config import TopK
@@ -15,8 +17,6 @@ from storage_schemas.shift import supervised_positions
 from student_train.batch import collate
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.student import Distilled, load_student
-from support.engine_jobs import train_section
-from support.tiny_student import VOCAB, save_student, teacher_logits, write_dump
 
 TEMPERATURES = (1.0, 2.0)
 SAMPLES = range(8)

@@ -10,18 +10,20 @@ import pytest
 import torch
 from dense import plain_student
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
 from support.distributed import run_ranks
 from support.tiny_student import save_student, tiny_tokenizer, write_dump
+from transformers import AutoModelForCausalLM
 
 Results = dict[str, list[dict[str, Any]]]
 """By name of the job: what each rank returned."""
-SAME = [("zero0", {"zero_stage": 0}, {}), ("zero2", {"zero_stage": 2}, {}), ("zero3", {"zero_stage": 3}, {})] + [
+SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("zero0", {"zero_stage": 0}, {}),
+    ("zero2", {"zero_stage": 2}, {}),
+    ("zero3", {"zero_stage": 3}, {}),
     ("bf16", {"zero_stage": 2, "precision": "bf16"}, {}),
     ("pissa", {"zero_stage": 1, "weight_decay": 0.1}, {"variant": "pissa", "dropout": 0.2}),
     ("kd", {"zero_stage": 2, "arm": "kd"}, {}),
-]  # fmt: skip
+]
 """(name, train section, adapter) of the runs that are interrupted and go on where they were"""
 OTHER = [("1", {"zero_stage": 1}), ("3", {"zero_stage": 3})]
 """(ZeRO stage by name, train section) that an interrupted run of stage 2 goes on with"""

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.distributed import environment
+from support.tiny_student import save_student, write_dump
 
 from student_train.config import TrainSection
 from student_train.metrics import read_events
 from student_train.worker import read_codes
-from support.distributed import environment
-from support.tiny_student import save_student, write_dump
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,7 @@ def test_failing_rank_ends_all(folder: Path, tmp_path: Path, fault: str, code: i
     assert "Traceback" not in ranks.logs or not killed
 
 
+@pytest.mark.slow
 def test_under_torchrun(folder: Path, tmp_path: Path) -> None:
     """As users start it: the code of a data error, which torchrun itself turns into 1; a rerun after a stop request."""
     output = tmp_path / "run"

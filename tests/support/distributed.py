@@ -31,7 +31,7 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240, **argumen
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)
         (job / "call.pickle").write_bytes(pickle.dumps((function, world_size, arguments)))
-        logs = [open(job / f"log-{rank}", "wb") for rank in range(world_size)]
+        logs = [(job / f"log-{rank}").open("wb") for rank in range(world_size)]
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "support.distributed", folder, str(rank)],

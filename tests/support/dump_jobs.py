@@ -41,8 +41,7 @@ class Workers:
 
     def close(self) -> None:
         """End the process that forks."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait(10)
 
     def _ask(self, **request: Any) -> Any:
@@ -56,7 +55,7 @@ class Workers:
 def main() -> None:
     """Answer requests until standard input ends."""
     import transformers.models.auto.tokenization_auto
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import teacher_dump.dump
     import teacher_dump.teacher  # noqa: F401

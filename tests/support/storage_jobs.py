@@ -60,9 +60,10 @@ class Zygote:
 
 
 def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
+    from support.dumps import TOKENIZER
+
     from storage_schemas.errors import Exit, NeoError
     from storage_schemas.writer import DumpWriter
-    from support.dumps import TOKENIZER
 
     os.environ["LLM_NEO_FAULT"], os.environ["LLM_NEO_FAULT_LOG"] = request["fault"], request["log"]
     try:

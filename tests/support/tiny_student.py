@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from support.dumps import HASH, random_targets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -13,7 +14,6 @@ from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, Te
 from storage_schemas.shift import supervised_positions
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
-from support.dumps import HASH, dense_targets
 
 VOCAB = 96
 
@@ -73,7 +73,7 @@ def write_dump(
         url: a local directory.
         samples: number of samples N.
         samples_per_unit: per data file.
-        estimator: only `topk` is written; default k = 8.
+        estimator: default `topk` with k = 8.
         temperatures: for the tails.
         exact: store log-probs unrounded.
         units: write these only, for a dump that is still growing.
@@ -133,5 +133,5 @@ def _row(index: int, teacher: LlamaForCausalLM, run: RunInfo, *, bad: bool) -> R
         with torch.no_grad():
             logits = teacher(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
         chosen = logits[supervised_positions(mask).logits].numpy()
-        targets = dense_targets(chosen, k=min(run.estimator.k, VOCAB), temperatures=run.temperatures)
+        targets = random_targets(run, chosen, seed=index)
     return Row(sample_index=index, sample_id=f"s{index}", status=status, input_ids=ids, loss_mask=mask, targets=targets)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.engine_jobs import train_section
+from support.tiny_student import write_dump
 
 from storage_schemas.config import DumpSection
 from storage_schemas.errors import NeoError
@@ -17,8 +19,6 @@ from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
 from student_train.train import train_in
 from student_train.world import PeerError, World
-from support.engine_jobs import train_section
-from support.tiny_student import write_dump
 
 Job = Mapping[str, Any]
 

@@ -2,8 +2,8 @@
 
 import json
 import logging
-import os
 import signal
+import threading
 import time
 from io import StringIO
 from pathlib import Path
@@ -12,41 +12,27 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support.dump_jobs import Workers
+from support.dump_checks import (
+    SAMPLES,
+    UNITS,
+    assert_each_sample_once,
+    files_of,
+    rows_of,
+    sections,
+    write_corpus,
+)
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from storage_schemas import faults
-from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
+from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.targets import decode
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import freeze_corpus
-from teacher_dump.dump import run_dump, unit_order
+from teacher_dump.dump import run_dump
 from teacher_dump.teacher import Teacher
-
-SAMPLES = 11
-PER_UNIT = 3
-UNITS = 4
-WORDS = [
-    "what",
-    "is",
-    "the",
-    "answer",
-    "to",
-    "that",
-    "question",
-    "and",
-    "how",
-    "many",
-    "of",
-    "them",
-    "are",
-    "there",
-    "in",
-    "all",
-]
 
 
 @pytest.fixture(scope="module")
@@ -57,46 +43,6 @@ def model_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def corpus_file(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
-def write_corpus(path: Path) -> Path:
-    """Eleven samples of many lengths; number 5 has nothing to learn from, and number 7 is too long."""
-    rng = np.random.default_rng(0)
-    with path.open("w") as file:
-        for i in range(SAMPLES):
-            question, answer = (" ".join(rng.choice(WORDS, rng.integers(1, n))) for n in (6, 9))
-            answer = {5: None, 7: " ".join(WORDS * 9)}.get(i, answer)
-            turns = [{"role": "user", "content": question}]
-            if answer is not None:
-                turns.append({"role": "assistant", "content": answer})
-            file.write(json.dumps({"id": f"s{i}", "messages": turns}) + "\n")
-    return path
-
-
-def sections(url, corpus_file, model_folder, *, batch_tokens=200, **dump):
-    return {
-        "dump": DumpSection(url=str(url), **({"samples_per_unit": PER_UNIT} | dump)),
-        "teacher": TeacherSection(model=str(model_folder), dtype="float32", device="cpu", batch_tokens=batch_tokens),
-        "corpus": CorpusSection(sources=[SourceSection(path=str(corpus_file))], max_length=96, too_long="drop"),
-        "estimator": TopK(k=8),
-    }
-
-
-def rows_of(url) -> list:
-    """All rows of a sealed dump, in order; every checksum verified."""
-    found = Dump.open(str(url))
-    assert found.sealed()
-    units = [found.read_unit(unit) for unit in sorted(found.records())]
-    return [unit.row(i) for unit in units for i in range(len(unit))]
-
-
-def assert_each_sample_once(url) -> None:
-    assert [row.sample_index for row in rows_of(url)] == list(range(SAMPLES))
-    assert sorted(Dump.open(str(url)).records()) == list(range(UNITS))
-
-
-def files_of(folder) -> dict:
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def exact_logprobs(model, row) -> np.ndarray:
@@ -287,66 +233,28 @@ def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpu
     assert_each_sample_once(tmp_path / "dump")
 
 
-@pytest.mark.parametrize(("units", "world_size"), [(1, 1), (7, 3), (4, 4), (2, 5), (20, 6)])
-def test_every_worker_goes_through_all_units_its_own_first(units, world_size):
-    firsts = []
-    for rank in range(world_size):
-        order = list(unit_order(units, rank=rank, world_size=world_size))
-        assert sorted(order) == list(range(units))
-        own = list(range(rank, units, world_size))
-        assert order[: len(own)] == own
-        firsts += order[len(own) : len(own) + 1]
-    if units > 2 * world_size:
-        assert len(set(firsts)) > 1, "all workers go for the same unit when they are done"
-
-
-def test_one_worker_of_three_finishes_what_the_others_never_began(tmp_path, corpus_file, model_folder):
-    summary = run_dump(**sections(tmp_path, corpus_file, model_folder), rank=1, world_size=3)
-    assert summary.units_done_here == UNITS
-    assert_each_sample_once(tmp_path)
-
-
-def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(tmp_path, corpus_file, model_folder):
-    job = sections(tmp_path, corpus_file, model_folder)
-
-    class Overtaken(Teacher):
-        calls = 0
-
-        def targets(self, samples, **options):
-            found = super().targets(samples, **options)
-            if not self.calls:
-                self.calls = 1
-                run_dump(**job, rank=1, world_size=2)
-            return found
-
-    summary = run_dump(**job | {"teacher": Overtaken(job["teacher"])}, rank=0, world_size=2)
-    assert summary.units_done_here == 0
-    assert_each_sample_once(tmp_path)
-    assert len(list(tmp_path.glob("data/*"))) == UNITS, "the loser's file stayed"
-
-
-def test_a_rank_outside_the_world_is_refused(tmp_path, corpus_file, model_folder):
-    with pytest.raises(ValueError, match="rank 2"):
-        run_dump(**sections(tmp_path, corpus_file, model_folder), rank=2, world_size=2)
-
-
 @pytest.mark.parametrize(("action", "error"), [("thread", RuntimeError), ("full", TemporaryError)])
 def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_folder, action, error, monkeypatch):
     asked = []
 
-    class Counting(Teacher):
+    class Watching(Teacher):
+        """One sample per call; after the first unit, it waits for the writer's death and goes on."""
+
         def targets(self, samples, **options):
             asked.append(len(samples))
-            time.sleep(0.1)
+            deadline = time.monotonic() + 20
+            while len(asked) > 5 and any(thread.name == "commits" for thread in threading.enumerate()):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             return super().targets(samples, **options)
 
-    job = sections(tmp_path, corpus_file, model_folder, samples_per_unit=1)
+    job = sections(tmp_path, corpus_file, model_folder, samples_per_unit=5, batch_tokens=1)
     with monkeypatch.context() as patch:
         patch.setattr(faults, "_passed", {})
         patch.setenv("LLM_NEO_FAULT", f"put:data:before:1:{action}")
         with pytest.raises(error, match=r"injected|cannot write"):
-            run_dump(**job | {"teacher": Counting(job["teacher"])})
-    assert len(asked) <= 4, "the worker went on for long after its writer had died"
+            run_dump(**job | {"teacher": Watching(job["teacher"])})
+    assert asked == [1] * 6, "the worker asked for more after its writer had died"
     run_dump(**job)
     assert [row.sample_index for row in rows_of(tmp_path)] == list(range(SAMPLES))
 
@@ -380,85 +288,3 @@ def test_signal_handlers_are_put_back(tmp_path, corpus_file, model_folder):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run_dump(**sections(tmp_path, corpus_file, model_folder))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-@pytest.fixture(scope="module")
-def workers():
-    found = Workers()
-    yield found
-    found.close()
-
-
-def job_of(url, corpus_file, model_folder, **options) -> dict:
-    parts = sections(url, corpus_file, model_folder)
-    return {name: parts[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus")} | options
-
-
-@pytest.mark.parametrize(
-    "fault",
-    ["put:run.json:after:1", "put:tokenizer:before:2", "local:fsync:5", "put:data:after:1", "commit:between:2",
-     "local:linked:9", "put:commits:after:2", "put:SEALED.json:before:1"],
-)  # fmt: skip
-def test_a_killed_worker_loses_nothing(tmp_path, corpus_file, model_folder, workers, fault):
-    job = job_of(tmp_path, corpus_file, model_folder)
-    assert workers.run(job, fault=f"{fault}:kill") == -signal.SIGKILL, "this point was never passed"
-    assert not (tmp_path / "SEALED.json").exists()
-    run_dump(**sections(tmp_path, corpus_file, model_folder))
-    assert_each_sample_once(tmp_path)
-
-
-def test_two_workers_share_the_units(tmp_path, corpus_file, model_folder, workers):
-    jobs = [
-        job_of(
-            tmp_path / "dump",
-            corpus_file,
-            model_folder,
-            rank=rank,
-            world_size=2,
-            delay=0.3,
-            summary=str(tmp_path / str(rank)),
-        )
-        for rank in range(2)
-    ]
-    started = [workers.start(job) for job in jobs]
-    assert [workers.wait(pid) for pid in started] == [0, 0]
-    assert_each_sample_once(tmp_path / "dump")
-    shares = [json.loads((tmp_path / str(rank)).read_text())["units_done_here"] for rank in range(2)]
-    assert sum(shares) == UNITS
-    assert min(shares) >= 1
-
-
-def test_a_worker_killed_beside_another_is_covered_by_it(tmp_path, corpus_file, model_folder, workers):
-    jobs = [job_of(tmp_path, corpus_file, model_folder, rank=rank, world_size=2, delay=0.2) for rank in range(2)]
-    dies, lives = workers.start(jobs[0], fault="put:data:before:1:kill"), workers.start(jobs[1])
-    assert workers.wait(dies) == -signal.SIGKILL
-    assert workers.wait(lives) == 0
-    assert_each_sample_once(tmp_path)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_file, model_folder, workers, number):
-    ready = tmp_path / "ready"
-    pid = workers.start(job_of(tmp_path / "dump", corpus_file, model_folder, delay=30.0, ready=str(ready)))
-    while not ready.exists():
-        time.sleep(0.02)
-    asked = time.monotonic()
-    os.kill(pid, number)
-    assert workers.wait(pid) == 75
-    assert time.monotonic() - asked < 10
-    run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
-    assert_each_sample_once(tmp_path / "dump")
-
-
-def test_a_stop_request_keeps_what_is_committed(tmp_path, corpus_file, model_folder, workers):
-    pid = workers.start(job_of(tmp_path, corpus_file, model_folder, delay=1.0))
-    while not list(tmp_path.glob("commits/*.json")):
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGTERM)
-    assert workers.wait(pid) == 75
-    before = files_of(tmp_path / "commits")
-    assert before
-    assert len(before) < UNITS
-    run_dump(**sections(tmp_path, corpus_file, model_folder))
-    assert_each_sample_once(tmp_path)
-    assert before.items() <= files_of(tmp_path / "commits").items()

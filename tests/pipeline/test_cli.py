@@ -1,0 +1,310 @@
+"""The command line: instant help, documented exit codes, and what machines read."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.dumps import run_info, unit_rows
+from support.tiny_teachers import save_teacher, tiny_tokenizer
+
+from pipeline import cli
+from storage_schemas.errors import DataError, Exit, MismatchError, NothingToResumeError, TemporaryError, UsageError
+from storage_schemas.run_info import RunInfo
+from storage_schemas.writer import DumpWriter
+
+COMMANDS = ["dump", "train", "run", "evaluate", "merge", "verify", "inspect", "prune"]
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """`llm-neo` in this process: exit code, standard output, standard error."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(list(arguments))
+        printed = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, printed.out, printed.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def write_dump(folder: Path, run: RunInfo, *, seal: bool = True) -> Path:
+    writer = DumpWriter.open(str(folder), run)
+    tokenizer = folder.with_name("tokenizer")
+    tiny_tokenizer().save_pretrained(tokenizer)
+    writer.put_tokenizer({path.name: path.read_bytes() for path in tokenizer.iterdir()})
+    for unit in range(run.units if seal else run.units - 1):
+        writer.commit_unit(unit, unit_rows(run, unit))
+    assert writer.seal() == seal
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dump(tmp_path_factory.mktemp("dumps") / "dump", run_info())
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("dump: {url: nowhere}\n")
+    return path
+
+
+def test_no_help_imports_torch_or_takes_a_second() -> None:
+    body = f"""
+    import sys
+    from pipeline.cli import app
+    for arguments in [["--help"], *([name, "--help"] for name in {COMMANDS})]:
+        try:
+            app(arguments)
+        except SystemExit as left:
+            assert left.code == 0, (arguments, left.code)
+    heavy = {{"torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers", "accelerate"}} & set(sys.modules)
+    assert not heavy, heavy
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", "\n".join(line[4:] for line in body.splitlines())], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    # Of the processor: other tests run beside this one.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+    before = after
+    subprocess.run([sys.executable, "-m", "pipeline.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_help_lists_what_is_there_and_the_exit_codes(call: Call) -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    listed = [line.split()[1] for line in out.splitlines() if line.startswith("│ ") and line[2] not in " -"]
+    assert listed == COMMANDS
+    assert all(str(int(exit)) in out for exit in Exit)
+
+
+def test_version(call: Call) -> None:
+    code, out, _ = call("--version")
+    assert code == 0
+    assert out.startswith("llm-neo ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dmp"],
+        ["dump"],
+        ["dump", "absent.yaml"],
+        ["dump", "CONFIG", "--worker", "2"],
+        ["dump", "CONFIG", "--workers", "0"],
+        ["dump", "CONFIG", "--set", "nothing"],
+        ["train", "CONFIG", "--nproc", "x"],
+        ["evaluate", "--model", "m"],
+        ["verify", "DUMP", "--store", "x"],
+        ["inspect", "DUMP", "--row", "-1"],
+        ["inspect", "DUMP", "--row", "10"],
+        ["prune", "m"],
+    ],
+)
+def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, arguments: list[str]) -> None:
+    code, out, err = call(*({"CONFIG": str(config), "DUMP": str(dump)}.get(word, word) for word in arguments))
+    assert (code, out) == (Exit.USAGE, "")
+    assert err
+    assert "Traceback" not in err
+
+
+def test_a_wrong_configuration_exits_78_with_all_its_problems(call: Call, config: Path) -> None:
+    code, _, err = call("train", str(config), "--set", "train.outptu=x", "--set", "dump.urll=y")
+    assert code == Exit.MISMATCH
+    assert "3 problems" in err
+    assert "did you mean train.output?" in err
+    assert "did you mean dump.url?" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "sections"),
+    [("dump", ["teacher", "corpus"]), ("train", ["train", "student"]), ("run", ["train", "student", "teacher"])],
+)
+def test_a_section_that_a_command_needs_is_asked_for(
+    call: Call, config: Path, tmp_path: Path, command: str, sections: list[str]
+) -> None:
+    fields = {"teacher": "model: t", "corpus": "sources: [{path: c}]", "train": f"output: {tmp_path}/run"}
+    for section in sections:
+        code, _, err = call(command, str(config))
+        assert code == Exit.MISMATCH
+        assert f"`llm-neo {command}` needs the section `{section}`" in err
+        config.write_text(config.read_text() + f"{section}: {{{fields.get(section, 'model: s')}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("said"), 64),
+        (DataError("said"), 65),
+        (NothingToResumeError("said"), 66),
+        (RuntimeError("said"), 70),
+        (KeyboardInterrupt(), 75),
+        (TemporaryError("said"), 75),
+        (MismatchError("said"), 78),
+    ],
+)
+def test_errors_become_exit_codes(
+    call: Call, config: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load_config", fail)
+    got, out, err = call("train", str(config))
+    assert (got, out) == (code, "")
+    assert str(error) in err
+    assert ("Traceback" in err) == (code == 70)
+    assert ("this is a bug" in err) == (code == 70)
+
+
+def test_a_schedulers_signal_exits_75(tmp_path: Path) -> None:
+    """While nothing that knows better is running."""
+    body = """
+    import sys, time
+    from pipeline import cli
+    def hang(*_):
+        print("ready", flush=True)
+        time.sleep(60)
+    cli.load_config = hang
+    cli.main(["train", "x.yaml"])
+    """
+    code = "\n".join(line[4:] for line in body.splitlines())
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == Exit.TEMPORARY
+    assert "run the same command again" in err
+
+
+def test_verify_says_what_machines_and_people_need(call: Call, dump: Path) -> None:
+    code, out, _ = call("verify", str(dump), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["ok"] is True
+    assert (found["units"], found["rows"], found["errors"]) == (3, 10, [])
+    assert found["supervised_tokens"] > 0
+    assert found["bytes"] == sum(file.stat().st_size for file in (dump / "data").glob("*.parquet"))
+    assert "supervised_tokens" in call("verify", str(dump))[1]
+
+
+def test_verify_of_damage_exits_65_and_names_it(call: Call, dump: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dump, tmp_path / "copy"))
+    victim = sorted((copy / "data").glob("*.parquet"))[1]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    code, out, _ = call("verify", str(copy), "--json")
+    assert code == Exit.BAD_DATA
+    assert json.loads(out)["ok"] is False
+    assert "unit 1" in json.loads(out)["errors"][0]
+    code, out, err = call("verify", str(tmp_path / "absent"), "--json")
+    assert (code, out) == (Exit.BAD_DATA, "")
+    assert "there is no dump" in err
+
+
+def test_the_header_needs_no_data(call: Call, dump: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dump, tmp_path / "copy"))
+    shutil.rmtree(copy / "data")
+    code, out, _ = call("inspect", str(copy), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["teacher"], found["estimator"], found["sealed"]) == ("teacher", "topk (k 8, mass 0.999)", True)
+    assert (found["units"], found["committed"], found["rows"]) == (3, 3, 10)
+    assert sum(found["statuses"].values()) == 10
+    assert found["bytes_per_supervised_token"] == found["bytes"] / found["supervised_tokens"]
+    assert found["tokenizer_ids"] == 100
+    assert "sealed" in call("inspect", str(copy))[1]
+    code, _, err = call("inspect", str(copy), "--row", "1")
+    assert code == Exit.BAD_DATA
+    assert "Traceback" not in err
+
+
+def test_a_dump_in_progress_is_inspected_as_far_as_it_is(call: Call, tmp_path: Path) -> None:
+    partial = write_dump(tmp_path / "partial", run_info(), seal=False)
+    found = json.loads(call("inspect", str(partial), "--json")[1])
+    assert (found["sealed"], found["committed"], found["units"], found["rows"]) == (False, 2, 3, 8)
+    assert "2 of 3 units committed" in call("inspect", str(partial))[1]
+    empty = tmp_path / "empty"
+    DumpWriter.open(str(empty), run_info())
+    found = json.loads(call("inspect", str(empty), "--json")[1])
+    assert (found["committed"], found["bytes_per_supervised_token"]) == (0, None)
+    assert call("inspect", str(empty))[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["topk", "adaptive", "sampled"])
+def test_a_row_is_shown_token_by_token(call: Call, tmp_path: Path, kind: str) -> None:
+    import numpy as np
+
+    from storage_schemas.config import Adaptive, Sampled, TopK
+
+    estimators: dict[str, Any] = {
+        "topk": TopK(k=100, mass=1.0),
+        "adaptive": Adaptive(kind="adaptive", k_max=4),
+        "sampled": Sampled(kind="sampled", draws=20),
+    }
+    run = run_info(estimator=estimators[kind])
+    folder = write_dump(tmp_path / "dump", run)
+    row = unit_rows(run, 0)[2]
+    code, out, _ = call("inspect", str(folder), "--row", "2", "--json")
+    found = json.loads(out)["row"]
+    assert code == 0
+    assert (found["sample_index"], found["sample_id"], found["status"]) == (2, "sample-2", "ok")
+    assert [token["position"] for token in found["supervised"]] == np.flatnonzero(row.loss_mask).tolist()
+    assert row.targets is not None
+    for i, token in enumerate(found["supervised"]):
+        start, stop = row.targets.offsets[i : i + 2]
+        ids, logp = row.targets.ids[start:stop].tolist(), row.targets.logprobs[start:stop]
+        label = row.input_ids[token["position"]]
+        assert len(token["top"]) == min(5, len(ids))
+        assert token["top"] == sorted(token["top"], key=lambda pair: -pair[1])
+        # Stored log-probs are rounded, to a sixteenth of a nat near 0 and more coarsely below.
+        assert token["top"][0][1] == pytest.approx(np.exp(logp.max()), rel=0.07)
+        if label in ids:
+            place = ids.index(label)
+            assert token["p"] == pytest.approx(np.exp(logp[place]), rel=0.3)
+            higher, at_least = logp > logp[place] + 0.3, logp >= logp[place] - 0.3
+            assert 1 + higher.sum() <= token["rank"] <= at_least.sum()
+        else:
+            assert token["rank"] is None
+            assert token["p"] is None
+    masses = [token["mass"] for token in found["supervised"]]
+    assert masses == pytest.approx({"topk": [1.0] * len(masses), "sampled": [0.0] * len(masses)}.get(kind, masses))
+    if kind == "topk":
+        # Every id is stored: the entropy is that of the teacher.
+        p = np.exp(row.targets.logprobs[: row.targets.offsets[1]].astype(np.float64))
+        assert found["supervised"][0]["entropy"] == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
+    assert "sample-2" in call("inspect", str(folder), "--row", "2")[1]
+
+
+def test_a_row_without_targets_says_why(call: Call, dump: Path) -> None:
+    code, out, _ = call("inspect", str(dump), "--row", "5", "--json")
+    assert code == 0
+    assert json.loads(out)["row"]["status"] == "nonfinite"
+    assert json.loads(out)["row"]["supervised"] == []
+
+
+def test_prune_says_which_layers_stay(call: Call, tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher", num_hidden_layers=4)
+    code, out, _ = call("prune", str(tmp_path / "teacher"), str(tmp_path / "student"), "--layers", "3")
+    assert code == 0
+    assert "3 of 4 layers kept: 0-1, 3; dropped: 2" in out
+    assert (tmp_path / "student" / "tokenizer.json").is_file()
+    code, _, err = call("prune", str(tmp_path / "teacher"), str(tmp_path / "student"), "--layers", "2")
+    assert code == Exit.MISMATCH
+    assert "another pruned model" in err

@@ -1,0 +1,198 @@
+"""`llm-neo run` end to end with tiny models: everything is made, and made once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support.tiny_teachers import save_teacher
+from transformers import AutoModelForCausalLM
+
+from pipeline.prune import prune
+from pipeline.run import Steps
+from student_train.metrics import read_events
+
+SUMMARY = [
+    "kl_before", "kl_after", "ce_before", "ce_after", "top1_before", "top1_after", "dump_tokens_per_second",
+    "train_tokens_per_second", "bytes_per_supervised_token", "train_steps", "teacher", "student", "adapter", "merged",
+    "report",
+]  # fmt: skip
+"""Names that scripts outside of the project rely on."""
+
+
+def test_a_step_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
+    steps, calls = Steps(tmp_path / "steps"), []
+
+    def work() -> dict[str, Any]:
+        calls.append(1)
+        return {"call": len(calls)}
+
+    assert steps.do("a", work, {"x": [1, "b"]}) == {"call": 1}
+    assert Steps(tmp_path / "steps").do("a", work, {"x": [1, "b"]}) == {"call": 1}
+    assert steps.do("b", work, {"x": [1, "b"]}) == {"call": 2}
+    assert steps.do("a", work, {"x": [2, "b"]}) == {"call": 3}
+    assert steps.do("a", work, {"x": [2, "b"]}, redo=True) == {"call": 4}
+    with pytest.raises(ZeroDivisionError):
+        steps.do("c", lambda: {"never": 1 // 0}, {})
+    assert steps.do("c", work, {}) == {"call": 5}
+
+
+def corpus(path: Path, samples: range) -> Path:
+    turns = (
+        [
+            {"role": "user", "content": f"what is the answer to question {i}"},
+            {"role": "assistant", "content": f"the answer is {i * 7} and how is the other one {i}"},
+        ]
+        for i in samples
+    )
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def llm_neo(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == code, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a teacher, its pruned copy, a corpus and a configuration."""
+    folder = tmp_path_factory.mktemp("project")
+    save_teacher(folder / "teacher", num_hidden_layers=4)
+    prune(str(folder / "teacher"), folder / "student", layers=2)
+    corpus(folder / "train.jsonl", range(24))
+    corpus(folder / "heldout.jsonl", range(100, 108))
+    (folder / "config.yaml").write_text(
+        """
+        dump: {url: dump, samples_per_unit: 8}
+        teacher: {model: teacher, dtype: float32, batch_tokens: 512}
+        estimator: {k: 16}
+        corpus: {sources: [{path: train.jsonl}], max_length: 96}
+        heldout: {url: dump-heldout, sources: [{path: heldout.jsonl}]}
+        student: {model: student, lora: {r: 8}}
+        train: {output: run, precision: fp32, global_batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2}
+        """
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path) -> Path:
+    """The directory after `llm-neo run`."""
+    done = llm_neo(project, "run", "config.yaml", "--workers", "2", "--nproc", "2", "--json")
+    # With --json, nothing else is on standard output.
+    assert json.loads(done.stdout) == json.loads((project / "run/summary.json").read_text())
+    return project
+
+
+@pytest.mark.slow
+def test_the_summary_has_the_documented_names_and_the_student_improves(finished: Path) -> None:
+    summary = json.loads((finished / "run/summary.json").read_text())
+    assert set(SUMMARY) <= set(summary)
+    assert all(summary[name] is not None for name in SUMMARY)
+    assert summary["kl_after"] < summary["kl_before"]
+    assert summary["train_steps"] == 6
+    for name in ("teacher", "student", "adapter", "merged", "report"):
+        assert (finished / summary[name]).exists()
+    assert len(read_events(finished / "run/events.jsonl")) == 6
+    assert (finished / "run/config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_the_report_tells_results_configuration_and_versions(finished: Path) -> None:
+    report = (finished / "run/report.md").read_text()
+    summary = json.loads((finished / "run/summary.json").read_text())
+    assert f"{summary['kl_before']:.4f} | {summary['kl_after']:.4f}" in report
+    assert summary["fingerprint"] in report
+    assert "learning_rate: 0.01" in report
+    assert f"| torch | {torch.__version__}" in report
+
+
+@pytest.mark.slow
+def test_merged_model_and_adapter_load_plainly_and_agree(finished: Path) -> None:
+    merged = AutoModelForCausalLM.from_pretrained(finished / "run/merged")
+    base = AutoModelForCausalLM.from_pretrained(finished / "student")
+    ids = torch.arange(20)[None]
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, finished / "run/final")
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged(ids).logits, before, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_running_again_does_nothing_anew(finished: Path) -> None:
+    kept = ["dump/data/*", "dump/commits/*", "dump-heldout/*/*", "run/steps/*", "run/final/*", "run/merged/*"]
+    before = {path: path.stat().st_mtime_ns for pattern in kept for path in finished.glob(pattern)}
+    summary = json.loads((finished / "run/summary.json").read_text())
+    done = llm_neo(finished, "run", "config.yaml", "--workers", "2", "--nproc", "2")
+    for step in ("dump", "verify", "verify-heldout", "before", "after", "merge"):
+        assert f"{step}: done before" in done.stderr
+    assert {path: path.stat().st_mtime_ns for pattern in kept for path in finished.glob(pattern)} == before
+    assert json.loads((finished / "run/summary.json").read_text()) == summary
+    assert "KL(teacher || student)" in done.stdout
+    assert "report: run/report.md" in done.stdout
+
+
+@pytest.mark.slow
+def test_another_configuration_for_the_same_run_is_refused_and_nothing_is_lost(finished: Path) -> None:
+    kept = {
+        path: path.read_bytes() for path in (finished / "run").rglob("*") if path.is_file() and "exit" not in path.parts
+    }
+    done = llm_neo(finished, "run", "config.yaml", "--set", "train.learning_rate=0.5", code=78)
+    assert "learning_rate" in done.stderr
+    assert "the step `train` ended with exit code 78" in done.stderr
+    done = llm_neo(finished, "run", "config.yaml", "--set", "estimator.k=8", code=78)
+    assert "estimator" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.slow
+def test_a_signal_stops_training_with_a_checkpoint_and_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("run")))
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "train",
+        "config.yaml",
+        "--nproc",
+        "2",
+        "--set",
+        "train.save_steps=99",
+    ]
+    process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "run/events.jsonl").is_file() or not read_events(folder / "run/events.jsonl"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("training was done before the signal came")
+    assert process.returncode == 75, err[-2000:]
+    assert "Traceback" not in err
+    stopped = len(read_events(folder / "run/events.jsonl"))
+    assert 1 <= stopped < 6
+    llm_neo(folder, "train", "config.yaml", "--nproc", "1", "--set", "train.save_steps=99")
+    uninterrupted = read_events(finished / "run/events.jsonl")
+    resumed = read_events(folder / "run/events.jsonl")
+    assert [event.step for event in resumed] == [event.step for event in uninterrupted]
+    for one, other in zip(resumed, uninterrupted, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)

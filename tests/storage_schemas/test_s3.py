@@ -1,0 +1,289 @@
+"""The same dump and the same protocol on object stores: a real one, moto's, and a tiny one with injected faults."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from support.dumps import TOKENIZER, make_dump, run_info, unit_rows
+from support.s3_servers import BUCKET, READER, TinyS3, moto, options, seaweedfs
+
+from storage_schemas import store
+from storage_schemas.errors import DataError, Exit, MismatchError, TemporaryError
+from storage_schemas.reader import Dump
+from storage_schemas.store import Store
+from storage_schemas.verify import verify
+from storage_schemas.writer import DumpWriter
+
+URL = f"s3://{BUCKET}/dumps/a"
+WRONG = {"access_key_id": "testkey", "secret_access_key": "wrong"}
+
+
+@pytest.fixture(autouse=True)
+def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up within a second."""
+    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.1), "base": 2}
+    monkeypatch.setattr(
+        store, "RETRY", {"max_retries": 3, "retry_timeout": timedelta(seconds=1), "backoff": backoff}
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moto_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with moto(tmp_path_factory.mktemp("moto")) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def seaweed_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as port:
+        yield port
+
+
+@pytest.fixture
+def tiny() -> Iterator[TinyS3]:
+    server = TinyS3()
+    yield server
+    server.close()
+
+
+def whole_dump(url: str, given: dict[str, str], cache: Path) -> None:
+    run = make_dump(url, options=given)
+    report = verify(url, options=given)
+    assert report.ok, report.errors
+    dump = Dump.open(url, options=given, cache_dir=cache)
+    assert dump.tokenizer_files() == TOKENIZER
+    assert [len(dump.read_unit(unit)) for unit in dump.records()] == [4, 4, 2]
+    assert DumpWriter.open(url, run, options=given).commit_unit(0, unit_rows(run, 0)) is None
+    other = run.model_copy(update={"teacher": run.teacher.model_copy(update={"dtype": "float16"})})
+    with pytest.raises(MismatchError, match=r"teacher\.dtype"):
+        DumpWriter.open(url, other, options=given)
+    files = Store(url, options=given)
+    assert len(list(files.list("data"))) == 3, "the loser removed its file"
+    assert list(files.list("probe")) == []
+    with pytest.raises(DataError, match="no dump"):
+        Dump.open(url + "-elsewhere", options=given)
+
+
+def test_a_dump_on_moto(moto_port: int, tmp_path: Path) -> None:
+    whole_dump(f"s3://{BUCKET}/whole", options(moto_port), tmp_path)
+
+
+def test_a_dump_on_seaweedfs(seaweed_port: int, tmp_path: Path) -> None:
+    whole_dump(f"s3://{BUCKET}/whole", options(seaweed_port), tmp_path)
+
+
+def put_all(url: str, given: dict[str, str], keys: list[str], me: int, barrier: object, results: object) -> None:
+    files = Store(url, options=given)
+    for key in keys:
+        barrier.wait()  # type: ignore[attr-defined]
+        results.put((key, me, files.put_new(key, f"writer {me}".encode())))  # type: ignore[attr-defined]
+
+
+def race(url: str, given: dict[str, str], writers: int, keys: list[str]) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(writers), context.Queue()
+    workers = [
+        context.Process(target=put_all, args=(url, given, keys, me, barrier, results)) for me in range(writers)
+    ]  # fmt: skip
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=200) for _ in range(writers * len(keys))]
+    for worker in workers:
+        worker.join(60)
+    for key in keys:
+        winners = [me for name, me, won in found if name == key and won]
+        assert len(winners) == 1, (key, winners)
+        assert Store(url, options=given).get(key) == f"writer {winners[0]}".encode()
+
+
+def test_eight_writers_race_on_moto(moto_port: int) -> None:
+    race(f"s3://{BUCKET}/race", options(moto_port), 8, [f"commits/unit-{i}" for i in range(10)])
+
+
+def test_four_writers_race_on_seaweedfs(seaweed_port: int) -> None:
+    race(f"s3://{BUCKET}/race", options(seaweed_port), 4, [f"commits/unit-{i}" for i in range(3)])
+
+
+def test_a_reader_needs_no_right_to_write(seaweed_port: int, tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/shared"
+    run = make_dump(url, options=options(seaweed_port))
+    given = options(seaweed_port, READER)
+    assert verify(url, options=given).ok
+    assert len(Dump.open(url, options=given, cache_dir=tmp_path).read_unit(0)) == 4
+    with pytest.raises(MismatchError, match="no access") as caught:
+        DumpWriter.open(url + "-new", run, options=given)
+    assert caught.value.exit_code == Exit.MISMATCH
+
+
+def test_wrong_credentials_are_a_configuration_error(seaweed_port: int) -> None:
+    given = options(seaweed_port, WRONG)
+    for call in (lambda: Dump.open(URL, options=given), lambda: DumpWriter.open(URL, run_info(), options=given)):
+        with pytest.raises(MismatchError, match="no access") as caught:
+            call()
+        assert caught.value.exit_code == Exit.MISMATCH == 78
+        assert "credentials" in str(caught.value.fix)
+        assert "wrong" not in str(caught.value)
+
+
+def test_no_bucket_is_a_configuration_error(moto_port: int) -> None:
+    with pytest.raises(MismatchError, match="bucket"):
+        DumpWriter.open("s3://no-such-bucket/a", run_info(), options=options(moto_port))
+
+
+def test_a_store_that_is_away_is_temporary(impatient: None) -> None:
+    given = options(1)
+    start = time.monotonic()
+    for call in (
+        lambda: Dump.open(URL, options=given),
+        lambda: DumpWriter.open(URL, run_info(), options=given),
+        lambda: Store(URL, options=given).put_new("x", b"1"),
+        lambda: list(Store(URL, options=given).list("x")),
+    ):
+        with pytest.raises(TemporaryError, match="does not answer") as caught:
+            call()
+        assert caught.value.exit_code == Exit.TEMPORARY == 75
+    assert time.monotonic() - start < 30
+
+
+def test_the_real_limits_are_bounded() -> None:
+    assert store.RETRY["retry_timeout"] <= timedelta(minutes=3)
+    assert {"connect_timeout", "timeout"} <= set(store.CLIENT)
+
+
+def test_the_probe_refuses_a_store_that_ignores_the_condition() -> None:
+    server = TinyS3(conditional=False)
+    try:
+        with pytest.raises(MismatchError, match="If-None-Match") as caught:
+            DumpWriter.open(URL, run_info(), options=options(server.port))
+        assert "SeaweedFS" in str(caught.value.fix)
+        assert not [key for key in server.objects if "run.json" in key]
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("fault", ["after", "lost", "before"])
+def test_a_put_whose_answer_was_lost_counts_as_won(fault: str, tiny: TinyS3, impatient: None) -> None:
+    """The client's retry meets its own first try: 412, and yet this writer has won."""
+    tiny.fault = lambda method, key, n: fault if method == "PUT" and n == 1 else None
+    files = Store(URL, options=options(tiny.port))
+    assert files.put_new("commits/unit-00000000.json", b"mine")
+    assert not files.put_new("commits/unit-00000000.json", b"other")
+    assert tiny.objects[f"{BUCKET}/dumps/a/commits/unit-00000000.json"] == b"mine"
+
+
+@pytest.mark.parametrize("fault", ["before", "after", "lost"])
+@pytest.mark.parametrize("verb", ["PUT", "GET"])
+def test_every_request_may_fail_once(verb: str, fault: str, tiny: TinyS3, impatient: None) -> None:
+    tiny.fault = lambda method, key, n: fault if method == verb and n == 1 else None
+    make_dump(URL, options=options(tiny.port))
+    assert verify(URL, options=options(tiny.port)).ok
+    assert len([key for key in tiny.objects if "/data/" in key]) == 3
+
+
+def test_a_store_that_goes_away_in_the_middle(tiny: TinyS3, impatient: None) -> None:
+    run = run_info()
+    writer = DumpWriter.open(URL, run, options=options(tiny.port))
+    writer.commit_unit(0, unit_rows(run, 0))
+    tiny.fault = lambda method, key, n: "before" if "unit-00000001" in key else None
+    with pytest.raises(TemporaryError, match="does not answer"):
+        writer.commit_unit(1, unit_rows(run, 1))
+    tiny.fault = lambda method, key, n: None
+    assert make_again(run, tiny)
+
+
+def make_again(run: object, tiny: TinyS3) -> bool:
+    writer = DumpWriter.open(URL, run_info(), options=options(tiny.port))
+    writer.put_tokenizer(TOKENIZER)
+    for unit in sorted({0, 1, 2} - writer.committed()):
+        assert writer.commit_unit(unit, unit_rows(run_info(), unit)) is not None
+    return writer.seal() and verify(URL, options=options(tiny.port)).ok
+
+
+# The cache of a node
+
+
+def fetches(tiny: TinyS3) -> int:
+    return len([key for method, key in tiny.requests if method == "GET" and "/data/unit" in key])
+
+
+def test_a_shard_is_fetched_once_per_node(tiny: TinyS3, tmp_path: Path) -> None:
+    make_dump(URL, options=options(tiny.port))
+    before = fetches(tiny)
+    for _ in range(3):
+        dump = Dump.open(URL, options=options(tiny.port), cache_dir=tmp_path / "cache")
+        for unit in range(3):
+            dump.read_unit(unit)
+    assert fetches(tiny) - before == 3
+
+
+def read_unit(given: dict[str, str], cache: Path, barrier: object) -> None:
+    dump = Dump.open(URL, options=given, cache_dir=cache)
+    barrier.wait()  # type: ignore[attr-defined]
+    dump.read_unit(0)
+
+
+def test_processes_of_a_node_share_one_fetch(tiny: TinyS3, tmp_path: Path) -> None:
+    make_dump(URL, options=options(tiny.port))
+    before = fetches(tiny)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    workers = [context.Process(target=read_unit, args=(options(tiny.port), tmp_path, barrier)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert fetches(tiny) - before == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_corrupt_cached_copy_is_fetched_again(damage: bytes | None, tiny: TinyS3, tmp_path: Path) -> None:
+    make_dump(URL, options=options(tiny.port))
+    dump = Dump.open(URL, options=options(tiny.port), cache_dir=tmp_path)
+    dump.read_unit(0)
+    (cached,) = tmp_path.glob("*.parquet")
+    original = cached.read_bytes()
+    cached.write_bytes(original[:-1] + bytes([original[-1] ^ 1]) if damage is None else damage)
+    before = fetches(tiny)
+    assert len(dump.read_unit(0)) == 4
+    assert fetches(tiny) - before == 1
+    assert cached.read_bytes() == original
+
+
+def test_a_download_that_was_damaged_is_repeated_once(tiny: TinyS3, tmp_path: Path) -> None:
+    make_dump(URL, options=options(tiny.port))
+    dump = Dump.open(URL, options=options(tiny.port), cache_dir=tmp_path)
+    first = fetches(tiny)
+    tiny.fault = lambda method, key, n: "damaged" if "/data/unit" in key and fetches(tiny) == first + 1 else None
+    assert len(dump.read_unit(0)) == 4
+    tiny.fault = lambda method, key, n: "damaged" if "/data/unit" in key else None
+    with pytest.raises(DataError, match="not the file that was committed"):
+        dump.read_unit(1)
+    assert len(list(tmp_path.glob("*.parquet"))) == 1, "what is not proven never gets into the cache"
+
+
+def test_a_cache_that_cannot_be_used_says_so(tiny: TinyS3, tmp_path: Path) -> None:
+    make_dump(URL, options=options(tiny.port))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TemporaryError, match="cache"):
+        Dump.open(URL, options=options(tiny.port), cache_dir=tmp_path / "file").read_unit(0)
+
+
+def test_a_follower_asks_once_per_record(tiny: TinyS3) -> None:
+    make_dump(URL, options=options(tiny.port), seal=False)
+    dump = Dump.open(URL, options=options(tiny.port))
+    before = len(tiny.requests)
+    assert dump.record(0) is not None
+    assert dump.record(0) is not None
+    assert dump.record(7) is None
+    assert len(tiny.requests) - before == 2

@@ -1,0 +1,240 @@
+"""The adapter: what may be configured, how it starts, and every variant trained, saved and loaded again."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support.distributed import run_ranks
+from support.tiny_student import save_student, tiny_llama, write_dump
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from storage_schemas.errors import MismatchError
+from student_train.adapter import OWNED, REFUSED, attach, initial_factors, lora_config, plain_adapter
+from student_train.config import LoraSection
+
+VARIANTS = ("lora", "rslora", "dora", "pissa")
+IDS = torch.arange(20)[None]
+ORDINARY = [("rslora", 2, {}), ("dora", 3, {}), ("dora", 2, {}), ("pissa", 3, {}), ("lora", 3, {"checkpointing": True})]
+GRID = [(variant, stage, {}) for variant in VARIANTS for stage in (1, 2, 3) if (variant, stage, {}) not in ORDINARY] + [
+    ("lora", 2, {"checkpointing": True}),
+    ("lora", 3, {"precision": "bf16"}),
+    ("pissa", 2, {"precision": "bf16"}),
+    ("dora", 3, {"precision": "bf16", "checkpointing": True}),
+    ("lora", 3, {"extra": {"bias": "all"}}),
+    ("lora", 2, {"extra": {"lora_bias": True, "init_lora_weights": "gaussian"}}),
+    ("pissa", 2, {"extra": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}}}),
+]  # fmt: skip
+"""(variant, ZeRO stage, anything else)"""
+
+
+def named(case: tuple[str, int, dict[str, Any]]) -> str:
+    """A name for a case."""
+    return "-".join([case[0], str(case[1]), *(str(value) for value in case[2])])
+
+
+def train_cases(folder: Path, cases: list[tuple[str, int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Each case on two ranks."""
+    write_dump(folder / "dump")
+    save_student(folder / "student")
+    jobs = [
+        {
+            "output": str(folder / named(case)), "dump": str(folder / "dump"), "model": str(folder / "student"),
+            "train": {
+                "zero_stage": case[1], "max_steps": 3, "warmup_ratio": 0.0,
+                "precision": case[2].get("precision", "fp32"),
+                "gradient_checkpointing": case[2].get("checkpointing", False),
+            },
+            "lora": {"variant": case[0], "extra": case[2].get("extra", {})},
+        }
+        for case in cases
+    ]  # fmt: skip
+    results = run_ranks("support.train_jobs:run_trainings", 2, jobs=jobs)[0]
+    return {named(case): result for case, result in zip(cases, results, strict=True)}
+
+
+@torch.no_grad()
+def check_trained(folder: Path, name: str, result: dict[str, Any]) -> None:
+    """It learned, and `final/` on the unchanged base is a plain peft adapter that does something."""
+    assert result["code"] == 0, result["message"]  # The run itself has compared the logits of `final/` with its own.
+    losses = [event.loss for event in result["events"]]
+    assert len(set(losses)) == len(losses)
+    base = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    before = base(input_ids=IDS).logits
+    adapted = PeftModel.from_pretrained(base, folder / name / "final").eval()
+    assert float((adapted(input_ids=IDS).logits - before).abs().max()) > 0.05
+    config = json.loads((folder / name / "final" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] in (True, "gaussian")
+    assert config["inference_mode"] is True
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The cases of everyday."""
+    folder = tmp_path_factory.mktemp("variants")
+    return folder, train_cases(folder, ORDINARY)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """All others."""
+    folder = tmp_path_factory.mktemp("grid")
+    return folder, train_cases(folder, GRID)
+
+
+@pytest.mark.parametrize("name", [named(case) for case in ORDINARY])
+def test_variants_train(name: str, ordinary: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """On two ranks, saved, loaded in a fresh model and compared."""
+    folder, results = ordinary
+    check_trained(folder, name, results[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [named(case) for case in GRID])
+def test_every_variant_trains_at_every_stage(name: str, grid: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """The same for the rest of the grid."""
+    folder, results = grid
+    check_trained(folder, name, results[name])
+
+
+@pytest.mark.slow
+def test_stages_agree(
+    ordinary: tuple[Path, dict[str, dict[str, Any]]], grid: tuple[Path, dict[str, dict[str, Any]]]
+) -> None:
+    """Each variant has the same losses at every stage, with gradient checkpointing or without."""
+    results = ordinary[1] | grid[1]
+    for variant in VARIANTS:
+        found = [[e.loss for e in results[named((variant, stage, {}))]["events"]] for stage in (1, 2, 3)]
+        for one, other in pairwise(found):
+            assert one == pytest.approx(other, abs=1e-5)
+    plain, checkpointed = results["lora-3"], results["lora-3-checkpointing"]
+    assert [e.loss for e in plain["events"]] == pytest.approx([e.loss for e in checkpointed["events"]], abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_start_changes_nothing(variant: str) -> None:
+    """An adapter begins where the student is; the same seed begins with the same weights, another with others."""
+    expected = tiny_llama(1)(input_ids=IDS).logits
+    models = [attach(tiny_llama(1), LoraSection(r=4, variant=variant), seed=seed).eval() for seed in (5, 5, 6)]
+    found = models[0](input_ids=IDS).logits
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    first, second, third = (dict(model.named_parameters()) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    same = all(torch.equal(first[name], third[name]) for name in first)
+    assert same == (variant == "pissa"), "a decomposition draws nothing"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_are_fp32_on_a_bf16_base(variant: str) -> None:
+    """Only the base is in bf16, and only the adapter is trained."""
+    model = attach(tiny_llama(1).bfloat16(), LoraSection(r=4, variant=variant), seed=0)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pissa_is_restored_without_a_decomposition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first factors, bit for bit, so that a resumed run does not depend on the machine's SVD."""
+    lora = LoraSection(r=4, variant="pissa")
+    first = attach(tiny_llama(1).to(dtype), lora, seed=0)
+    initial = initial_factors(first, lora)
+
+    def no_svd(*_: object, **__: object) -> None:
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(torch.linalg, "svd", no_svd)
+    again = attach(tiny_llama(1).to(dtype), lora, seed=0, initial=initial)
+    expected = dict(first.named_parameters())
+    assert len(initial) == 28
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@torch.no_grad()
+def test_pissa_as_a_plain_adapter(tmp_path: Path) -> None:
+    """W - s B0 A0 + s B A, put as twice the rank on W; also where ranks differ between layers."""
+    extra = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    lora = LoraSection(r=4, variant="pissa", extra=extra)
+    model = attach(tiny_llama(1), lora, seed=0).eval()
+    initial = initial_factors(model, lora)
+    torch.manual_seed(2)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weights[name] = parameter + 0.1 * torch.randn_like(parameter)
+            parameter.copy_(weights[name])
+    config, state = plain_adapter(model, weights, initial)
+    assert config.r == 8
+    assert config.rank_pattern == {"q_proj": 4}
+    fresh = attach(tiny_llama(1), LoraSection(r=8, alpha=16, extra={"rank_pattern": {"q_proj": 4},
+                                                                   "alpha_pattern": {"v_proj": 6}}), seed=0)  # fmt: skip
+    parameters = {name.replace(".default", ""): p for name, p in fresh.named_parameters() if p.requires_grad}
+    assert set(parameters) == set(state)
+    for name, value in state.items():
+        parameters[name].copy_(value)
+    expected, found = (m.eval()(input_ids=IDS).logits for m in (model, fresh))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert model.peft_config["default"].r == 4, "the trained model is left as it was"
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    """alpha = 2 r, every linear layer but the head, no dropout."""
+    config = lora_config(LoraSection())
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (64, 128, 0.0)
+    model = attach(tiny_llama(1), LoraSection(r=2), seed=0)
+    adapted = {name.split(".")[-1] for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "r")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert lora_config(LoraSection(r=8, alpha=3)).lora_alpha == 3
+    assert lora_config(LoraSection(r=8, alpha=2.5)).lora_alpha == 2.5
+
+
+def test_other_arguments_pass_through() -> None:
+    """What peft's LoraConfig takes, `extra` may hold."""
+    config = lora_config(LoraSection(r=8, extra={"rank_pattern": {"q_proj": 2}, "exclude_modules": ["up_proj"]}))
+    assert config.rank_pattern == {"q_proj": 2}
+    assert config.exclude_modules == {"up_proj"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"rank_patern": {}}, "did you mean `rank_pattern`?"),
+        ({"zzzz": 1}, "an argument of peft.LoraConfig"),
+        ({"init_lora_weights": "pissa_niter_4"}, "draws random numbers"),
+        ({"init_lora_weights": "pissa"}, "student.lora.variant: pissa"),
+        ({"init_lora_weights": "olora"}, "changes the base weights"),
+        ({"init_lora_weights": "eva"}, "a pass over the data"),
+        ({"bias": "wrong"}, "NotImplementedError"),
+        ({"rank_pattern": 5}, "peft does not take"),
+    ],
+)
+def test_extra_is_checked(extra: dict[str, Any], says: str) -> None:
+    """Exit 78 with a reason or a suggestion."""
+    with pytest.raises(MismatchError) as error:
+        attach(tiny_llama(1), LoraSection(r=2, extra=extra), seed=0)
+    assert says in str(error.value)
+
+
+def test_owned_and_refused_arguments_say_why() -> None:
+    """Each of them."""
+    for key, where in OWNED.items():
+        with pytest.raises(MismatchError) as error:
+            lora_config(LoraSection(extra={key: 1}))
+        assert where in str(error.value)
+    for key, reason in REFUSED.items():
+        with pytest.raises(MismatchError) as error:
+            lora_config(LoraSection(extra={key: ["x"]}))
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens"], ["no_such_layer"], r".*\.nothing"])
+def test_head_and_unknown_modules_are_refused(targets: str | list[str]) -> None:
+    """The head stays frozen, and a pattern must fit something."""
+    with pytest.raises(MismatchError, match=r"student\.lora\.target_modules"):
+        attach(tiny_llama(1), LoraSection(r=2, target_modules=targets), seed=0)

@@ -1,0 +1,249 @@
+"""Checkpoints: complete or refused, whatever happens while they are written or lie on the disk."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from storage_schemas import faults
+from storage_schemas.errors import DataError, MismatchError, NothingToResumeError, TemporaryError
+from student_train import checkpoint as checkpoints
+from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoints, TrainState, choose, refuse_other_run
+
+KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+
+
+def state(step: int, **identity: Any) -> TrainState:
+    """A state."""
+    return TrainState(step=step, updates=step, consumed="0" * 64, identity=identity or {"train.seed": 1})
+
+
+def tensors(step: int) -> Iterator[tuple[str, Tensor]]:
+    """Some tensors that differ between steps."""
+    for kind in KINDS:
+        for name in ("b.weight", "a.weight"):
+            yield f"{kind}/{name}", torch.arange(6, dtype=torch.float32).reshape(2, 3) + step + len(kind) + ord(name[0])
+
+
+def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
+    """A directory with checkpoints of some steps."""
+    found = Checkpoints(folder)
+    for step in steps:
+        found.save(state(step), tensors(step), keep=keep)
+    return found
+
+
+def newest(found: Checkpoints) -> int | None:
+    """Step of the newest complete checkpoint."""
+    checkpoint = found.newest()
+    return None if checkpoint is None else checkpoint.step
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """What is read is what was saved, bit for bit, by kind."""
+    checkpoint = saved(tmp_path, 7).newest()
+    assert checkpoint is not None
+    assert checkpoint.state == state(7)
+    expected = dict(tensors(7))
+    found = dict(checkpoint.tensors(KINDS))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert {key.split("/")[0] for key, _ in checkpoint.tensors((EXP_AVG,))} == {EXP_AVG}
+    names = {path.suffix for path in (tmp_path / "step-00000007").iterdir()}
+    assert names == {".json", ".safetensors"}
+
+
+def test_large_state_goes_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving holds one file in memory, not the whole state."""
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 24)
+    checkpoint = saved(tmp_path, 1).newest()
+    assert checkpoint is not None
+    files = [path.name.split("-", 1)[1] for path in (tmp_path / "step-00000001").glob("*.safetensors")]
+    assert sorted(files) == sorted(f"{kind}-{i:03d}.safetensors" for kind in KINDS for i in range(2))
+    assert set(dict(checkpoint.tensors(KINDS))) == set(dict(tensors(1)))
+
+
+@pytest.mark.parametrize("damage", ["flip first", "flip last", "cut", "empty", "gone", "swapped"])
+def test_damage_to_any_file_is_found(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each file in turn, the commit record too: the checkpoint is refused, loudly, and the one before is taken."""
+    saved(tmp_path / "clean", 1, 2)
+    names = sorted(path.name for path in (tmp_path / "clean" / "step-00000002").iterdir())
+    assert len(names) == 5
+    for number, name in enumerate(names):
+        found = saved(tmp_path / str(number), 1, 2)
+        folder = tmp_path / str(number) / "step-00000002"
+        kind = name.split("-", 1)[-1]
+        (file,) = [path for path in folder.iterdir() if path.name.split("-", 1)[-1] == kind]
+        data = bytearray(file.read_bytes())
+        match damage:
+            case "flip first":
+                data[0] ^= 1
+            case "flip last":
+                data[-2] ^= 1
+            case "cut":
+                del data[-5:]
+            case "empty":
+                data.clear()
+            case "swapped":
+                older = tmp_path / str(number) / "step-00000001"
+                (other,) = [path for path in older.iterdir() if path.name.split("-", 1)[-1] == kind]
+                data = bytearray(other.read_bytes())
+        file.unlink()
+        if damage != "gone":
+            file.write_bytes(data)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert newest(found) == 1, name
+        assert "step 2 is refused" in caplog.text
+
+
+def test_tensors_are_verified_as_they_are_read(tmp_path: Path) -> None:
+    """A rank that opens a checkpoint after another has chosen it does not trust it blindly."""
+    found = saved(tmp_path, 1)
+    checkpoint = found.at(1)
+    (file,) = (tmp_path / "step-00000001").glob("*-master-*")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DataError, match="torn or was changed"):
+        list(checkpoint.tensors((MASTER,)))
+
+
+def test_death_at_every_step_of_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest complete checkpoint is the old one or the new one, never nothing; saving again then succeeds."""
+
+    class Death(BaseException):
+        """The end of the process."""
+
+    passed: list[str] = []
+    monkeypatch.setattr(faults, "point", passed.append)
+    saved(tmp_path / "count", 1, 2, keep=1)
+    points = len(passed) // 2
+    assert points > 20
+    outcomes = []
+    for end in range(points):
+        folder = tmp_path / str(end)
+        monkeypatch.setattr(faults, "point", lambda name: None)
+        found = saved(folder, 1, keep=1)
+        left = iter(range(end))
+
+        def die(name: str, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise Death(name)
+
+        monkeypatch.setattr(faults, "point", die)
+        with pytest.raises(Death):
+            found.save(state(2), tensors(2), keep=1)
+        monkeypatch.setattr(faults, "point", lambda name: None)
+        outcomes.append(newest(Checkpoints(folder)))
+        again = saved(folder, 2, keep=1)
+        assert newest(again) == 2
+        assert again.steps() == [2]
+    assert set(outcomes) == {1, 2}
+    assert outcomes == sorted(outcomes)
+
+
+def test_full_disk_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 75, and the older checkpoint stays although only one is kept."""
+    found = saved(tmp_path, 1, keep=1)
+    monkeypatch.setenv("LLM_NEO_FAULT", "local:write:3:full")
+    monkeypatch.setattr(faults, "_passed", {})
+    with pytest.raises(TemporaryError, match="ENOSPC"):
+        found.save(state(2), tensors(2), keep=1)
+    monkeypatch.delenv("LLM_NEO_FAULT")
+    assert newest(found) == 1
+
+
+def test_old_ones_go(tmp_path: Path) -> None:
+    """`keep` stay; the record of the start goes with the first that holds weights."""
+    found = Checkpoints(tmp_path)
+    found.save(state(0), iter(()), keep=3)
+    assert newest(found) == 0
+    for step in (5, 10, 15, 20):
+        found.save(state(step), tensors(step), keep=3)
+        assert 0 not in found.steps()
+    assert found.steps() == [10, 15, 20]
+
+
+def test_another_attempt_at_a_step_replaces_it(tmp_path: Path) -> None:
+    """After a fall back the run comes to the refused step again."""
+    found = saved(tmp_path, 1, 2)
+    (file,) = (tmp_path / "step-00000002").glob("*-master-*")
+    file.write_bytes(b"torn")
+    assert newest(found) == 1
+    found.save(state(2), tensors(2), keep=9)
+    assert newest(found) == 2
+
+
+@pytest.mark.parametrize("file", ["COMMIT.json", "state.json"])
+def test_another_version_is_no_damage(tmp_path: Path, file: str) -> None:
+    """It is refused by name, and not passed over for an older one."""
+    found = saved(tmp_path, 1, 2)
+    (path,) = (tmp_path / "step-00000002").glob(f"*{file}")
+    text = json.dumps(json.loads(path.read_text()) | {"format_version": 2})
+    path.write_text(text)
+    if file == "state.json":
+        commit = tmp_path / "step-00000002" / "COMMIT.json"
+        content = json.loads(commit.read_text())
+        (record,) = [record for record in content["files"] if record["kind"] == "state"]
+        record |= {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        commit.write_text(json.dumps(content))
+    with pytest.raises(MismatchError, match="another format version"):
+        found.newest()
+
+
+@pytest.mark.parametrize(
+    ("resume", "steps", "used", "expected"),
+    [
+        ("auto", (), False, None),
+        ("auto", (1,), True, 1),
+        ("auto", (), True, NothingToResumeError),
+        ("must", (1,), True, 1),
+        ("must", (), False, NothingToResumeError),
+        ("never", (), False, None),
+        ("never", (1,), False, MismatchError),
+        ("never", (), True, MismatchError),
+    ],
+)
+def test_choice(tmp_path: Path, resume: str, steps: tuple[int, ...], used: bool, expected: Any) -> None:
+    """`auto`, `must` and `never`, in new directories and in used ones."""
+    found = saved(tmp_path / "checkpoints", *steps)
+    if isinstance(expected, type):
+        with pytest.raises(expected):
+            choose(found, resume=resume, used=used)
+    else:
+        chosen = choose(found, resume=resume, used=used)
+        assert (None if chosen is None else chosen.step) == expected
+
+
+def test_torn_checkpoints_are_traces(tmp_path: Path) -> None:
+    """`auto` does not start anew over them."""
+    found = saved(tmp_path, 3)
+    (tmp_path / "step-00000003" / "COMMIT.json").unlink()
+    with pytest.raises(NothingToResumeError, match="no valid checkpoint"):
+        choose(found, resume="auto", used=False)
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    """Names that are not ours are ignored."""
+    found = saved(tmp_path, 3)
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    assert found.steps() == [3]
+    assert newest(found) == 3
+
+
+def test_another_run_is_told_field_by_field() -> None:
+    """Got is the configuration, expected the checkpoint; a field that is new or gone counts too."""
+    refuse_other_run({"train.seed": 1, "train.arm": "neo"}, {"train.arm": "neo", "train.seed": 1})
+    with pytest.raises(MismatchError) as error:
+        refuse_other_run(
+            {"train.seed": 1, "loss.alpha": 0.5, "train.arm": "neo"}, {"train.seed": 2, "train.arm": "neo", "new": True}
+        )
+    assert "loss.alpha, new, train.seed" in str(error.value)
+    assert "got:      loss.alpha = null; new = true; train.seed = 2" in str(error.value)
+    assert "expected: loss.alpha = 0.5; new = null; train.seed = 1" in str(error.value)

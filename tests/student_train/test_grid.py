@@ -1,0 +1,93 @@
+"""Exhaustive grids: every arm under every stage, and every kind of adapter from its start to its saved form."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense import relative, train_plainly
+from support.distributed import run_ranks
+from support.tiny_student import save_student, write_dump
+
+from storage_schemas.reader import Dump
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ARMS, STAGES = ("sft", "lora", "kd", "neo"), (0, 1, 2, 3)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"variant": "rslora"},
+    "dora": {"variant": "dora"},
+    "pissa": {"variant": "pissa"},
+    "some modules": {"target_modules": ["q_proj", "v_proj"], "alpha": 3.0},
+    "patterns": {"extra": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}, "bias": "none"}},
+    "gaussian": {"extra": {"init_lora_weights": "gaussian"}, "dropout": 0.3},
+    "pissa with patterns": {"variant": "pissa", "extra": {"rank_pattern": {"q_proj": 2}}},
+}
+"""What is passed as `student.lora`."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dump and two students."""
+    folder = tmp_path_factory.mktemp("grid")
+    write_dump(folder / "dump")
+    for tied in (False, True):
+        save_student(folder / f"tied-{tied}", tied=tied)
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_stage_equals_plain_torch(arm: str, checkpointing: bool, folder: Path) -> None:
+    """Tied and untied heads, with and without recomputed activations."""
+    cases = [
+        {
+            "model": str(folder / f"tied-{tied}"),
+            "train": {
+                "arm": arm,
+                "zero_stage": stage,
+                "max_grad_norm": 0.3,
+                "gradient_checkpointing": checkpointing,
+            },
+            "steps": 2,
+        }
+        for tied, stage in product((False, True), STAGES)
+    ]
+    found = run_ranks("support.engine_jobs:run_cases", 2, dump=str(folder / "dump"), cases=cases)[0]
+    dump = Dump.open(str(folder / "dump"))
+    for i, tied in enumerate((False, True)):
+        expected = train_plainly(dump, str(folder / f"tied-{tied}"), arm=arm, steps=2, batch=6, rate=1e-2, clip=0.3)
+        for result in found[i * len(STAGES) : (i + 1) * len(STAGES)]:
+            assert [loss for loss, *_ in result["steps"]] == pytest.approx(expected.losses, abs=3e-6)
+            assert [norm for *_, norm in result["steps"]] == pytest.approx(expected.norms, rel=2e-5)
+            assert relative(result["first"], expected.first, "exp_avg") < 5e-6
+            assert relative(result["last"], expected.last, "master") < 2e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_adapter(precision: str, folder: Path) -> None:
+    """Trained under ZeRO 2 and 3 with the same losses, resumed bit for bit, saved, and compared by the run itself."""
+    jobs: list[dict[str, Any]] = []
+    for (name, lora), stage in product(VARIANTS.items(), (2, 3)):
+        base = {
+            "dump": str(folder / "dump"),
+            "model": str(folder / "tied-True"),
+            "lora": lora,
+            "train": {"zero_stage": stage, "precision": precision},
+        }
+        output = str(folder / f"{precision} {name} {stage}")
+        jobs.append(base | {"output": f"{output} whole"})
+        jobs.append(base | {"output": output, "stop_after": 2})
+        jobs.append(base | {"output": output})
+    results = iter(run_ranks("support.train_jobs:run_trainings", 2, jobs=jobs, timeout=900)[0])
+    losses: dict[str, list[float]] = {}
+    for (name, _), stage in product(VARIANTS.items(), (2, 3)):
+        whole, half, rest = next(results), next(results), next(results)
+        assert (whole["code"], half["code"], rest["code"]) == (0, 75, 0), (name, stage, whole, half, rest)
+        assert rest["state"].keys() == whole["state"].keys()
+        assert all(rest["state"][key].equal(value) for key, value in whole["state"].items()), (name, stage)
+        losses.setdefault(name, []).extend(event.loss for event in whole["events"])
+    for name, values in losses.items():
+        tolerance = 1e-5 if precision == "fp32" else 2e-2
+        assert values[:6] == pytest.approx(values[6:], abs=tolerance), name
+        assert min(values[:6]) < values[0], name

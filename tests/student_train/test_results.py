@@ -1,0 +1,208 @@
+"""What users do with a trained student: evaluate it, and merge it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dense import plain_student, rows_of
+from peft import PeftModel
+from support.engine_jobs import train_section
+from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_tokenizer, write_dump
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from storage_schemas.config import Sampled, TopK
+from storage_schemas.errors import DataError, MismatchError, UsageError
+from storage_schemas.reader import Dump
+from storage_schemas.shift import supervised_positions
+from student_train.adapter import plain_adapter
+from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.evaluate import evaluate
+from student_train.export import merge
+from student_train.final import load_final, refuse_other_logits, write_final
+from student_train.student import load_student
+
+IDS = torch.arange(24)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dumps, a student, the teacher as a student, and an adapter in `final/` whose base is in bf16."""
+    folder = tmp_path_factory.mktemp("results")
+    write_dump(folder / "dump", estimator=TopK(k=VOCAB, mass=1.0), temperatures=(1.0, 2.0), exact=True)
+    write_dump(folder / "top8", temperatures=(1.0, 2.0))
+    save_student(folder / "student", seed=1)
+    save_student(folder / "teacher", seed=0)
+    save_student(folder / "bf16", seed=1, dtype=torch.bfloat16)
+    for name in ("student", "bf16"):
+        _write_adapter(folder, name)
+    return folder
+
+
+def _write_adapter(folder: Path, name: str) -> None:
+    """`final-<name>`: an adapter with random weights, written as a run writes it."""
+    dump = Dump.open(str(folder / "top8"))
+    section = StudentSection(model=str(folder / name), lora=LoraSection(r=4))
+    train = train_section(folder)
+    student = load_student(section, LossSection(), train, dump.run)
+    torch.manual_seed(3)
+    weights = {key: torch.randn_like(p) * 0.2 for key, p in student.module.trained()}
+    with torch.no_grad():
+        for key, parameter in student.module.trained():
+            parameter.copy_(weights[key])
+    write_final(
+        folder / f"final-{name}", student, section, train,
+        weights=weights, tokenizer=dump.tokenizer_files(), input_ids=IDS, logits=student.module.eval().logits(IDS),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_evaluation_is_the_dense_one(folder: Path, temperature: float) -> None:
+    """With k = V: KL over the whole vocabulary, CE at T = 1, and the share of equal first choices."""
+    dump = Dump.open(str(folder / "dump"))
+    model = plain_student(str(folder / "student"), lora=False).eval()
+    kl, ce, same, tokens = 0.0, 0.0, 0, 0
+    for row in rows_of(dump, range(24)):
+        if row.targets is None:
+            continue
+        at, ids = supervised_positions(row.loss_mask), torch.from_numpy(row.input_ids.astype("int64"))
+        teacher = teacher_logits(row.input_ids)[at.logits]
+        student = model(input_ids=ids[None]).logits[0][at.logits].double()
+        log_p = (teacher / temperature).log_softmax(1)
+        kl += float((log_p.exp() * (log_p - (student / temperature).log_softmax(1))).sum())
+        ce += float(torch.nn.functional.cross_entropy(student, ids[at.tokens], reduction="sum"))
+        same += int((teacher.argmax(1) == student.argmax(1)).sum())
+        tokens += len(at.tokens)
+    calls: list[tuple[int, int]] = []
+    found = evaluate(
+        folder / "student", dump, temperature=temperature, batch_tokens=40, progress=lambda *x: calls.append(x)
+    )
+    assert found.supervised_tokens == tokens
+    assert found.kl_mean == pytest.approx(kl / tokens, rel=1e-5)
+    assert found.ce == pytest.approx(ce / tokens, rel=1e-5)
+    assert found.top1_agreement == pytest.approx(same / tokens)
+    assert 0 < same < tokens
+    assert calls == [(5, 24), (10, 24), (15, 24), (20, 24), (24, 24)]
+
+
+def test_evaluation_does_not_depend_on_batches(folder: Path) -> None:
+    """One sample at a time, or all at once; a bucketed KL is below the full one."""
+    dump = Dump.open(str(folder / "top8"))
+    one, many = (evaluate(folder / "student", dump, batch_tokens=size) for size in (1, 100_000))
+    assert one.model_dump() == pytest.approx(many.model_dump(), rel=1e-6)
+    full = evaluate(folder / "student", Dump.open(str(folder / "dump")))
+    assert 0 < one.kl_mean < full.kl_mean
+    assert one.ce == pytest.approx(full.ce, rel=1e-6)
+
+
+def test_evaluation_of_the_teacher(folder: Path) -> None:
+    """Nothing between it and itself, within the fidelity gate."""
+    dump = Dump.open(str(folder / "top8"))
+    found = evaluate(folder / "teacher", dump)
+    assert abs(found.kl_mean) <= dump.run.max_kl
+    # Rounding may make two entries equal.
+    assert found.top1_agreement is not None
+    assert found.top1_agreement > 0.95
+
+
+def test_evaluation_of_an_adapter(folder: Path) -> None:
+    """The adapter's directory is enough: it names its base."""
+    dump = Dump.open(str(folder / "top8"))
+    base, adapted = evaluate(folder / "student", dump), evaluate(folder / "final-student", dump)
+    assert adapted.supervised_tokens == base.supervised_tokens
+    assert abs(adapted.kl_mean - base.kl_mean) > 1e-2
+
+
+def test_limit_and_drawn_targets(folder: Path) -> None:
+    """The first samples only; no agreement without an exact head."""
+    dump = Dump.open(str(folder / "top8"))
+    rows = rows_of(dump, range(7))
+    found = evaluate(folder / "student", dump, limit=7)
+    assert found.supervised_tokens == sum(len(row.targets) for row in rows if row.targets is not None)
+    dump.run = dump.run.model_copy(update={"estimator": Sampled(kind="sampled")})
+    assert dump.run.temperature_index(1.0) == 0
+    with pytest.raises(MismatchError):
+        evaluate(folder / "student", dump, temperature=2.0)
+
+
+def test_evaluation_refuses(folder: Path, tmp_path: Path) -> None:
+    """Another tokenizer, a temperature or a device that is not there, nothing to evaluate on."""
+    dump = Dump.open(str(folder / "top8"))
+    save_student(tmp_path / "other")
+    tiny_tokenizer("x").save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match="tokenizer"):
+        evaluate(tmp_path / "other", dump)
+    with pytest.raises(MismatchError, match="temperature"):
+        evaluate(folder / "student", dump, temperature=3.0)
+    with pytest.raises(MismatchError, match="device"):
+        evaluate(folder / "student", dump, device="tpu9")
+    write_dump(tmp_path / "empty", units=range(4, 5))
+    with pytest.raises(DataError, match="no supervised tokens"):
+        evaluate(folder / "student", Dump.open(str(tmp_path / "empty")), limit=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "dtype", "stored"), [("student", None, "float32"), ("bf16", None, "bfloat16"),
+                                                       ("student", "bfloat16", "bfloat16")])  # fmt: skip
+def test_merged_model(name: str, dtype: str | None, stored: str, folder: Path, tmp_path: Path) -> None:
+    """Plain transformers loads it, in the base's dtype or the one asked for, with the adapter's logits."""
+    output = tmp_path / "merged"
+    output.mkdir()
+    assert merge(folder / f"final-{name}", output, dtype) == output
+    base = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+    before = base(input_ids=IDS).logits
+    expected = PeftModel.from_pretrained(base, folder / f"final-{name}").eval()(input_ids=IDS).logits
+    model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    assert str(model.dtype) == f"torch.{stored}"
+    off = float((model.float()(input_ids=IDS).logits - expected).abs().max() / expected.abs().max())
+    assert off < (1e-5 if stored == "float32" else 0.03)
+    assert float((before - expected).abs().max() / expected.abs().max()) > 0.2
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
+    assert (output / "generation_config.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
+    """A directory with content, something that is no adapter, a dtype that does not exist, another base."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        merge(folder / "final-student", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    with pytest.raises(UsageError, match="dtype"):
+        merge(folder / "final-student", tmp_path / "x", "int4")
+    with pytest.raises(MismatchError, match="not an adapter"):
+        merge(folder / "student", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@torch.no_grad()
+def test_wrong_final_is_refused(folder: Path, tmp_path: Path) -> None:
+    """If what was saved has other logits than what was trained, it does not become `final/`."""
+    dump = Dump.open(str(folder / "top8"))
+    section, train = StudentSection(model=str(folder / "student"), lora=LoraSection(r=4)), train_section(tmp_path)
+    student = load_student(section, LossSection(), train, dump.run)
+    weights = {key: torch.randn_like(p) * 0.1 for key, p in student.module.trained()}
+    with pytest.raises(DataError, match="does not give the logits"):
+        write_final(
+            tmp_path / "final", student, section, train,
+            weights=weights, tokenizer={}, input_ids=IDS, logits=student.module.eval().logits(IDS),
+        )  # fmt: skip
+    assert not (tmp_path / "final").exists()
+    with pytest.raises(DataError):
+        refuse_other_logits(tmp_path, torch.tensor([torch.nan]), torch.ones(1), dtype=torch.float32)
+
+
+def test_adapter_says_where_it_belongs(folder: Path) -> None:
+    """Its base is the student, by an absolute path; its weights are fp32 and named as peft names them."""
+    config = json.loads((folder / "final-student" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((folder / "student").resolve())
+    assert config["inference_mode"] is True
+    section = StudentSection(model=str(folder / "student"))
+    model = load_final(folder / "final-student", section, train_section(folder))
+    plain_config, state = plain_adapter(model, {k: p for k, p in model.named_parameters() if "lora_" in k}, {})
+    assert plain_config.r == 4
+    assert {str(tensor.dtype) for tensor in state.values()} == {"torch.float32"}
+    assert np.isfinite([float(tensor.detach().norm()) for tensor in state.values()]).all()

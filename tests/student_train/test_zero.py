@@ -1,0 +1,105 @@
+"""The DeepSpeed configuration: presets, what the user may change, and what contradicts the rest."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage_schemas.errors import MismatchError
+from student_train.config import TrainSection
+from student_train.zero import REFUSED, deepspeed_config
+
+
+def section(**changes: Any) -> TrainSection:
+    """A train section."""
+    return TrainSection(output=Path("run"), **changes)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_preset_follows_the_section(stage: int) -> None:
+    """Stage, precision, clipping; one boundary per step; and no batch size that depends on the number of ranks."""
+    precision = "bf16" if stage else "fp32"
+    config = deepspeed_config(
+        section(zero_stage=stage, precision=precision, max_grad_norm=0.7, micro_batch_size=3, global_batch_size=7)
+    )
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["bf16"]["enabled"] is (precision == "bf16")
+    assert config["gradient_clipping"] == 0.7
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["managed_gradient_accumulation"] is False
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["zero_allow_untested_optimizer"] is True
+    assert "train_batch_size" not in config
+    assert "optimizer" not in config
+
+
+def test_user_settings_win_over_the_preset() -> None:
+    """A leaf is replaced, its neighbours stay, and the section is left as it was."""
+    given = {
+        "zero_optimization": {"reduce_bucket_size": 5, "contiguous_gradients": False}, "wall_clock_breakdown": True,
+    }  # fmt: skip
+    train = section(zero_stage=2, deepspeed=given)
+    config = deepspeed_config(train)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 5
+    assert config["zero_optimization"]["contiguous_gradients"] is False
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["wall_clock_breakdown"] is True
+    assert train.deepspeed == given == {
+        "zero_optimization": {"reduce_bucket_size": 5, "contiguous_gradients": False}, "wall_clock_breakdown": True,
+    }  # fmt: skip
+
+
+def test_a_configuration_for_the_trainer_is_taken() -> None:
+    """`auto` means what the section says, or DeepSpeed's default, and equal values are no contradiction."""
+    config = deepspeed_config(
+        section(
+            zero_stage=3,
+            global_batch_size=32,
+            deepspeed={
+                "bf16": {"enabled": "auto"},
+                "fp16": {"enabled": "auto", "loss_scale": 0},
+                "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "sub_group_size": 10},
+                "gradient_clipping": "auto",
+                "train_batch_size": 32,
+                "train_micro_batch_size_per_gpu": "auto",
+            },
+        )
+    )
+    assert "auto" not in str(config)
+    assert "fp16" not in config
+    assert "reduce_bucket_size" not in config["zero_optimization"]
+    assert config["zero_optimization"]["sub_group_size"] == 10
+    assert config["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"zero_optimization": {"stage": 3}}, ("train.deepspeed.zero_optimization.stage = 3", "train.zero_stage")),
+        ({"bf16": {"enabled": False}}, ("train.deepspeed.bf16.enabled", "train.precision")),
+        ({"gradient_clipping": 5.0}, ("train.deepspeed.gradient_clipping", "train.max_grad_norm")),
+        ({"train_batch_size": 64}, ("train.deepspeed.train_batch_size", "train.global_batch_size")),
+        ({"train_micro_batch_size_per_gpu": 1}, ("micro_batch_size_per_gpu", "train.micro_batch_size")),
+        ({"gradient_accumulation_steps": 8}, ("gradient_accumulation_steps", "global tokens")),
+        ({"optimizer": {"type": "Lamb"}}, ("train.deepspeed.optimizer", "train.learning_rate")),
+        ({"scheduler": {"type": "WarmupLR"}}, ("train.deepspeed.scheduler", "train.lr_scheduler_type")),
+        ({"fp16": {"enabled": True}}, ("train.deepspeed.fp16", "train.precision")),
+        ({"wall_clock_brakedown": True}, ("wall_clock_brakedown", "did you mean `wall_clock_breakdown`?")),
+        ({"zzz": 1}, ("zzz", "one of ")),
+    ],
+)
+def test_contradiction_names_both_sides(given: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Exit 78; the message says what stands against what."""
+    with pytest.raises(MismatchError) as error:
+        deepspeed_config(section(zero_stage=2, deepspeed=given))
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_every_refusal_has_a_reason() -> None:
+    """And one that is switched off is no contradiction."""
+    for key, reason in REFUSED.items():
+        with pytest.raises(MismatchError, match=key) as error:
+            deepspeed_config(section(deepspeed={key: {"enabled": True}}))
+        assert reason in str(error.value)
+        assert key not in deepspeed_config(section(deepspeed={key: {"enabled": False}}))

@@ -1,0 +1,72 @@
+"""A small corpus, the sections of a dump of it, and what must hold for the result."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from storage_schemas.config import DumpSection, TopK
+from storage_schemas.reader import Dump
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+
+SAMPLES = 11
+PER_UNIT = 3
+UNITS = 4
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "answer",
+    "to",
+    "that",
+    "question",
+    "and",
+    "how",
+    "many",
+    "of",
+    "them",
+    "are",
+    "there",
+    "in",
+    "all",
+]
+
+
+def write_corpus(path: Path) -> Path:
+    """Eleven samples of many lengths; number 5 has nothing to learn from, and number 7 is too long."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for i in range(SAMPLES):
+            question, answer = (" ".join(rng.choice(WORDS, rng.integers(1, n))) for n in (6, 9))
+            answer = {5: None, 7: " ".join(WORDS * 9)}.get(i, answer)
+            turns = [{"role": "user", "content": question}]
+            if answer is not None:
+                turns.append({"role": "assistant", "content": answer})
+            file.write(json.dumps({"id": f"s{i}", "messages": turns}) + "\n")
+    return path
+
+
+def sections(url, corpus_file, model_folder, *, batch_tokens=200, **dump):
+    return {
+        "dump": DumpSection(url=str(url), **({"samples_per_unit": PER_UNIT} | dump)),
+        "teacher": TeacherSection(model=str(model_folder), dtype="float32", device="cpu", batch_tokens=batch_tokens),
+        "corpus": CorpusSection(sources=[SourceSection(path=str(corpus_file))], max_length=96, too_long="drop"),
+        "estimator": TopK(k=8),
+    }
+
+
+def rows_of(url) -> list:
+    """All rows of a sealed dump, in order; every checksum verified."""
+    found = Dump.open(str(url))
+    assert found.sealed()
+    units = [found.read_unit(unit) for unit in sorted(found.records())]
+    return [unit.row(i) for unit in units for i in range(len(unit))]
+
+
+def assert_each_sample_once(url) -> None:
+    assert [row.sample_index for row in rows_of(url)] == list(range(SAMPLES))
+    assert sorted(Dump.open(str(url)).records()) == list(range(UNITS))
+
+
+def files_of(folder) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}

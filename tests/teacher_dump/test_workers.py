@@ -1,0 +1,150 @@
+"""Workers that share a dump: who takes what, who dies, who is told to stop; every sample is there exactly once."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.dump_checks import UNITS, assert_each_sample_once, files_of, sections, write_corpus
+from support.dump_jobs import Workers
+from support.tiny_teachers import save_teacher
+
+from teacher_dump.dump import run_dump, unit_order
+from teacher_dump.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.mark.parametrize(("units", "world_size"), [(1, 1), (7, 3), (4, 4), (2, 5), (20, 6)])
+def test_every_worker_goes_through_all_units_its_own_first(units, world_size):
+    firsts = []
+    for rank in range(world_size):
+        order = list(unit_order(units, rank=rank, world_size=world_size))
+        assert sorted(order) == list(range(units))
+        own = list(range(rank, units, world_size))
+        assert order[: len(own)] == own
+        firsts += order[len(own) : len(own) + 1]
+    if units > 2 * world_size:
+        assert len(set(firsts)) > 1, "all workers go for the same unit when they are done"
+
+
+def test_one_worker_of_three_finishes_what_the_others_never_began(tmp_path, corpus_file, model_folder):
+    summary = run_dump(**sections(tmp_path, corpus_file, model_folder), rank=1, world_size=3)
+    assert summary.units_done_here == UNITS
+    assert_each_sample_once(tmp_path)
+
+
+def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(tmp_path, corpus_file, model_folder):
+    job = sections(tmp_path, corpus_file, model_folder)
+
+    class Overtaken(Teacher):
+        calls = 0
+
+        def targets(self, samples, **options):
+            found = super().targets(samples, **options)
+            if not self.calls:
+                self.calls = 1
+                run_dump(**job, rank=1, world_size=2)
+            return found
+
+    summary = run_dump(**job | {"teacher": Overtaken(job["teacher"])}, rank=0, world_size=2)
+    assert summary.units_done_here == 0
+    assert_each_sample_once(tmp_path)
+    assert len(list(tmp_path.glob("data/*"))) == UNITS, "the loser's file stayed"
+
+
+def test_a_rank_outside_the_world_is_refused(tmp_path, corpus_file, model_folder):
+    with pytest.raises(ValueError, match="rank 2"):
+        run_dump(**sections(tmp_path, corpus_file, model_folder), rank=2, world_size=2)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    found = Workers()
+    yield found
+    found.close()
+
+
+def job_of(url, corpus_file, model_folder, **options) -> dict:
+    parts = sections(url, corpus_file, model_folder)
+    return {name: parts[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus")} | options
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["put:run.json:after:1", "put:tokenizer:before:2", "local:fsync:5", "put:data:after:1", "commit:between:2",
+     "local:linked:9", "put:commits:after:2", "put:SEALED.json:before:1"],
+)  # fmt: skip
+def test_a_killed_worker_loses_nothing(tmp_path, corpus_file, model_folder, workers, fault):
+    job = job_of(tmp_path, corpus_file, model_folder)
+    assert workers.run(job, fault=f"{fault}:kill") == -signal.SIGKILL, "this point was never passed"
+    assert not (tmp_path / "SEALED.json").exists()
+    run_dump(**sections(tmp_path, corpus_file, model_folder))
+    assert_each_sample_once(tmp_path)
+
+
+def test_two_workers_share_the_units(tmp_path, corpus_file, model_folder, workers):
+    jobs = [
+        job_of(
+            tmp_path / "dump",
+            corpus_file,
+            model_folder,
+            rank=rank,
+            world_size=2,
+            delay=0.3,
+            summary=str(tmp_path / str(rank)),
+        )
+        for rank in range(2)
+    ]
+    started = [workers.start(job) for job in jobs]
+    assert [workers.wait(pid) for pid in started] == [0, 0]
+    assert_each_sample_once(tmp_path / "dump")
+    shares = [json.loads((tmp_path / str(rank)).read_text())["units_done_here"] for rank in range(2)]
+    assert sum(shares) == UNITS
+    assert min(shares) >= 1
+
+
+def test_a_worker_killed_beside_another_is_covered_by_it(tmp_path, corpus_file, model_folder, workers):
+    jobs = [job_of(tmp_path, corpus_file, model_folder, rank=rank, world_size=2, delay=0.2) for rank in range(2)]
+    dies, lives = workers.start(jobs[0], fault="put:data:before:1:kill"), workers.start(jobs[1])
+    assert workers.wait(dies) == -signal.SIGKILL
+    assert workers.wait(lives) == 0
+    assert_each_sample_once(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_file, model_folder, workers, number):
+    ready = tmp_path / "ready"
+    pid = workers.start(job_of(tmp_path / "dump", corpus_file, model_folder, delay=30.0, ready=str(ready)))
+    while not ready.exists():
+        time.sleep(0.02)
+    asked = time.monotonic()
+    os.kill(pid, number)
+    assert workers.wait(pid) == 75
+    assert time.monotonic() - asked < 10
+    run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
+    assert_each_sample_once(tmp_path / "dump")
+
+
+def test_a_stop_request_keeps_what_is_committed(tmp_path, corpus_file, model_folder, workers):
+    pid = workers.start(job_of(tmp_path, corpus_file, model_folder, delay=1.0))
+    while not list(tmp_path.glob("commits/*.json")):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert workers.wait(pid) == 75
+    before = files_of(tmp_path / "commits")
+    assert before
+    assert len(before) < UNITS
+    run_dump(**sections(tmp_path, corpus_file, model_folder))
+    assert_each_sample_once(tmp_path)
+    assert before.items() <= files_of(tmp_path / "commits").items()
