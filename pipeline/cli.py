@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -55,6 +56,11 @@ def root(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Deprecations inside torch and transformers are not the user's business, nor are their bars in a log file.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.stderr.isatty():
+        for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(bars, "1")
 
 
 @app.command()

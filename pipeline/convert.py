@@ -59,6 +59,10 @@ def refuse_lossy_tokenizer(gguf: Path, tokenizer: Any) -> None:
 
 def main() -> None:
     """The command line."""
+    # Saving a model imports deepspeed where it is installed, which then looks for a GPU and says so.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     gguf, out = map(Path, sys.argv[1:])
     out.parent.mkdir(parents=True, exist_ok=True)
     for leftover in out.parent.glob(f"{out.name}.partial-*"):

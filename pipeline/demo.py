@@ -43,11 +43,18 @@ def prepare() -> None:
     )
     DATA.mkdir(parents=True, exist_ok=True)
     for name, pairs in (("train", train), ("heldout", heldout)):
-        staged = DATA / f".{name}.staged"
-        staged.write_text(docstrings.jsonl(pairs))
-        os.replace(staged, DATA / f"{name}.jsonl")
+        _write(DATA / f"{name}.jsonl", docstrings.jsonl(pairs))
         modules = len({pair.module for pair in pairs})
         print(f"corpus: {DATA}/{name}.jsonl, {len(pairs)} conversations about {modules} modules", flush=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole, and not at all if it is like that already: its date says whether the dump is still right."""
+    if path.is_file() and path.read_text() == text:
+        return
+    staged = path.with_name(f".{path.name}.staged")
+    staged.write_text(text)
+    os.replace(staged, path)
 
 
 def teacher_gguf() -> Path:

@@ -158,7 +158,10 @@ def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsume
     """
     if not file.schema_arrow.remove_metadata().equals(SCHEMA):
         raise ValueError(f"the columns are {file.schema_arrow.remove_metadata()}")
-    return table_to_unit(file.read(use_threads=False), temperatures=temperatures, draws=draws, logsumexp=logsumexp)
+    # Column by column: the chunks of one are freed before the next is read.
+    columns = [file.read([name], use_threads=False).column(0).combine_chunks() for name in SCHEMA.names]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    return table_to_unit(table, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
 
 
 def _row_groups(unit: UnitRows) -> list[tuple[int, int]]:

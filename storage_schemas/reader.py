@@ -321,7 +321,7 @@ def _check_id_order(unit: UnitRows) -> None:
     targets = unit.targets
     if len(targets.ids) < 2:
         return
-    ascending = np.diff(targets.ids.astype(np.int64)) > 0
+    ascending = targets.ids[1:] > targets.ids[:-1]
     # A step may fall where a token ends and where its head ends.
     free = np.zeros(len(targets.ids) + 1, bool)
     free[targets.offsets] = True

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa"},
+    "pissa": {},
 }
-"""What a variant sets in peft's LoraConfig."""
+"""What a variant sets in peft's LoraConfig. PiSSA is a start of our own: peft's is not exact on a base in bf16."""
 
 OWNED = {
     "r": "student.lora.r",
@@ -90,23 +90,21 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
         base: the student; its weights are changed by `pissa`, and by nothing else.
         lora: the adapter.
         seed: of the initial weights; equal on every rank.
-        initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was,
-            independent of how a decomposition comes out on this machine.
+        initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was, however
+            a decomposition would come out on this machine.
 
     Raises:
         MismatchError: no such target modules, or the head is among them.
     """
     config = lora_config(lora)
-    if initial is not None:
-        config.init_lora_weights = True
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)
     except _NOT_TAKEN as error:
         raise _not_taken(error) from error
     _refuse_head(model)
-    if initial is not None:
-        _subtract(model, initial)
+    if lora.variant == "pissa":
+        _subtract(model, _principal_factors(model) if initial is None else initial)
     return model
 
 
@@ -144,18 +142,38 @@ def plain_adapter(
     return config, {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _subtract(model: PeftModel, initial: Mapping[str, Tensor]) -> None:
-    """Repeat what peft's PiSSA start does to the base weights, in the same order of operations."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        a = initial[f"{name}.lora_A.{ADAPTER}.weight"].float()
-        b = initial[f"{name}.lora_B.{ADAPTER}.weight"].float()
+@torch.no_grad()
+def _principal_factors(model: PeftModel) -> dict[str, Tensor]:
+    """B A = the r largest principal components of each base weight over the scaling (PiSSA, arXiv 2404.02948, eq. 2-3).
+
+    They are rounded to the base's dtype, which is what training begins with.
+    """
+    factors: dict[str, Tensor] = {}
+    for name, layer in _lora_layers(model):
         weight = layer.get_base_layer().weight
-        update = layer.scaling[ADAPTER] * b @ a
-        weight.data = (weight.data.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)
-        layer.lora_A[ADAPTER].weight.data.copy_(a)
-        layer.lora_B[ADAPTER].weight.data.copy_(b)
+        whole = weight.float().T if layer.fan_in_fan_out else weight.float()
+        u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+        r = layer.r[ADAPTER]
+        root = (s[:r] / layer.scaling[ADAPTER]).sqrt()
+        factors[f"{name}.lora_A.{ADAPTER}.weight"] = (root[:, None] * vh[:r]).to(weight.dtype).float()
+        factors[f"{name}.lora_B.{ADAPTER}.weight"] = (u[:, :r] * root).to(weight.dtype).float()
+    return factors
+
+
+@torch.no_grad()
+def _subtract(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
+    """Put the factors in the adapter, and take them out of the base weights."""
+    for name, layer in _lora_layers(model):
+        a, b = (factors[f"{name}.{part}.{ADAPTER}.weight"].float() for part in ("lora_A", "lora_B"))
+        layer.lora_A[ADAPTER].weight.copy_(a)
+        layer.lora_B[ADAPTER].weight.copy_(b)
+        weight = layer.get_base_layer().weight
+        update = layer.scaling[ADAPTER] * (b @ a)
+        weight.copy_((weight.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype))
+
+
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
 
 
 def _not_taken(error: Exception) -> MismatchError:

@@ -157,6 +157,21 @@ def test_pissa_is_restored_without_a_decomposition(dtype: torch.dtype, monkeypat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pissa_holds_the_principal_components(dtype: torch.dtype) -> None:
+    """Adapter and base together are the student, to the rounding of its dtype; what is left has smaller components."""
+    before = tiny_llama(1).to(dtype).model.layers[0].mlp.up_proj.weight.float()
+    model = attach(tiny_llama(1).to(dtype), LoraSection(r=4, variant="pissa"), seed=0)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    after = layer.get_base_layer().weight.float()
+    update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    rounding = torch.finfo(dtype).eps
+    assert float((after + update - before).abs().max()) <= rounding * float(before.abs().max())
+    values, rest = torch.linalg.svdvals(before), torch.linalg.svdvals(after)
+    assert float(rest[0]) == pytest.approx(float(values[4]), rel=0.02)
+
+
+@torch.no_grad()
 def test_pissa_as_a_plain_adapter(tmp_path: Path) -> None:
     """W - s B0 A0 + s B A, put as twice the rank on W; also where ranks differ between layers."""
     extra = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
@@ -172,8 +187,8 @@ def test_pissa_as_a_plain_adapter(tmp_path: Path) -> None:
     config, state = plain_adapter(model, weights, initial)
     assert config.r == 8
     assert config.rank_pattern == {"q_proj": 4}
-    fresh = attach(tiny_llama(1), LoraSection(r=8, alpha=16, extra={"rank_pattern": {"q_proj": 4},
-                                                                   "alpha_pattern": {"v_proj": 6}}), seed=0)  # fmt: skip
+    doubled = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 6}}
+    fresh = attach(tiny_llama(1), LoraSection(r=8, alpha=16, extra=doubled), seed=0)
     parameters = {name.replace(".default", ""): p for name, p in fresh.named_parameters() if p.requires_grad}
     assert set(parameters) == set(state)
     for name, value in state.items():
