@@ -238,8 +238,7 @@ def row_table(view: RowView) -> RenderableType:
     for name in ("pos", "after", "token", "rank", "p", f"top {TOP}", "mass", "H"):
         table.add_column(name, justify="right" if name in ("pos", "rank", "p", "mass", "H") else "left")
     for token in view.supervised:
-        # A no-break space: lines may end between entries only.
-        top = "  ".join(f"{_quoted(text)}\N{NO-BREAK SPACE}{p:.3f}" for text, p in token.top)
+        top = "  ".join(f"{_quoted(text)}:{p:.3f}" for text, p in token.top)
         p = "-" if token.p is None else f"{token.p:.4f}"
         rank = "-" if token.rank is None else str(token.rank)
         cells = [str(token.position), _quoted(token.context), _quoted(token.token), rank, p, top]

@@ -1,7 +1,6 @@
 """The adapter: what may be configured, how it starts, and every variant trained, saved and loaded again."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,11 @@ from student_train.config import LoraSection
 VARIANTS = ("lora", "rslora", "dora", "pissa")
 IDS = torch.arange(20)[None]
 ORDINARY = [("rslora", 2, {}), ("dora", 3, {}), ("dora", 2, {}), ("pissa", 3, {}), ("lora", 3, {"checkpointing": True})]
-GRID = [(variant, stage, {}) for variant in VARIANTS for stage in (1, 2, 3) if (variant, stage, {}) not in ORDINARY] + [
-    ("lora", 2, {"checkpointing": True}),
-    ("lora", 3, {"precision": "bf16"}),
-    ("pissa", 2, {"precision": "bf16"}),
+GRID: list[tuple[str, int, dict[str, Any]]] = [
     ("dora", 3, {"precision": "bf16", "checkpointing": True}),
     ("lora", 3, {"extra": {"bias": "all"}}),
-    ("lora", 2, {"extra": {"lora_bias": True, "init_lora_weights": "gaussian"}}),
-    ("pissa", 2, {"extra": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}}}),
-]  # fmt: skip
+    ("lora", 2, {"extra": {"lora_bias": True}}),
+]
 """(variant, ZeRO stage, anything else)"""
 
 
@@ -81,7 +76,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """All others."""
+    """Unusual ones."""
     folder = tmp_path_factory.mktemp("grid")
     return folder, train_cases(folder, GRID)
 
@@ -95,24 +90,10 @@ def test_variants_train(name: str, ordinary: tuple[Path, dict[str, dict[str, Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [named(case) for case in GRID])
-def test_every_variant_trains_at_every_stage(name: str, grid: tuple[Path, dict[str, dict[str, Any]]]) -> None:
-    """The same for the rest of the grid."""
+def test_unusual_adapters_train(name: str, grid: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """The same for what `test_grid` does not have."""
     folder, results = grid
     check_trained(folder, name, results[name])
-
-
-@pytest.mark.slow
-def test_stages_agree(
-    ordinary: tuple[Path, dict[str, dict[str, Any]]], grid: tuple[Path, dict[str, dict[str, Any]]]
-) -> None:
-    """Each variant has the same losses at every stage, with gradient checkpointing or without."""
-    results = ordinary[1] | grid[1]
-    for variant in VARIANTS:
-        found = [[e.loss for e in results[named((variant, stage, {}))]["events"]] for stage in (1, 2, 3)]
-        for one, other in pairwise(found):
-            assert one == pytest.approx(other, abs=1e-5)
-    plain, checkpointed = results["lora-3"], results["lora-3-checkpointing"]
-    assert [e.loss for e in plain["events"]] == pytest.approx([e.loss for e in checkpointed["events"]], abs=1e-5)
 
 
 @torch.no_grad()
