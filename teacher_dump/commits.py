@@ -85,7 +85,7 @@ class Committer:
         try:
             while (work := self._queue.get()) is not None:
                 if self._abandon.is_set():
-                    continue
+                    return
                 unit, rows = work
                 record = self.writer.commit_unit(unit, rows)
                 if record is None:

@@ -254,7 +254,8 @@ def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_fol
         patch.setenv("LLM_NEO_FAULT", f"put:data:before:1:{action}")
         with pytest.raises(error, match=r"injected|cannot write"):
             run_dump(**job | {"teacher": Watching(job["teacher"])})
-    assert asked == [1] * 6, "the worker asked for more after its writer had died"
+    # The writer may die before the sixth call, or while it waits.
+    assert asked in ([1] * 5, [1] * 6), "the worker asked for more after its writer had died"
     run_dump(**job)
     assert [row.sample_index for row in rows_of(tmp_path)] == list(range(SAMPLES))
 
