@@ -242,7 +242,8 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
         return
     for name, value in found.items():
-        typer.echo(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+        shown = json.dumps(value) if isinstance(value, bool | dict | list) or value is None else value
+        typer.echo(f"{name:28} {shown:,}" if isinstance(shown, int) else f"{name:28} {shown}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -138,7 +138,7 @@ class Steps:
 
 def result_table(summary: dict[str, Any]) -> Table:
     """Before and after, for a terminal."""
-    table = Table(title=f"{summary['heldout_supervised_tokens']:,} held-out supervised tokens, against the teacher")
+    table = Table(title=f"{summary['heldout_supervised_tokens']:,} held-out supervised tokens")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     names = {"kl": "KL(teacher || student), nats", "ce": "cross-entropy, nats", "top1": "same most likely token"}
