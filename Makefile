@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full clean bench-storage
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full clean bench-dump bench-storage
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,9 @@ test: $(DEV)  ## The ordinary tests, real DeepSpeed on two ranks among them
 
 test-full: $(DEV)  ## All tests, the exhaustive grids included
 	$(TESTS) -m "not gpu"
+
+bench-dump: $(SETUP)  ## Stage one against a bare forward pass (needs the demo's teacher: make demo)
+	$(BIN)/python benchmarks/dump.py $(ARGS)
 
 bench-storage: $(DEV)  ## Bytes per supervised token, speed and fidelity of the shard's encodings
 	$(BIN)/python benchmarks/storage.py $(ARGS)

@@ -1,0 +1,214 @@
+"""Stage one against a bare forward pass: `make bench-dump`. Writes runs/bench/dump.json and prints the table.
+
+Both sides run the same samples under the same token budget with the same threads, taking turns. The bare side is
+`model(**batch)` in arrival order with padding and attention mask, and throws its logits away; the dump side is
+`run_dump`, everything included from the first batch to the last commit.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import teacher_dump.teacher
+from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+from teacher_dump.corpus import Corpus, Sample, freeze_corpus
+from teacher_dump.dump import run_dump
+from teacher_dump.teacher import Teacher
+
+DATA = Path(__file__).parent / "data" / "gsm8k_150.jsonl"
+OUT, SCRATCH = Path("runs/bench/dump.json"), Path("runs/bench/dump")
+ADAPTIVE = Adaptive(kind="adaptive", mass=0.9, k_min=1, k_max=16, tail_draws=4)
+MEMORY_TOKENS = 8192
+GOALS = {
+    "assistant-masked: dump / bare, tokens per second": 1.3,
+    "every token supervised, sorted: dump / bare, tokens per second": 0.95,
+    "topk: share of time outside the forward": 0.05,
+    "adaptive: share of time outside the forward": 0.10,
+    "peak memory above the model at 8192 tokens: dump / bare": 1 / 3,
+    "adaptive: bytes per supervised token": 32.0,
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--peak", choices=("bare", "dump"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if arguments.peak:
+        print(json.dumps(peak_memory(arguments.teacher, arguments.peak)))
+        return
+    rows = speed(arguments) | memory(arguments.teacher)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps({k: {"value": v, "goal": GOALS.get(k)} for k, v in rows.items()}, indent=2) + "\n")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pyarrow"))
+    print(f"{arguments.samples} conversations, batch_tokens {arguments.batch_tokens}, {os.cpu_count()} cores, fp32")
+    print(f"Python {platform.python_version()}, {packages}\n\n| | value | goal |\n|---|---:|---:|")
+    for name, value in rows.items():
+        print(f"| {name} | {value:.4g} | {f'{GOALS[name]:.3g}' if name in GOALS else ''} |")
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of both sides, best of the repetitions, and where the dump's time goes."""
+    teacher = Teacher(section(arguments.teacher, arguments.batch_tokens))
+    forward = Stopwatch("_hidden", "_logits")
+    rows: dict[str, float] = {}
+    for title, mask, ordered in (
+        ("assistant-masked", "assistant", False),
+        ("every token supervised, sorted", "all", True),
+    ):
+        corpus = corpus_of(teacher, mask, arguments.samples)
+        samples = samples_of(corpus, ordered=ordered)
+        tokens = sum(len(sample.input_ids) for sample in samples)
+        bare, dumped = 0.0, 0.0
+        for _ in range(arguments.repetitions):
+            bare = max(bare, tokens / seconds(lambda s=samples: forward_all(teacher, s, arguments.batch_tokens)))
+            found = dump(teacher, mask, arguments.samples, TopK())
+            dumped = max(dumped, found["tokens_per_second"])
+        rows |= {f"{title}: bare, tokens per second": bare, f"{title}: dump, tokens per second": dumped}
+        rows[f"{title}: dump / bare, tokens per second"] = dumped / bare
+    for estimator in (TopK(), ADAPTIVE):
+        forward.seconds = 0.0
+        found = dump(teacher, "assistant", arguments.samples, estimator)
+        rows[f"{estimator.kind}: share of time outside the forward"] = 1 - forward.seconds / found["seconds"]
+        rows[f"{estimator.kind}: bytes per supervised token"] = found["bytes_per_supervised_token"]
+    return rows
+
+
+def memory(teacher: str) -> dict[str, float]:
+    """Peak resident memory above the loaded model, of a process for each side."""
+    peaks = {}
+    for side in ("bare", "dump"):
+        command = [sys.executable, __file__, "--teacher", teacher, "--peak", side]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[side] = float(json.loads(done.stdout.splitlines()[-1]))
+    rows = {f"peak memory above the model at {MEMORY_TOKENS} tokens: {k}, MiB": v / 2**20 for k, v in peaks.items()}
+    return rows | {f"peak memory above the model at {MEMORY_TOKENS} tokens: dump / bare": peaks["dump"] / peaks["bare"]}
+
+
+def peak_memory(name: str, side: str) -> int:
+    """Bytes above the loaded model, while one batch of MEMORY_TOKENS goes through."""
+    teacher = Teacher(section(name, MEMORY_TOKENS))
+    samples = samples_of(corpus_of(teacher, "assistant", 150), ordered=False)
+    batch = next(batches(samples, MEMORY_TOKENS))
+    _ = teacher.model
+    base, peak, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if side == "bare":
+        forward_all(teacher, batch, MEMORY_TOKENS)
+    else:
+        teacher.targets(batch, estimator=TopK(), temperatures=(1.0,), logsumexp=True)
+    done.set()
+    watcher.join()
+    return peak - base
+
+
+class Stopwatch:
+    """Adds up the time that the teacher's body and head take."""
+
+    def __init__(self, *names: str) -> None:
+        self.seconds = 0.0
+        for name in names:
+            setattr(teacher_dump.teacher, name, self._timed(getattr(teacher_dump.teacher, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return timed
+
+
+def section(name: str, batch_tokens: int) -> TeacherSection:
+    """The teacher, in fp32 on the CPU."""
+    return TeacherSection(model=name, dtype="float32", device="cpu", batch_tokens=batch_tokens)
+
+
+def corpus_section(mask: Any, samples: int) -> CorpusSection:
+    """The first conversations of GSM8K."""
+    return CorpusSection(sources=[SourceSection(path=str(DATA), split=f"train[:{samples}]")], mask=mask)
+
+
+def corpus_of(teacher: Teacher, mask: str, samples: int) -> Corpus:
+    """The same, tokenised."""
+    return freeze_corpus(corpus_section(mask, samples), teacher.tokenizer, head_size=teacher.head_size)
+
+
+def samples_of(corpus: Corpus, *, ordered: bool) -> list[Sample]:
+    """All samples, in arrival order or the longest first."""
+    samples = [corpus.sample(index) for index in range(len(corpus))]
+    return sorted(samples, key=lambda sample: -len(sample.input_ids)) if ordered else samples
+
+
+def batches(samples: Sequence[Sample], budget: int) -> Iterator[list[Sample]]:
+    """Consecutive samples whose padded size stays in the budget."""
+    batch: list[Sample] = []
+    for sample in samples:
+        longest = max(len(s.input_ids) for s in [*batch, sample])
+        if batch and longest * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(sample)
+    yield batch
+
+
+@torch.inference_mode()
+def forward_all(teacher: Teacher, samples: Sequence[Sample], budget: int) -> None:
+    """`model(**batch)` for every batch; the logits are thrown away."""
+    for batch in batches(samples, budget):
+        ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(s.input_ids.astype("int64")) for s in batch], True)
+        lengths = torch.tensor([len(s.input_ids) for s in batch])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        teacher.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def dump(teacher: Teacher, mask: str, samples: int, estimator: Estimator) -> dict[str, Any]:
+    """A whole dump into an empty directory; its summary."""
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    target = DumpSection(url=str(SCRATCH), samples_per_unit=samples)
+    found = run_dump(dump=target, teacher=teacher, corpus=corpus_section(mask, samples), estimator=estimator)
+    return found.model_dump()
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """How long it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    main()
