@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from pipeline.config import Config, load_config, need
+from pipeline.files import write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_workers, train_workers, visible_gpus
 from storage_schemas.errors import Exit, NeoError
@@ -222,11 +223,11 @@ def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
     kept = need(config.train, "train", "train").output / "config.yaml"
     if nodes.node_rank == 0 and not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(config.to_yaml())
+        write_whole(kept, config.to_yaml())
     code = train_workers(config, nproc=nproc, nodes=nodes)
     # Not before: a start that is refused must not replace what the results in this directory were made with.
     if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
-        kept.write_text(config.to_yaml())
+        write_whole(kept, config.to_yaml())
     return code
 
 

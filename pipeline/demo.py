@@ -5,7 +5,6 @@ model hub. The student is the teacher with fewer layers. The corpus is made of t
 library. What is already there is not made again.
 """
 
-import os
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from pipeline import docstrings
 from pipeline.cli import main as command
+from pipeline.files import write_whole
 from pipeline.prune import prune
 from storage_schemas.errors import DataError
 
@@ -50,11 +50,8 @@ def prepare() -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole, and not at all if it is like that already: its date says whether the dump is still right."""
-    if path.is_file() and path.read_text() == text:
-        return
-    staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(text)
-    os.replace(staged, path)
+    if not path.is_file() or path.read_text() != text:
+        write_whole(path, text)
 
 
 def teacher_gguf() -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement, device_environment, dump_argv, thread_environment, torchrun_argv
 from storage_schemas.errors import Exit
-from student_train.worker import EXIT_FOLDER, STOP
+from student_train.worker import EXIT_FOLDER, STOP, read_codes
 
 SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHING_TO_RESUME, Exit.TEMPORARY)
 """Which code a group of processes returns: a stop that others made is no news beside the reason for it."""
@@ -139,9 +139,9 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     student = need(config.student, "student", "train")
     folder = train.output / EXIT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    mine = [folder / f"rank-{nodes.node_rank * nproc + local}" for local in range(nproc)]
+    mine = range(nodes.node_rank * nproc, (nodes.node_rank + 1) * nproc)
     # What the last start left there would end this one. The first node clears for all, since a node may come late.
-    for file in folder.iterdir() if nodes.node_rank == 0 else mine:
+    for file in folder.iterdir() if nodes.node_rank == 0 else [folder / f"rank-{rank}" for rank in mine]:
         file.unlink(missing_ok=True)
     sections: dict[str, Any] = {"dump": config.dump, "student": student, "loss": config.loss, "train": train}
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,7 +153,7 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
             stop=(folder / STOP).touch,
             stdout=stdout,
         )
-    codes = [int(file.read_text()) for file in mine if file.is_file()]
+    codes = [code for rank, code in read_codes(train.output).items() if rank in mine]
     if not returned and not any(codes):
         return int(Exit.DONE)
     # A worker that was killed leaves no code; the others then say that they have lost it. No code at all: not even

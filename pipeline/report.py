@@ -13,20 +13,14 @@ QUALITY = {"kl_mean": "kl", "ce": "ce", "top1_agreement": "top1"}
 PACKAGES = ("llm-neo", "torch", "transformers", "peft", "deepspeed", "pyarrow", "obstore", "datasets", "numpy")
 
 
-def write_report(path: Path, config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> None:
-    """Write the report.
+def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
+    """The report as Markdown.
 
     Args:
-        path: the Markdown file.
         config: of the run.
         summary: what summary.json holds.
         dumped: the summary of stage one.
     """
-    path.write_text(report(config, summary, dumped))
-
-
-def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
-    """The report as Markdown."""
     lines = [
         f"# {summary['arm']}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
         "",

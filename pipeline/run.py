@@ -8,7 +8,6 @@ JSON file in `steps/` of the run directory, with the inputs it was found from; o
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -21,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, need
+from pipeline.files import write_whole
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import dump_workers, end_with_parent, forwarded_signals, parse_output, train_workers
-from pipeline.report import QUALITY, write_report
+from pipeline.report import QUALITY, report
 from storage_schemas.errors import DataError, Exit, NeoError
 from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
@@ -72,7 +72,7 @@ def run_pipeline(
 
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
     _check("train", train_workers(config, nproc=nproc, nodes=Nodes(), stdout=2 if console.stderr else None))
-    _replace(train.output / "config.yaml", config.to_yaml())
+    write_whole(train.output / "config.yaml", config.to_yaml())
     trained = json.loads((train.output / "summary.json").read_text())
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
@@ -94,8 +94,8 @@ def run_pipeline(
         "merged": str(merged if train.lora else final),
         "report": str(train.output / "report.md"),
     }
-    write_report(Path(summary["report"]), config, summary, dumped)
-    _replace(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    write_whole(Path(summary["report"]), report(config, summary, dumped))
+    write_whole(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
     console.print(result_table(summary))
     console.print(f"report: {summary['report']}", soft_wrap=True, highlight=False)
     return summary
@@ -132,7 +132,7 @@ class Steps:
         log.info("%s: starting", name)
         result = work()
         self._folder.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps({"inputs": of, "result": result}, indent=2, sort_keys=True) + "\n")
+        write_whole(file, json.dumps({"inputs": of, "result": result}, indent=2, sort_keys=True) + "\n")
         return result
 
 
@@ -185,10 +185,10 @@ def _dump(path: Path, overrides: Sequence[str], workers: int, known: dict[str, A
 
 
 def _verify(config: Config, url: str) -> dict[str, Any]:
-    report = verify(url, options=config.dump.storage_options)
-    if not report.ok:
-        raise DataError(f"the dump {url} is damaged", got="; ".join(report.errors[:5]), fix="dump again elsewhere")
-    return dict(report.model_dump(mode="json"))
+    found = verify(url, options=config.dump.storage_options)
+    if not found.ok:
+        raise DataError(f"the dump {url} is damaged", got="; ".join(found.errors[:5]), fix="dump again elsewhere")
+    return dict(found.model_dump(mode="json"))
 
 
 def _evaluate(config: Config, model: str, url: str) -> dict[str, Any]:
@@ -224,10 +224,3 @@ def _child(command: str, arguments: Sequence[str]) -> str:
 def _check(step: str, code: int) -> None:
     if code:
         raise StepFailedError(step, code)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old or the new content."""
-    staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(text)
-    os.replace(staged, path)

@@ -1,7 +1,6 @@
 """What a dump holds, for people: its header from the records alone, and single rows as a table of tokens."""
 
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from storage_schemas.commit import count_statuses, mean_per_token, totals
 from storage_schemas.errors import UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
@@ -89,19 +89,16 @@ class RowView(Section):
 
 def header(dump: Dump) -> Header:
     """The dump as a whole, from run.json and the commit records; no data file is read."""
-    run, records = dump.run, list(dump.records().values())
-    statuses: Counter[str] = Counter()
-    for record in records:
-        statuses.update(record.statuses)
-    supervised = sum(record.supervised_tokens for record in records)
-
-    def mean(values: list[float]) -> float | None:
-        pairs = zip(values, records, strict=True)
-        return sum(value * record.supervised_tokens for value, record in pairs) / supervised if supervised else None
-
-    size = sum(record.bytes for record in records)
+    run, records = dump.run, dump.records()
+    sums = totals(records)
+    supervised, size = sums["supervised_tokens"], sums["bytes"]
+    entries = sum(record.entries for record in records.values())
     parameters = run.estimator.model_dump(exclude={"kind"})
-    worst = [max(record.fidelity[i] for record in records) for i in range(len(run.temperatures))] if records else None
+    worst = (
+        [max(record.fidelity[i] for record in records.values()) for i in range(len(run.temperatures))]
+        if records
+        else None
+    )
     return Header(
         url=dump.store.url,
         fingerprint=dump.fingerprint,
@@ -114,16 +111,13 @@ def header(dump: Dump) -> Header:
         temperatures=run.temperatures,
         units=run.units,
         committed=len(records),
-        rows=sum(record.rows for record in records),
-        statuses=dict(sorted(statuses.items())),
-        tokens=sum(record.tokens for record in records),
-        supervised_tokens=supervised,
-        entries_per_supervised_token=sum(r.entries for r in records) / supervised if supervised else None,
-        bytes=size,
+        statuses=count_statuses(records),
+        entries_per_supervised_token=entries / supervised if supervised else None,
         bytes_per_supervised_token=size / supervised if supervised else None,
-        mean_kept_mass=mean([record.mean_kept_mass for record in records]),
-        mean_entropy=mean([record.mean_entropy for record in records]),
+        mean_kept_mass=mean_per_token(records, "mean_kept_mass"),
+        mean_entropy=mean_per_token(records, "mean_entropy"),
         fidelity=None if worst is None else tuple(worst),
+        **sums,
     )
 
 

@@ -122,7 +122,7 @@ class CommitRecord(ProvenJson):
     fidelity: tuple[float, ...]
     """Mean bucketed KL(exact || stored) in nats, per temperature."""
     logprob_step: float
-    """Finest grid in nats that the log-probs lie on; 0 when they are exact."""
+    """Grid in nats of log-probs between -4 and -2, see `codec.round_targets`; 0 when they are exact."""
 
     @model_validator(mode="after")
     def _own_file(self) -> Self:
@@ -217,6 +217,13 @@ def totals(records: Mapping[int, CommitRecord]) -> dict[str, int]:
     """Sums over records of rows, tokens, supervised_tokens and bytes."""
     names = ("rows", "tokens", "supervised_tokens", "bytes")
     return {name: sum(getattr(record, name) for record in records.values()) for name in names}
+
+
+def mean_per_token(records: Mapping[int, CommitRecord], name: str) -> float | None:
+    """Mean of a per-token mean over all supervised tokens; None without any."""
+    tokens = sum(record.supervised_tokens for record in records.values())
+    total = sum(getattr(record, name) * record.supervised_tokens for record in records.values())
+    return total / tokens if tokens else None
 
 
 def count_statuses(records: Mapping[int, CommitRecord]) -> dict[str, int]:

@@ -4,8 +4,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from storage_schemas.errors import MismatchError
-
 
 class Section(BaseModel):
     """A frozen, keyword-only model that refuses unknown keys; the docstring under a field is its documentation."""
@@ -23,9 +21,3 @@ def explicit(section: BaseModel, prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
-
-
-def refuse_difference(what: str, field: str, got: object, expected: object, fix: str) -> None:
-    """Raise MismatchError if the two values differ."""
-    if got != expected:
-        raise MismatchError(f"{what}: {field} differs", got=got, expected=expected, fix=fix)

@@ -19,28 +19,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.logits import LogitTransform
 from student_train.batch import SparseTargets
 from student_train.losses import ABSENT, LossSpec, entry_divergence, ranks_first, refuse_unsupported
-
-_SCALED_BY = {
-    "cohere": "logit_scale",
-    "cohere2": "logit_scale",
-    "cohere2_moe": "logit_scale",
-    "falcon_h1": "lm_head_multiplier",
-    "hyperclovax": "logits_scaling",
-}
-_DIVIDED_BY = {
-    "granite": "logits_scaling",
-    "granite_swa": "logits_scaling",
-    "granitemoe": "logits_scaling",
-    "granitemoe_swa": "logits_scaling",
-    "granitemoehybrid": "logits_scaling",
-    "granitemoeshared": "logits_scaling",
-    "minicpm3": "logits_scaling",
-}
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +42,10 @@ class HeadSpec:
         """From a transformers model config.
 
         Raises:
-            MismatchError: the model scales its logits in a way that is not known here. The same attribute multiplies
-                in one model and divides in another, so that guessing would train on wrong logits.
+            MismatchError: the model scales its logits in a way that is not known, see `LogitTransform.of`.
         """
-        config = config.get_text_config()
-        softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
-        scale, kind = 1.0, config.model_type
-        if kind in _SCALED_BY:
-            scale = float(getattr(config, _SCALED_BY[kind]))
-        elif kind in _DIVIDED_BY:
-            scale = 1.0 / float(getattr(config, _DIVIDED_BY[kind]))
-        elif found := [name for name in _SCALES if getattr(config, name, None) not in (None, 1, 1.0)]:
-            raise MismatchError(
-                f"models of type `{kind}` scale their logits in a way that is not known here",
-                got=", ".join(f"{name} = {getattr(config, name)}" for name in found),
-                expected=f"one of {sorted([*_SCALED_BY, *_DIVIDED_BY])}, or a model that does not scale its logits",
-                fix="choose another student",
-            )
-        return cls(valid_vocab=valid_vocab, scale=scale, softcap=softcap, chunk_tokens=chunk_tokens)
+        transform = LogitTransform.of(config, role="student")
+        return cls(valid_vocab=valid_vocab, scale=transform.scale, softcap=transform.softcap, chunk_tokens=chunk_tokens)
 
 
 class HeadLoss(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from storage_schemas.commit import count_statuses, mean_per_token, totals
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
@@ -276,26 +277,18 @@ class Worker:
 def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
     """Totals of a sealed dump, from its manifest."""
     found = Dump.open(dump.url, options=dump.storage_options)
-    records = list(found.records().values())
-    supervised = sum(record.supervised_tokens for record in records)
-    size = sum(record.bytes for record in records)
-    mass = sum(record.mean_kept_mass * record.supervised_tokens for record in records)
-    statuses: dict[str, int] = {}
-    for record in records:
-        for status, rows in record.statuses.items():
-            statuses[status] = statuses.get(status, 0) + rows
+    records = found.records()
+    sums = totals(records)
+    supervised = sums["supervised_tokens"]
     return DumpSummary(
         url=dump.url,
         fingerprint=worker.writer.run.fingerprint,
         units=len(records),
         units_done_here=worker.units_done_here,
-        rows=sum(record.rows for record in records),
-        tokens=sum(record.tokens for record in records),
-        supervised_tokens=supervised,
-        bytes=size,
-        bytes_per_supervised_token=size / supervised if supervised else None,
-        mean_kept_mass=mass / supervised if supervised else None,
-        statuses=dict(sorted(statuses.items())),
+        bytes_per_supervised_token=sums["bytes"] / supervised if supervised else None,
+        mean_kept_mass=mean_per_token(records, "mean_kept_mass"),
+        statuses=count_statuses(records),
+        **sums,
         tokens_here=worker.tokens,
         seconds=worker.seconds,
         tokens_per_second=worker.tokens / worker.seconds if worker.tokens else None,

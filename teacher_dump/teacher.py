@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from storage_schemas.config import Estimator
 from storage_schemas.errors import MismatchError
+from storage_schemas.logits import LogitTransform
 from storage_schemas.run_info import TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
@@ -19,7 +20,6 @@ from teacher_dump.batches import length_sorted_batches
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
 from teacher_dump.estimators import Entries, estimate, to_targets
-from teacher_dump.head import HeadTransform
 from teacher_dump.weights import ModelFiles, find_model
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def refuse_unknown_model(model: Any) -> None:
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
         hidden = _hidden(model, ids)
-        got = _logits(model, hidden.flatten(0, 1), HeadTransform.of(model.config))
+        got = _logits(model, hidden.flatten(0, 1), LogitTransform.of(model.config, role="teacher"))
     if not bool(expected.isfinite().all()):
         return  # Broken weights are reported sample by sample.
     seen = _relative_difference(*hidden[:, : _PROBE // 2].float())
@@ -236,7 +236,7 @@ def _targets(
     positions = [supervised_positions(sample.loss_mask) for sample in samples]
     hidden = _supervised_hidden(model, samples, positions)
     sample_index, position = _coordinates(samples, positions)
-    transform = HeadTransform.of(model.config)
+    transform = LogitTransform.of(model.config, role="teacher")
     chunk = _chunk_tokens(model)
     parts: list[Entries] = []
     for start in range(0, len(hidden), chunk):
@@ -287,10 +287,14 @@ def _hidden(model: Any, input_ids: Tensor) -> Tensor:
     return states
 
 
-def _logits(model: Any, hidden: Tensor, transform: HeadTransform) -> Tensor:
+def _logits(model: Any, hidden: Tensor, transform: LogitTransform) -> Tensor:
     """(tokens, V) float32: the product in the model's dtype, everything after it in float32."""
     logits: Tensor = model.get_output_embeddings()(hidden).float()
-    return transform(logits)
+    if transform.scale != 1.0:
+        logits.mul_(transform.scale)
+    if transform.softcap is not None:
+        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return logits
 
 
 def _chunk_tokens(model: Any) -> int:

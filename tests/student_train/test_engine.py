@@ -7,7 +7,7 @@ import pytest
 import torch
 from dense import Trace, relative, train_plainly
 from support.distributed import run_ranks
-from support.tiny_student import save_student, write_dump
+from support.tiny_student import write_dump_and_students
 
 from storage_schemas.reader import Dump
 
@@ -25,11 +25,7 @@ SPLITS = [(1, 8), (1, 1), (1, 3), (2, 4), (2, 1)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dump and two students."""
-    folder = tmp_path_factory.mktemp("engine")
-    write_dump(folder / "dump")
-    for tied in (False, True):
-        save_student(folder / f"tied-{tied}", tied=tied)
-    return folder
+    return write_dump_and_students(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")

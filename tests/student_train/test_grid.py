@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from dense import relative, train_plainly
 from support.distributed import run_ranks
-from support.tiny_student import save_student, write_dump
+from support.tiny_student import write_dump_and_students
 
 from storage_schemas.reader import Dump
 
@@ -29,11 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dump and two students."""
-    folder = tmp_path_factory.mktemp("grid")
-    write_dump(folder / "dump")
-    for tied in (False, True):
-        save_student(folder / f"tied-{tied}", tied=tied)
-    return folder
+    return write_dump_and_students(tmp_path_factory.mktemp("grid"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,51 +5,27 @@ Run as a script, it reads one JSON object per line (`start`, `wait`) and answers
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent.parent
+from support.forks import ForkServer, wait_for
 
 
-class Workers:
+class Workers(ForkServer):
     """The test's side: start workers, wait for them."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
-        )
+        super().__init__(__file__)
 
     def start(self, job: dict[str, Any], *, fault: str = "") -> int:
         """Fork a worker; its pid. `job` holds the sections of `run_dump`, `rank`, `world_size`, `delay`, `ready`."""
         return self._ask(do="start", job=job, fault=fault)
 
-    def wait(self, pid: int, *, timeout: float = 60.0) -> int | str:
-        """Exit code of a worker, the negative number of the signal that ended it, or `hang`."""
-        return self._ask(do="wait", pid=pid, timeout=timeout)
-
     def run(self, job: dict[str, Any], *, fault: str = "") -> int | str:
         """Start and wait."""
         return self.wait(self.start(job, fault=fault))
-
-    def close(self) -> None:
-        """End the process that forks."""
-        self._process.kill()
-        self._process.wait(10)
-
-    def _ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
 
 
 def main() -> None:
@@ -62,7 +38,7 @@ def main() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        answer = _start(request) if request["do"] == "start" else _wait(request["pid"], request["timeout"])
+        answer = _start(request) if request["do"] == "start" else wait_for(request["pid"], request["timeout"])
         print(json.dumps(answer), flush=True)
 
 
@@ -109,18 +85,6 @@ def _work(job: dict[str, Any]) -> int:
     if job.get("summary"):
         Path(job["summary"]).write_text(summary.model_dump_json())
     return 0
-
-
-def _wait(pid: int, timeout: float) -> int | str:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "hang"
 
 
 if __name__ == "__main__":

@@ -6,57 +6,26 @@ from prepared rows, under the fault that the request names, and ends with the ex
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent.parent
+from support.forks import ForkServer, wait_for
 
 
-class Zygote:
+class Zygote(ForkServer):
     """The test's side: start workers, wait for them."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
-        )
-
-    @property
-    def pid(self) -> int:
-        """Of the process that forks the workers."""
-        return self._process.pid
+        super().__init__(__file__)
 
     def start(self, url: Path, *, fault: str = "", log: str = "", order: list[int] | None = None) -> int:
         """Fork a worker; its pid."""
         return self._ask(do="start", url=str(url), fault=fault, log=log, order=order)
 
-    def wait(self, pid: int, *, timeout: float = 30.0) -> int | str:
-        """Exit code of a worker, the negative number of the signal that ended it, `stopped` or `hang`."""
-        return self._ask(do="wait", pid=pid, timeout=timeout)
-
     def run(self, url: Path, **options: Any) -> int | str:
         """Start and wait."""
         return self.wait(self.start(url, **options))
-
-    def close(self) -> None:
-        """End the zygote."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
-
-    def _ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
 
 
 def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
@@ -82,20 +51,6 @@ def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
     return Exit.DONE
 
 
-def _wait(pid: int, timeout: float) -> int | str:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
-        if found and os.WIFSTOPPED(status):
-            return "stopped"
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "hang"
-
-
 def _serve() -> None:
     from support.dumps import run_info, unit_rows
 
@@ -113,7 +68,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "wait":
-            answer: Any = _wait(request["pid"], request["timeout"])
+            answer: Any = wait_for(request["pid"], request["timeout"])
         else:
             answer = os.fork()
             if answer == 0:

@@ -1,11 +1,9 @@
-"""What a causal language model does between its LM head and its logits."""
+"""What a causal language model does between its LM head and its logits; teacher and student read it from one place."""
 
-from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Self
 
 from storage_schemas.errors import MismatchError
+from storage_schemas.section import Section
 
 _MULTIPLIED_BY = {
     "cohere": "logit_scale",
@@ -27,8 +25,7 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTransform:
+class LogitTransform(Section):
     """logits = softcap * tanh(scale * x / softcap), where x is what the LM head returns."""
 
     scale: float
@@ -37,12 +34,16 @@ class HeadTransform:
     """Gemma 2's `final_logit_softcapping`."""
 
     @classmethod
-    def of(cls, config: Any) -> "HeadTransform":
+    def of(cls, config: Any, *, role: str) -> Self:
         """From a transformers model config.
+
+        Args:
+            config: of the model.
+            role: `teacher` or `student`, for the message.
 
         Raises:
             MismatchError: the model scales its logits in a way that is not known here. The same attribute multiplies
-                in one architecture and divides in another, so guessing could store wrong targets.
+                in one architecture and divides in another, so that guessing could give wrong logits.
         """
         config = config.get_text_config()
         softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
@@ -56,14 +57,6 @@ class HeadTransform:
                 f"models of type `{kind}` scale their logits in a way that is not known here",
                 got=", ".join(f"{name} = {getattr(config, name)}" for name in found),
                 expected=f"one of {sorted([*_MULTIPLIED_BY, *_DIVIDED_BY])}, or a model that does not scale its logits",
-                fix="choose another teacher",
+                fix=f"choose another {role}",
             )
         return cls(scale=scale, softcap=softcap)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits from float32 head outputs, in place."""
-        if self.scale != 1.0:
-            x.mul_(self.scale)
-        if self.softcap is not None:
-            x.div_(self.softcap).tanh_().mul_(self.softcap)
-        return x
