@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,8 +248,38 @@ class Wandb:
         self._run.finish()
 
 
+class Tracker:
+    """A sink that training does not depend on: once it fails, it is told so once and left alone."""
+
+    def __init__(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        with self._forgiven():
+            self._sink = open_sink()
+
+    def write(self, event: Event) -> None:
+        """Pass it on, unless it has failed before."""
+        with self._forgiven():
+            if self._sink is not None:
+                self._sink.write(event)
+
+    def close(self) -> None:
+        """Close it, unless it has failed before."""
+        with self._forgiven():
+            if self._sink is not None:
+                self._sink.close()
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._sink = None
+            log.warning("%s has failed and is told nothing more; %s goes on: %r", self._name, EVENTS, error)
+
+
 class Reporter:
-    """All sinks of a run. events.jsonl comes first: a tracker that fails must not cost a line of it."""
+    """All sinks of a run, events.jsonl first."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
@@ -281,9 +312,9 @@ def open_reporter(
     sinks: list[Sink] = [EventLog(output / EVENTS, after=start)]
     sinks.append(Bar(console, start=start, stop=stop) if console.is_terminal else Lines(console, stop=stop))
     if "tensorboard" in report_to:
-        sinks.append(TensorBoard(output))
+        sinks.append(Tracker("tensorboard", lambda: TensorBoard(output)))
     if "wandb" in report_to:
-        sinks.append(Wandb(output, config, name))
+        sinks.append(Tracker("wandb", lambda: Wandb(output, config, name)))
     return Reporter(sinks)
 
 

@@ -18,6 +18,7 @@ from student_train.metrics import (
     Lines,
     Meter,
     Reporter,
+    Tracker,
     open_reporter,
     read_events,
     refuse_missing_trackers,
@@ -132,21 +133,38 @@ def test_reporter_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [e.step for e in read_events(tmp_path / EVENTS)] == [1]
 
 
-def test_a_failing_tracker_costs_no_line(tmp_path: Path) -> None:
-    """events.jsonl comes first."""
+@pytest.mark.parametrize("fails_at", ["open", "write", "close"])
+def test_a_failing_tracker_is_told_once_and_costs_nothing(
+    tmp_path: Path, fails_at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whenever it fails: every line of events.jsonl is there, and it is not asked again."""
+    asked: list[str] = []
 
     class Broken:
+        def __init__(self) -> None:
+            self._ask("open")
+
         def write(self, event: Event) -> None:
-            raise OSError("the tracker is away")
+            self._ask("write")
 
         def close(self) -> None:
-            """Nothing."""
+            self._ask("close")
 
-    reporter = Reporter([EventLog(tmp_path / EVENTS, after=0), Broken()])
-    with pytest.raises(OSError, match="tracker is away"):
-        reporter.write(event(1))
+        def _ask(self, what: str) -> None:
+            asked.append(what)
+            if what == fails_at:
+                raise OSError("the tracker is away")
+
+    reporter = Reporter([Tracker("broken", Broken), EventLog(tmp_path / EVENTS, after=0)])
+    reporter.write(event(1))
+    reporter.write(event(2))
     reporter.close()
-    assert [e.step for e in read_events(tmp_path / EVENTS)] == [1]
+    assert [e.step for e in read_events(tmp_path / EVENTS)] == [1, 2]
+    assert [record.message for record in caplog.records if "the tracker is away" in record.message] == [
+        f"broken has failed and is told nothing more; {EVENTS} goes on: OSError('the tracker is away')"
+    ]
+    assert asked.count(fails_at) == 1
+    assert asked[-1] == fails_at
 
 
 def test_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
