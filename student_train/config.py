@@ -1,13 +1,45 @@
 """The sections of the configuration that only stage two reads."""
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from storage_schemas.section import Section
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
+
+
+DEEPSPEED_PRESETS: dict[str, dict[str, Any]] = {
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    "zero3": {"zero_optimization": {"stage": 3}},
+    "zero3_offload": {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "offload_param": {"device": "cpu", "pin_memory": True},
+        }
+    },
+}
+"""Values of `train.deepspeed` that need no file; everything else in them is this project's default."""
+
+
+def _deepspeed_settings(given: object) -> object:
+    """A preset's or a file's content in place of its name, so that a resolved configuration needs no other file."""
+    if not isinstance(given, str | Path):
+        return given
+    if str(given) in DEEPSPEED_PRESETS:
+        return DEEPSPEED_PRESETS[str(given)]
+    try:
+        content = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        presets = ", ".join(DEEPSPEED_PRESETS)
+        raise ValueError(f"{given} is none of {presets}, and cannot be read as a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{given} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 class LoraSection(Section):
@@ -108,8 +140,9 @@ class TrainSection(Section):
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers beside events.jsonl."""
-    deepspeed: dict[str, Any] = {}
-    """Merged over the preset; what contradicts this section is an error that names both."""
+    deepspeed: Annotated[dict[str, Any], BeforeValidator(_deepspeed_settings)] = {}
+    """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
+    `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
     cache_dir: Path | None = None
     """Where shards are kept on this node. Null: `cache/` in the run directory."""
     data_wait_seconds: float = Field(600.0, gt=0.0)

@@ -87,3 +87,17 @@ def test_every_adapter(precision: str, folder: Path) -> None:
     for name, values in losses.items():
         tolerance = 1e-5 if precision == "fp32" else 2e-2
         assert values[:6] == pytest.approx(values[6:], abs=tolerance), name
+
+
+def test_an_offloaded_run_resumes_bit_for_bit(folder: Path) -> None:
+    """Masters and moments that live on the host are exported and set like those on the device."""
+    base = {
+        "dump": str(folder / "dump"), "model": str(folder / "tied-True"), "lora": {},
+        "train": {"zero_stage": 3, "precision": "bf16", "deepspeed": "zero3_offload"},
+    }  # fmt: skip
+    output = str(folder / "offloaded")
+    jobs = [base | {"output": f"{output} whole"}, base | {"output": output, "stop_after": 2}, base | {"output": output}]
+    whole, half, rest = run_ranks("support.train_jobs:run_trainings", 2, jobs=jobs, timeout=600)[0]
+    assert (whole["code"], half["code"], rest["code"]) == (0, 75, 0)
+    assert rest["state"].keys() == whole["state"].keys()
+    assert all(rest["state"][key].equal(value) for key, value in whole["state"].items())

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from storage_schemas.errors import MismatchError
-from student_train.config import TrainSection
+from student_train.config import DEEPSPEED_PRESETS, TrainSection
 from student_train.zero import REFUSED, deepspeed_config
 
 
@@ -103,3 +104,40 @@ def test_every_refusal_has_a_reason() -> None:
             deepspeed_config(section(deepspeed={key: {"enabled": True}}))
         assert reason in str(error.value)
         assert key not in deepspeed_config(section(deepspeed={key: {"enabled": False}}))
+
+
+def test_presets_by_name_agree_with_the_stage() -> None:
+    """Each is taken at its own stage and contradicts every other, and `train.zero_stage` is named."""
+    for name, content in DEEPSPEED_PRESETS.items():
+        own = content["zero_optimization"]["stage"]
+        for stage in (1, 2, 3):
+            train = section(zero_stage=stage, deepspeed=name)
+            assert train.deepspeed == content
+            if stage == own:
+                found = deepspeed_config(train)["zero_optimization"]
+                assert found["stage"] == own
+                assert ("offload_param" in found) == (name == "zero3_offload")
+            else:
+                with pytest.raises(MismatchError, match=r"zero_optimization\.stage contradicts train\.zero_stage"):
+                    deepspeed_config(train)
+
+
+def test_a_path_is_read_once_and_becomes_its_content(tmp_path: Path) -> None:
+    """What is handed to the workers needs no other file."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"reduce_bucket_size": 7}}')
+    train = section(deepspeed=str(file))
+    file.unlink()
+    again = TrainSection.model_validate_json(train.model_dump_json())
+    assert again.deepspeed == {"zero_optimization": {"reduce_bucket_size": 7}}
+    assert deepspeed_config(again)["zero_optimization"]["reduce_bucket_size"] == 7
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "none of zero1"), ("{", "JSON file"), ("[1]", "not a JSON object")])
+def test_a_path_that_cannot_be_used_is_told(tmp_path: Path, text: str | None, says: str) -> None:
+    """Missing, torn, or another shape."""
+    file = tmp_path / "ds.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValidationError, match=says):
+        section(deepspeed=str(file))
