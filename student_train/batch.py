@@ -54,9 +54,10 @@ class SparseTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """One micro-batch: the samples that have supervised tokens, right-padded.
+    """One micro-batch: the samples that have supervised tokens, right-padded, or packed one after the other in one row.
 
-    Right padding needs no attention mask: under causal attention no token sees what follows it.
+    Right padding needs no attention mask: under causal attention no token sees what follows it. Packed samples are kept
+    apart by their position ids, which start at 0 with each.
     """
 
     input_ids: Int64[Tensor, "batch seq"]
@@ -94,6 +95,7 @@ def collate(
     pad_id: int,
     entries: bool = True,
     vocab_size: int | None = None,
+    packed: bool = False,
 ) -> TrainBatch:
     """Rows of the dump as one micro-batch.
 
@@ -105,6 +107,7 @@ def collate(
         pad_id: any valid token id.
         entries: False leaves the entries undecoded (K = 0), for training on CE alone.
         vocab_size: every id must lie below it, if given: the columns of the student's head that are in use.
+        packed: put the samples one after the other in one row, without padding.
 
     Raises:
         DataError: a row's targets do not match its mask, or an id is out of range.
@@ -113,7 +116,11 @@ def collate(
     used = [row for row in rows if row.targets is not None and len(row.targets)]
     lengths = [len(row.input_ids) for row in used]
     batch, seq = max(1, len(used)), max(lengths, default=1)
-    input_ids = np.full((batch, seq), pad_id, np.int64)
+    if packed:
+        batch, seq = 1, max(1, sum(lengths))
+    # Flat index of each sample's first token.
+    starts = np.cumsum([0, *lengths]) if packed else np.arange(len(used)) * seq
+    input_ids, position_ids = np.full(batch * seq, pad_id, np.int64), np.tile(np.arange(seq), batch)
     positions, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for i, row in enumerate(used):
         assert row.targets is not None
@@ -125,9 +132,10 @@ def collate(
                 expected=f"one mask entry per token, one target for each of {len(supervised.tokens)} supervised tokens",
                 fix="the dump was not written by this version; run `llm-neo verify`, then dump this unit again",
             )
-        input_ids[i, : lengths[i]] = row.input_ids
-        positions.append(i * seq + supervised.logits)
-        labels.append(input_ids[i, supervised.tokens])
+        place = slice(starts[i], starts[i] + lengths[i])
+        input_ids[place], position_ids[place] = row.input_ids, np.arange(lengths[i])
+        positions.append(starts[i] + supervised.logits)
+        labels.append(input_ids[place][supervised.tokens])
     targets = _sparse_targets(
         [row.targets for row in used if row.targets is not None and entries], np.concatenate(labels),
         temperature_index=temperature_index, temperature=temperature,
@@ -135,8 +143,8 @@ def collate(
     if vocab_size is not None:
         _refuse_out_of_range(input_ids, targets, vocab_size)
     return TrainBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.arange(seq).repeat(batch, 1),
+        input_ids=torch.from_numpy(input_ids).view(batch, seq),
+        position_ids=torch.from_numpy(position_ids).view(batch, seq),
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=targets,
         sample_indices=tuple(row.sample_index for row in rows),

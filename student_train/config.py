@@ -99,6 +99,10 @@ class TrainSection(Section):
     """Samples per optimizer step, over all ranks. World size and micro-batch size change neither loss nor gradient."""
     micro_batch_size: int = Field(4, ge=1)
     """Samples per forward pass and rank, at most."""
+    packing: bool = False
+    """Put the samples of a micro-batch one after the other in one row, without attention across them, instead of
+    padding them. Micro-batches are sorted by length, so there is little padding to save, and the attention of one long
+    row costs more: worth it only where micro-batches hold samples of very different lengths."""
     learning_rate: float = Field(2e-4, gt=0.0)
     """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA arms."""
     epochs: int = Field(1, ge=1)

@@ -92,10 +92,13 @@ class Distilled(nn.Module):
         return self.head(batch.select(hidden), batch)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def logits(self, input_ids: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        """Full logits of a few tokens, for comparisons."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.head(self._hidden(input_ids, positions), None)[0]  # type: ignore[no-any-return]
+    def logits(
+        self, input_ids: Int64[Tensor, "batch seq"], position_ids: Int64[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Full logits of a few tokens, for comparisons; `position_ids` count from 0 in each row unless given."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.head(self._hidden(input_ids, position_ids), None)[0]  # type: ignore[no-any-return]
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters, by their name in the student."""
@@ -155,6 +158,8 @@ def load_student(
         base.enable_input_require_grads()
     module = Distilled(model, loss=loss_spec(loss, train), head=head)
     refuse_unknown_head(module)
+    if train.packing:
+        refuse_mixed_samples(module)
     return Student(module=module, digest=digest, initial=start)
 
 
@@ -224,6 +229,27 @@ def refuse_unknown_head(module: Distilled) -> None:
             got=f"logits off by {float(difference):.2g} of the largest",
             expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
             fix="choose another student",
+        )
+
+
+@torch.no_grad()
+def refuse_mixed_samples(module: Distilled) -> None:
+    """Raise MismatchError if this model lets packed samples see each other."""
+    rows = causal_of(module.student).get_output_embeddings().weight.shape[0]
+    first, second = torch.arange(5)[None] % rows, torch.arange(11, 18)[None] % rows
+    position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    training = module.training
+    module.eval()
+    packed = module.logits(torch.cat([first, second], 1), position_ids)
+    apart = torch.cat([module.logits(first), module.logits(second)], 1)
+    module.train(training)
+    difference = (packed - apart).abs().max() / apart.abs().max().clamp(min=1e-6)
+    if not difference < 0.02:
+        raise MismatchError(
+            f"{type(causal_of(module.student)).__name__} does not keep packed samples apart",
+            got=f"logits off by {float(difference):.2g} of the largest",
+            expected="attention that starts anew where position_ids do",
+            fix="set train.packing to false, or choose another attention implementation",
         )
 
 

@@ -332,6 +332,7 @@ class _Loop:
                 pad_id=0,
                 entries=distils,
                 vocab_size=spec.valid_vocab,
+                packed=run.train.packing,
             )
             return batch.pin_memory() if world.device.type == "cuda" else batch
 

@@ -61,6 +61,8 @@ def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
         ]
         for ranks in (1, 2)
     }
+    packed = {"arm": "kd", "micro_batch_size": 3, "global_batch_size": 8, "max_grad_norm": 0.0, "packing": True}
+    splits[1].append({"model": str(folder / "tied-True"), "train": packed})
     function, dump = "support.engine_jobs:run_cases", str(folder / "dump")
     return {
         1: run_ranks(function, 1, dump=dump, cases=splits[1])[0],
@@ -107,7 +109,7 @@ def test_offloading_to_the_host_changes_nothing(results: dict[int, list[dict[str
 
 
 def test_split_of_the_batch_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
-    """One batch of 8 = eight of 1 = a ragged split = two ranks, for loss and gradients."""
+    """One batch of 8 = eight of 1 = a ragged split = packed rows = two ranks, for loss and gradients."""
     found = [*results[1], *results[2][:2]]
     whole = found[0]
     for other in found[1:]:

@@ -45,6 +45,7 @@ def batches_of_step(
         temperature=temperature,
         pad_id=0,
         entries=train.distils,
+        packed=train.packing,
     )
     return [make(share) for share in shares], tokens
 
