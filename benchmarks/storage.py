@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--corpus", default=str(here / "data/gsm8k_150.jsonl"))
     parser.add_argument("--samples", type=int, default=150)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     if arguments.child:
-        print(peak_over_raw(arguments.child))
+        print(peak_over_raw(*map(Path, arguments.child)))
         return
     exact = {name: exact_unit(arguments, name, estimator) for name, estimator in ESTIMATORS.items()}
     full = exact["topk"]
@@ -234,36 +234,28 @@ def speed(unit: UnitRows) -> Iterator[Row]:
     yield Row("rounding and fidelity gate, k=64, T=1 and T=2: supervised tokens/s on one core", n / (middle - start))
     yield Row("encode, k=64: supervised tokens/s on one core", n / (end - middle))
     with tempfile.TemporaryDirectory() as folder:
-        for name, times in (("small", 1), ("unit", 8)):
-            data, record, run = committed(repeated(stored, times), step=rounded.step)
-            facts = {"run": run.model_dump(mode="json"), "record": record.model_dump(mode="json")}
-            (Path(folder) / name).write_bytes(data)
-            (Path(folder) / f"{name}.json").write_text(json.dumps(facts))
+        paths = [Path(folder) / "unit.parquet", Path(folder) / "unit.json"]
+        data, record, run = committed(repeated(stored, 8), step=rounded.step)
+        paths[0].write_bytes(data)
+        paths[1].write_text(json.dumps({"run": run.model_dump(mode="json"), "record": record.model_dump(mode="json")}))
         seconds = best_of(3, lambda: parse_unit(proven(data, record, name="unit"), record, run, name="unit"))
         yield Row("decode, k=64: supervised tokens/s on one core", record.supervised_tokens / seconds)
-        ratios = [float(subprocess.check_output([sys.executable, __file__, "--child", folder])) for _ in range(3)]
+        ratios = [
+            float(subprocess.check_output([sys.executable, __file__, "--child", *map(str, paths)])) for _ in range(3)
+        ]
     yield Row("decode, k=64: peak memory / raw arrays", max(ratios))
 
 
-def peak_over_raw(folder: Path) -> float:
-    """Peak resident memory while a unit is read from bytes, over the bytes of the arrays that come out.
-
-    Of a process that has read a smaller unit before: what its libraries need to work at all does not count.
-    """
-    read_unit(folder / "small")
-    Path("/proc/self/clear_refs").write_text("5")  # Forget the peak so far.
+def peak_over_raw(data_path: Path, facts_path: Path) -> float:
+    """Peak resident memory while one unit is read from bytes, over the bytes of the arrays that come out."""
+    facts = json.loads(facts_path.read_text())
+    run, record = RunInfo.model_validate(facts["run"]), CommitRecord.model_validate(facts["record"])
     before = resident("VmRSS")
-    unit = read_unit(folder / "unit")
+    data = data_path.read_bytes()
+    unit = parse_unit(proven(data, record, name="unit"), record, run, name="unit")
     targets = unit.targets
     arrays = [unit.input_ids, unit.loss_mask, *(getattr(targets, name) for name in targets.__slots__)]
     return (resident("VmHWM") - before) / sum(array.nbytes for array in arrays if array is not None)
-
-
-def read_unit(path: Path) -> UnitRows:
-    """A unit from its file, with every check that stage two makes."""
-    facts = json.loads(path.with_suffix(".json").read_text())
-    run, record = RunInfo.model_validate(facts["run"]), CommitRecord.model_validate(facts["record"])
-    return parse_unit(proven(path.read_bytes(), record, name="unit"), record, run, name="unit")
 
 
 def resident(which: str) -> int:

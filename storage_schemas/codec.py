@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.rows import SCHEMA, UnitRows, joined, rows_to_unit, table_to_unit, unit_to_table
+from storage_schemas.rows import SCHEMA, UnitRows, table_to_unit, unit_to_table
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -27,8 +27,6 @@ FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
 _CELLS = 2**19
 """Padded entries that are decoded at a time: tens of MB, for short heads and for whole vocabularies alike."""
-_BATCH_VALUES = 2**18
-"""Values of the largest column that are read at a time, about. With fewer the peak of memory is the same."""
 _LEAF = "{}.list.element.list.element"
 
 
@@ -160,15 +158,10 @@ def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsume
     """
     if not file.schema_arrow.remove_metadata().equals(SCHEMA):
         raise ValueError(f"the columns are {file.schema_arrow.remove_metadata()}")
-    # pyarrow keeps levels and growing buffers for all that it reads at once, several times the values: a little, then.
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    values = max(group.column(i).num_values for group in groups for i in range(group.num_columns)) if groups else 0
-    rows = max(1, _BATCH_VALUES * file.metadata.num_rows // max(1, values * len(groups)))
-    parts = [
-        table_to_unit(pa.Table.from_batches([batch]), temperatures=temperatures, draws=draws, logsumexp=logsumexp)
-        for batch in file.iter_batches(batch_size=rows, use_threads=False)
-    ]
-    return joined(parts or [rows_to_unit([], temperatures=temperatures, draws=draws, logsumexp=logsumexp)])
+    # Column by column: the chunks of one are freed before the next is read.
+    columns = [file.read([name], use_threads=False).column(0).combine_chunks() for name in SCHEMA.names]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    return table_to_unit(table, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
 
 
 def _row_groups(unit: UnitRows) -> list[tuple[int, int]]:

@@ -246,27 +246,6 @@ def table_to_unit(table: pa.Table, *, temperatures: int, draws: bool, logsumexp:
     )
 
 
-def joined(parts: Sequence[UnitRows]) -> UnitRows:
-    """The rows of at least one part, in order."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def offsets(each: Sequence[I64]) -> I64:
-        starts = np.cumsum([0, *(one[-1] for one in each)])
-        return np.concatenate([[0], *(one[1:] + start for one, start in zip(each, starts, strict=False))])
-
-    return UnitRows(
-        sample_index=np.concatenate([part.sample_index for part in parts]),
-        sample_id=[sample_id for part in parts for sample_id in part.sample_id],
-        status=[status for part in parts for status in part.status],
-        token_offsets=offsets([part.token_offsets for part in parts]),
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        loss_mask=np.concatenate([part.loss_mask for part in parts]),
-        target_offsets=offsets([part.target_offsets for part in parts]),
-        targets=concatenate([part.targets for part in parts]),
-    )
-
-
 def _is_text(text: str) -> bool:
     try:
         text.encode()

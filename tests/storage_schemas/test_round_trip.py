@@ -1,7 +1,6 @@
 """Rows to Parquet bytes and back: everything comes back, for every estimator, vocabulary and shape."""
 
 from dataclasses import fields
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -69,15 +68,14 @@ def units(draw: st.DrawFn) -> tuple[UnitRows, dict[str, object]]:
     return rows_to_unit(rows, **shape), shape
 
 
-@given(units(), st.sampled_from([1, 40, codec._BATCH_VALUES]))
-@settings(max_examples=180, deadline=None)
-def test_everything_comes_back(made: tuple[UnitRows, dict[str, object]], at_a_time: int) -> None:
+@given(units())
+@settings(max_examples=120, deadline=None)
+def test_everything_comes_back(made: tuple[UnitRows, dict[str, object]]) -> None:
     unit, shape = made
     data = codec.encode(unit, {"key": "value"})
     file = codec.open_parquet(data)
     assert file.metadata.metadata[b"key"] == b"value"
-    with mock.patch.object(codec, "_BATCH_VALUES", at_a_time):
-        assert_equal(codec.decode_file(file, **shape), unit)
+    assert_equal(codec.decode_file(file, **shape), unit)
 
 
 def assert_equal(got: UnitRows, expected: UnitRows) -> None:
@@ -116,7 +114,6 @@ def large_unit(rows: int, k: int) -> UnitRows:
 def test_row_groups_are_small_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = large_unit(rows=200, k=16)
     monkeypatch.setattr(codec, "ROW_GROUP_BYTES", 50_000)
-    monkeypatch.setattr(codec, "_BATCH_VALUES", 1000)  # Less than a row group has, and no divisor of it.
     file = codec.open_parquet(codec.encode(unit, {}))
     assert file.metadata.num_row_groups > 5
     for group in range(file.metadata.num_row_groups):
