@@ -1,12 +1,8 @@
 """Stage two's end of the dump: read it, and trust nothing that is not proven."""
 
-import fcntl
 import hashlib
-import os
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import codec
+from storage_schemas.cache import ShardCache
 from storage_schemas.commit import (
     RUN,
     SEAL,
@@ -25,7 +22,7 @@ from storage_schemas.commit import (
     record_key,
     unit_of_record,
 )
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
 from storage_schemas.run_info import RunInfo
 from storage_schemas.store import Store
@@ -37,14 +34,21 @@ _UNREADABLE = (OSError, ValueError, TypeError, LookupError, MemoryError, NotImpl
 class Dump:
     """A dump, sealed or still being written."""
 
-    def __init__(self, store: Store, run: RunInfo, *, cache_dir: Path | None) -> None:
-        self.store, self.run, self.cache_dir = store, run, cache_dir
+    def __init__(self, store: Store, run: RunInfo, *, cache: ShardCache | None) -> None:
+        self.store, self.run, self._cache = store, run, cache
         self._records: dict[int, CommitRecord] = {}
         self._seal: Seal | None = None
         self._manifest: Manifest | None = None
 
     @classmethod
-    def open(cls, url: str, *, options: Mapping[str, str] | None = None, cache_dir: Path | None = None) -> "Dump":
+    def open(
+        cls,
+        url: str,
+        *,
+        options: Mapping[str, str] | None = None,
+        cache_dir: Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> "Dump":
         """Open the dump at `url`.
 
         Args:
@@ -52,6 +56,8 @@ class Dump:
             options: settings of the object store.
             cache_dir: keep fetched shards here, named by their content, shared by all processes of the node. A dump
                 on local files is read in place.
+            cache_bytes: what this cache may hold; the shards that were not used for longest are deleted above it.
+                None: no limit.
 
         Raises:
             DataError: there is no dump.
@@ -66,7 +72,8 @@ class Dump:
                 expected="a dump made by `llm-neo dump`",
                 fix="check dump.url, or start stage one first",
             )
-        return cls(store, RunInfo.from_json(data, url=url), cache_dir=cache_dir)
+        cache = None if cache_dir is None else ShardCache(cache_dir, limit=cache_bytes)
+        return cls(store, RunInfo.from_json(data, url=url), cache=cache)
 
     @property
     def fingerprint(self) -> str:
@@ -164,39 +171,19 @@ class Dump:
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file, through the node's cache for object stores."""
-        if self.cache_dir is None or self.store.root is not None:
+        if self._cache is None or self.store.root is not None:
             return self._download(record)
-        cached = self.cache_dir / f"{record.sha256}.parquet"
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(self.cache_dir / f".{record.sha256}.lock"):
-                if cached.is_file() and _is_proven(data := cached.read_bytes(), record):
-                    return data
-                data = self._download(record)
-                staged = self.cache_dir / f".staged-{uuid.uuid4().hex}"
-                staged.write_bytes(data)
-                os.replace(staged, cached)
-                return data
-        except OSError as error:
-            raise TemporaryError(
-                f"the shard cache {self.cache_dir} cannot be used",
-                got=f"{type(error).__name__}: {error}",
-                fix="free space there or move the cache, then run the same command again",
-            ) from error
+        return self._cache.get(
+            record.sha256,
+            is_proven=lambda data: _is_proven(data, record),
+            fetch=lambda: self._download(record),
+        )
 
     def _download(self, record: CommitRecord) -> bytes:
         data = self.store.get(record.file)
         if self.store.root is None and not _is_proven(data, record):
             data = self.store.get(record.file)  # It may have been damaged on its way: once more.
         return proven(data, record, name=f"{self.store.url}/{record.file}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between the processes of this node; the kernel frees it when its holder dies."""
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _is_proven(data: bytes, record: CommitRecord) -> bool:

@@ -149,6 +149,9 @@ class TrainSection(Section):
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
     cache_dir: Path | None = None
     """Where shards are kept on this node. Null: `cache/` in the run directory."""
+    cache_bytes: int | None = Field(64 * 2**30, ge=1)
+    """What that folder may hold; above it, the shards that were not used for longest go. Give it room for a block of
+    units, better for the dump: then each shard is fetched once per node. Null: no limit."""
     data_wait_seconds: float = Field(600.0, gt=0.0)
     """How long to wait for the next window of a dump that is still being written before exit 75."""
 

@@ -84,7 +84,7 @@ def open_run(section: DumpSection, student: StudentSection, loss: LossSection, t
     """Open the dump and refuse what it cannot serve."""
     refuse_missing_trackers(train.report_to)
     cache = train.cache_dir or train.output / "cache"
-    dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache)
+    dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
     if train.distils:
         dump.run.temperature_index(loss.temperature)
         refuse_unsupported(loss.divergence, loss.temperature, dump.run.estimator.kind != "topk")
