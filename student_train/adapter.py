@@ -69,7 +69,7 @@ INITS = (True, False, "gaussian", "orthogonal")
 class MixedLinear(nn.Linear):
     """MoSLoRA's x -> M A x, in the place of A: dW = s B M A (Wu et al., arXiv 2406.11909).
 
-    M begins Kaiming-uniform, as in the authors' code: every entry of A reaches every column of B from the first step on,
+    M begins Kaiming-uniform, as in the authors' code: each row of A reaches each column of B from the first step on,
     where M = I would begin as plain LoRA, and with M = 0 beside B = 0 nothing would ever learn. A linear layer whose
     weight is A is all that peft asks of `lora_A`, and ZeRO-3 gathers A and M in the hooks of their own modules.
     """
@@ -207,7 +207,9 @@ def _mix(model: PeftModel, lora: LoraSection) -> None:
     for name, layer in _lora_layers(model):
         if not isinstance(layer, Linear) or layer.lora_variant:
             found = " with ".join([type(layer).__name__, *(type(v).__name__ for v in layer.lora_variant.values())])
-            raise _not_mixable(lora, f"{name} is {found}", "plain linear layers: what others do with A misses the mixer")
+            raise _not_mixable(
+                lora, f"{name} is {found}", "plain linear layers: what others do with A misses the mixer"
+            )
         if layer.lora_B[ADAPTER].weight.any():
             raise _not_mixable(
                 lora, f"B of {name} does not begin at zero", "B at zero, so that a random mixer changes nothing"

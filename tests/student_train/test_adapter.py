@@ -79,6 +79,7 @@ def check_trained(folder: Path, name: str, result: dict[str, Any]) -> None:
     config = json.loads((folder / name / "final" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] in (True, "gaussian")
     assert config["inference_mode"] is True
+    assert "on `all-linear`" in (folder / name / "final" / "README.md").read_text()
     with safe_open(folder / name / "final" / "adapter_model.safetensors", "pt") as saved:
         assert not [key for key in saved.keys() if "mixer" in key]  # noqa: SIM118
 
