@@ -169,9 +169,10 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.export import merge as merge_adapter
+    from student_train.serving import AdapterFacts, serving_commands
 
-    merge_adapter(adapter, out, dtype=dtype)
-    typer.echo(f"{out} is a plain model. Serve it with: vllm serve {out}")
+    saved_as = merge_adapter(adapter, out, dtype=dtype)
+    typer.echo(f"{out} is a plain model in {saved_as}.\n{serving_commands(AdapterFacts.of(adapter), out, saved_as)}")
 
 
 @app.command()

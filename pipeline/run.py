@@ -27,6 +27,8 @@ from pipeline.report import QUALITY, report
 from storage_schemas.errors import DataError, Exit, NeoError
 from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
+from student_train.card import CARD, Evaluation, model_card
+from student_train.metrics import EVENTS, read_events
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,12 @@ def run_pipeline(
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
     after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url), trained_inputs)
+    events = read_events(train.output / EVENTS)
+    evaluated = Evaluation(url=heldout.url, before=before, after=after)
+    trained_on = Dump.open(config.dump.url, options=config.dump.storage_options)
+    card = model_card(trained_on, student, config.loss, train, events, folder=final, evaluation=evaluated)
+    if not (final / CARD).is_file() or (final / CARD).read_text(encoding="utf-8") != card:
+        write_whole(final / CARD, card)
     if train.lora:
         steps.do("merge", lambda: _merge(final, merged), trained_inputs, redo=not (merged / "config.json").is_file())
 
@@ -169,9 +177,12 @@ def _dump_inputs(config: Config) -> dict[str, Any]:
 
 
 def _state(path: str) -> Any:
-    """Sizes and times of a file, or of the files of a directory; null for what is not here, such as a hub id."""
+    """Sizes and times of a file, or of the files of a directory; null for what is not here, such as a hub id.
+
+    A card decides nothing: it is written again once there is an evaluation to tell of.
+    """
     here = Path(path)
-    files = sorted(file for file in here.iterdir() if file.is_file()) if here.is_dir() else [here]
+    files = sorted(file for file in here.iterdir() if file.is_file() and file.name != CARD) if here.is_dir() else [here]
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()] or None
 
 

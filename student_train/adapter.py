@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from storage_schemas.errors import MismatchError
@@ -21,8 +21,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "pissa": {},
+    "moslora": {},
 }
-"""What a variant sets in peft's LoraConfig. PiSSA is a start of our own: peft's is not exact on a base in bf16."""
+"""What a variant sets in peft's LoraConfig. PiSSA is a start of our own: peft's is not exact on a base in bf16. MoSLoRA
+is not in peft at all."""
+MIXER = ".mixer.weight"
+"""How the names of MoSLoRA's mixers end; the rest is the name of their A, without `.weight`."""
 
 OWNED = {
     "r": "student.lora.r",
@@ -62,6 +66,26 @@ INITS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the base model as it is."""
 
 
+class MixedLinear(nn.Linear):
+    """MoSLoRA's x -> M A x, in the place of A: dW = s B M A (Wu et al., arXiv 2406.11909).
+
+    M begins Kaiming-uniform, as in the authors' code: each row of A reaches each column of B from the first step on,
+    where M = I would begin as plain LoRA, and with M = 0 beside B = 0 nothing would ever learn. A linear layer whose
+    weight is A is all that peft asks of `lora_A`, and ZeRO-3 gathers A and M in the hooks of their own modules.
+    """
+
+    def __init__(self, a: nn.Linear) -> None:
+        """Around the A that peft has made; the mixer's weights are the next that torch draws."""
+        super().__init__(a.in_features, a.out_features, bias=False, device="meta")
+        self.weight = a.weight
+        # PyTorch's own start of a linear layer is the Kaiming-uniform one, with a = sqrt(5).
+        self.mixer = nn.Linear(a.out_features, a.out_features, bias=False, device=a.weight.device, dtype=a.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., r)."""
+        return self.mixer(super().forward(x))  # type: ignore[no-any-return]
+
+
 def lora_config(lora: LoraSection) -> LoraConfig:
     """peft's configuration of the adapter.
 
@@ -69,10 +93,10 @@ def lora_config(lora: LoraSection) -> LoraConfig:
         MismatchError: `extra` holds something that peft does not know, or that cannot be supported.
     """
     _check_extra(lora.extra)
-    alpha = 2 * lora.r if lora.alpha is None else lora.alpha
+    alpha = lora.scaled_by
     arguments = {
         "r": lora.r,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": lora.dropout,
         "target_modules": lora.target_modules,
         "task_type": TaskType.CAUSAL_LM,
@@ -94,7 +118,7 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
             a decomposition would come out on this machine.
 
     Raises:
-        MismatchError: no such target modules, or the head is among them.
+        MismatchError: no such target modules, the head is among them, or `extra` does not go with the variant.
     """
     config = lora_config(lora)
     torch.manual_seed(seed)
@@ -105,6 +129,8 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
     _refuse_head(model)
     if lora.variant == "pissa":
         _subtract(model, _principal_factors(model) if initial is None else initial)
+    if lora.variant == "moslora":
+        _mix(model, lora)
     return model
 
 
@@ -121,7 +147,8 @@ def plain_adapter(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Configuration and weights of the adapter as peft stores them, for the unchanged base model.
 
-    PiSSA trains B A on W - s B0 A0. On W this is the update s (B A - B0 A0), a plain LoRA of twice the rank.
+    PiSSA trains B A on W - s B0 A0. On W this is the update s (B A - B0 A0), a plain LoRA of twice the rank. MoSLoRA
+    trains B M A, a plain LoRA with M A in the place of A.
 
     Args:
         model: the trained model; only its structure is used.
@@ -130,6 +157,9 @@ def plain_adapter(
     """
     config = dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True)
     weights = dict(weights)
+    for mixer in [name for name in weights if name.endswith(MIXER)]:
+        a = f"{mixer.removesuffix(MIXER)}.weight"
+        weights[a] = weights.pop(mixer) @ weights[a]
     if initial:
         for name, start in initial.items():
             rows = ".lora_A." in name
@@ -170,6 +200,30 @@ def _subtract(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
         weight = layer.get_base_layer().weight
         update = layer.scaling[ADAPTER] * (b @ a)
         weight.copy_((weight.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype))
+
+
+def _mix(model: PeftModel, lora: LoraSection) -> None:
+    """Put a mixer behind each A."""
+    for name, layer in _lora_layers(model):
+        if not isinstance(layer, Linear) or layer.lora_variant:
+            found = " with ".join([type(layer).__name__, *(type(v).__name__ for v in layer.lora_variant.values())])
+            raise _not_mixable(
+                lora, f"{name} is {found}", "plain linear layers: what others do with A misses the mixer"
+            )
+        if layer.lora_B[ADAPTER].weight.any():
+            raise _not_mixable(
+                lora, f"B of {name} does not begin at zero", "B at zero, so that a random mixer changes nothing"
+            )
+        layer.lora_A[ADAPTER] = MixedLinear(layer.lora_A[ADAPTER])
+
+
+def _not_mixable(lora: LoraSection, got: str, expected: str) -> MismatchError:
+    return MismatchError(
+        "student.lora.extra does not go with student.lora.variant: moslora",
+        got=f"{got}, with student.lora.extra = {lora.extra!r}",
+        expected=expected,
+        fix="remove what makes it so from student.lora.extra, or choose another variant",
+    )
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:

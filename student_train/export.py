@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from storage_schemas.errors import MismatchError, TemporaryError, UsageError
+from student_train.card import CARD, merged_card
 from student_train.evaluate import is_adapter, source_of
 from student_train.final import refuse_other_logits
 from student_train.student import load_model
@@ -19,7 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @torch.no_grad()
-def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> Path:
+def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
     """Fold an adapter into its base model, prove it, and save it with tokenizer and generation config.
 
     The sum is made in fp32 and rounded once. What was saved is loaded again and must give the adapter's logits.
@@ -30,7 +31,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> Path:
         dtype: `bfloat16`, `float16` or `float32`; None: as the base model is stored.
 
     Returns:
-        `output`.
+        The dtype that it was saved in, as above.
 
     Raises:
         UsageError: `output` is not empty, or no such dtype.
@@ -76,6 +77,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> Path:
         if generation is not None:
             generation.save_pretrained(str(staged))
         _save_tokenizer(adapter_dir, source, revision, staged)
+        _save_card(adapter_dir / CARD, staged / CARD, output)
         again = load_model(str(staged), None, dtype=wanted).eval()
         refuse_other_logits(output, again(input_ids=probe, use_cache=False).logits, expected, dtype=wanted)
         if output.is_dir():
@@ -85,7 +87,14 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> Path:
         raise TemporaryError(
             f"cannot write {output}", got=str(error), fix="free space, then run the same command again"
         ) from error
-    return output
+    return str(wanted).removeprefix("torch.")
+
+
+def _save_card(own: Path, target: Path, output: Path) -> None:
+    """The adapter's card, if it has one, as the model's."""
+    card = merged_card(own.read_text(encoding="utf-8"), output) if own.is_file() else None
+    if card is not None:
+        target.write_text(card, encoding="utf-8")
 
 
 def _save_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder: Path) -> None:

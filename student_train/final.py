@@ -15,6 +15,7 @@ from torch import Tensor
 
 from storage_schemas.errors import DataError, TemporaryError
 from student_train.adapter import plain_adapter
+from student_train.card import CARD
 from student_train.config import StudentSection, TrainSection
 from student_train.student import DTYPES, Student, load_model, write_files
 
@@ -32,6 +33,7 @@ def write_final(
     *,
     weights: Mapping[str, Tensor],
     tokenizer: Mapping[str, bytes],
+    card: str,
     input_ids: Int64[Tensor, "1 seq"],
     logits: Float[Tensor, "1 seq vocab"],
 ) -> None:
@@ -44,6 +46,7 @@ def write_final(
         train: arm and precision.
         weights: fp32 weights by parameter name.
         tokenizer: the dump's tokenizer files.
+        card: the model card.
         input_ids: tokens of one stored row.
         logits: what the trained student makes of them.
 
@@ -60,6 +63,7 @@ def write_final(
         else:
             _save_model(staged, section, train, weights)
         write_files(staged, tokenizer)
+        (staged / CARD).write_text(card, encoding="utf-8")
         loaded = load_final(staged, section, train)
         with torch.no_grad():
             found = loaded(input_ids=input_ids, use_cache=False).logits.float()

@@ -120,7 +120,8 @@ def _identity(
     )  # fmt: skip
     found: dict[str, Any] = {f"train.{name}": getattr(train, name) for name in decisive}
     if train.lora:
-        found |= {f"student.lora.{name}": value for name, value in student.lora.model_dump(mode="json").items()}
+        lora = student.lora.model_dump(mode="json") | {"alpha": student.lora.scaled_by}
+        found |= {f"student.lora.{name}": value for name, value in lora.items()}
     if train.distils:
         found |= {f"loss.{name}": value for name, value in loss.model_dump(mode="json").items()}
     return found | {"dump.fingerprint": dump.fingerprint, "train.max_steps": steps}

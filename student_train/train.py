@@ -18,6 +18,7 @@ from storage_schemas.errors import DataError, Exit, NeoError, TemporaryError
 from storage_schemas.run_info import canonical_json
 from storage_schemas.store import Store
 from student_train.batch import TrainBatch, collate
+from student_train.card import model_card
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState, refuse_other_run
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.engine import Engine, join, load_weights
@@ -361,18 +362,20 @@ class _Loop:
                 raise self._trouble
             if not world.main:
                 return None
-            checkpoint = run.checkpoints.at(run.steps)
+            checkpoint, summary = run.checkpoints.at(run.steps), self._summary(int(peak))
+            events, final = read_events(run.train.output / EVENTS), run.train.output / FINAL
             write_final(
-                run.train.output / FINAL,
+                final,
                 self._learner,
                 run.student,
                 run.train,
                 weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
                 tokenizer=run.dump.tokenizer_files(),
+                card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
                 input_ids=ids,
                 logits=logits,
             )
-            summary, store = self._summary(int(peak)), Store(str(run.train.output))
+            store = Store(str(run.train.output))
             store.delete(SUMMARY)  # Of an end whose checkpoint was damaged since.
             store.put_new(SUMMARY, canonical_json(summary.model_dump(mode="json"), indent=2))
             return summary

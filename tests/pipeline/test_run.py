@@ -136,6 +136,16 @@ def test_merged_model_and_adapter_load_plainly_and_agree(finished: Path) -> None
 
 
 @pytest.mark.slow
+def test_both_cards_tell_the_evaluation(finished: Path) -> None:
+    summary = json.loads((finished / "run/summary.json").read_text())
+    for folder, library in (("final", "peft"), ("merged", "transformers")):
+        card = (finished / "run" / folder / "README.md").read_text()
+        assert f"library_name: {library}\n" in card
+        assert f"| {summary['kl_before']:.4f} | {summary['kl_after']:.4f} |" in card
+        assert summary["fingerprint"] in card
+
+
+@pytest.mark.slow
 def test_running_again_does_nothing_anew(finished: Path) -> None:
     kept = ["dump/data/*", "dump/commits/*", "dump-heldout/*/*", "run/steps/*", "run/final/*", "run/merged/*"]
     before = {path: path.stat().st_mtime_ns for pattern in kept for path in finished.glob(pattern)}

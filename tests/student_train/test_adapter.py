@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
+from safetensors import safe_open
 from support.distributed import run_ranks
 from support.tiny_student import save_student, tiny_llama, write_dump
 from torch import Tensor
@@ -14,15 +16,26 @@ from transformers import AutoModelForCausalLM
 
 from storage_schemas.errors import MismatchError
 from student_train.adapter import OWNED, REFUSED, attach, initial_factors, lora_config, plain_adapter
-from student_train.config import LoraSection
+from student_train.config import OTHER_VARIANTS, LoraSection
 
-VARIANTS = ("lora", "rslora", "dora", "pissa")
+VARIANTS = ("lora", "rslora", "dora", "pissa", "moslora")
 IDS = torch.arange(20)[None]
-ORDINARY = [("rslora", 2, {}), ("dora", 3, {}), ("dora", 2, {}), ("pissa", 3, {}), ("lora", 3, {"checkpointing": True})]
+SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Else ZeRO-3 keeps the small weights of these models whole on every rank."""
+ORDINARY: list[tuple[str, int, dict[str, Any]]] = [
+    ("rslora", 2, {}),
+    ("dora", 3, {}),
+    ("dora", 2, {}),
+    ("pissa", 3, {}),
+    ("moslora", 3, {"deepspeed": SPREAD}),
+    ("lora", 3, {"checkpointing": True}),
+]
 GRID: list[tuple[str, int, dict[str, Any]]] = [
     ("dora", 3, {"precision": "bf16", "checkpointing": True}),
     ("lora", 3, {"extra": {"bias": "all"}}),
     ("lora", 2, {"extra": {"lora_bias": True}}),
+    ("moslora", 3, {"precision": "bf16", "checkpointing": True, "deepspeed": SPREAD}),
+    ("moslora", 2, {"extra": {"lora_bias": True, "rank_pattern": {"q_proj": 2}}}),
 ]
 """(variant, ZeRO stage, anything else)"""
 
@@ -43,6 +56,7 @@ def train_cases(folder: Path, cases: list[tuple[str, int, dict[str, Any]]]) -> d
                 "zero_stage": case[1], "max_steps": 3, "warmup_ratio": 0.0,
                 "precision": case[2].get("precision", "fp32"),
                 "gradient_checkpointing": case[2].get("checkpointing", False),
+                "deepspeed": case[2].get("deepspeed", {}),
             },
             "lora": {"variant": case[0], "extra": case[2].get("extra", {})},
         }
@@ -65,6 +79,9 @@ def check_trained(folder: Path, name: str, result: dict[str, Any]) -> None:
     config = json.loads((folder / name / "final" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] in (True, "gaussian")
     assert config["inference_mode"] is True
+    assert "on `all-linear`" in (folder / name / "final" / "README.md").read_text()
+    with safe_open(folder / name / "final" / "adapter_model.safetensors", "pt") as saved:
+        assert not [key for key in saved.keys() if "mixer" in key]  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +194,79 @@ def test_pissa_as_a_plain_adapter(tmp_path: Path) -> None:
     expected, found = (m.eval()(input_ids=IDS).logits for m in (model, fresh))
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
     assert model.peft_config["default"].r == 4, "the trained model is left as it was"
+
+
+@torch.no_grad()
+def test_moslora_is_b_m_a() -> None:
+    """y = W x + (alpha / r) B M A x; with M = I it is plain LoRA with the very A of that seed."""
+    plain, mixed = (attach(tiny_llama(1), LoraSection(r=4, alpha=6, variant=v), seed=3) for v in ("lora", "moslora"))
+    for model in (plain, mixed):
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn_like(parameter))
+    layer = mixed.get_base_model().model.layers[1].mlp.down_proj
+    a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+    m, x = layer.lora_A["default"].mixer.weight.double(), torch.randn(5, 56)
+    expected = x.double() @ (layer.get_base_layer().weight.double() + 6 / 4 * b @ m @ a).T
+    assert float((layer(x) - expected).abs().max()) < 1e-5
+    mixers = {name: p for name, p in mixed.named_parameters() if name.endswith("mixer.weight")}
+    assert len(mixers) == 14
+    assert all(p.shape == (4, 4) and p.abs().max() <= 4**-0.5 and p.std() > 0.1 for p in mixers.values())
+    assert float((mixed(input_ids=IDS).logits - plain(input_ids=IDS).logits).abs().max()) > 0.05
+    for p in mixers.values():
+        p.copy_(torch.eye(4))
+    assert torch.equal(mixed(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+@torch.no_grad()
+def test_moslora_as_a_plain_adapter() -> None:
+    """M A in the place of A; also where ranks differ between layers, and with a bias in B."""
+    extra = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "lora_bias": True}
+    model = attach(tiny_llama(1), LoraSection(r=4, variant="moslora", extra=extra), seed=0).eval()
+    torch.manual_seed(2)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weights[name] = parameter + 0.1 * torch.randn_like(parameter)
+            parameter.copy_(weights[name])
+    config, state = plain_adapter(model, weights, {})
+    assert (config.r, config.rank_pattern) == (4, {"q_proj": 2})
+    fresh = attach(tiny_llama(1), LoraSection(r=4, extra=extra), seed=1)
+    parameters = {name.replace(".default", ""): p for name, p in fresh.named_parameters() if p.requires_grad}
+    assert set(parameters) == set(state)
+    for name, value in state.items():
+        parameters[name].copy_(value)
+    expected, found = (m.eval()(input_ids=IDS).logits for m in (model, fresh))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert sum(name.endswith("mixer.weight") for name in weights) == 14, "the weights that were given stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"init_lora_weights": False}, "does not begin at zero"),
+        ({"init_lora_weights": "orthogonal"}, "does not begin at zero"),
+        ({"kasa_config": {}}, "Linear with KasaLinearVariant"),
+        ({"velora_config": {}}, "Linear with VeloraLinearVariant"),
+        ({"target_parameters": ["mlp.up_proj.weight"]}, "ParamWrapper"),
+    ],
+)
+def test_moslora_refuses_what_misses_the_mixer(extra: dict[str, Any], says: str) -> None:
+    """What peft would compute from A and B without it."""
+    lora = LoraSection(r=4, variant="moslora", target_modules=["q_proj"], extra=extra)
+    with pytest.raises(MismatchError, match=r"does not go with student\.lora\.variant: moslora") as error:
+        attach(tiny_llama(1), lora, seed=0)
+    assert says in str(error.value)
+    assert next(iter(extra)) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["LoRA-FA", "lora+", "MoRA", "olora", "qlora", "AdaLoRA"])
+def test_variants_that_are_not_offered_say_why(name: str) -> None:
+    """Names that users know."""
+    with pytest.raises(ValidationError) as error:
+        LoraSection.model_validate({"variant": name})
+    assert any(reason in str(error.value) for reason in OTHER_VARIANTS.values())
 
 
 def test_defaults_are_those_of_the_paper() -> None:

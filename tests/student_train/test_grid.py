@@ -18,9 +18,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"variant": "rslora"},
     "dora": {"variant": "dora"},
     "pissa": {"variant": "pissa"},
+    "moslora": {"variant": "moslora"},
     "some modules": {"target_modules": ["q_proj", "v_proj"], "alpha": 3.0},
     "patterns": {"extra": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}, "bias": "none"}},
     "gaussian": {"extra": {"init_lora_weights": "gaussian"}, "dropout": 0.3},
+    "moslora with patterns": {"variant": "moslora", "dropout": 0.3, "extra": {"rank_pattern": {"q_proj": 2}}},
     "pissa with patterns": {"variant": "pissa", "extra": {"rank_pattern": {"q_proj": 2}}},
 }
 """What is passed as `student.lora`."""

@@ -1,7 +1,9 @@
 """What users do with a trained student: evaluate it, and merge it."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +13,20 @@ from peft import PeftModel
 from support.engine_jobs import train_section
 from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_tokenizer, write_dump
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from storage_schemas.config import Sampled, TopK
 from storage_schemas.errors import DataError, MismatchError, UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.shift import supervised_positions
 from student_train.adapter import plain_adapter
+from student_train.card import model_card
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.evaluate import evaluate
 from student_train.export import merge
 from student_train.final import load_final, refuse_other_logits, write_final
+from student_train.metrics import Event
 from student_train.student import load_student
 
 IDS = torch.arange(24)[None]
@@ -53,8 +59,18 @@ def _write_adapter(folder: Path, name: str) -> None:
             parameter.copy_(weights[key])
     write_final(
         folder / f"final-{name}", student, section, train,
-        weights=weights, tokenizer=dump.tokenizer_files(), input_ids=IDS, logits=student.module.eval().logits(IDS),
+        weights=weights, tokenizer=dump.tokenizer_files(), card=_card(dump, section, folder, name), input_ids=IDS,
+        logits=student.module.eval().logits(IDS),
     )  # fmt: skip
+
+
+def _card(dump: Dump, section: StudentSection, folder: Path, name: str) -> str:
+    event = Event(
+        step=1, epoch=1.0, loss=1.0, ce=1.0, kl=1.0, learning_rate=1.0, grad_norm=1.0, supervised_tokens=1,
+        tokens_per_second=1.0, data_wait_seconds=0.0, eta_seconds=0.0,
+    )  # fmt: skip
+    train = train_section(folder)
+    return model_card(dump, section, LossSection(), train, [event], folder=folder / f"final-{name}")
 
 
 @torch.no_grad()
@@ -150,7 +166,7 @@ def test_merged_model(name: str, dtype: str | None, stored: str, folder: Path, t
     """Plain transformers loads it, in the base's dtype or the one asked for, with the adapter's logits."""
     output = tmp_path / "merged"
     output.mkdir()
-    assert merge(folder / f"final-{name}", output, dtype) == output
+    assert merge(folder / f"final-{name}", output, dtype) == stored
     base = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
     before = base(input_ids=IDS).logits
     expected = PeftModel.from_pretrained(base, folder / f"final-{name}").eval()(input_ids=IDS).logits
@@ -162,6 +178,26 @@ def test_merged_model(name: str, dtype: str | None, stored: str, folder: Path, t
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
     assert (output / "generation_config.json").is_file()
     assert not list(tmp_path.glob(".*"))
+
+
+@torch.no_grad()
+def test_the_code_in_the_cards_loads_the_models(folder: Path, tmp_path: Path) -> None:
+    """What the command line merges is told as commands; both cards hold code that works."""
+    done = CliRunner().invoke(app, ["merge", str(folder / "final-bf16"), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert f"vllm serve {tmp_path / 'merged'}" in said
+    assert "--max-lora-rank 8 --lora-modules final-bf16=" in said
+    assert "--outfile merged.gguf --outtype bf16" in said
+    logits = []
+    for where in (folder / "final-bf16", tmp_path / "merged"):
+        code = re.findall(r"```python\n(.*?)```", (where / "README.md").read_text(), re.DOTALL)
+        assert len(code) == 1
+        names: dict[str, Any] = {}
+        exec(code[0], names)
+        assert names["tokenizer"].get_vocab() == tiny_tokenizer().get_vocab()
+        logits.append(names["model"].float()(input_ids=IDS).logits)
+    assert float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()) < 0.03
 
 
 def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
@@ -188,7 +224,7 @@ def test_wrong_final_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not give the logits"):
         write_final(
             tmp_path / "final", student, section, train,
-            weights=weights, tokenizer={}, input_ids=IDS, logits=student.module.eval().logits(IDS),
+            weights=weights, tokenizer={}, card="", input_ids=IDS, logits=student.module.eval().logits(IDS),
         )  # fmt: skip
     assert not (tmp_path / "final").exists()
     with pytest.raises(DataError):

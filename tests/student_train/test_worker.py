@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +133,22 @@ def test_failing_rank_ends_all(folder: Path, tmp_path: Path, fault: str, code: i
     assert read_codes(output) == ({0: code} if killed else {0: code, 1: code})
     assert ranks.logs.count(message) == 1, ranks.logs
     assert "Traceback" not in ranks.logs or not killed
+
+
+def test_failing_final_check_ends_all(folder: Path, tmp_path: Path) -> None:
+    """A base that changes on disk while its adapter is trained: `final/` is refused, 65 on both, and nobody waits."""
+    own, output = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(folder, own)
+    ranks = Ranks(resolved(own, output, epochs=4), output)
+    # Written once the student is loaded; all steps are to come.
+    ranks.wait_for((output / "checkpoints" / "step-00000000" / "COMMIT.json").is_file)
+    other = save_student(tmp_path / "other", seed=2)
+    os.replace(other / "model.safetensors", own / "student" / "model.safetensors")
+    assert ranks.wait(60) == [65, 65], ranks.logs  # All steps included; collectives wait for ten minutes and more.
+    assert read_codes(output) == {0: 65, 1: 65}
+    assert ranks.logs.count("does not give the logits that it should") == 1, ranks.logs
+    assert not (output / "final").exists()
+    assert not (output / "summary.json").exists()
 
 
 @pytest.mark.slow
