@@ -21,6 +21,7 @@ from obstore.store import LocalStore, from_url
 
 from storage_schemas import faults
 from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.interrupt import interruptible
 
 T = TypeVar("T")
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -48,6 +49,38 @@ def local_path(url: str) -> Path | None:
     return None if "://" in url else Path(url)
 
 
+def object_store(url: str, options: Mapping[str, str], *, setting: str) -> Any:
+    """obstore's view of an object store; nothing is contacted.
+
+    Args:
+        url: `s3://bucket/prefix`, `gs://` or `az://`.
+        options: such as `endpoint`; credentials come from the environment.
+        setting: where the user wrote them.
+
+    Raises:
+        MismatchError: the URL or an option is not understood, or the URL carries credentials.
+    """
+    endpoint = _endpoint(options)
+    for address in (url, endpoint):
+        if "@" in address.split("://")[-1].split("/")[0]:
+            raise MismatchError(
+                "a store's URL must not carry credentials",
+                expected="scheme://bucket/prefix",
+                fix="give credentials in the environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)",
+            )
+    client = CLIENT | ({"allow_http": True} if endpoint.startswith("http://") else {})
+    try:
+        config: Any = dict(options) or None
+        return from_url(url, config=config, client_options=client, retry_config=RETRY)  # type: ignore[call-overload]
+    except (BaseError, ValueError) as error:
+        raise MismatchError(
+            f"the URL {url} cannot be opened",
+            got=first_line(error),
+            expected="a local path, file://, s3://, gs:// or az://",
+            fix=f"correct {setting}",
+        ) from error
+
+
 class Store:
     """Keys and bytes under a URL."""
 
@@ -67,25 +100,7 @@ class Store:
         self._durable: set[Path] = set()
         if self.root is not None:
             return
-        endpoint = _endpoint(options or {})
-        for address in (url, endpoint):
-            if "@" in address.split("://")[-1].split("/")[0]:
-                raise MismatchError(
-                    "a store's URL must not carry credentials",
-                    expected="scheme://bucket/prefix",
-                    fix="give credentials in the environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)",
-                )
-        client = CLIENT | ({"allow_http": True} if endpoint.startswith("http://") else {})
-        try:
-            config: Any = dict(options or {}) or None
-            self._store = from_url(url, config=config, client_options=client, retry_config=RETRY)  # type: ignore[call-overload]
-        except (BaseError, ValueError) as error:
-            raise MismatchError(
-                f"the URL {url} cannot be opened",
-                got=_first_line(error),
-                expected="a local path, file://, s3://, gs:// or az://",
-                fix="correct dump.url or dump.storage_options",
-            ) from error
+        self._store = object_store(url, options or {}, setting="dump.url or dump.storage_options")
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write `data` under `key` unless the key exists; True if this call's bytes are what the key holds.
@@ -281,7 +296,7 @@ class Store:
         last: BaseException | None = None
         for _ in range(3):
             try:
-                obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                interruptible(lambda: obstore.put(self._store, key, data, mode="create", use_multipart=False))
                 return True
             except AlreadyExistsError:
                 # Ours, if an earlier try of this very request was applied and its answer lost.
@@ -289,7 +304,7 @@ class Store:
             except FileNotFoundError as error:
                 raise _no_bucket(self.url, error) from error
             except BaseError as error:
-                if _is_refusal(error):
+                if is_refusal(error):
                     raise _no_access(self.url, error) from error
                 # It may have been applied and only the answer lost. If the store is away, this read says so.
                 last = error
@@ -300,11 +315,11 @@ class Store:
 
     def _ask(self, call: Callable[[], T]) -> T:
         try:
-            return call()
+            return call() if self.root is not None else interruptible(call)
         except FileNotFoundError:
             raise
         except (BaseError, OSError) as error:
-            if _is_refusal(error):
+            if is_refusal(error):
                 raise _no_access(self.url, error) from error
             raise _unreachable(self.url, error) from error
 
@@ -337,7 +352,7 @@ def _endpoint(options: Mapping[str, str]) -> str:
     return (given or [os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT", "")])[0]
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether access is denied, or there are no credentials (then the client asks a cloud machine's own address)."""
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
         return True
@@ -345,14 +360,15 @@ def _is_refusal(error: Exception) -> bool:
     return any(sign in str(error) for sign in ("403 Forbidden", "401 Unauthorized", "169.254.169.254"))
 
 
-def _first_line(error: BaseException | None) -> str:
+def first_line(error: BaseException | None) -> str:
+    """What an error of an object store says, without the pages that follow."""
     return str(error).strip().splitlines()[0] if error is not None and str(error).strip() else type(error).__name__
 
 
 def _no_access(url: str, error: BaseException) -> MismatchError:
     return MismatchError(
         f"no access to {url}",
-        got=_first_line(error),
+        got=first_line(error),
         expected="permission to put, get and list (stage one), get and list (stage two)",
         fix="check the credentials in the environment and the permissions that go with them",
     )
@@ -361,7 +377,7 @@ def _no_access(url: str, error: BaseException) -> MismatchError:
 def _no_bucket(url: str, error: BaseException) -> MismatchError:
     return MismatchError(
         f"nothing can be written under {url}",
-        got=_first_line(error),
+        got=first_line(error),
         expected="a bucket that exists",
         fix="create the bucket, or correct dump.url",
     )
@@ -387,5 +403,5 @@ def _no_hard_links(url: str) -> MismatchError:
 
 def _unreachable(url: str, error: BaseException | None) -> TemporaryError:
     return TemporaryError(
-        f"the store {url} does not answer", got=_first_line(error), fix="run the same command again when it does"
+        f"the store {url} does not answer", got=first_line(error), fix="run the same command again when it does"
     )

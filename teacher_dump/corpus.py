@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
 from teacher_dump.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
 from teacher_dump.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
-from teacher_dump.sources import RawRecord, read_source
+from teacher_dump.sources import RawRecord, find_source, read_source
 
 _BATCH = 256
 _NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
@@ -94,10 +96,17 @@ def freeze_corpus(section: CorpusSection, tokenizer: Any, *, head_size: int) -> 
     """
     builder = _Builder(section, head_size=head_size)
     for source in section.sources:
-        records = read_source(source)
+        records = read_source(source, find_source(source), seed=section.seed, cache=cache_folder(section))
         while batch := list(islice(records, _BATCH)):
             _add_batch(builder, batch, tokenizer, section.mask)
     return builder.corpus()
+
+
+def cache_folder(section: CorpusSection) -> Path:
+    """Where files are kept between starts."""
+    if section.cache_dir is not None:
+        return Path(section.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-neo"
 
 
 def _add_batch(builder: "_Builder", records: list[tuple[str, str, RawRecord]], tokenizer: Any, mask: str) -> None:

@@ -1,16 +1,23 @@
 """Records of one source, read through `datasets`."""
 
+import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from storage_schemas.errors import DataError
+from storage_schemas.store import local_path
+from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
 from teacher_dump.formats import detect_format
 from teacher_dump.masks import Unusable
+from teacher_dump.remote import RemoteFile, fetch, find_remote, is_remote
 
 _BATCH = 256
 _BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
@@ -18,14 +25,63 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 RawRecord = Mapping[str, Any] | Unusable
 
 
-def read_source(source: SourceSection) -> Iterator[tuple[str, str, RawRecord]]:
-    """(where, format, record) of every record of a source, in order.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a source's path stands for."""
+
+    builder: str | None
+    """`json` or `parquet`; None: a directory or a hub dataset, which `datasets` finds out about."""
+    path: str
+    """For such a directory or dataset."""
+    files: Sequence[str | Path | RemoteFile] = ()
+    """For a builder: its files, in order."""
+
+
+def find_source(source: SourceSection) -> Found:
+    """Look a source's files up; nothing is read.
+
+    Raises:
+        DataError: there is none, or they are of different kinds.
+        MismatchError: an object store's URL is not understood, or it denies access.
+        TemporaryError: an object store does not answer.
+    """
+    if is_remote(source.path):
+        remote = find_remote(source.path, source.storage_options, wanted=lambda key: _builder(key) is not None)
+        return Found(_one_kind({_builder(file.key) for file in remote}, source), source.path, remote)
+    path = local_path(source.path)
+    if path is None:  # Another protocol of `datasets`, such as https://.
+        builder = _builder(source.path)
+        return Found(builder, source.path, [source.path] if builder else ())
+    if path.exists():
+        builder = _builder(path.name) if path.is_file() else None
+        return Found(builder, str(path), [path] if builder else ())
+    files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    if files:
+        return Found(_one_kind({_builder(file.name) for file in files}, source), str(path), files)
+    if _builder(path.name) or glob.has_magic(str(path)) or source.path.startswith("file://"):
+        raise DataError(
+            "a source of the corpus is missing",
+            got=f"no file {source.path}",
+            expected="a JSONL, JSON or Parquet file, a glob, a directory, or a dataset id",
+            fix="correct corpus.sources[].path",
+        )
+    return Found(None, source.path)
+
+
+def read_source(source: SourceSection, found: Found, *, seed: int, cache: Path) -> Iterator[tuple[str, str, RawRecord]]:
+    """(where, format, record) of the records of a source that its weight leaves, in order.
+
+    Args:
+        source: as configured.
+        found: its files.
+        seed: of the choice that a weight below 1 makes.
+        cache: where copies of remote files are kept.
 
     Raises:
         DataError: the source cannot be read, or its format is not known.
     """
     kind: str | None = None if source.format == "auto" else source.format
-    for number, record in enumerate(_records(source)):
+    for number, record in _records(source, found, seed, cache):
         where = f"{source.path}, record {number + 1}"
         if isinstance(record, Unusable):
             yield where, kind or "text", record
@@ -35,41 +91,63 @@ def read_source(source: SourceSection) -> Iterator[tuple[str, str, RawRecord]]:
         yield where, kind, record
 
 
-def _records(source: SourceSection) -> Iterator[RawRecord]:
-    path = Path(source.path)
-    builder = _builder(path)
-    if "://" not in source.path and builder and not path.is_file():
-        raise DataError(
-            "a source of the corpus is missing",
-            got=f"no file {source.path}",
-            expected="a JSONL, JSON or Parquet file, a directory, or a dataset id",
-            fix="correct corpus.sources[].path",
-        )
+def chosen_records(records: int, weight: float, *, seed: int) -> I64:
+    """Which of `records` records a source of `weight` gives, ascending; `weight` x records of them, rounded half up.
+
+    Record i has the i-th number of one random stream, and those with the smallest numbers are taken: the choice knows
+    nothing of other sources or of contents, and a larger weight only adds to it. Raw bits of numpy's Philox, unlike
+    its distributions, do not change between versions.
+    """
+    share = (Decimal(str(weight)) * records).to_integral_value(ROUND_HALF_UP)
+    numbers = np.random.Philox(key=seed).random_raw(records)
+    return np.sort(np.argsort(numbers, kind="stable")[: max(1, int(share))]).astype(np.int64)
+
+
+def _records(source: SourceSection, found: Found, seed: int, cache: Path) -> Iterator[tuple[int, RawRecord]]:
+    files = [
+        fetch(file, source.storage_options, cache) if isinstance(file, RemoteFile) else file for file in found.files
+    ]
     try:
-        dataset = _load(source, builder)
+        dataset = _load(source, found, files)
     except Exception as error:
         # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
-        if builder == "json" and path.suffix in _BUILDERS and path.is_file() and _split_name(source.split) == "train":
-            return _json_lines(path, source)
+        local = [file for file in files if isinstance(file, Path) and file.suffix in _BUILDERS]
+        if found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train":
+            return _json_lines(local, source, seed)
         raise _unreadable(source, error.__cause__ or error) from error
-    return _rows(dataset)
+    if source.weight == 1:
+        return enumerate(_rows(dataset))
+    chosen = chosen_records(len(dataset), source.weight, seed=seed)
+    return zip(chosen.tolist(), _rows(dataset.select(chosen)), strict=True)
 
 
-def _builder(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+def _builder(name: str) -> str | None:
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _load(source: SourceSection, builder: str | None) -> Any:
-    path = Path(source.path)
-    if builder is not None:
-        return datasets.load_dataset(builder, data_files=source.path, split=source.split)
+def _one_kind(builders: set[str | None], source: SourceSection) -> str:
+    if len(builders) == 1 and (builder := next(iter(builders))):
+        return builder
+    raise DataError(
+        f"a source of the corpus holds files of different or unknown kinds: {source.path}",
+        got=", ".join(sorted(builder or "unknown" for builder in builders)),
+        expected="only JSONL and JSON, or only Parquet",
+        fix="narrow corpus.sources[].path by a glob such as dir/*.jsonl, or make two sources of it",
+    )
+
+
+def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> Any:
+    if found.builder is not None:
+        names = [str(file) for file in files]
+        return datasets.load_dataset(found.builder, data_files=names, split=source.split)
+    path = Path(found.path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(source.path)
+        saved = datasets.load_from_disk(found.path)
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_split_name(source.split)]
         return saved.select(range(*_split_range(source, len(saved))))
-    return datasets.load_dataset(source.path, source.name, split=source.split)
+    return datasets.load_dataset(found.path, source.name, split=source.split)
 
 
 def _rows(dataset: Any) -> Iterator[RawRecord]:
@@ -91,22 +169,31 @@ def _row(dataset: Any, i: int) -> RawRecord:
     return row
 
 
-def _json_lines(path: Path, source: SourceSection) -> Iterator[RawRecord]:
-    """Records of a JSONL file, line by line; a line that is not UTF-8 is an unusable record."""
-    with path.open("rb") as file:
-        numbers = [number for number, line in enumerate(file) if line.strip()]
-    first, last = _split_range(source, len(numbers))
-    wanted = set(numbers[first:last])
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if number not in wanted:
-                continue
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                yield Unusable(f"not valid Unicode: {error}")
-                continue
-            yield _json_object(text, where=f"{path}, line {number + 1}")
+def _json_lines(paths: Sequence[Path], source: SourceSection, seed: int) -> Iterator[tuple[int, RawRecord]]:
+    """Records of JSONL files, line by line; a line that is not UTF-8 is an unusable record."""
+    first, last = _split_range(source, sum(1 for _ in _lines(paths)))
+    chosen: Iterable[int] = range(last - first)
+    if source.weight < 1:
+        chosen = chosen_records(last - first, source.weight, seed=seed).tolist()
+    wanted = set(chosen)
+    for number, (where, line) in enumerate(_lines(paths), -first):
+        if number not in wanted:
+            continue
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            yield number, Unusable(f"not valid Unicode: {error}")
+            continue
+        yield number, _json_object(text, where=where)
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of every line with something on it."""
+    for path in paths:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
 
 
 def _json_object(text: str, *, where: str) -> Mapping[str, Any]:

@@ -1,0 +1,190 @@
+"""Files of a source in an object store: found by name, glob or prefix, and fetched once into the cache."""
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import obstore
+from fsspec.utils import glob_translate
+from obstore.exceptions import BaseError
+
+from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.interrupt import interruptible
+from storage_schemas.store import first_line, is_refusal, object_store
+
+T = TypeVar("T")
+SCHEMES = ("s3", "gs", "az")
+_SETTING = "corpus.sources[] (path, storage_options)"
+_MAGIC = re.compile(r"[*?[]")
+_CHUNK = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One object, as it was when it was found."""
+
+    bucket: str
+    """URL of the bucket."""
+    key: str
+    bytes: int
+    version: str
+    """Its e_tag, or when it was modified: another content has another version."""
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return f"{self.bucket}/{self.key}"
+
+
+def is_remote(path: str) -> bool:
+    """Whether a source's path is the URL of an object store."""
+    return path.partition("://")[0] in SCHEMES and "://" in path
+
+
+def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str], bool]) -> list[RemoteFile]:
+    """Files of a source, by name.
+
+    Args:
+        url: of an object, of all objects under a prefix, or with `*`, `?`, `[...]` and `**` in the key.
+        options: of the object store.
+        wanted: whether a file below a prefix belongs to the source; hidden ones (`.x`, `_x`) never do.
+
+    Raises:
+        DataError: there is no such object.
+        MismatchError: the URL or an option is not understood, or access is denied.
+        TemporaryError: the store does not answer.
+    """
+    bucket, key = _split(url)
+    store = object_store(bucket, options, setting=_SETTING)
+    found: list[RemoteFile] = []
+    if _MAGIC.search(key):
+        pattern = re.compile(glob_translate(key))
+        folder = key[: _MAGIC.search(key).start()].rpartition("/")[0]  # type: ignore[union-attr]
+        found = [file for file in _list(store, bucket, folder, url) if pattern.match(file.key)]
+    else:
+        if key and not key.endswith("/"):
+            with suppress(FileNotFoundError):
+                found = [_file(bucket, _ask(lambda: obstore.head(store, key), url))]
+        if not found:
+            below = _list(store, bucket, key.rstrip("/"), url)
+            found = [file for file in below if wanted(file.key) and not _hidden(file.key.removeprefix(key))]
+    if not found:
+        raise DataError(
+            "a source of the corpus is missing",
+            got=f"no object matches {url}",
+            expected="a JSONL, JSON or Parquet file, a glob, or a prefix with such files below it",
+            fix=f"correct {_SETTING}",
+        )
+    return sorted(found, key=lambda file: file.key)
+
+
+def fetch(file: RemoteFile, options: Mapping[str, str], cache: Path) -> Path:
+    """A local copy of an object; a copy of the same version that is there already is taken.
+
+    Raises:
+        DataError: it is gone, or was changed meanwhile.
+        MismatchError: access is denied.
+        TemporaryError: the store does not answer, or the disk is full.
+    """
+    name = hashlib.sha256(json.dumps([file.url, file.bytes, file.version]).encode()).hexdigest()[:32]
+    target = cache / "sources" / name / PurePosixPath(file.key).name
+    if target.is_file() and target.stat().st_size == file.bytes:
+        return target
+    store = object_store(file.bucket, options, setting=_SETTING)
+    part = target.with_name(f".part-{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as out:
+            result = _ask(lambda: obstore.get(store, file.key), file.url)
+            if _version(result.meta) != file.version:
+                raise _changed(file)
+            chunks = iter(result.stream(_CHUNK))
+            while (chunk := _ask(lambda: next(chunks, None), file.url)) is not None:
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        if part.stat().st_size != file.bytes:
+            raise _changed(file)
+        part.replace(target)
+    except FileNotFoundError as error:
+        raise _changed(file) from error
+    except OSError as error:
+        raise TemporaryError(
+            f"cannot keep a copy of {file.url}",
+            got=f"{error.strerror}: {target.parent}",
+            expected=f"{file.bytes:,} bytes free in a directory that can be written to",
+            fix="free space, or set corpus.cache_dir",
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _split(url: str) -> tuple[str, str]:
+    """URL of the bucket, and the key. Not urllib's work: `?` and `#` are characters like any other in a key."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}", key
+
+
+def _list(store: Any, bucket: str, folder: str, url: str) -> list[RemoteFile]:
+    try:
+        listed = iter(obstore.list(store, folder or None))
+        found: list[RemoteFile] = []
+        while (batch := _ask(lambda: next(listed, None), url)) is not None:
+            found += [_file(bucket, meta) for meta in batch if meta["size"]]
+    except FileNotFoundError:
+        return []
+    return found
+
+
+def _file(bucket: str, meta: Any) -> RemoteFile:
+    return RemoteFile(bucket, meta["path"], meta["size"], _version(meta))
+
+
+def _version(meta: Any) -> str:
+    return str(meta.get("e_tag") or meta["last_modified"].isoformat())
+
+
+def _hidden(key: str) -> bool:
+    return any(part.startswith((".", "_")) for part in key.strip("/").split("/"))
+
+
+def _ask(call: Callable[[], T], url: str) -> T:
+    try:
+        return interruptible(call)
+    except FileNotFoundError:
+        raise
+    except (BaseError, PermissionError) as error:
+        if "404 Not Found" in first_line(error):  # Listing a bucket that is not there has no class of its own.
+            raise FileNotFoundError(url) from error
+        raise _failure(url, error) from error
+
+
+def _failure(url: str, error: Exception) -> NeoError:
+    if is_refusal(error):
+        return MismatchError(
+            f"no access to {url}",
+            got=first_line(error),
+            expected="permission to get and list",
+            fix="check the credentials in the environment and the permissions that go with them",
+        )
+    return TemporaryError(
+        f"the store of {url} does not answer", got=first_line(error), fix="run the same command again when it does"
+    )
+
+
+def _changed(file: RemoteFile) -> DataError:
+    return DataError(
+        f"{file.url} changed while it was read",
+        got="another version, or nothing",
+        expected=f"{file.bytes:,} bytes, version {file.version}",
+        fix="let nobody write to the corpus while workers start, then run the same command again",
+    )

@@ -1,0 +1,285 @@
+"""Which records a source gives: weights, globs, object stores, and what is said when it gives none."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import numpy as np
+import obstore
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from support.s3_servers import BUCKET, READER, WRITER, TinyS3, options, seaweedfs
+from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
+
+from storage_schemas import store
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.corpus import Corpus, freeze_corpus
+from teacher_dump.sources import chosen_records
+from teacher_dump.stop import stoppable
+
+RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def lines_of(records) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def write(path: Path, records) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lines_of(records))
+    return str(path)
+
+
+def freeze(*sources, folder: Path, **corpus) -> Corpus:
+    section = CorpusSection(sources=list(sources), cache_dir=str(folder / "neo"), **corpus)
+    return freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("records", "weight", "count"),
+    [(10, 1.0, 10), (10, 0.5, 5), (10, 0.25, 3), (10, 0.24, 2), (3, 0.001, 1), (7473, 0.1, 747), (1000, 0.0125, 13)],
+)
+def test_a_weight_is_a_share_of_the_records_rounded_half_up(records, weight, count):
+    assert len(chosen_records(records, weight, seed=0)) == count
+
+
+@given(st.integers(0, 300), st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 2**64 - 1))
+@settings(max_examples=60, deadline=None)
+def test_choices_are_ordered_repeatable_and_nested(records, a, b, seed):
+    small, large = sorted((a, b))
+    fewer, more = chosen_records(records, small, seed=seed), chosen_records(records, large, seed=seed)
+    assert (np.diff(more) > 0).all()
+    assert set(fewer) <= set(more) <= set(range(records))
+    np.testing.assert_array_equal(chosen_records(records, large, seed=seed), more)
+
+
+def test_every_record_is_as_likely_as_any_other():
+    """1,000 seeds of 30 %: a record is chosen 300 times, give or take 4 standard deviations of 14.5."""
+    counts = np.zeros(40)
+    for seed in range(1000):
+        counts[chosen_records(40, 0.3, seed=seed)] += 1
+    assert np.abs(counts - 300).max() < 4 * np.sqrt(1000 * 0.3 * 0.7)
+
+
+def test_the_choice_of_a_seed_never_changes():
+    """What a fingerprint rests on: other numbers here would make every weighted dump impossible to continue."""
+    assert chosen_records(20, 0.3, seed=0).tolist() == [0, 1, 2, 9, 11, 17]
+    assert chosen_records(20, 0.3, seed=1).tolist() == [2, 3, 5, 7, 9, 10]
+
+
+def test_weights_choose_by_seed_and_keep_order_whatever_the_other_sources(tmp_path):
+    a = write(tmp_path / "a.jsonl", RECORDS)
+    b = write(tmp_path / "b.jsonl", [{"id": f"b{i}", "text": "so"} for i in range(5)])
+    half, other = SourceSection(path=a, weight=0.5), SourceSection(path=b, weight=0.4)
+    alone = freeze(half, folder=tmp_path)
+    assert len(alone) == 5
+    assert alone.sample_ids == sorted(alone.sample_ids)
+    both = freeze(other, half, folder=tmp_path)
+    assert both.sample_ids[2:] == alone.sample_ids
+    assert freeze(half, folder=tmp_path).fingerprint == alone.fingerprint
+    reseeded = freeze(half, folder=tmp_path, seed=1)
+    assert len(reseeded) == 5
+    assert reseeded.fingerprint != alone.fingerprint
+    assert (
+        freeze(SourceSection(path=a), folder=tmp_path, seed=1).fingerprint
+        == freeze(SourceSection(path=a), folder=tmp_path).fingerprint
+    ), "without weights, the seed chooses nothing"
+
+
+def test_weights_apply_to_what_the_split_leaves_and_to_files_with_broken_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl", RECORDS)
+    part = freeze(SourceSection(path=path, split="train[5:]", weight=0.6), folder=tmp_path)
+    assert part.sample_ids == [f"r{5 + i}" for i in chosen_records(5, 0.6, seed=0)]
+    broken = [*RECORDS[:9], {"id": "r9", "text": "\ud800"}]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(record) for record in broken))
+    by_line = freeze(SourceSection(path=str(tmp_path / "b.jsonl"), split="train[5:]", weight=0.6), folder=tmp_path)
+    assert by_line.sample_ids == part.sample_ids
+
+
+def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path):
+    last = int(chosen_records(10, 0.3, seed=0)[-1])
+    records = [{"messages": []} for _ in range(10)]
+    records[last] = {"messages": [{"role": "nobody", "content": "x"}]}
+    path = write(tmp_path / "a.jsonl", records)
+    with pytest.raises(DataError, match=f"record {last + 1}:"):
+        freeze(SourceSection(path=path, weight=0.3), folder=tmp_path)
+
+
+@pytest.mark.parametrize(("weight", "says"), [(1.5, "answer twice"), (0, "greater than 0"), (-1, "greater than 0")])
+def test_other_weights_are_refused(weight, says):
+    with pytest.raises(ValidationError, match=says):
+        SourceSection(path="a.jsonl", weight=weight)
+
+
+def test_globs_and_file_urls_are_one_source_in_order_of_name(tmp_path):
+    for i in (2, 0, 1):
+        write(tmp_path / f"deep/{i}/part.jsonl", RECORDS[3 * i : 3 * i + 3])
+    whole = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS[:9])), folder=tmp_path)
+    for path in (f"{tmp_path}/deep/*/part.jsonl", f"{tmp_path}/deep/**/*.jsonl", f"file://{tmp_path}/a.jsonl",
+                 f"file://{tmp_path}/deep/?/part.jsonl"):  # fmt: skip
+        assert freeze(SourceSection(path=path), folder=tmp_path).fingerprint == whole.fingerprint, path
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "deep/2/part.parquet")
+    with pytest.raises(DataError, match=r"json, parquet(.|\n)*by a glob"):
+        freeze(SourceSection(path=f"{tmp_path}/deep/*/*"), folder=tmp_path)
+    for path in (f"{tmp_path}/none/*.jsonl", f"file://{tmp_path}/none"):
+        with pytest.raises(DataError, match="missing"):
+            freeze(SourceSection(path=path), folder=tmp_path)
+
+
+# --- object stores ---
+
+
+@pytest.fixture(autouse=True)
+def no_ambient_settings(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Give up within a second."""
+    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.1), "base": 2}
+    patience = {"max_retries": 3, "retry_timeout": timedelta(seconds=1), "backoff": backoff}
+    monkeypatch.setattr(store, "RETRY", patience)
+
+
+def put(port: int, key: str, data: bytes) -> None:
+    where = store.object_store(f"s3://{BUCKET}", options(port), setting="the test")
+    obstore.put(where, key, data)
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory) -> Iterator[int]:
+    """SeaweedFS with the ten records as JSONL in two parts, as Parquet, and things beside them."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as found:
+        put(found, "corpus/lines/part-0 of 2.jsonl", lines_of(RECORDS[:4]))
+        put(found, "corpus/lines/day=2/part-1.jsonl", lines_of(RECORDS[4:]))
+        put(found, "corpus/lines/_SUCCESS", b"ok")
+        put(found, "corpus/lines/_temporary/0.jsonl", lines_of(RECORDS))
+        put(found, "corpus/lines-of-another/part.jsonl", lines_of(RECORDS))
+        table = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(RECORDS), table)
+        put(found, "corpus/all.parquet", table.getvalue().to_pybytes())
+        put(found, "mixed/a.parquet", table.getvalue().to_pybytes())
+        put(found, "mixed/b.jsonl", lines_of(RECORDS))
+        put(found, "broken/a.jsonl", lines_of(RECORDS[:1]) + b'{"text": "\xff"}\n' + lines_of(RECORDS[1:]))
+        yield found
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["corpus/all.parquet", "corpus/lines", "corpus/lines/", "corpus/l*s/**/part-*.jsonl", "corpus/*.parquet",
+     "corpus/lines/[a-z]*/part-?*.jsonl"],
+)  # fmt: skip
+def test_an_object_store_gives_the_same_corpus_as_files(tmp_path, port, path):
+    local = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)), folder=tmp_path)
+    source = SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=options(port, READER))
+    remote = freeze(source, folder=tmp_path)
+    if path.startswith("corpus/lines/["):
+        assert remote.sample_ids == local.sample_ids[4:]
+    elif "*s/**" in path or "lines" in path:
+        # `day=2/` sorts before `part-0`.
+        assert remote.sample_ids == local.sample_ids[4:] + local.sample_ids[:4]
+    else:
+        assert remote.fingerprint == local.fingerprint
+
+
+def test_credentials_may_come_from_the_environment(tmp_path, port, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER["access_key_id"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER["secret_access_key"])
+    given = {key: value for key, value in options(port).items() if key in ("endpoint", "region")}
+    source = SourceSection(path=f"s3://{BUCKET}/corpus/all.parquet", storage_options=given, weight=0.5)
+    assert len(freeze(source, folder=tmp_path)) == 5
+
+
+def test_a_broken_line_in_an_object_loses_one_record(tmp_path, port):
+    source = SourceSection(path=f"s3://{BUCKET}/broken/a.jsonl", storage_options=options(port))
+    assert freeze(source, folder=tmp_path).statuses == ["ok", "invalid_text", *["ok"] * 9]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [("corpus/none.jsonl", "no object matches"), ("corpus/none/*.jsonl", "no object matches"),
+     ("corpus/lin", "no object matches"), ("mixed", r"json, parquet(.|\n)*by a glob"),
+     ("corpus/lines/_SUCCESS", "unknown kinds")],
+)  # fmt: skip
+def test_objects_that_cannot_be_a_source_are_named(tmp_path, port, path, says):
+    source = SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=options(port))
+    with pytest.raises(DataError, match=says):
+        freeze(source, folder=tmp_path)
+
+
+def test_a_bucket_that_is_not_there_is_missing(tmp_path, port):
+    with pytest.raises(DataError, match="missing"):
+        freeze(SourceSection(path="s3://nowhere/a.jsonl", storage_options=options(port)), folder=tmp_path)
+
+
+@pytest.mark.parametrize("path", ["corpus/all.parquet", "corpus/lines", "corpus/*.parquet"])
+def test_wrong_credentials_are_told_apart(tmp_path, port, path):
+    wrong = options(port, {"access_key_id": "testkey", "secret_access_key": "wrong"})
+    with pytest.raises(MismatchError, match=r"no access to s3://logits(.|\n)*credentials"):
+        freeze(SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=wrong), folder=tmp_path)
+
+
+def test_a_url_with_credentials_or_an_unknown_option_is_refused(tmp_path):
+    with pytest.raises(MismatchError, match="must not carry credentials"):
+        freeze(SourceSection(path="s3://key:secret@bucket/a.jsonl"), folder=tmp_path)
+    source = SourceSection(path="s3://bucket/a.jsonl", storage_options={"endpiont": "x"})
+    with pytest.raises(MismatchError, match=r"corpus\.sources"):
+        freeze(source, folder=tmp_path)
+
+
+@pytest.fixture
+def tiny() -> Iterator[TinyS3]:
+    server = TinyS3()
+    server.objects[f"{BUCKET}/a.jsonl"] = lines_of(RECORDS)
+    yield server
+    server.close()
+
+
+def test_an_object_is_fetched_once(tmp_path, tiny):
+    source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
+    first = freeze(source, folder=tmp_path)
+    asked = len(tiny.requests)
+    assert freeze(source, folder=tmp_path).fingerprint == first.fingerprint
+    assert len(tiny.requests) == asked + 1, "only its head is asked for"
+    assert not list((tmp_path / "neo").rglob(".part-*"))
+
+
+def test_a_store_that_is_away_is_temporary(tmp_path, tiny, impatient):
+    source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
+    tiny.fault = lambda method, key, n: "before" if n > 1 else None
+    with pytest.raises(TemporaryError, match="does not answer"):
+        freeze(source, folder=tmp_path)
+    tiny.fault = lambda method, key, n: None
+    assert len(freeze(source, folder=tmp_path)) == 10
+
+
+def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(silent.getsockname()[1]))
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        asked = time.monotonic()
+        with pytest.raises(TemporaryError, match="SIGTERM"), stoppable():
+            freeze(source, folder=tmp_path)
+    assert time.monotonic() - asked < 5
