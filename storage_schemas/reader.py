@@ -17,10 +17,12 @@ from storage_schemas import codec
 from storage_schemas.commit import (
     RUN,
     SEAL,
+    TOKENIZER,
     CommitRecord,
     Manifest,
     Seal,
     parse_record,
+    parse_tokenizer,
     read_manifest,
     record_key,
     unit_of_record,
@@ -145,22 +147,35 @@ class Dump:
         """Name and content of the tokenizer's files.
 
         Raises:
-            DataError: a file is not the one that was sealed.
+            TemporaryError: stage one has not written all of it yet.
+            DataError: a file is not the one that was written.
         """
-        seal = self.seal()
-        listed = {key.removeprefix("tokenizer/") for key, _ in self.store.list("tokenizer")}
-        names = sorted(listed if seal is None else seal.tokenizer)
-        files = {name: self.store.get(f"tokenizer/{name}") for name in names}
+        hashes = self._tokenizer_hashes()
+        files = {name: self.store.get(f"tokenizer/{name}") for name in sorted(hashes)}
         for name, data in files.items():
-            digest = hashlib.sha256(data).hexdigest()
-            if seal is not None and digest != seal.tokenizer[name]:
+            if (digest := hashlib.sha256(data).hexdigest()) != hashes[name]:
                 raise DataError(
-                    f"{self.store.url}/tokenizer/{name} is not the file that was sealed",
+                    f"{self.store.url}/tokenizer/{name} is not the file that was written",
                     got=f"sha256 {digest}",
-                    expected=f"sha256 {seal.tokenizer[name]}",
+                    expected=f"sha256 {hashes[name]}",
                     fix="restore the file: it is one of the teacher's tokenizer",
                 )
         return files
+
+    def _tokenizer_hashes(self) -> Mapping[str, str]:
+        seal = self.seal()
+        if seal is not None:
+            return seal.tokenizer
+        data = self.store.get_if_present(TOKENIZER)
+        if data is None:
+            raise TemporaryError(
+                f"the tokenizer of {self.store.url} is not complete yet",
+                got=f"no {TOKENIZER}",
+                expected="what stage one writes before its first unit",
+                fix="run the same command again when `llm-neo dump` has come to its first unit",
+            )
+        self.store.settle("tokenizer")
+        return parse_tokenizer(data, self.run, url=self.store.url).files
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file, through the node's cache for object stores."""
