@@ -228,7 +228,7 @@ class DumpWriter:
 
 
 def _other_tokenizer(url: str, present: Mapping[str, str], wanted: Mapping[str, str]) -> MismatchError:
-    names = sorted(name for name in present | wanted if present.get(name) != wanted.get(name))
+    names = sorted(name for name in {*present, *wanted} if present.get(name) != wanted.get(name))
     return MismatchError(
         f"{url} was started with another tokenizer: {', '.join(names)}",
         got="; ".join(f"{name} {wanted.get(name, 'absent')}" for name in names),
