@@ -8,6 +8,7 @@ are dumped once and kept beside them.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -29,11 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import codec
-from storage_schemas.commit import CommitRecord
+from storage_schemas.commit import RUN, CommitRecord, record_key
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
-from storage_schemas.reader import Dump, parse_unit, proven
+from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, UnitRows
 from storage_schemas.run_info import RunInfo
+from storage_schemas.store import Store
 from storage_schemas.targets import Targets
 
 K, TEMPERATURES, STEP, MAX_KL = 64, (1.0, 2.0), 0.0625, 1e-4
@@ -70,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     if arguments.child:
-        print(peak_over_raw(*map(Path, arguments.child)))
+        print(peak_over_raw(*arguments.child))
         return
     exact = {name: exact_unit(arguments, name, estimator) for name, estimator in ESTIMATORS.items()}
     full = exact["topk"]
@@ -234,28 +236,27 @@ def speed(unit: UnitRows) -> Iterator[Row]:
     yield Row("rounding and fidelity gate, k=64, T=1 and T=2: supervised tokens/s on one core", n / (middle - start))
     yield Row("encode, k=64: supervised tokens/s on one core", n / (end - middle))
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / "unit.parquet", Path(folder) / "unit.json"]
-        data, record, run = committed(repeated(stored, 8), step=rounded.step)
-        paths[0].write_bytes(data)
-        paths[1].write_text(json.dumps({"run": run.model_dump(mode="json"), "record": record.model_dump(mode="json")}))
-        seconds = best_of(3, lambda: parse_unit(proven(data, record, name="unit"), record, run, name="unit"))
-        yield Row("decode, k=64: supervised tokens/s on one core", record.supervised_tokens / seconds)
-        ratios = [
-            float(subprocess.check_output([sys.executable, __file__, "--child", *map(str, paths)])) for _ in range(3)
-        ]
+        large, tiny = Path(folder) / "large", Path(folder) / "tiny"
+        committed(stored, tiny, step=rounded.step)
+        dump = committed(repeated(stored, 8), large, step=rounded.step)
+        seconds = best_of(3, lambda: dump.read_unit(0))
+        yield Row("decode, k=64: supervised tokens/s on one core", 8 * n / seconds)
+        child = [sys.executable, __file__, "--child", str(tiny), str(large)]
+        ratios = [float(subprocess.check_output(child)) for _ in range(3)]
     yield Row("decode, k=64: peak memory / raw arrays", max(ratios))
 
 
-def peak_over_raw(data_path: Path, facts_path: Path) -> float:
-    """Peak resident memory while one unit is read from bytes, over the bytes of the arrays that come out."""
-    facts = json.loads(facts_path.read_text())
-    run, record = RunInfo.model_validate(facts["run"]), CommitRecord.model_validate(facts["record"])
+def peak_over_raw(tiny: str, large: str) -> float:
+    """Peak resident memory while `Dump.read_unit` reads a unit, over the bytes of the arrays that come out.
+
+    The file's own bytes count, the libraries do not: the peak is taken above a process that has read a small unit.
+    """
+    Dump.open(tiny).read_unit(0)
     before = resident("VmRSS")
-    data = data_path.read_bytes()
-    unit = parse_unit(proven(data, record, name="unit"), record, run, name="unit")
-    targets = unit.targets
-    arrays = [unit.input_ids, unit.loss_mask, *(getattr(targets, name) for name in targets.__slots__)]
-    return (resident("VmHWM") - before) / sum(array.nbytes for array in arrays if array is not None)
+    unit = Dump.open(large).read_unit(0)
+    peak = resident("VmHWM") - before
+    arrays = [unit.input_ids, unit.loss_mask, *(getattr(unit.targets, name) for name in unit.targets.__slots__)]
+    return peak / sum(array.nbytes for array in arrays if array is not None)
 
 
 def resident(which: str) -> int:
@@ -291,10 +292,8 @@ def repeated(unit: UnitRows, times: int) -> UnitRows:
     )
 
 
-def committed(unit: UnitRows, *, step: float) -> tuple[bytes, CommitRecord, RunInfo]:
-    """The file of a unit with the record and the run that belong to it."""
-    import hashlib
-
+def committed(unit: UnitRows, folder: Path, *, step: float) -> Dump:
+    """A dump of one unit, as it is."""
     zero = "0" * 64
     run = RunInfo.model_validate(
         {
@@ -331,7 +330,10 @@ def committed(unit: UnitRows, *, step: float) -> tuple[bytes, CommitRecord, RunI
         fidelity=(0.0,) * len(TEMPERATURES),
         logprob_step=step,
     )
-    return data, record, run
+    store = Store(str(folder))
+    for key, content in {RUN: run.to_json(), record.file: data, record_key(0): record.to_json()}.items():
+        store.put_new(key, content)
+    return Dump.open(str(folder))
 
 
 def best_of(times: int, call: Callable[[], object]) -> float:

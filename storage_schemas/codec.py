@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.rows import SCHEMA, UnitRows, table_to_unit, unit_to_table
+from storage_schemas.rows import SCHEMA, UnitRows, columns_to_unit, unit_to_table
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -26,7 +26,7 @@ brings near their entropy. On finer grids byte planes are smaller."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
 _CELLS = 2**19
-"""Padded entries that are decoded at a time: tens of MB, for short heads and for whole vocabularies alike."""
+"""Entries that are decoded at a time, padding included: tens of MB, for short heads and whole vocabularies alike."""
 _LEAF = "{}.list.element.list.element"
 
 
@@ -158,10 +158,25 @@ def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsume
     """
     if not file.schema_arrow.remove_metadata().equals(SCHEMA):
         raise ValueError(f"the columns are {file.schema_arrow.remove_metadata()}")
-    # Column by column: the chunks of one are freed before the next is read.
-    columns = [file.read([name], use_threads=False).column(0).combine_chunks() for name in SCHEMA.names]
-    table = pa.Table.from_arrays(columns, schema=SCHEMA)
-    return table_to_unit(table, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
+    columns = {name: _read_column(file, i) for i, name in enumerate(SCHEMA.names)}
+    return columns_to_unit(columns, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
+
+
+def _read_column(file: pq.ParquetFile, i: int) -> pa.Array:
+    """Column i, some rows at a time.
+
+    Beside its values the reader of a nested column takes two levels per entry, decompressed pages and buffers that
+    grow by doubling: three times the values, if it reads all at once or if the allocator keeps what it frees.
+    """
+    metadata = file.metadata
+    entries = sum(metadata.row_group(group).column(i).num_values for group in range(metadata.num_row_groups))
+    rows = max(1, metadata.num_rows * _CELLS // max(entries, 1))
+    pieces: list[pa.Array] = []
+    for batch in file.iter_batches(rows, columns=[SCHEMA.names[i]], use_threads=False):
+        pieces.append(batch.column(0))
+        pa.default_memory_pool().release_unused()
+    # Joining copies, a single piece too.
+    return pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
 
 
 def _row_groups(unit: UnitRows) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ from storage_schemas.run_info import (
 from storage_schemas.section import Section
 
 RUN = "run.json"
+TOKENIZER = "TOKENIZER.json"
 SEAL = "SEALED.json"
 _RECORD = re.compile(r"commits/unit-(\d{8,})\.json")
 _DATA = re.compile(r"data/unit-(\d{8,})-[0-9a-f]{32}\.parquet")
@@ -131,6 +132,15 @@ class CommitRecord(ProvenJson):
         return self
 
 
+class TokenizerRecord(ProvenJson):
+    """TOKENIZER.json: the tokenizer is complete. Written after its files, before the first unit."""
+
+    fingerprint: str
+    """Of the dump."""
+    files: dict[str, str]
+    """sha256 of each file in tokenizer/, by name."""
+
+
 class Seal(ProvenJson):
     """SEALED.json: the dump is complete."""
 
@@ -154,6 +164,25 @@ class Seal(ProvenJson):
     """Hash over all commit records, in unit order."""
     manifest: str = Field(pattern=r"^manifest-[0-9a-f]{64}\.parquet$")
     """Key of the manifest, which holds all records; its name is its hash."""
+
+
+def parse_tokenizer(data: bytes, run: RunInfo, *, url: str) -> TokenizerRecord:
+    """TOKENIZER.json, checked to be this dump's.
+
+    Raises:
+        DataError: it is torn or names another dump.
+        MismatchError: it has another format version.
+    """
+    name = f"{url}/{TOKENIZER}"
+    record = TokenizerRecord.from_json(data, name=name)
+    if record.fingerprint != run.fingerprint:
+        raise DataError(
+            f"{name} belongs to another dump",
+            got=record.fingerprint,
+            expected=run.fingerprint,
+            fix="two dumps were mixed in one place; dump again into another URL",
+        )
+    return record
 
 
 def parse_record(data: bytes, unit: int, run: RunInfo, *, url: str) -> CommitRecord:

@@ -14,10 +14,12 @@ from storage_schemas.cache import ShardCache
 from storage_schemas.commit import (
     RUN,
     SEAL,
+    TOKENIZER,
     CommitRecord,
     Manifest,
     Seal,
     parse_record,
+    parse_tokenizer,
     read_manifest,
     record_key,
     unit_of_record,
@@ -152,22 +154,35 @@ class Dump:
         """Name and content of the tokenizer's files.
 
         Raises:
-            DataError: a file is not the one that was sealed.
+            TemporaryError: stage one has not written all of it yet.
+            DataError: a file is not the one that was written.
         """
-        seal = self.seal()
-        listed = {key.removeprefix("tokenizer/") for key, _ in self.store.list("tokenizer")}
-        names = sorted(listed if seal is None else seal.tokenizer)
-        files = {name: self.store.get(f"tokenizer/{name}") for name in names}
+        hashes = self._tokenizer_hashes()
+        files = {name: self.store.get(f"tokenizer/{name}") for name in sorted(hashes)}
         for name, data in files.items():
-            digest = hashlib.sha256(data).hexdigest()
-            if seal is not None and digest != seal.tokenizer[name]:
+            if (digest := hashlib.sha256(data).hexdigest()) != hashes[name]:
                 raise DataError(
-                    f"{self.store.url}/tokenizer/{name} is not the file that was sealed",
+                    f"{self.store.url}/tokenizer/{name} is not the file that was written",
                     got=f"sha256 {digest}",
-                    expected=f"sha256 {seal.tokenizer[name]}",
+                    expected=f"sha256 {hashes[name]}",
                     fix="restore the file: it is one of the teacher's tokenizer",
                 )
         return files
+
+    def _tokenizer_hashes(self) -> Mapping[str, str]:
+        seal = self.seal()
+        if seal is not None:
+            return seal.tokenizer
+        data = self.store.get_if_present(TOKENIZER)
+        if data is None:
+            raise TemporaryError(
+                f"the tokenizer of {self.store.url} is not complete yet",
+                got=f"no {TOKENIZER}",
+                expected="what stage one writes before its first unit",
+                fix="run the same command again when `llm-neo dump` has come to its first unit",
+            )
+        self.store.settle("tokenizer")
+        return parse_tokenizer(data, self.run, url=self.store.url).files
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file, through the node's cache for object stores."""
@@ -283,7 +298,9 @@ def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
     for name, ids in (("target_ids", targets.ids), ("input_ids", unit.input_ids)):
         if len(ids) and (ids.min() < 0 or ids.max() >= run.teacher.head_size):
             raise ValueError(f"{name} lie in {ids.min()} ... {ids.max()}, the head has {run.teacher.head_size} rows")
-    if not np.isfinite(targets.logprobs).all() or np.any(targets.logprobs > 1e-3):
+    # Extremes are NaN where a value is; so no mask as long as the entries is made.
+    lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
+    if not (np.isfinite(lowest) and highest <= 1e-3):
         raise ValueError("a log-prob is not finite or above 0")
     if np.isnan(targets.tail_logprob).any() or np.any(targets.tail_logprob > 1e-3):
         raise ValueError("a tail mass is NaN or above 1")
@@ -313,5 +330,6 @@ def _check_id_order(unit: UnitRows) -> None:
     free = np.zeros(len(targets.ids) + 1, bool)
     free[targets.offsets] = True
     free[targets.offsets[:-1] + targets.head_size] = True
-    if not np.all(ascending | free[1:-1]):
+    ascending |= free[1:-1]
+    if not ascending.all():
         raise ValueError("the ids of a token do not ascend")

@@ -1,6 +1,6 @@
 """One row per sample: its Python form, its Arrow schema, and the way between them without a loop over tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,14 +188,12 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def table_to_unit(table: pa.Table, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
-    """Flat arrays of a table of SCHEMA, at Arrow level.
+def columns_to_unit(arrays: Mapping[str, pa.Array], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+    """Flat arrays of the columns of SCHEMA, at Arrow level and sharing their memory.
 
     Raises:
         ValueError: the lists of one token disagree in length, or a null stands where none may.
     """
-    column = {name: table.column(name).combine_chunks() for name in table.column_names}
-    arrays = {name: c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for name, c in column.items()}
     for name in ("input_ids", "loss_mask", "target_ids", "target_logprobs", "head_size"):
         if arrays[name].null_count or arrays[name].flatten().null_count:
             raise ValueError(f"{name} holds nulls")
@@ -264,8 +262,8 @@ def _i32(offsets: I64) -> pa.Array:
 
 def in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
     """(entries,) whether an entry is among the leading `head_size` of its token."""
-    place = np.arange(int(offsets[-1])) - np.repeat(offsets[:-1], np.diff(offsets))
-    return place < np.repeat(head_size, np.diff(offsets))
+    parts = np.stack([head_size, np.diff(offsets) - head_size], axis=1)
+    return np.repeat(np.tile([True, False], len(head_size)), parts.reshape(-1))
 
 
 def _draw_counts(targets: Targets, nested: Any) -> pa.ListArray:

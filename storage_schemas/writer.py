@@ -13,12 +13,15 @@ from storage_schemas import card, codec, faults
 from storage_schemas.commit import (
     RUN,
     SEAL,
+    TOKENIZER,
     CommitRecord,
     Seal,
+    TokenizerRecord,
     count_statuses,
     data_key,
     manifest_bytes,
     parse_record,
+    parse_tokenizer,
     record_key,
     records_sha256,
     totals,
@@ -60,17 +63,28 @@ class DumpWriter:
     def put_tokenizer(self, files: Mapping[str, bytes]) -> None:
         """Store the tokenizer, so that stage two never re-tokenises and can check the student's.
 
+        Its files first, then the record that names them: a reader sees all of it or nothing.
+
         Raises:
-            MismatchError: another content is already there under one of the names.
+            MismatchError: another tokenizer is there already.
         """
-        for name, data in files.items():
-            if not self.store.put_new(f"tokenizer/{name}", data):
-                raise MismatchError(
-                    f"{self.store.url}/tokenizer/{name} differs from the teacher's",
-                    got=hashlib.sha256(self.store.get(f"tokenizer/{name}")).hexdigest(),
-                    expected=hashlib.sha256(data).hexdigest(),
-                    fix="restore the tokenizer this dump was started with, or choose another dump.url",
-                )
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        record = TokenizerRecord(fingerprint=self.run.fingerprint, files=hashes)
+        present = self._tokenizer()
+        if present is None:
+            for name, data in files.items():
+                if not self.store.put_new(f"tokenizer/{name}", data):
+                    there = hashlib.sha256(self.store.get(f"tokenizer/{name}")).hexdigest()
+                    raise _other_tokenizer(self.store.url, {name: there}, {name: hashes[name]})
+            if self.store.put_new(TOKENIZER, record.to_json()):
+                return
+            present = self._tokenizer()
+        if present != record:
+            raise _other_tokenizer(self.store.url, present.files if present else {}, hashes)
+
+    def _tokenizer(self) -> TokenizerRecord | None:
+        data = self.store.get_if_present(TOKENIZER)
+        return None if data is None else parse_tokenizer(data, self.run, url=self.store.url)
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
@@ -143,17 +157,14 @@ class DumpWriter:
         contents = self.store.get_many([record_key(unit) for unit in range(self.run.units)])
         records = {unit: parse_record(data, unit, self.run, url=self.store.url) for unit, data in enumerate(contents)}
         manifest = manifest_bytes(records)
-        tokenizer = sorted(key for key, _ in self.store.list("tokenizer"))
+        tokenizer = self._tokenizer()
         seal = Seal(
             fingerprint=self.run.fingerprint,
             units=self.run.units,
             statuses=count_statuses(records),
             records_sha256=records_sha256(records),
             manifest=f"manifest-{hashlib.sha256(manifest).hexdigest()}.parquet",
-            tokenizer={
-                key.removeprefix("tokenizer/"): hashlib.sha256(data).hexdigest()
-                for key, data in zip(tokenizer, self.store.get_many(tokenizer), strict=True)
-            },
+            tokenizer=tokenizer.files if tokenizer else {},
             **totals(records),
         )
         self.store.put_new(seal.manifest, manifest)
@@ -214,6 +225,16 @@ class DumpWriter:
         )
         _refuse_difference(parse_unit(data, record, run, name=record.file), stored, name=record.file)
         return record, data
+
+
+def _other_tokenizer(url: str, present: Mapping[str, str], wanted: Mapping[str, str]) -> MismatchError:
+    names = sorted(name for name in {*present, *wanted} if present.get(name) != wanted.get(name))
+    return MismatchError(
+        f"{url} was started with another tokenizer: {', '.join(names)}",
+        got="; ".join(f"{name} {wanted.get(name, 'absent')}" for name in names),
+        expected="; ".join(f"{name} {present.get(name, 'absent')}" for name in names),
+        fix="restore the tokenizer this dump was started with, or choose another dump.url",
+    )
 
 
 def _refuse_difference(read: UnitRows, written: UnitRows, *, name: str) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.dumps import run_info
+from support.dumps import TOKENIZER, run_info
 from support.storage_jobs import Zygote
 
 from storage_schemas.commit import CommitRecord
-from storage_schemas.errors import Exit
+from storage_schemas.errors import Exit, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
@@ -93,9 +93,22 @@ def kill_at(zygote: Zygote, url: Path, point: Point) -> None:
     assert zygote.run(url, fault=f"{name}:{occurrence}:kill") == KILLED, point
 
 
+def assert_proven_or_absent(url: Path) -> None:
+    """What a reader sees between a kill and the rerun."""
+    if (url / "run.json").exists():
+        dump = Dump.open(str(url))
+        for unit in dump.records():
+            dump.read_unit(unit)
+        try:
+            assert dump.tokenizer_files() == TOKENIZER
+        except TemporaryError:
+            assert not dump.records(), "the tokenizer is complete before the first unit"
+
+
 def test_a_sample_of_kills(zygote: Zygote, points: list[Point], place: Path) -> None:
     for url, point in zip(folders(place), sample(points, 5), strict=False):
         kill_at(zygote, url, point)
+        assert_proven_or_absent(url)
         assert zygote.run(url) == Exit.DONE, point
         assert_exactly_once(url)
 
@@ -104,11 +117,7 @@ def test_a_sample_of_kills(zygote: Zygote, points: list[Point], place: Path) -> 
 def test_a_kill_at_every_step(zygote: Zygote, points: list[Point], place: Path) -> None:
     for url, point in zip(folders(place), points, strict=False):
         kill_at(zygote, url, point)
-        # What a reader sees in between is proven or absent.
-        if (url / "run.json").exists():
-            dump = Dump.open(str(url))
-            for unit in dump.records():
-                dump.read_unit(unit)
+        assert_proven_or_absent(url)
         assert zygote.run(url) == Exit.DONE, point
         assert_exactly_once(url)
 

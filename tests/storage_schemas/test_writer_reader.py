@@ -14,12 +14,14 @@ import pytest
 from support.dumps import TOKENIZER, make_dump, metadata_of, replace_unit, run_info, unit_rows
 
 from storage_schemas import codec
-from storage_schemas.commit import CommitRecord, record_key
+from storage_schemas.commit import TOKENIZER as TOKENIZER_RECORD
+from storage_schemas.commit import CommitRecord, TokenizerRecord, record_key
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import DataError, Exit, MismatchError, NeoError
+from storage_schemas.errors import DataError, Exit, MismatchError, NeoError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import SCHEMA, Row, UnitRows, rows_to_unit
 from storage_schemas.run_info import RunInfo, canonical_json
+from storage_schemas.store import Store
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 
@@ -117,14 +119,69 @@ def test_rows_of_another_unit_are_refused(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     run = make_dump(tmp_path)
     writer = DumpWriter.open(str(tmp_path), run)
-    with pytest.raises(MismatchError, match=r"tokenizer\.json"):
-        writer.put_tokenizer({"tokenizer.json": b"other"})
-    with pytest.raises(DataError, match="plain relative path"):
-        writer.put_tokenizer({"../run.json": b"other"})
+    for other in ({"tokenizer.json": b"other"}, TOKENIZER | {"more.json": b"{}"}, {"../run.json": b"other"}, {}):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(MismatchError, match="another tokenizer") as caught:
+            writer.put_tokenizer(other)
+        assert caught.value.got != caught.value.expected
+        assert sorted(tmp_path.rglob("*")) == before
+    writer.put_tokenizer(TOKENIZER)
     (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(b"other")
-    with pytest.raises(DataError, match="not the file that was sealed"):
+    with pytest.raises(DataError, match="not the file that was written"):
         Dump.open(str(tmp_path)).tokenizer_files()
     assert not verify(str(tmp_path)).ok
+
+
+def test_a_tokenizer_that_is_half_written_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower opens the dump while its first worker is still at the tokenizer."""
+    run = run_info()
+    writer = DumpWriter.open(str(tmp_path), run)
+    dump = Dump.open(str(tmp_path))
+    seen: list[object] = []
+    real = Store.put_new
+
+    def put_and_look(self: Store, key: str, data: bytes) -> bool:
+        with pytest.raises(TemporaryError, match="not complete yet") as caught:
+            dump.tokenizer_files()
+        seen.append(caught.value.exit_code)
+        return real(self, key, data)
+
+    monkeypatch.setattr(Store, "put_new", put_and_look)
+    writer.put_tokenizer(TOKENIZER)
+    assert seen == [Exit.TEMPORARY] * 3, "two files, then the record that names them"
+    assert dump.tokenizer_files() == TOKENIZER
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(b"other")
+    with pytest.raises(DataError, match="not the file that was written"):
+        dump.tokenizer_files()
+
+
+def test_a_tokenizer_of_another_run_or_with_names_that_lead_away_is_refused(tmp_path: Path) -> None:
+    run = make_dump(tmp_path, seal=False)
+    path = tmp_path / TOKENIZER_RECORD
+    for changes, message in (
+        ({"fingerprint": "f" * 64}, "another dump"),
+        ({"files": {"../run.json": "0" * 64}}, "plain relative path"),
+        ({"files": {"absent.json": "0" * 64}}, "has no tokenizer"),
+    ):
+        path.write_bytes(TokenizerRecord(**{"fingerprint": run.fingerprint, "files": {}} | changes).to_json())
+        with pytest.raises(DataError, match=message):
+            Dump.open(str(tmp_path)).tokenizer_files()
+
+
+def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find no record; the files of one name decide, or else the record does."""
+    run = run_info()
+    first, second = (DumpWriter.open(str(tmp_path), run) for _ in range(2))
+    monkeypatch.setattr(second, "_tokenizer", lambda: None)
+    first.put_tokenizer(TOKENIZER)
+    with pytest.raises(MismatchError, match=r"another tokenizer: tokenizer\.json"):
+        second.put_tokenizer({"tokenizer.json": b"other"})
+    monkeypatch.undo()
+    looks = iter([lambda: None, second._tokenizer])
+    monkeypatch.setattr(second, "_tokenizer", lambda: next(looks)())
+    with pytest.raises(MismatchError, match=r"another tokenizer: more\.json"):
+        second.put_tokenizer(TOKENIZER | {"more.json": b"{}"})
+    assert Dump.open(str(tmp_path)).tokenizer_files() == TOKENIZER
 
 
 def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
