@@ -121,36 +121,47 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
     if targets.counts is not None and temperature != 1.0:
         raise ValueError("targets with draws can only be decoded at temperature 1")
     lengths = targets.lengths
-    width = int(lengths.max(initial=1))
-    columns = np.arange(width)
+    columns = np.arange(int(lengths.max(initial=1)))
     # (n, K)
     filled = columns < lengths[:, None]
-    in_head = columns < targets.head_size[:, None]
-    ids = np.zeros(filled.shape, np.int32)
-    ids[filled] = targets.ids
-    stored = np.zeros(filled.shape, np.float64)
-    stored[filled] = targets.logprobs
+    in_head = filled if targets.counts is None else columns < targets.head_size[:, None]
+    head = _padded(targets.logprobs, filled, np.float64, -np.inf)
+    if targets.counts is not None:
+        head[~in_head] = -np.inf
+    if temperature != 1.0:
+        head /= temperature
     tail = targets.tail_logprob[:, temperature_index]
 
-    # (n, K) log p^(1/T), then minus its log-sum over the head, plus the log of the mass that the head holds.
-    scaled = np.where(in_head, stored / temperature, -np.inf)
-    top = scaled.max(axis=1, keepdims=True, initial=-np.inf)
+    # log p^(1/T), then minus its log-sum over the head, plus the log of the mass that the head holds. In place and with
+    # one exponential: this is most of what a loader does.
+    top = head.max(axis=1, keepdims=True)
     top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        log_sum = top + np.log(np.exp(scaled - top).sum(axis=1, keepdims=True))
-    with np.errstate(invalid="ignore"):
-        head = scaled - log_sum + log1mexp(tail)[:, None]
-    logprobs = np.where(in_head, head, np.where(filled, stored, 0.0))
-    weights = np.where(in_head, np.exp(head), 0.0)
+    with np.errstate(invalid="ignore", over="ignore"):  # A writer decodes before it refuses what is not finite.
+        scaled = np.exp(head - top)
+        total = np.maximum(scaled.sum(axis=1, keepdims=True), 1.0)  # It is less without a head alone.
+        weights = np.multiply(scaled, -np.expm1(tail.astype(np.float64))[:, None] / total, out=scaled)
+        head += log1mexp(tail)[:, None] - top - np.log(total)
+    logprobs = head.astype(np.float32)
     if targets.counts is not None:
-        counts = np.zeros(filled.shape, np.float64)
-        counts[filled] = targets.counts
+        counts = _padded(targets.counts, filled, np.float64, 0.0)
         drawn = counts.sum(axis=1, keepdims=True)
         weights += np.exp(tail.astype(np.float64))[:, None] * counts / np.maximum(drawn, 1.0)
+        logprobs = np.where(in_head, logprobs, _padded(targets.logprobs, filled, np.float32, 0.0))
+    elif len(targets.ids) < filled.size:
+        logprobs[~filled] = 0.0
     return Decoded(
-        ids=ids,
-        logprobs=logprobs.astype(np.float32),
+        ids=_padded(targets.ids, filled, np.int32, 0),
+        logprobs=logprobs,
         weights=weights.astype(np.float32),
         in_head=in_head,
         tail_logprob=tail,
     )
+
+
+def _padded(values: Any, filled: npt.NDArray[np.bool_], dtype: type, padding: float) -> Any:
+    """(n, K) the values of all tokens, one token a row; `filled` says where they are."""
+    if len(values) == filled.size:
+        return values.reshape(filled.shape).astype(dtype)
+    rows = np.full(filled.shape, padding, dtype)
+    rows[filled] = values
+    return rows
