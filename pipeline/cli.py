@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from pipeline.config import Config, load_config, need
-from pipeline.files import write_whole
+from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_workers, train_workers, visible_gpus
 from storage_schemas.errors import Exit, NeoError
@@ -190,19 +190,28 @@ def verify(url: Url, store: StoreOptions = None, as_json: AsJson = False) -> Non
 @app.command()
 def inspect(
     url: Url,
-    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show this sample, token by token.")] = None,
+    row: Annotated[
+        list[int] | None, typer.Option(min=0, metavar="N", help="Show this sample, token by token. Repeatable.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write a page that shows the same in a browser.")
+    ] = None,
     store: StoreOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a dump holds: header from the records alone, and with --row one sample, token by token."""
-    from pipeline import show
+    """Show what a dump holds: header from the records alone, and with --row samples, token by token."""
+    from pipeline import page, show, terminal
     from storage_schemas.reader import Dump
 
-    found = Dump.open(url, options=_pairs(store))
+    found, rows = Dump.open(url, options=_pairs(store)), list(dict.fromkeys(row or ()))
+    if html is not None:
+        write_asked_for(html, page.page(found, rows))
     if as_json:
-        _print(show.as_json(found, row), as_json)
+        _print(show.as_json(found, rows), as_json)
+    elif html is not None:
+        typer.echo(f"{html}: {url}, {len(rows)} rows")
     else:
-        show.show(found, row, Console())
+        terminal.show(found, rows, Console())
 
 
 @app.command()
