@@ -175,15 +175,39 @@ def merge(
 
 
 @app.command()
-def verify(url: Url, store: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Prove a dump: every record, file and value, and that they add up. Needs neither torch nor the teacher."""
-    from pipeline.stages import shown_progress
+def verify(
+    url: Url,
+    recompute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also compute N rows again with the teacher, and compare.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of these rows.")] = 0,
+    config: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="What the dump was made with: teacher, and corpus to compare.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the teacher lies; default: where run.json says.")
+    ] = None,
+    store: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove a dump: every record, file and value, and that they add up. Only --recompute needs the teacher."""
+    from pipeline.stages import recomputing, shown_progress
     from storage_schemas.verify import verify as verify_dump
 
+    if recompute is None and (config is not None or model is not None):
+        raise typer.BadParameter("only --recompute needs a teacher", param_hint="--config, --model")
+    compare = None
+    if recompute is not None:
+        made_with = None if config is None else load_config(config)
+        compare = recomputing(url, _pairs(store), rows=recompute, seed=seed, config=made_with, model=model)
     with shown_progress(f"verifying {url}") as progress:
-        report = verify_dump(url, options=_pairs(store), progress=progress)
-    _print(report.model_dump(mode="json"), as_json)
-    if not report.ok:
+        found = verify_dump(url, options=_pairs(store), progress=progress).model_dump(mode="json")
+    if compare is not None:
+        again = compare()
+        found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
+        found["recompute"] = again
+    _print(found, as_json)
+    if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
 
