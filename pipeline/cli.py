@@ -175,6 +175,37 @@ def merge(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    pilot_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples that the teacher runs on.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=1e-3, metavar="X", help="Of the device to plan for; default: measured here.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, metavar="P", help="Of one device; gives what the dump costs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a dump will hold, weigh and cost, from a pilot with the real teacher. Writes nothing."""
+    from pipeline.forecast import print_plan
+    from pipeline.stages import run_plan
+
+    found = run_plan(
+        load_config(config, overrides or ()),
+        samples=pilot_samples,
+        seed=seed,
+        tokens_per_second=tokens_per_second,
+        price_per_hour=price_per_hour,
+    )
+    if as_json:
+        _print(found, as_json)
+    else:
+        print_plan(found, Console())
+
+
+@app.command()
 def verify(
     url: Url,
     recompute: Annotated[

@@ -1,4 +1,4 @@
-"""What the command line does inside its own process that needs torch: stage one, evaluation, recomputing rows.
+"""What the command line does inside its own process that needs torch: stage one, evaluation, plans, recomputing rows.
 
 Each imports its own stage when it is called, since peft alone takes seconds.
 """
@@ -74,6 +74,29 @@ def run_evaluation(
             batch_tokens=batch_tokens,
             device=device,
             limit=limit,
+            progress=progress,
+        )
+    return found.model_dump(mode="json")
+
+
+def run_plan(
+    config: Config, *, samples: int, seed: int, tokens_per_second: float | None, price_per_hour: float | None
+) -> dict[str, Any]:
+    """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples."""
+    from teacher_dump.pilot import plan_dump
+    from teacher_dump.teacher import Teacher
+
+    with shown_progress("pilot") as progress:
+        found = plan_dump(
+            dump=config.dump,
+            teacher=Teacher(need(config.teacher, "teacher", "plan")),
+            corpus=need(config.corpus, "corpus", "plan"),
+            estimator=config.estimator,
+            temperatures=config.temperatures,
+            samples=samples,
+            seed=seed,
+            tokens_per_second=tokens_per_second,
+            price_per_hour=price_per_hour,
             progress=progress,
         )
     return found.model_dump(mode="json")
