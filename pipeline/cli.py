@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from pipeline.config import Config, load_config, need
-from pipeline.files import write_whole
+from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_workers, train_workers, visible_gpus
 from storage_schemas.errors import Exit, NeoError
@@ -176,34 +176,98 @@ def merge(
 
 
 @app.command()
-def verify(url: Url, store: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Prove a dump: every record, file and value, and that they add up. Needs neither torch nor the teacher."""
-    from pipeline.stages import shown_progress
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    pilot_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples that the teacher runs on.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=1e-3, metavar="X", help="Of the device to plan for; default: measured here.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, metavar="P", help="Of one device; gives what the dump costs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a dump will hold, weigh and cost, from a pilot with the real teacher. Writes nothing."""
+    from pipeline.forecast import print_plan
+    from pipeline.stages import run_plan
+
+    found = run_plan(
+        load_config(config, overrides or ()),
+        samples=pilot_samples,
+        seed=seed,
+        tokens_per_second=tokens_per_second,
+        price_per_hour=price_per_hour,
+    )
+    if as_json:
+        _print(found, as_json)
+    else:
+        print_plan(found, Console())
+
+
+@app.command()
+def verify(
+    url: Url,
+    recompute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also compute N rows again with the teacher, and compare.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of these rows.")] = 0,
+    config: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="What the dump was made with: teacher, and corpus to compare.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the teacher lies; default: where run.json says.")
+    ] = None,
+    store: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove a dump: every record, file and value, and that they add up. Only --recompute needs the teacher."""
+    from pipeline.stages import recomputing, shown_progress
     from storage_schemas.verify import verify as verify_dump
 
+    if recompute is None and (config is not None or model is not None):
+        raise typer.BadParameter("only --recompute needs a teacher", param_hint="--config, --model")
+    compare = None
+    if recompute is not None:
+        made_with = None if config is None else load_config(config)
+        compare = recomputing(url, _pairs(store), rows=recompute, seed=seed, config=made_with, model=model)
     with shown_progress(f"verifying {url}") as progress:
-        report = verify_dump(url, options=_pairs(store), progress=progress)
-    _print(report.model_dump(mode="json"), as_json)
-    if not report.ok:
+        found = verify_dump(url, options=_pairs(store), progress=progress).model_dump(mode="json")
+    if compare is not None:
+        again = compare()
+        found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
+        found["recompute"] = again
+    _print(found, as_json)
+    if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
 
 @app.command()
 def inspect(
     url: Url,
-    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show this sample, token by token.")] = None,
+    row: Annotated[
+        list[int] | None, typer.Option(min=0, metavar="N", help="Show this sample, token by token. Repeatable.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write a page that shows the same in a browser.")
+    ] = None,
     store: StoreOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a dump holds: header from the records alone, and with --row one sample, token by token."""
-    from pipeline import show
+    """Show what a dump holds: header from the records alone, and with --row samples, token by token."""
+    from pipeline import page, show, terminal
     from storage_schemas.reader import Dump
 
-    found = Dump.open(url, options=_pairs(store))
+    found, rows = Dump.open(url, options=_pairs(store)), list(dict.fromkeys(row or ()))
+    if html is not None:
+        write_asked_for(html, page.page(found, rows))
     if as_json:
-        _print(show.as_json(found, row), as_json)
+        _print(show.as_json(found, rows), as_json)
+    elif html is not None:
+        typer.echo(f"{html}: {url}, {len(rows)} rows")
     else:
-        show.show(found, row, Console())
+        terminal.show(found, rows, Console())
 
 
 @app.command()

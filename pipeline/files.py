@@ -3,9 +3,24 @@
 import os
 from pathlib import Path
 
+from storage_schemas.errors import UsageError
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole: a reader sees the old or the new content."""
     staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(text)
+    staged.write_text(text, encoding="utf-8")
     os.replace(staged, path)
+
+
+def write_asked_for(path: Path, text: str) -> None:
+    """Write a file that was named on the command line, whole; its directory is made.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}", got=error.strerror, expected="a file in a writable place") from error

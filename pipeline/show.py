@@ -1,12 +1,13 @@
-"""What a dump holds, for people: its header from the records alone, and single rows as a table of tokens."""
+"""What a dump holds: its header from the records alone, and single rows token by token, as plain values.
+
+`terminal.py` and `page.py` draw them, and `--json` prints them as they are.
+"""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from tokenizers import Tokenizer
 
 from storage_schemas.commit import count_statuses, mean_per_token, totals
@@ -18,6 +19,35 @@ from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Decoded, decode
 
 TOP = 5
+"""Entries that are shown of a target."""
+_CONTEXT = 6
+"""Tokens that are shown before the supervised one."""
+
+
+class Shade(NamedTuple):
+    """One colour of the scale on which tokens are drawn, and what it says."""
+
+    least: float
+    """Smallest probability that has this colour."""
+    label: str
+    background: str
+    foreground: str
+
+
+SHADES = (
+    Shade(0.9, "p at least 0.9", "#d5efcf", "#1c1c1c"),
+    Shade(0.5, "0.5 to 0.9", "#f4f1a5", "#1c1c1c"),
+    Shade(0.1, "0.1 to 0.5", "#fcc87c", "#1c1c1c"),
+    Shade(0.01, "0.01 to 0.1", "#f0814f", "#1c1c1c"),
+    Shade(0.0, "below 0.01", "#b81d2c", "#ffffff"),
+    Shade(-1.0, "not among the stored entries", "#64479a", "#ffffff"),
+)
+"""From likely to unlikely, ever darker, so that it can be read without seeing hues; the last is for unknown p."""
+
+
+def shade(p: float | None) -> int:
+    """Place in SHADES of a token whose probability is `p`."""
+    return next(i for i, step in enumerate(SHADES) if (-1.0 if p is None else p) >= step.least)
 
 
 class Header(Section):
@@ -61,7 +91,7 @@ class TokenView(Section):
     position: int
     """Place of the token in the sample."""
     context: str
-    """The token before it, whose logits predict it."""
+    """The text of the few tokens before it; the logits of the last one predict it."""
     token: str
     """The token itself, the label."""
     rank: int | None
@@ -83,6 +113,8 @@ class RowView(Section):
     sample_id: str
     status: str
     text: str
+    pieces: list[str]
+    """What each token adds to the text; "" where it begins a character that a later token completes."""
     tokens: int
     supervised: list[TokenView]
 
@@ -121,31 +153,41 @@ def header(dump: Dump) -> Header:
     )
 
 
-def row_view(dump: Dump, sample_index: int) -> RowView:
-    """One row, decoded with the dump's own tokenizer.
+def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
+    """Rows, decoded with the dump's own tokenizer.
 
     Raises:
         UsageError: there is no such sample.
         DataError: its unit is not committed, or damaged.
     """
     samples = dump.run.corpus.samples
-    if not 0 <= sample_index < samples:
-        raise UsageError("no such row in this dump", got=sample_index, expected=f"0 to {samples - 1}")
-    unit = sample_index // dump.run.samples_per_unit
-    row = dump.read_unit(unit).row(sample_index - dump.run.unit_range(unit).start)
-    tokenizer = _tokenizer(dump)
-    text = _text(tokenizer, row.input_ids.tolist())
+    for index in sample_indices:
+        if not 0 <= index < samples:
+            raise UsageError("no such row in this dump", got=index, expected=f"0 to {samples - 1}")
+    tokenizer = _tokenizer(dump) if sample_indices else None
+    views, unit, rows = [], None, None
+    for index in sample_indices:
+        if rows is None or index // dump.run.samples_per_unit != unit:
+            unit = index // dump.run.samples_per_unit
+            rows = dump.read_unit(unit)
+        views.append(_row_view(rows.row(index - dump.run.unit_range(unit).start), dump, tokenizer))
+    return views
+
+
+def _row_view(row: Row, dump: Dump, tokenizer: Tokenizer | None) -> RowView:
+    pieces = text_pieces(tokenizer, row.input_ids.tolist())
     return RowView(
         sample_index=row.sample_index,
         sample_id=row.sample_id,
         status=row.status,
-        text=text,
+        text="".join(pieces),
+        pieces=pieces,
         tokens=len(row.input_ids),
-        supervised=_token_views(row, dump, tokenizer),
+        supervised=_token_views(row, dump, tokenizer, pieces),
     )
 
 
-def _token_views(row: Row, dump: Dump, tokenizer: Tokenizer | None) -> list[TokenView]:
+def _token_views(row: Row, dump: Dump, tokenizer: Tokenizer | None, pieces: list[str]) -> list[TokenView]:
     if row.status != OK or row.targets is None:
         return []
     positions = supervised_positions(row.loss_mask)
@@ -155,16 +197,16 @@ def _token_views(row: Row, dump: Dump, tokenizer: Tokenizer | None) -> list[Toke
         filled = int(row.targets.lengths[i])
         ids, p = decoded.ids[i, :filled], np.exp(decoded.logprobs[i, :filled].astype(np.float64))
         order = np.argsort(-p, kind="stable")
-        label = int(row.input_ids[token])
+        label, anchor = int(row.input_ids[token]), int(row.input_ids[before])
         found = np.flatnonzero(ids[order] == label)
         views.append(
             TokenView(
                 position=int(token),
-                context=_text(tokenizer, [int(row.input_ids[before])]),
-                token=_text(tokenizer, [label]),
+                context="".join(pieces[max(0, int(token) - _CONTEXT) : int(token)]),
+                token=_text_after(tokenizer, anchor, label),
                 rank=int(found[0]) + 1 if found.size else None,
                 p=float(p[order][found[0]]) if found.size else None,
-                top=[(_text(tokenizer, [int(ids[j])]), float(p[j])) for j in order[:TOP]],
+                top=[(_text_after(tokenizer, anchor, int(ids[j])), float(p[j])) for j in order[:TOP]],
                 mass=float(p[decoded.in_head[i, :filled]].sum()),
                 entropy=_entropy(decoded, i),
             )
@@ -184,76 +226,96 @@ def _tokenizer(dump: Dump) -> Tokenizer | None:
     return None if content is None else Tokenizer.from_str(content.decode())
 
 
-def _text(tokenizer: Tokenizer | None, ids: list[int]) -> str:
-    """The text of some ids; `<id>` for each that the tokenizer does not know."""
-    if tokenizer is None:
-        return " ".join(f"<{token}>" for token in ids)
-    if len(ids) == 1 and tokenizer.id_to_token(ids[0]) is None:
-        return f"<{ids[0]}>"
-    return str(tokenizer.decode(ids, skip_special_tokens=False))
+def text_pieces(tokenizer: Tokenizer | None, ids: list[int]) -> list[str]:
+    """What each token adds to the text of the ones before it; `<id>` for one that the tokenizer does not know.
+
+    Tokens are decoded behind their neighbours: many tokenizers drop the blank before a token that stands alone. One
+    that ends inside a character adds nothing, and the one that completes it adds the character.
+    """
+    pieces: list[str] = []
+    start = shown = 0  # ids[start:shown] are shown and give the context; ids[shown:i] wait for the end of a character.
+    for i, token in enumerate(ids):
+        if not _known(tokenizer, token):
+            if shown < i and tokenizer is not None:
+                pieces[-1] = tokenizer.decode(ids[shown:i], skip_special_tokens=False)
+            pieces.append(f"<{token}>")
+            start = shown = i + 1
+            continue
+        assert tokenizer is not None
+        before = tokenizer.decode(ids[start:shown], skip_special_tokens=False)
+        text = tokenizer.decode(ids[start : i + 1], skip_special_tokens=False)
+        # No character has more than four bytes: what is incomplete by then is no text.
+        whole = not text.endswith("\ufffd") or i - shown >= 3 or i == len(ids) - 1
+        pieces.append(text[len(before) :] if whole else "")
+        if whole:
+            start, shown = shown, i + 1
+    return pieces
 
 
-def header_table(view: Header) -> Table:
-    """The header for a terminal."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def _text_after(tokenizer: Tokenizer | None, anchor: int, token: int) -> str:
+    """The text of a token that follows `anchor`."""
+    if tokenizer is None or not _known(tokenizer, token):
+        return f"<{token}>"
+    before = tokenizer.decode([anchor], skip_special_tokens=False)
+    both = tokenizer.decode([anchor, token], skip_special_tokens=False)
+    found = both.removeprefix(before) if both.startswith(before) else ""
+    return found or tokenizer.decode([token], skip_special_tokens=False) or f"<{token}>"
 
-    def add(name: str, value: object) -> None:
-        table.add_row(name, Text(str(value)))
 
+def _known(tokenizer: Tokenizer | None, token: int) -> bool:
+    return tokenizer is not None and tokenizer.id_to_token(token) is not None
+
+
+def header_lines(view: Header) -> list[tuple[str, str]]:
+    """The header as (name, value) for people."""
     state = "sealed" if view.sealed else f"not sealed: {view.committed} of {view.units} units committed"
-    add("dump", view.url)
-    add("state", state)
-    add("fingerprint", view.fingerprint)
-    add("teacher", f"{view.teacher}, {view.teacher_dtype}")
-    add("tokenizer", f"{view.tokenizer_ids:,} ids (LM head: {view.head_size:,} rows)")
-    add("estimator", view.estimator)
-    add("temperatures", ", ".join(str(temperature) for temperature in view.temperatures))
-    add("units, rows", f"{view.committed:,}, {view.rows:,} ({_counts(view.statuses)})")
-    add("tokens", f"{view.tokens:,}, {view.supervised_tokens:,} of them supervised")
-    if view.bytes_per_supervised_token is not None:
-        add("bytes", f"{view.bytes:,}, {view.bytes_per_supervised_token:.1f} per supervised token")
-        add("stored entries", f"{view.entries_per_supervised_token:.1f} per supervised token")
-        add("head mass", f"{view.mean_kept_mass:.4f} on average; the teacher's entropy is {view.mean_entropy:.3f} nats")
-        worst = ", ".join(f"{value:.1e} nats" for value in view.fidelity or ())
-        add("fidelity", f"KL(exact || stored) at most {worst} in any unit")
-    return table
+    lines = [
+        ("dump", view.url),
+        ("state", state),
+        ("fingerprint", view.fingerprint),
+        ("teacher", f"{view.teacher}, {view.teacher_dtype}"),
+        ("tokenizer", f"{view.tokenizer_ids:,} ids (LM head: {view.head_size:,} rows)"),
+        ("estimator", view.estimator),
+        ("temperatures", ", ".join(str(temperature) for temperature in view.temperatures)),
+        ("units, rows", f"{view.committed:,}, {view.rows:,} ({_counts(view.statuses)})"),
+        ("tokens", f"{view.tokens:,}, {view.supervised_tokens:,} of them supervised"),
+    ]
+    if view.bytes_per_supervised_token is None:
+        return lines
+    worst = ", ".join(f"{value:.1e} nats" for value in view.fidelity or ())
+    return [
+        *lines,
+        ("bytes", f"{view.bytes:,}, {view.bytes_per_supervised_token:.1f} per supervised token"),
+        ("stored entries", f"{view.entries_per_supervised_token:.1f} per supervised token"),
+        ("head mass", f"{view.mean_kept_mass:.4f} on average; the teacher's entropy is {view.mean_entropy:.3f} nats"),
+        ("fidelity", f"KL(exact || stored) at most {worst} in any unit"),
+    ]
 
 
 def _counts(statuses: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {status}" for status, count in statuses.items()) or "none"
 
 
-def row_table(view: RowView) -> RenderableType:
-    """A row for a terminal."""
-    title = f"row {view.sample_index}, id {view.sample_id}: {view.status}, {view.tokens} tokens"
-    table = Table()
-    for name in ("pos", "after", "token", "rank", "p", f"top {TOP}", "mass", "H"):
-        table.add_column(name, justify="right" if name in ("pos", "rank", "p", "mass", "H") else "left")
-    for token in view.supervised:
-        top = "  ".join(f"{_quoted(text)}:{p:.3f}" for text, p in token.top)
-        p = "-" if token.p is None else f"{token.p:.4f}"
-        rank = "-" if token.rank is None else str(token.rank)
-        cells = [str(token.position), _quoted(token.context), _quoted(token.token), rank, p, top]
-        table.add_row(*(Text(cell) for cell in [*cells, f"{token.mass:.4f}", f"{token.entropy:.2f}"]))
-    return Group(Text(title, style="bold"), Text(view.text), table)
+def row_title(view: RowView) -> str:
+    """One line about a row."""
+    return f"row {view.sample_index}, id {view.sample_id}: {view.status}, {view.tokens} tokens"
 
 
-def _quoted(text: str) -> str:
-    """Text with its blanks and line ends visible."""
-    return repr(text)[1:-1].replace(" ", "_") if text.isprintable() else repr(text)[1:-1]
+def visible(text: str) -> str:
+    """Text in which every character shows: control characters and their like are escaped, line ends are kept.
+
+    A sample may hold anything, terminal commands and changes of the writing direction included.
+    """
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def as_json(dump: Dump, row: int | None) -> dict[str, Any]:
-    """Header, and a row if asked for, for machines."""
+def quoted(text: str) -> str:
+    """Text in one line, with its blanks and line ends visible."""
+    return visible(text).replace("\n", "\\n").replace(" ", "_")
+
+
+def as_json(dump: Dump, rows: Sequence[int]) -> dict[str, Any]:
+    """Header, and the rows asked for, for machines: `row` is one, `rows` are several."""
     found: dict[str, Any] = header(dump).model_dump(mode="json")
-    return found if row is None else {**found, "row": row_view(dump, row).model_dump(mode="json")}
-
-
-def show(dump: Dump, row: int | None, console: Console) -> None:
-    """Print header, and a row if asked for."""
-    # First everything that may fail.
-    parts = [header_table(header(dump)), *([] if row is None else [row_table(row_view(dump, row))])]
-    for part in parts:
-        console.print(part)
+    views = [view.model_dump(mode="json") for view in row_views(dump, rows)]
+    return found | ({"row": views[0]} if len(views) == 1 else {"rows": views} if views else {})

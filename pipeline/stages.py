@@ -1,4 +1,4 @@
-"""The two things the command line does inside its own process that need torch: stage one, and evaluation.
+"""What the command line does inside its own process that needs torch: stage one, evaluation, plans, recomputing rows.
 
 Each imports its own stage when it is called, since peft alone takes seconds.
 """
@@ -15,11 +15,14 @@ from rich.progress import Progress
 
 from pipeline.config import Config, need
 from pipeline.launch import Placement
+from storage_schemas.errors import MismatchError
 from storage_schemas.reader import Dump
 
 log = logging.getLogger(__name__)
 
 _LINE_SECONDS = 5.0
+_BATCH_TOKENS = 4096
+"""Of a teacher that no configuration sets up, padding included."""
 
 
 def run_dumps(config: Config, placement: Placement) -> dict[str, Any]:
@@ -74,6 +77,87 @@ def run_evaluation(
             progress=progress,
         )
     return found.model_dump(mode="json")
+
+
+def run_plan(
+    config: Config, *, samples: int, seed: int, tokens_per_second: float | None, price_per_hour: float | None
+) -> dict[str, Any]:
+    """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples."""
+    from teacher_dump.pilot import plan_dump
+    from teacher_dump.teacher import Teacher
+
+    with shown_progress("pilot") as progress:
+        found = plan_dump(
+            dump=config.dump,
+            teacher=Teacher(need(config.teacher, "teacher", "plan")),
+            corpus=need(config.corpus, "corpus", "plan"),
+            estimator=config.estimator,
+            temperatures=config.temperatures,
+            samples=samples,
+            seed=seed,
+            tokens_per_second=tokens_per_second,
+            price_per_hour=price_per_hour,
+            progress=progress,
+        )
+    return found.model_dump(mode="json")
+
+
+def recomputing(
+    url: str, options: Mapping[str, str], *, rows: int, seed: int, config: Config | None, model: str | None
+) -> Callable[[], dict[str, Any]]:
+    """What compares some rows of a dump with what the teacher says now. What can be refused is refused here at once.
+
+    Args:
+        url: the dump.
+        options: settings of its store.
+        rows: how many.
+        seed: of their choice.
+        config: what the dump was made with; its teacher runs, and its corpus is compared with the rows.
+        model: where the teacher lies; by default where `config` or run.json say.
+
+    Raises:
+        MismatchError: the teacher is not here, or it or the corpus is another one.
+    """
+    from teacher_dump.config import TeacherSection
+    from teacher_dump.corpus import freeze_corpus
+    from teacher_dump.recompute import recompute, refuse_other_corpus, refuse_other_teacher
+    from teacher_dump.teacher import Teacher
+
+    dump = Dump.open(url, options=options)
+    named = dump.run.teacher
+    if config is not None:
+        section = need(config.teacher, "teacher", "verify --config")
+    else:
+        section = TeacherSection.model_validate(
+            {"model": named.model, "revision": named.revision, "dtype": named.dtype, "batch_tokens": _BATCH_TOKENS}
+        )
+    if model is not None:
+        section = section.model_copy(update={"model": model, "revision": None})
+    teacher = Teacher(section)
+    try:
+        _ = teacher.files
+    except MismatchError as error:
+        raise MismatchError(
+            f"the teacher that made the dump is not here: {error.what}",
+            got=error.got,
+            expected=f"{named.model}, or a copy of it",
+            fix="say where it lies: --model DIR, or --config CONFIG with a section `teacher`",
+        ) from error
+    refuse_other_teacher(dump.run, teacher)
+    corpus = None
+    if config is not None and config.corpus is not None:
+        heldout = config.heldout is not None and config.heldout.url.rstrip("/") == url.rstrip("/")
+        part = config.heldout_config().corpus if heldout else config.corpus
+        assert part is not None
+        corpus = freeze_corpus(part, teacher.tokenizer, head_size=teacher.head_size)
+        refuse_other_corpus(dump.run, corpus)
+
+    def compare() -> dict[str, Any]:
+        with shown_progress(f"recomputing rows of {url}") as progress:
+            report = recompute(dump, teacher, rows=rows, seed=seed, corpus=corpus, progress=progress)
+        return report.model_dump(mode="json")
+
+    return compare
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from storage_schemas.errors import DataError, Exit, MismatchError, NothingToResu
 from storage_schemas.run_info import RunInfo
 from storage_schemas.writer import DumpWriter
 
-COMMANDS = ["dump", "train", "run", "evaluate", "merge", "verify", "inspect", "prune"]
+COMMANDS = ["dump", "train", "run", "evaluate", "merge", "plan", "verify", "inspect", "prune"]
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -112,6 +112,10 @@ def test_version(call: Call) -> None:
         ["train", "CONFIG", "--nproc", "x"],
         ["evaluate", "--model", "m"],
         ["verify", "DUMP", "--store", "x"],
+        ["plan", "CONFIG", "--pilot-samples", "0"],
+        ["plan", "CONFIG", "--tokens-per-second", "0"],
+        ["plan", "CONFIG", "--price-per-hour", "-1"],
+        ["verify", "DUMP", "--recompute", "0"],
         ["inspect", "DUMP", "--row", "-1"],
         ["inspect", "DUMP", "--row", "10"],
         ["prune", "m"],
@@ -134,7 +138,12 @@ def test_a_wrong_configuration_exits_78_with_all_its_problems(call: Call, config
 
 @pytest.mark.parametrize(
     ("command", "sections"),
-    [("dump", ["teacher", "corpus"]), ("train", ["train", "student"]), ("run", ["train", "student", "teacher"])],
+    [
+        ("dump", ["teacher", "corpus"]),
+        ("plan", ["teacher", "corpus"]),
+        ("train", ["train", "student"]),
+        ("run", ["train", "student", "teacher"]),
+    ],
 )
 def test_a_section_that_a_command_needs_is_asked_for(
     call: Call, config: Path, tmp_path: Path, command: str, sections: list[str]
