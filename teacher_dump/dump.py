@@ -5,7 +5,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
-from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TokenizerIdentity
+from storage_schemas.run_info import CorpusIdentity, RunInfo, TokenizerIdentity
 from storage_schemas.section import Section
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
@@ -99,7 +98,8 @@ def run_dump(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
-    teacher = Teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
+    teacher = open_teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
+    teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
     with stoppable() as stop:
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
         refuse_too_long(samples, teacher)
@@ -115,6 +115,15 @@ def run_dump(
         finally:
             log_events.close()
     return summary
+
+
+def open_teacher(section: TeacherSection) -> Teacher:
+    """The teacher of the configured backend; no weight is loaded yet."""
+    if section.backend == "vllm":
+        from teacher_dump.vllm_backend import VllmTeacher
+
+        return VllmTeacher(section)
+    return Teacher(section)
 
 
 def run_info(
@@ -149,7 +158,7 @@ def run_info(
         logsumexp=dump.logsumexp,
         logprob_step=dump.logprob_step,
         max_kl=dump.max_kl,
-        engine=EngineIdentity(name=teacher.section.backend, version=version("transformers")),
+        engine=teacher.engine,
     )
 
 
@@ -159,7 +168,7 @@ def refuse_too_long(corpus: Corpus, teacher: Teacher) -> None:
         raise MismatchError(
             "a sample is longer than what the teacher can see",
             got=f"{corpus.longest} tokens",
-            expected=f"at most max_position_embeddings = {teacher.positions}",
+            expected=f"at most {teacher.positions}: {teacher.positions_rule}",
             fix=f"set corpus.max_length to {teacher.positions} or less",
         )
 
@@ -210,7 +219,7 @@ class Worker:
         self._look()
         events.write("start", rank=self.rank, world_size=self.world_size, units=run.units, done=len(self._committed))
         if len(self._committed) < run.units:
-            _ = self.teacher.model
+            self.teacher.start(self.corpus, run)
             progress = DumpProgress(units=run.units, world_size=self.world_size, events=events, console=console)
             with progress, Committer(self.writer) as commits:
                 for unit in unit_order(run.units, rank=self.rank, world_size=self.world_size):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from storage_schemas.config import Estimator
 from storage_schemas.errors import MismatchError
 from storage_schemas.logits import LogitTransform
-from storage_schemas.run_info import TeacherIdentity
+from storage_schemas.run_info import EngineIdentity, RunInfo, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
 from teacher_dump.batches import length_sorted_batches
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus import Sample
+from teacher_dump.corpus import Corpus, Sample
 from teacher_dump.estimators import Entries, estimate, to_targets
 from teacher_dump.weights import ModelFiles, find_model
 
@@ -35,6 +36,9 @@ _TOLERANCE = 0.02
 
 class Teacher:
     """A causal language model of transformers. Its weights are loaded when the first targets are asked for."""
+
+    positions_rule = "max_position_embeddings"
+    """Where `positions` comes from, for the message."""
 
     def __init__(self, section: TeacherSection) -> None:
         self.section = section
@@ -108,6 +112,18 @@ class Teacher:
             )
         refuse_unknown_model(model)
         return model
+
+    @property
+    def engine(self) -> EngineIdentity:
+        """The software that runs it."""
+        return EngineIdentity(name=self.section.backend, version=version("transformers"))
+
+    def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
+        """Raise MismatchError if it cannot make such targets, before anything is read: transformers makes them all."""
+
+    def start(self, corpus: Corpus, run: RunInfo) -> None:
+        """Load the weights, now that there is something to do for `run`."""
+        _ = self.model
 
     def identity(self) -> TeacherIdentity:
         """Who the teacher is, from its files alone."""

@@ -1,0 +1,106 @@
+"""The vLLM backend on the real engine, CPU build: `make test-vllm`. Every test but one starts it, 30 to 60 seconds."""
+
+import importlib.util
+import json
+import os
+
+import numpy as np
+import pytest
+from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, sections, write_corpus
+from support.record_vllm import CPU
+from support.tiny_teachers import save_teacher
+
+from storage_schemas.config import TopK
+from storage_schemas.errors import MismatchError
+from teacher_dump.agreement import agreement
+from teacher_dump.config import TeacherSection
+from teacher_dump.dump import open_teacher, run_dump
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_machine():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CPU.items():
+            patch.setenv(name, os.environ.get(name, value))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"), head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def vllm_job(url, corpus_file, model_folder, **teacher):
+    job = sections(url, corpus_file, model_folder, logsumexp=False, logprob_step=0.0)
+    options = job["teacher"].model_dump() | {"backend": "vllm"} | teacher
+    corpus = job["corpus"].model_copy(update={"max_length": 95})
+    return job | {"teacher": TeacherSection(**options), "corpus": corpus, "estimator": TopK(k=16, mass=0.95)}
+
+
+def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model_folder, capsys):
+    """Prompts longer than a step of the engine are among them, so that it puts their log-probs together from parts."""
+    job = vllm_job(tmp_path / "vllm", corpus_file, model_folder, vllm={"max_num_batched_tokens": 32, "max_num_seqs": 8})
+    teacher = job["teacher"]
+    summary = run_dump(**job)
+    assert summary.statuses == {"empty": 1, "ok": 9, "too_long": 1}
+    assert_each_sample_once(tmp_path / "vllm")
+    run = json.loads((tmp_path / "vllm" / "run.json").read_text())
+    assert run["engine"] == open_teacher(teacher).engine.model_dump()
+    assert run["engine"]["name"] == "vllm"
+
+    plain = teacher.model_copy(update={"backend": "transformers"})
+    with pytest.raises(MismatchError, match=r"engine\.name"):
+        run_dump(**job | {"teacher": plain})
+    run_dump(**job | {"dump": job["dump"].model_copy(update={"url": str(tmp_path / "plain")}), "teacher": plain})
+    ours, theirs = [], []
+    for a, b in zip(rows_of(tmp_path / "vllm"), rows_of(tmp_path / "plain"), strict=True):
+        assert (a.sample_id, a.status) == (b.sample_id, b.status)
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)
+        if b.targets is not None:
+            ours, theirs = [*ours, a.targets], [*theirs, b.targets]
+    found = agreement(theirs, ours)
+    tails = [np.exp(np.concatenate([t.tail_logprob for t in side]).astype(np.float64)) for side in (ours, theirs)]
+    tail_error = float(np.abs(tails[0] - tails[1]).max())
+    with capsys.disabled():
+        print(f"\n{found}, largest error of the tail's mass {tail_error:.2g}")
+    assert found.tokens == summary.supervised_tokens > 100
+    assert found.within("float32")
+    assert found.logprob_max < 1e-4
+    assert tail_error < 2e-5
+    again = run_dump(**job)
+    assert (again.rows, again.units_done_here) == (SAMPLES, 0)
+
+
+def test_other_numbers_from_the_engine_stop_the_run(tmp_path, corpus_file, model_folder):
+    changed = {"hf_overrides": {"rms_norm_eps": 0.3}}
+    with pytest.raises(MismatchError, match=r"(?s)disagree.*mean KL") as caught:
+        run_dump(**vllm_job(tmp_path, corpus_file, model_folder, vllm=changed))
+    print(caught.value)
+    assert not list(tmp_path.glob("data/*"))
+    assert "rms_norm_eps" in json.loads((tmp_path / "run.json").read_text())["engine"]["version"]
+
+
+def test_a_model_that_the_engine_refuses_is_a_configuration_error(tmp_path, corpus_file):
+    """The CPU build starts with heads of 8 and dies at the first prompt."""
+    folder = save_teacher(tmp_path / "teacher")
+    with pytest.raises(MismatchError, match="vLLM cannot run the teacher") as caught:
+        run_dump(**vllm_job(tmp_path / "dump", corpus_file, folder))
+    print(caught.value)
+    assert caught.value.exit_code == 78
+    assert not list(tmp_path.glob("dump/data/*"))
+
+
+def test_an_engine_argument_that_vllm_does_not_know_is_a_configuration_error(tmp_path, corpus_file, model_folder):
+    job = vllm_job(tmp_path, corpus_file, model_folder, vllm={"tensor_paralel_size": 2}, vllm_check_samples=0)
+    with pytest.raises(MismatchError, match="tensor_paralel_size"):
+        run_dump(**job)
