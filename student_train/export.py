@@ -66,7 +66,13 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
         ) from error  # fmt: skip
     probe = torch.arange(PROBE_TOKENS)[None] * 7 % base.get_input_embeddings().weight.shape[0]
     expected = adapted(input_ids=probe, use_cache=False).logits
-    merged = adapted.merge_and_unload(safe_merge=True)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(
+            f"the adapter in {adapter_dir} cannot be folded into its base model", got=str(error)[:500],
+            expected="finite weights, and biases only where the base model has them", fix="use it with peft, as it is",
+        ) from error  # fmt: skip
     refuse_other_logits(adapter_dir, merged(input_ids=probe, use_cache=False).logits, expected, dtype=torch.float32)
 
     staged = output.with_name(f".{output.name}.staged")

@@ -63,6 +63,29 @@ def test_every_stage_equals_plain_torch(arm: str, checkpointing: bool, folder: P
             assert relative(result["last"], expected.last, "master") < 2e-4
 
 
+def test_moslora_under_every_stage(folder: Path) -> None:
+    """A, B and M are trained alike, with weights that ZeRO-3 really spreads over the ranks."""
+    spread = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    cases = [
+        {
+            "model": str(folder / "tied-True"),
+            "lora": {"variant": "moslora"},
+            "train": {"zero_stage": stage, "max_grad_norm": 0.3, "deepspeed": spread if stage == 3 else {}},
+            "steps": 3,
+        }
+        for stage in STAGES
+    ]
+    first, *others = run_ranks("support.engine_jobs:run_cases", 2, dump=str(folder / "dump"), cases=cases)[0]
+    mixers = [name for name in first["last"] if name.endswith("mixer.weight")]
+    assert len(mixers) == 3 * 14
+    assert all(first["last"][name].abs().max() > 0 for name in mixers)
+    for other in others:
+        assert [loss for loss, *_ in other["steps"]] == pytest.approx([loss for loss, *_ in first["steps"]], abs=3e-6)
+        assert [norm for *_, norm in other["steps"]] == pytest.approx([n for *_, n in first["steps"]], rel=2e-5)
+        assert other["last"].keys() == first["last"].keys()
+        assert relative(other["last"], first["last"], "master") < 2e-4
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_adapter(precision: str, folder: Path) -> None:
     """Trained under ZeRO 2 and 3 with the same losses, resumed bit for bit, saved, and compared by the run itself."""

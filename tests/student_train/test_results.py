@@ -46,10 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _write_adapter(folder: Path, name: str) -> None:
-    """`final-<name>`: an adapter with random weights, written as a run writes it."""
+def _write_adapter(folder: Path, name: str, final: str | None = None, **extra: Any) -> None:
+    """`final-<final or name>`: an adapter with random weights, written as a run writes it."""
     dump = Dump.open(str(folder / "top8"))
-    section = StudentSection(model=str(folder / name), lora=LoraSection(r=4))
+    section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, extra=extra))
     train = train_section(folder)
     student = load_student(section, LossSection(), train, dump.run)
     torch.manual_seed(3)
@@ -58,7 +58,7 @@ def _write_adapter(folder: Path, name: str) -> None:
         for key, parameter in student.module.trained():
             parameter.copy_(weights[key])
     write_final(
-        folder / f"final-{name}", student, section, train,
+        folder / f"final-{final or name}", student, section, train,
         weights=weights, tokenizer=dump.tokenizer_files(), card=_card(dump, section, folder, name), input_ids=IDS,
         logits=student.module.eval().logits(IDS),
     )  # fmt: skip
@@ -211,6 +211,9 @@ def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
         merge(folder / "final-student", tmp_path / "x", "int4")
     with pytest.raises(MismatchError, match="not an adapter"):
         merge(folder / "student", tmp_path / "x")
+    _write_adapter(folder, "student", "biases", lora_bias=True)
+    with pytest.raises(MismatchError, match="cannot be folded"):
+        merge(folder / "final-biases", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

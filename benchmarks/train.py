@@ -1,0 +1,296 @@
+"""Stage two against what users run today: `make bench-train`. Writes runs/bench/train.json and prints the tables.
+
+    make bench-train                       # about a quarter of an hour on two quiet cores
+    make bench-train ARGS="--only loader"  # one section: steps, memory, loop, loader, start, profile, vocabulary,
+                                           # entries, length; several: --only loader start
+
+Every section runs in a process of its own. All contenders of a section take turns in one process, in alternating
+order, on the same batch; only peak memory takes a process for each. What is made once, the student and the dump of
+real targets, stays in runs/bench/train.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from storage import processor
+from torch.profiler import ProfilerActivity, profile
+from train_scale import Rows, entries, length, loader, say, start, turns, vocabulary
+from train_workload import (
+    BATCH,
+    CONTENDERS,
+    LAYERS,
+    RANK,
+    SCRATCH,
+    SUPERVISED,
+    TOKENS,
+    Workload,
+    distilled,
+    make_workload,
+    neo,
+)
+from transformers.utils.logging import disable_progress_bar
+
+OUT = Path("runs/bench/train.json")
+THREADS = 2
+ROUNDS, LOOP_STEPS, WAIT_STEPS = 6, 9, 13
+AT_LEAST = ("supervised tokens/s", "loader / datasets")
+"""Rows of which more is better."""
+GOALS = {
+    "Neo step / LoRA SFT of transformers + peft": 0.80,
+    "Neo step / online-teacher KD": 0.45,
+    "Neo step / TRL GKD": 0.45,
+    "peak memory: Neo / online-teacher KD": 0.55,
+    "whole training step / bare forward + backward": 1.05,
+    "share of a step that waits for data": 0.01,
+    "loader, k=64: supervised tokens/s on one core": 100_000.0,
+    "loader / datasets streaming, k=64": 20.0,
+    "start, 1e9 samples in 100,000 units: seconds": 5.0,
+    "seek to any step: milliseconds, median": 1.0,
+}
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--teacher", default=os.environ.get("LLM_NEO_TEACHER", "models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--child", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    torch.set_num_threads(THREADS)
+    if arguments.child or arguments.peak:
+        work = make_workload(arguments.teacher)
+        found = peak(work, arguments.peak) if arguments.peak else SECTIONS[arguments.child](work)
+        print(json.dumps(found))
+        return
+    begin = time.monotonic()
+    say("teacher, student and dump")
+    make_workload(arguments.teacher)
+    rows: Rows = {}
+    for section in arguments.only:
+        say(f"{section}: starting")
+        rows |= child("--teacher", arguments.teacher, "--child", section)
+    write(rows, minutes=(time.monotonic() - begin) / 60)
+
+
+def child(*options: str) -> Rows:
+    """The rows that another process prints as its last line; what it says before is passed on."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, __file__, *options]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if last and not last.startswith("{"):
+                print(last, end="", flush=True)
+            last = line
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
+    return json.loads(last)  # type: ignore[no-any-return]
+
+
+def steps(work: Workload) -> Rows:
+    """A step of Neo and of its rivals on one batch."""
+    batch = work.batch()
+    made = {name: make(work, batch) for name, make in CONTENDERS.items()}
+    before = {name: step() for name, step in made.items()}
+    say("cross-entropy of the first step: " + ", ".join(f"{name} {ce:.5f}" for name, ce in before.items()))
+    # The same work: one model, one batch, one mask. TRL's loss is the divergence alone.
+    assert all(abs(ce - before["Neo"]) < 1e-3 for ce in before.values() if not math.isnan(ce))
+    cpu = dict.fromkeys(made, 0.0)
+
+    def counted(name: str) -> Callable[[], None]:
+        def run() -> None:
+            begin = time.process_time()
+            made[name]()
+            cpu[name] += time.process_time() - begin
+
+        return run
+
+    found = dict(zip(made, turns([counted(name) for name in made], rounds=ROUNDS), strict=True))
+    rows = {f"step of {name}, seconds": statistics.median(times) for name, times in found.items()}
+    for name in list(found)[1:]:
+        ratios = [ours / theirs for ours, theirs in zip(found["Neo"], found[name], strict=True)]
+        rows |= {f"Neo step / {name}": statistics.median(ratios)}
+        rows |= {f"Neo step / {name}, processor time": cpu["Neo"] / cpu[name]}
+    if "TRL GKD" not in made:
+        say("TRL is not installed, so its GKD trainer is left out: pip install --no-deps trl==1.16.0")
+    return rows
+
+
+def memory(work: Workload) -> Rows:
+    """Peak resident memory of a process that takes three steps, models and libraries included."""
+    peaks = {name: child("--teacher", str(work.teacher), "--peak", name)["peak"] for name in CONTENDERS}
+    rows = {f"peak memory of {name}, GiB": size / 2**30 for name, size in peaks.items()}
+    return rows | {f"peak memory: Neo / {name}": peaks["Neo"] / size for name, size in list(peaks.items())[1:]}
+
+
+def peak(work: Workload, name: str) -> Rows:
+    """Bytes, of this process."""
+    step = CONTENDERS[name](work, work.batch())
+    for _ in range(3):
+        step()
+    say(f"peak memory of {name}")
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+
+
+def loop(work: Workload) -> Rows:
+    """`train_in` as `llm-neo train` runs it, on one rank: DeepSpeed ZeRO-2, loader, metrics, log."""
+    import shutil
+
+    import student_train.train as training
+    from storage_schemas.config import DumpSection
+    from student_train.batch import TrainBatch
+    from student_train.config import LossSection
+    from student_train.engine import Engine, StepResult, join
+    from student_train.metrics import EVENTS, read_events
+
+    bare_module = distilled(work).train()
+    whole: list[float] = []
+    bare: list[float] = []
+    interleave = True
+    since = time.perf_counter()
+
+    def bare_step(batches: Sequence[TrainBatch], tokens: int) -> float:
+        begin = time.perf_counter()
+        for batch in batches:
+            (bare_module(batch)[0] / tokens).backward()
+        taken = time.perf_counter() - begin
+        bare_module.zero_grad()
+        return taken
+
+    class Timed(Engine):
+        """An engine that stands aside for the bare student, before or after its own step, in turn."""
+
+        def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
+            nonlocal since
+            first = interleave and len(whole) % 2 == 1
+            if first:
+                before = time.perf_counter()
+                bare.append(bare_step(batches, tokens))
+                since += time.perf_counter() - before
+            result = super().step(batches, tokens=tokens, learning_rate=learning_rate)
+            whole.append(time.perf_counter() - since)
+            if interleave and not first:
+                bare.append(bare_step(batches, tokens))
+            since = time.perf_counter()
+            return result
+
+    training.Engine = Timed  # type: ignore[misc]
+    world = join(0, 1, 0)
+
+    def train(name: str, steps: int) -> list[Any]:
+        output = SCRATCH / name
+        shutil.rmtree(output, ignore_errors=True)
+        section = work.train_section(output, max_steps=steps, save_steps=10**6, warmup_ratio=0.0)
+        training.train_in(world, DumpSection(url=str(work.dump)), work.student_section(), LossSection(), section)
+        say(f"{name}: {steps} steps")
+        return read_events(output / EVENTS)
+
+    train("interleaved", LOOP_STEPS)
+    rows = {
+        "whole training step, seconds": statistics.median(whole[1:]),
+        "bare forward + backward, seconds": statistics.median(bare[1:]),
+        "whole training step / bare forward + backward": statistics.median(
+            a / b for a, b in zip(whole[1:], bare[1:], strict=True)
+        ),
+    }
+    interleave = False
+    events = train("alone", WAIT_STEPS)
+    waits = [event.data_wait_seconds for event in events]
+    taken = [BATCH * TOKENS / event.tokens_per_second for event in events]
+    return rows | {
+        "wait for data of the first step, seconds": waits[0],
+        "share of a step that waits for data": sum(waits[1:]) / sum(taken[1:]),
+    }
+
+
+def profiled(work: Workload) -> Rows:
+    """Where a Neo step's time goes: the fused head, and the operators of torch."""
+    step = neo(work, work.batch())
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+        step()
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    total = sum(times.values())
+    rows = {"Neo step: share of matrix products": sum(times.get(name, 0) for name in MATRIX_PRODUCTS) / total}
+    rows["Neo step: share of the fused head"] = (
+        next(event.cpu_time_total for event in found.key_averages() if event.key == "_FusedHead") / total
+    )
+    for name in sorted(times, key=times.__getitem__, reverse=True)[:12]:
+        rows[f"Neo step: share of {name}"] = times[name] / total
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Workload], Rows]] = {
+    "steps": steps,
+    "memory": memory,
+    "loop": loop,
+    "loader": loader,
+    "start": start,
+    "profile": profiled,
+    "vocabulary": vocabulary,
+    "entries": entries,
+    "length": length,
+}
+
+
+def write(rows: Rows, *, minutes: float) -> None:
+    """train.json, and the table; exit code 1 if a goal is missed."""
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    result = {name: {"value": value, "goal": GOALS.get(name)} for name, value in rows.items()}
+    OUT.write_text(json.dumps(result, indent=2) + "\n")
+    packages = ["torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow"]
+    packages += ["trl"] if find_spec("trl") else []
+    print(
+        f"\nstudent of {LAYERS} layers, LoRA r={RANK}, {BATCH} x {TOKENS} tokens, {SUPERVISED} of each supervised, fp32"
+    )
+    print(f"{platform.machine()}, {processor()}, {os.cpu_count()} cores, {THREADS} threads; {minutes:.1f} minutes")
+    print(f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print("\n| | value | goal |\n|---|---:|---:|")
+    for name, value in rows.items():
+        print(f"| {name} | {shown(value)} | {shown(GOALS[name]) if name in GOALS else ''} |")
+    missed = [name for name, value in rows.items() if name in GOALS and not reached(name, value)]
+    if missed:
+        sys.exit(f"missed: {'; '.join(missed)}")
+
+
+def reached(name: str, value: float) -> bool:
+    """Whether the goal of a row is met."""
+    return value >= GOALS[name] if name.startswith(AT_LEAST) or "tokens/s" in name else value <= GOALS[name]
+
+
+def shown(value: float) -> str:
+    """Short, without losing what matters."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

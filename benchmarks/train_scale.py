@@ -1,0 +1,297 @@
+"""The rows of `benchmarks/train.py` that need no training: the loader, starting on a huge dump, and how the cost of
+the head and of a step grows."""
+
+import gc
+import hashlib
+import itertools
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from train_workload import SCRATCH, SUPERVISED, K, Workload, dump, neo, random_batch, random_targets, rows_of, sft
+
+from storage_schemas.commit import CommitRecord, Seal, data_key, manifest_bytes, totals
+from storage_schemas.config import TopK
+from storage_schemas.reader import Dump
+from storage_schemas.rows import OK
+from storage_schemas.run_info import RunInfo
+from storage_schemas.store import Store
+from storage_schemas.writer import DumpWriter
+from student_train.batch import collate
+from student_train.config import TrainSection
+from student_train.head import HeadSpec, fused_head_loss
+from student_train.losses import LossSpec
+from student_train.order import Order
+from student_train.stream import Follower, Stream, consumed_root
+
+Rows = dict[str, float]
+LOADER_UNITS, LOADER_SAMPLES = 8, 128
+HUGE_SAMPLES, HUGE_UNITS = 10**9, 100_000
+HIDDEN, HEAD_TOKENS, STEP_TOKENS = 576, 256, 1024
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def loader(work: Workload) -> Rows:
+    """Our stream and `datasets` over the same files, taking turns on one core, in processor seconds."""
+    to_the_end = dump(work, SCRATCH / "dump-to-the-end", TopK(k=K, mass=1.0))
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    return loader_rows(f"k={K}", work.dump) | loader_rows(f"k={K} to the end", to_the_end)
+
+
+def loader_rows(title: str, source: Path) -> Rows:
+    """Of one dump."""
+    url = loader_dump(source)
+    speeds: dict[str, list[float]] = {name: [] for name in READERS}
+    for i in range(3):
+        for name in list(READERS)[:: -1 if i % 2 else 1]:
+            speeds[name].append(READERS[name](url))
+            say(f"{title}: {name}: {speeds[name][-1]:,.0f} supervised tokens/s")
+    rows = {f"{name}, {title}: supervised tokens/s on one core": statistics.median(v) for name, v in speeds.items()}
+    for name in list(speeds)[1:]:
+        ratios = [ours / theirs for ours, theirs in zip(speeds["loader"], speeds[name], strict=True)]
+        rows[f"loader / {name}, {title}"] = statistics.median(ratios)
+    return rows
+
+
+def loader_dump(source: Path) -> Path:
+    """A dump's rows several times over, in units of ordinary size."""
+    url = SCRATCH / "loader"
+    shutil.rmtree(url, ignore_errors=True)
+    rows, run, samples = rows_of(source), Dump.open(str(source)).run, LOADER_UNITS * LOADER_SAMPLES
+    corpus = run.corpus.model_copy(update={"samples": samples})
+    run = run.model_copy(update={"corpus": corpus, "samples_per_unit": LOADER_SAMPLES})
+    writer = DumpWriter.open(str(url), run)
+    for unit in range(run.units):
+        writer.commit_unit(unit, [replace(rows[i % len(rows)], sample_index=i) for i in run.unit_range(unit)])
+    return url
+
+
+def stream_speed(url: Path) -> float:
+    """Supervised tokens per processor second from files to micro-batches, every check included."""
+    dump = Dump.open(str(url))
+    train = TrainSection(output=SCRATCH)
+    order = order_of(dump.run, train)
+    make = partial(
+        collate, temperature_index=0, temperature=1.0, pad_id=0, vocab_size=dump.run.teacher.head_size
+    )  # fmt: skip
+    begin, tokens = time.process_time(), 0
+    stream = Stream(
+        dump, order, make, rank=0, world_size=1, micro_batch_size=train.micro_batch_size, start=0,
+        stop=order.steps_per_epoch, windows=order.windows,
+    )  # fmt: skip
+    for step in range(order.steps_per_epoch):
+        batches = stream.get(step, timeout=60)
+        assert batches is not None
+        tokens += sum(len(batch.targets) for batch in batches)
+    stream.close()
+    assert tokens == dump.run.corpus.samples * SUPERVISED
+    return tokens / (time.process_time() - begin)
+
+
+def datasets_speed(url: Path, *, collated: bool) -> float:
+    """The same through `datasets` in torch format, all columns as here, as rows of tensors or as micro-batches that a
+    plain collate function pads; of one unit, since it takes its time."""
+    files = sorted(map(str, (url / "data").glob("*.parquet")))[:1]
+    begin, tokens = time.process_time(), 0
+    found = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True).with_format("torch")
+    if collated:
+        for batch in DataLoader(found, batch_size=TrainSection(output=SCRATCH).micro_batch_size, collate_fn=pad):
+            tokens += len(batch["target_ids"])
+    else:
+        for row in found:
+            tokens += len(row["target_ids"])
+    assert tokens == LOADER_SAMPLES * SUPERVISED
+    return tokens / (time.process_time() - begin)
+
+
+def pad(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Tokens row by row, padded; targets one after the other, padded."""
+    padded = {name: pad_sequence([row[name] for row in rows], True) for name in ("input_ids", "loss_mask")}
+    for name in ("target_ids", "target_logprobs", "tail_logprob"):
+        padded[name] = pad_sequence([token for row in rows for token in row[name]], True)
+    return padded
+
+
+READERS: dict[str, Callable[[Path], float]] = {
+    "loader": stream_speed,
+    "datasets streaming": partial(datasets_speed, collated=False),
+    "datasets streaming in micro-batches": partial(datasets_speed, collated=True),
+}
+
+
+def order_of(run: RunInfo, train: TrainSection) -> Order:
+    """The order that a run has."""
+    return Order(
+        samples=run.corpus.samples,
+        samples_per_unit=run.samples_per_unit,
+        window_units=train.shuffle_window_units,
+        block_units=train.shuffle_block_units,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+    )
+
+
+def start(work: Workload) -> Rows:
+    """What `llm-neo train` asks a dump of 1e9 samples in 100,000 units before its first step, and a seek."""
+    say("writing a sealed dump of 100,000 units without their data")
+    url = huge_dump(work.run)
+    begins, resumes = [], []
+    for _ in range(3):
+        gc.collect()
+        begin = time.perf_counter()
+        dump, order = opened(url)
+        for unit in order.block_at(0, 0)[1]:
+            dump.record(int(unit))
+        order.step_samples(0)
+        begins.append(time.perf_counter() - begin)
+    for _ in range(2):
+        dump, order = opened(url)
+        begin = time.perf_counter()
+        consumed_root(dump, order, order.steps_per_epoch // 2)
+        resumes.append(time.perf_counter() - begin)
+    steps = np.random.default_rng(0).integers(0, 10 * order.steps_per_epoch, 2000)
+    seeks = [seconds(partial(order.step_samples, int(step))) for step in steps]
+    return {
+        "start, 1e9 samples in 100,000 units: seconds": statistics.median(begins),
+        "resume in the middle of it, on top: seconds": statistics.median(resumes),
+        "seek to any step: milliseconds, median": 1e3 * statistics.median(seeks),
+        "seek to any step: milliseconds, 99th percentile": 1e3 * float(np.quantile(seeks, 0.99)),
+    }
+
+
+def opened(url: Path) -> tuple[Dump, Order]:
+    """The dump, known to be complete, and its order."""
+    dump = Dump.open(str(url))
+    order = order_of(dump.run, TrainSection(output=SCRATCH))
+    assert Follower(dump, order).windows() == order.windows
+    return dump, order
+
+
+def huge_dump(run: RunInfo) -> Path:
+    """run.json, manifest and seal of synthetic records."""
+    url, each = SCRATCH / "huge", HUGE_SAMPLES // HUGE_UNITS
+    shutil.rmtree(url, ignore_errors=True)
+    run = run.model_copy(
+        update={"corpus": run.corpus.model_copy(update={"samples": HUGE_SAMPLES}), "samples_per_unit": each}
+    )
+    records = {unit: synthetic_record(unit, each, run.fingerprint) for unit in range(HUGE_UNITS)}
+    manifest = manifest_bytes(records)
+    seal = Seal(
+        fingerprint=run.fingerprint,
+        units=HUGE_UNITS,
+        statuses={OK: HUGE_SAMPLES},
+        tokenizer={},
+        records_sha256="0" * 64,
+        manifest=f"manifest-{hashlib.sha256(manifest).hexdigest()}.parquet",
+        **totals(records),
+    )
+    store = Store(str(url))
+    for key, data in {"run.json": run.to_json(), seal.manifest: manifest, "SEALED.json": seal.to_json()}.items():
+        assert store.put_new(key, data)
+    return url
+
+
+def synthetic_record(unit: int, rows: int, fingerprint: str) -> CommitRecord:
+    """A commit record that is like a real one in size."""
+    digest = hashlib.sha256(str(unit).encode()).hexdigest()
+    tokens = rows * SUPERVISED
+    return CommitRecord(
+        fingerprint=fingerprint, unit=unit, file=data_key(unit, digest[:32]), bytes=90 * tokens + unit, sha256=digest,
+        rows=rows, tokens=tokens, supervised_tokens=tokens, entries=48 * tokens, max_id=49_151, statuses={OK: rows},
+        mean_kept_mass=0.98, mean_entropy=1.2 + unit / 1e6, fidelity=(5e-5 + unit / 1e11,), logprob_step=0.0625,
+    )  # fmt: skip
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def vocabulary(_: Workload) -> Rows:
+    """Forward and backward of the head alone, by vocabulary."""
+    rows: Rows = {}
+    for vocab in (49_152, 151_936, 262_144):
+        rows |= head_rows(f"head alone, vocabulary {vocab:,}", vocab=vocab, k=64)
+    return rows
+
+
+def entries(_: Workload) -> Rows:
+    """Forward and backward of the head alone, by entries per target."""
+    rows: Rows = {}
+    for k in (8, 16, 64, 256):
+        rows |= head_rows(f"head alone, k={k}", vocab=49_152, k=k)
+    return rows
+
+
+def head_rows(title: str, *, vocab: int, k: int) -> Rows:
+    """CE + KL in the fused head against plain CE on all logits, microseconds per supervised token, taking turns."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocab, HIDDEN, generator=generator) / HIDDEN**0.5
+    hidden = torch.randn(HEAD_TOKENS, HIDDEN, generator=generator).requires_grad_()
+    labels = torch.randint(vocab, (HEAD_TOKENS,), generator=generator)
+    targets = random_targets(labels, vocab=vocab, k=k, generator=generator)
+
+    def fused() -> None:
+        fused_head_loss(hidden, weight, targets, loss=LossSpec(), head=HeadSpec()).loss.backward()
+
+    def plain() -> None:
+        nn.functional.cross_entropy(nn.functional.linear(hidden, weight), labels, reduction="sum").backward()
+
+    ours, theirs = turns([fused, plain], rounds=5)
+    say(title)
+    return {
+        f"{title}: fused CE + KL, microseconds per token": 1e6 * statistics.median(ours) / HEAD_TOKENS,
+        f"{title}: plain CE, microseconds per token": 1e6 * statistics.median(theirs) / HEAD_TOKENS,
+        f"{title}: fused / plain": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+    }
+
+
+def length(work: Workload) -> Rows:
+    """A whole step of 1024 tokens in longer and fewer rows."""
+    rows: Rows = {}
+    for tokens in (128, 256, 512, 1024):
+        batch = random_batch(STEP_TOKENS // tokens, tokens, vocab=work.run.teacher.head_size, k=64)
+        ours, theirs = turns([neo(work, batch), sft(work, batch)], rounds=2)
+        title = f"step of {STEP_TOKENS // tokens} x {tokens} tokens"
+        rows |= {f"{title}: Neo, seconds": min(ours), f"{title}: LoRA SFT, seconds": min(theirs)}
+        rows[f"{title}: Neo / LoRA SFT"] = min(ours) / min(theirs)
+        say(title)
+    return rows
+
+
+def turns(contenders: list[Callable[[], Any]], *, rounds: int) -> list[list[float]]:
+    """Seconds of each contender and round. One round is for warming up; each begins where the last one ended."""
+    found: list[list[float]] = [[] for _ in contenders]
+    for i in range(-1, rounds):
+        for place in in_turn(i, len(contenders)):
+            gc.collect()
+            taken = seconds(contenders[place])
+            if i >= 0:
+                found[place].append(taken)
+    return found
+
+
+def in_turn(i: int, n: int) -> Iterator[int]:
+    """0 ... n - 1, backwards in odd rounds."""
+    return itertools.chain(reversed(range(n))) if i % 2 else itertools.chain(range(n))
