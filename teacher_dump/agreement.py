@@ -11,9 +11,10 @@ from storage_schemas.targets import Targets
 _LEAST_MASS = 1e-6
 """Of the bucket: an engine that only names the largest entries does not know the rest's mass any better."""
 
-TOLERANCES = {"float32": (1e-6, 1e-3), "float16": (1e-3, 0.1), "bfloat16": (1e-2, 0.5)}
+TOLERANCES = {"float32": (1e-6, 1e-3), "float16": (1e-3, 0.2), "bfloat16": (1e-2, 1.0)}
 """By compute dtype, in nats: mean bucketed KL, and how far an entry that only one head has may lie above the smallest
-of the other head."""
+of the other head. Seen (docs/design/teacher.md): float32 2e-9 and below 0, bfloat16 2e-3 and 0.4; float16 lies between.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,11 @@ import gc
 import importlib.util
 import json
 import logging
+import math
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypedDict
 
@@ -82,7 +86,7 @@ class VllmTeacher(Teacher):
         self._engine: Any = None
         self._limits = (0, 0)
         """Entries per token and tokens per prompt that the engine was started for."""
-        self._answered = False
+        self._answered = self._compared = False
 
     @property
     def positions(self) -> int | None:
@@ -114,16 +118,19 @@ class VllmTeacher(Teacher):
         Raises:
             MismatchError: vLLM refuses the model, or disagrees with transformers.
         """
-        samples = check_samples(corpus, self.section.vllm_check_samples)
-        if not samples:
-            log.warning("teacher.vllm_check_samples is 0: nobody compares vLLM with transformers")
+        if self._compared:  # A second dump with one teacher: the engine holds the memory now.
             self._open(run.max_entries, run.corpus.max_length)
             return
+        samples = check_samples(corpus, self.section.vllm_check_samples)
         settings = _Settings(estimator=run.estimator, temperatures=run.temperatures, logsumexp=run.logsumexp)
         # The reference comes first and leaves: the engine takes the memory that it finds free.
         expected = _reference(self.section, samples, settings)
         self._open(run.max_entries, run.corpus.max_length)
-        refuse_disagreement(expected, self.targets(samples, **settings), self.section)
+        if samples:
+            refuse_disagreement(expected, self.targets(samples, **settings), self.section)
+        else:
+            log.warning("teacher.vllm_check_samples is 0: nobody compares vLLM with transformers")
+        self._compared = True
 
     def targets(
         self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
@@ -169,7 +176,10 @@ class VllmTeacher(Teacher):
         k = min(k, self.head_size)
         if self._engine is not None and self._limits[0] >= k and self._limits[1] >= tokens:
             return
-        from vllm import LLM
+        # Standard output is for the summary, and what vLLM imports greets there.
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        with redirect_stdout(sys.stderr):
+            from vllm import LLM
 
         self._engine = None
         _release_memory()
@@ -250,9 +260,12 @@ def refuse_disagreement(
 def _shown(figures: Agreement | None) -> str:
     if figures is None:
         return "no token to compare"
+    same = "the same heads"
+    if figures.gap > -math.inf:
+        same = f"an entry of one head alone lies at most {figures.gap:.2g} above the smallest of the other"
     return (
         f"{figures.tokens} tokens, mean KL {figures.kl_mean:.2g} (largest {figures.kl_max:.2g}), log-probs within "
-        f"{figures.logprob_max:.2g}, an entry of one head alone at most {figures.gap:.2g} above the other's smallest"
+        f"{figures.logprob_max:.2g}, {same}"
     )
 
 

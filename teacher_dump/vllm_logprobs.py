@@ -19,8 +19,8 @@ F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
 TAIL_NOISE = 1e-6
-"""Mass. What 1 - sum of float32 log-probs is off by, at most: each is a difference of logits and a logsumexp of size 10
-to 30, whose last digit is worth 1e-6 to 2e-6 of the probability."""
+"""Mass. What 1 - sum is off by where the tail is small: the log-probs are float32. At most 6e-7 was seen below 1e-5,
+with 500 to 151,936 entries. Larger tails are as exact as the log-softmax was."""
 
 
 def ranked(prompt_logprobs: Any, tokens: I64, k: int) -> tuple[I64, F64]:
@@ -57,9 +57,9 @@ def ranked(prompt_logprobs: Any, tokens: I64, k: int) -> tuple[I64, F64]:
 def topk_targets(ids: I64, logprobs: F64, *, mass: float, vocabulary: int) -> tuple[Targets, Bool]:
     """Targets of n tokens from their K largest entries, as `estimators.topk` makes them from all logits.
 
-    What lies outside the K largest is 1 - sum, taken in float64. The log-probs are float32, so that this holds to
-    TAIL_NOISE; each of the other entries is at most the smallest of the K, which bounds their sum better than that
-    where the teacher is sure. What the head leaves out of the K entries is known to full precision.
+    What lies outside the K largest is 1 - sum, taken in float64. It is noise below TAIL_NOISE; there it is taken for
+    one more entry like the smallest of the K. None of the others is larger than that one, which bounds their sum, often
+    better than the noise does where the teacher is sure. What the head leaves out of the K is known exactly.
 
     Args:
         ids: (n, K), largest entry first.

@@ -68,12 +68,13 @@ def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model
         np.testing.assert_array_equal(a.input_ids, b.input_ids)
         if b.targets is not None:
             ours, theirs = [*ours, a.targets], [*theirs, b.targets]
+    assert max(len(row.input_ids) for row in rows_of(tmp_path / "vllm") if row.status == "ok") > 33
     found = agreement(theirs, ours)
     tails = [np.exp(np.concatenate([t.tail_logprob for t in side]).astype(np.float64)) for side in (ours, theirs)]
     tail_error = float(np.abs(tails[0] - tails[1]).max())
     with capsys.disabled():
         print(f"\n{found}, largest error of the tail's mass {tail_error:.2g}")
-    assert found.tokens == summary.supervised_tokens > 100
+    assert found.tokens == summary.supervised_tokens > 70
     assert found.within("float32")
     assert found.logprob_max < 1e-4
     assert tail_error < 2e-5

@@ -188,3 +188,11 @@ def test_impossible_tokens_are_no_entries_and_nan_is_said():
     assert finite.tolist() == [True, False]
     assert targets.slice(0, 1).ids.tolist() == [0, 1, 2]
     assert np.isneginf(targets.tail_logprob[0, 0])
+
+
+def test_of_equal_entries_the_lowest_id_comes_first_whatever_the_order_of_the_answer():
+    ids, logprobs = np.array([[5, 2, 9], [9, 5, 2]]), np.log([[0.4, 0.4, 0.2], [0.5, 0.25, 0.25]])
+    targets, _ = topk_targets(ids, logprobs, mass=0.3, vocabulary=3)
+    assert targets.ids.tolist() == [2, 9]
+    targets, _ = topk_targets(ids, logprobs, mass=0.6, vocabulary=3)
+    assert targets.ids.tolist() == [2, 5, 2, 9]
