@@ -17,7 +17,7 @@ from rich.console import Console
 from pipeline.config import Config, load_config, need
 from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
-from pipeline.processes import dump_workers, train_workers, visible_gpus
+from pipeline.processes import dump_group, dump_workers, train_workers, visible_gpus
 from storage_schemas.errors import Exit, NeoError
 
 app = typer.Typer(
@@ -54,6 +54,11 @@ def root(
         typer.echo(f"llm-neo {installed_version('llm-neo')}")
         raise typer.Exit
     del context
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Our own messages on standard error, and of the libraries' only what matters."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -69,23 +74,36 @@ def dump(
     config: ConfigPath,
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
     found = load_config(config, overrides or ())
-    need(found.teacher, "teacher", "dump")
+    teacher = need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
     placement = dump_placement(os.environ, rank, world_size)
-    if workers > 1:
+    if nproc is not None and not teacher.grouped:
+        raise typer.BadParameter(
+            "is for teacher.sharding: tensor or zero3; did you mean --workers?", param_hint="--nproc"
+        )
+    if workers > 1 and teacher.grouped:
+        raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
+    code = 0
+    if teacher.grouped:
+        nproc = nproc or len(visible_gpus(os.environ)) or 1
+        code, summary = dump_group(config, overrides or (), nproc, node=placement, stdout=sys.stderr.fileno())
+    elif workers > 1:
         code, summary = dump_workers(config, overrides or (), workers, node=placement)
-        if code:
-            raise typer.Exit(code)
     else:
         from pipeline.stages import run_dumps
 
         summary = run_dumps(found, placement)
+    if code:
+        raise typer.Exit(code)
     _print(summary, as_json)
 
 

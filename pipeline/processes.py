@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, need
-from pipeline.launch import Nodes, Placement, device_environment, dump_argv, thread_environment, torchrun_argv
+from pipeline.launch import (
+    Nodes,
+    Placement,
+    device_environment,
+    dump_argv,
+    set_arguments,
+    thread_environment,
+    torchrun_argv,
+)
 from storage_schemas.errors import Exit
 from student_train.worker import EXIT_FOLDER, STOP, read_codes
 
@@ -28,6 +36,8 @@ SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHI
 """Which code a group of processes returns: a stop that others made is no news beside the reason for it."""
 STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 """Exit codes of a process that was stopped before it could answer signals by itself."""
+SUMMARY = "summary.json"
+"""What the leader of a group of processes leaves for the one that started them."""
 LAUNCH = "LLM_NEO_LAUNCH"
 """Environment variable that marks all processes of one launch."""
 _PR_SET_PDEATHSIG = 1
@@ -103,6 +113,38 @@ def dump_workers(
         for output in outputs:
             output.seek(0)
         return code, _sum([parse_output(output.read()) for output in outputs])
+
+
+def dump_group(
+    config: Path, overrides: Sequence[str], nproc: int, *, node: Placement, stdout: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Run one worker of stage one whose teacher is spread over several processes of this machine, under torchrun.
+
+    Args:
+        config: the configuration file.
+        overrides: of the command line.
+        nproc: how many processes.
+        node: which of how many workers they are together.
+        stdout: file descriptor for what they print; standard output by default.
+
+    Returns:
+        Their exit code, and, if it is 0, the worker's summary.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / EXIT_FOLDER
+        folder.mkdir()
+        worker = ["pipeline.dump_group", str(config), "--folder", scratch, *set_arguments(overrides)]
+        worker += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
+        returned = run_torchrun(
+            torchrun_argv(worker, nproc=nproc, nodes=Nodes()),
+            thread_environment(os.environ, nproc, os.cpu_count() or 1),
+            stop=(folder / STOP).touch,
+            stdout=stdout,
+        )
+        codes = list(read_codes(Path(scratch)).values())
+        if returned or any(codes):
+            return combined(codes) or int(Exit.TEMPORARY if codes else Exit.BUG), {}
+        return int(Exit.DONE), json.loads((Path(scratch) / SUMMARY).read_text())
 
 
 def parse_output(text: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from pipeline.config import Config, need
 from pipeline.files import write_whole
 from pipeline.launch import Nodes, Placement
-from pipeline.processes import dump_workers, end_with_parent, forwarded_signals, parse_output, train_workers
+from pipeline.processes import dump_group, dump_workers, end_with_parent, forwarded_signals, parse_output, train_workers
 from pipeline.report import QUALITY, report
 from storage_schemas.errors import DataError, Exit, NeoError
 from storage_schemas.reader import Dump
@@ -65,7 +65,9 @@ def run_pipeline(
 
     sealed = _sealed(config, config.dump.url) and _sealed(config, heldout.url)
     known = steps.last("dump")
-    dumped = steps.do("dump", lambda: _dump(path, overrides, workers, known), _dump_inputs(config), redo=not sealed)
+    dumped = steps.do(
+        "dump", lambda: _dump(config, path, overrides, workers, nproc, known), _dump_inputs(config), redo=not sealed
+    )
     against = {"dump": _sealed(config, heldout.url)}
     steps.do("verify", lambda: _verify(config, config.dump.url), {"dump": _sealed(config, config.dump.url)})
     steps.do("verify-heldout", lambda: _verify(config, heldout.url), against)
@@ -186,8 +188,13 @@ def _state(path: str) -> Any:
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()] or None
 
 
-def _dump(path: Path, overrides: Sequence[str], workers: int, known: dict[str, Any] | None) -> dict[str, Any]:
-    code, summary = dump_workers(path, overrides, workers, node=Placement(0, 1))
+def _dump(
+    config: Config, path: Path, overrides: Sequence[str], workers: int, nproc: int, known: dict[str, Any] | None
+) -> dict[str, Any]:
+    if need(config.teacher, "teacher", "run").grouped:
+        code, summary = dump_group(path, overrides, nproc, node=Placement(0, 1), stdout=sys.stderr.fileno())
+    else:
+        code, summary = dump_workers(path, overrides, workers, node=Placement(0, 1))
     _check("dump", code)
     # A call that found nothing left to do has measured no speed; the one that did the work has.
     if summary["tokens_per_second"] is None and known is not None and known["fingerprint"] == summary["fingerprint"]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +18,9 @@ from pipeline.launch import Placement
 from storage_schemas.errors import MismatchError
 from storage_schemas.reader import Dump
 
+if TYPE_CHECKING:
+    from teacher_dump.teacher import Teacher
+
 log = logging.getLogger(__name__)
 
 _LINE_SECONDS = 5.0
@@ -25,15 +28,21 @@ _BATCH_TOKENS = 4096
 """Of a teacher that no configuration sets up, padding included."""
 
 
-def run_dumps(config: Config, placement: Placement) -> dict[str, Any]:
+def run_dumps(config: Config, placement: Placement, teacher: "Teacher | None" = None) -> dict[str, Any]:
     """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
+
+    Args:
+        config: of the run.
+        placement: which worker this is.
+        teacher: if the configured one is not to be opened here.
 
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
     """
     from teacher_dump.dump import open_teacher, run_dump
 
-    teacher = open_teacher(need(config.teacher, "teacher", "dump"))
+    if teacher is None:
+        teacher = open_teacher(need(config.teacher, "teacher", "dump"))
     parts = [config] + ([config.heldout_config()] if config.heldout else [])
     summaries = []
     for part in parts:
@@ -82,13 +91,13 @@ def run_plan(
     config: Config, *, samples: int, seed: int, tokens_per_second: float | None, price_per_hour: float | None
 ) -> dict[str, Any]:
     """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples."""
+    from teacher_dump.dump import open_teacher
     from teacher_dump.pilot import plan_dump
-    from teacher_dump.teacher import Teacher
 
     with shown_progress("pilot") as progress:
         found = plan_dump(
             dump=config.dump,
-            teacher=Teacher(need(config.teacher, "teacher", "plan")),
+            teacher=open_teacher(need(config.teacher, "teacher", "plan")),
             corpus=need(config.corpus, "corpus", "plan"),
             estimator=config.estimator,
             temperatures=config.temperatures,

@@ -40,10 +40,26 @@ class TeacherSection(Section):
     """More arguments of vLLM's engine, e.g. `{tensor_parallel_size: 4, gpu_memory_utilization: 0.8}`."""
     vllm_check_samples: int = Field(8, ge=0)
     """Samples that transformers computes too, before the run: vLLM must agree. 0: nobody checks."""
+    sharding: Literal["none", "device_map", "tensor", "zero3"] = "none"
+    """For a teacher that is larger than one device. `device_map`: its layers over this process's GPUs, the host's
+    memory and disk (accelerate). `tensor`: each layer over several processes (transformers' tensor parallelism).
+    `zero3`: each weight over several processes, gathered when used (DeepSpeed). For these two: `llm-neo dump --nproc`.
+    """
+    max_memory: dict[str, str] = {}
+    """With `device_map`: how much of each device may be used, e.g. `{"0": 70GiB, cpu: 200GiB}`."""
+    offload_folder: str | None = None
+    """With `device_map`: where weights go that fit nowhere else. Null: a temporary directory."""
+    offload: bool = False
+    """With `zero3`: keep the weights in the host's memory until they are used."""
     batch_tokens: int = Field(16384, ge=1)
     """Token budget of a forward pass, padding included. Only speed and memory depend on it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` …"""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several processes hold one teacher."""
+        return self.sharding in ("tensor", "zero3")
 
     @field_validator("vllm")
     @classmethod
@@ -56,6 +72,13 @@ class TeacherSection(Section):
     def _backend_takes_them(self) -> "TeacherSection":
         if self.vllm and self.backend != "vllm":
             raise ValueError(f"`vllm` holds arguments for vLLM's engine, but backend is {self.backend}")
+        if self.backend == "vllm" and self.sharding != "none":
+            raise ValueError("vLLM shards by itself: set `vllm: {tensor_parallel_size: N}` instead of `sharding`")
+        for name, kind in (("max_memory", "device_map"), ("offload_folder", "device_map"), ("offload", "zero3")):
+            if getattr(self, name) and self.sharding != kind:
+                raise ValueError(f"`{name}` is for sharding: {kind}, but sharding is {self.sharding}")
+        if self.sharding != "none" and self.device.startswith("cuda:"):
+            raise ValueError("a sharded teacher runs on several devices: set CUDA_VISIBLE_DEVICES instead of `device`")
         if self.backend == "vllm" and self.device.startswith("cuda:"):
             raise ValueError("vLLM chooses its devices itself: set CUDA_VISIBLE_DEVICES instead of `device`")
         return self

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from storage_schemas.commit import count_statuses, mean_per_token, totals
 from storage_schemas.config import DumpSection, Estimator
-from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.errors import MismatchError, TemporaryError, UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from storage_schemas.run_info import CorpusIdentity, RunInfo, TokenizerIdentity
@@ -118,7 +118,14 @@ def run_dump(
 
 
 def open_teacher(section: TeacherSection) -> Teacher:
-    """The teacher of the configured backend; no weight is loaded yet."""
+    """The teacher of the configured backend in this one process; no weight is loaded yet."""
+    if section.grouped:
+        raise UsageError(
+            f"teacher.sharding: {section.sharding} spreads the teacher over several processes",
+            got="one process",
+            expected="llm-neo dump CONFIG --nproc N",
+            fix="start it so, or set teacher.sharding to none or device_map",
+        )
     if section.backend == "vllm":
         from teacher_dump.vllm_backend import VllmTeacher
 

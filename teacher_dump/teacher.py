@@ -1,6 +1,7 @@
 """The teacher: who it is, and its targets for a batch of samples. Logits exist for chunks of supervised tokens only."""
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -25,7 +26,8 @@ from teacher_dump.weights import ModelFiles, find_model
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Value of `teacher.dtype` -> torch's."""
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits that exist at a time: little memory, and enough to keep the matrix product busy."""
 _PROBE = 8
@@ -43,6 +45,7 @@ class Teacher:
     def __init__(self, section: TeacherSection) -> None:
         self.section = section
         self._fits: int | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @cached_property
     def files(self) -> ModelFiles:
@@ -52,12 +55,12 @@ class Teacher:
     @cached_property
     def config(self) -> Any:
         """Its transformers config."""
-        return self._from_pretrained(AutoConfig)
+        return self.from_pretrained(AutoConfig)
 
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        return self._from_pretrained(AutoTokenizer)
+        return self.from_pretrained(AutoTokenizer)
 
     @property
     def head_size(self) -> int:
@@ -96,13 +99,10 @@ class Teacher:
 
     @cached_property
     def model(self) -> Any:
-        """The model with its weights, on its device."""
-        # A device map reads the weights straight to the device, without a copy in the host's memory.
-        place: dict[str, Any] = {} if self.device.type == "cpu" else {"device_map": {"": self.device}}
-        dtype = _DTYPES[self.section.dtype]
-        model = self._from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **place)
+        """The model with its weights, on its device or devices."""
+        model = self.load_model()
         model.eval().requires_grad_(False)
-        rows = model.get_output_embeddings().weight.shape[0]
+        rows = head_rows(model)
         if rows != self.head_size:
             raise MismatchError(
                 f"the LM head of {self.section.model} disagrees with its config",
@@ -112,6 +112,21 @@ class Teacher:
             )
         refuse_unknown_model(model)
         return model
+
+    def load_model(self) -> Any:
+        """The weights, from safetensors alone."""
+        place: dict[str, Any] = {}
+        if self.section.sharding == "device_map":
+            if (folder := self.section.offload_folder) is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="llm-neo-offload-")
+                folder = self._scratch.name
+            limits = {int(k) if k.isdecimal() else k: v for k, v in self.section.max_memory.items()}
+            place = {"device_map": "auto", "max_memory": limits or None, "offload_folder": folder}
+        elif self.device.type != "cpu":
+            # A device map reads the weights straight to the device, without a copy in the host's memory.
+            place = {"device_map": {"": self.device}}
+        dtype = DTYPES[self.section.dtype]
+        return self.from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **place)
 
     @property
     def engine(self) -> EngineIdentity:
@@ -151,11 +166,10 @@ class Teacher:
         Raises:
             MismatchError: a single sample does not fit into the device's memory.
         """
-        model = self.model
         padded = len(samples) * max(forward_tokens(sample) for sample in samples)
         if len(samples) == 1 or self._fits is None or padded <= self._fits:
             try:
-                return _targets(model, samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
+                return self.compute(samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
             except torch.OutOfMemoryError as error:
                 message = str(error).strip().splitlines()[0]
             self._refuse_or_halve(samples, padded, message)
@@ -165,6 +179,12 @@ class Teacher:
             for part in (samples[:half], samples[half:])
             for found in self.targets(part, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
         ]
+
+    def compute(
+        self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+    ) -> list[Targets | None]:
+        """`targets` in one batch, whether it fits or not."""
+        return _targets(self.model, samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
 
     @cached_property
     def _identity(self) -> TeacherIdentity:
@@ -177,7 +197,8 @@ class Teacher:
             head_size=self.head_size,
         )
 
-    def _from_pretrained(self, kind: Any, **options: Any) -> Any:
+    def from_pretrained(self, kind: Any, **options: Any) -> Any:
+        """`kind.from_pretrained` on its files; what fails is a MismatchError."""
         try:
             return kind.from_pretrained(self.files.folder, **options)
         except (OSError, ValueError, KeyError) as error:
@@ -214,8 +235,7 @@ def refuse_unknown_model(model: Any) -> None:
     Two sequences with a common beginning must agree on it, since batches are padded without a mask; and body, head
     and what is known to follow the head must give the model's own logits.
     """
-    head = model.get_output_embeddings()
-    ids = torch.arange(2 * _PROBE, device=model.device).view(2, _PROBE) % head.weight.shape[0]
+    ids = torch.arange(2 * _PROBE, device=_input_device(model)).view(2, _PROBE) % head_rows(model)
     ids[1, : _PROBE // 2] = ids[0, : _PROBE // 2]
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
@@ -254,7 +274,7 @@ def _targets(
     sample_index, position = _coordinates(samples, positions)
     transform = LogitTransform.of(model.config, role="teacher")
     chunk = min(_chunk_tokens(model), len(hidden))
-    scratch = hidden.new_empty(chunk, model.get_output_embeddings().weight.shape[0])
+    scratch = hidden.new_empty(chunk, head_rows(model))
     parts: list[Entries] = []
     for start in range(0, len(hidden), chunk):
         tokens = slice(start, start + chunk)
@@ -286,8 +306,8 @@ def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequenc
         ids[row, :length] = sample.input_ids[:length]
     rows = np.repeat(np.arange(len(samples)), [len(place.logits) for place in positions])
     columns = np.concatenate([place.logits for place in positions])
-    hidden = _hidden(model, torch.from_numpy(ids).to(model.device))
-    place = torch.from_numpy(rows * ids.shape[1] + columns).to(model.device)
+    hidden = _hidden(model, torch.from_numpy(ids).to(_input_device(model)))
+    place = torch.from_numpy(rows * ids.shape[1] + columns).to(hidden.device)
     return hidden.flatten(0, 1).index_select(0, place)
 
 
@@ -296,6 +316,12 @@ def _coordinates(samples: Sequence[Sample], positions: Sequence[Positions]) -> t
     indices = np.array([sample.sample_index for sample in samples], np.int64)
     sample_index = np.repeat(indices, [len(place.tokens) for place in positions])
     return sample_index, np.concatenate([place.tokens for place in positions])
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go; hooks take them on from there where a model is spread over devices, disk among them."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:
@@ -324,11 +350,19 @@ def _logits(model: Any, hidden: Tensor, transform: LogitTransform, scratch: Tens
 
 
 def _is_plain_linear(head: Any) -> bool:
-    """Whether calling `head` is a product with its weight and nothing else: no bias, no hooks that fetch the weight."""
+    """Whether calling `head` is a product with its weight and nothing else: no bias, no hooks that fetch the weight, no
+    weight that is spread over processes."""
     hooked = hasattr(head, "_hf_hook") or head._forward_pre_hooks or head._forward_hooks
-    return not hooked and type(head) is torch.nn.Linear and getattr(head, "bias", None) is None
+    whole = type(head.weight.data) is Tensor and not hasattr(head.weight, "ds_shape")
+    return bool(not hooked and whole and type(head) is torch.nn.Linear and getattr(head, "bias", None) is None)
 
 
 def _chunk_tokens(model: Any) -> int:
-    budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
-    return max(16, budget // (4 * int(model.get_output_embeddings().weight.shape[0])))
+    budget = _CHUNK_BYTES.get(_input_device(model).type, _CHUNK_BYTES["cuda"])
+    return max(16, budget // (4 * head_rows(model)))
+
+
+def head_rows(model: Any) -> int:
+    """Rows of the whole LM head, of which ZeRO-3 leaves nothing in place."""
+    weight = model.get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])

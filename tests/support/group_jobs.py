@@ -1,0 +1,43 @@
+"""A teacher spread over the ranks of a group, asked by the leader."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from storage_schemas.config import Estimator
+from storage_schemas.targets import Targets
+from teacher_dump.config import TeacherSection
+from teacher_dump.corpus import Sample
+from teacher_dump.group import Group, GroupTeacher
+
+
+def targets(
+    rank: int, world_size: int, rendezvous: str, *, cases: list[dict[str, Any]], batches: list[list[Sample]],
+    estimator: Estimator,
+) -> list[tuple[int, list[list[Targets | None]]]]:  # fmt: skip
+    """Per case, a teacher section: elements of the weights that this rank holds, and the leader's targets."""
+    group = Group.join(rank, world_size, rank, device="cpu", rendezvous=rendezvous)
+    found = []
+    for case in cases:
+        teacher = GroupTeacher(TeacherSection(dtype="float32", **case), group)
+        answers = []
+        if group.leads:
+            call = {"estimator": estimator, "temperatures": (1.0, 2.0), "logsumexp": True}
+            answers = [teacher.targets(batch, **call) for batch in batches]
+            group.send(None)
+        else:
+            teacher.follow()
+        found.append((_held(teacher.model), answers))
+    dist.destroy_process_group()
+    return found
+
+
+def _held(model: Any) -> int:
+    """Elements of the weights in this process."""
+    total = 0
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            total += parameter.ds_tensor.numel()
+        else:
+            total += getattr(parameter, "_local_tensor", parameter).numel()
+    return total

@@ -1,0 +1,159 @@
+"""A teacher that is spread over several processes or devices makes the targets of one that is whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from support.distributed import environment, run_ranks
+from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
+
+from storage_schemas.config import TopK
+from storage_schemas.errors import UsageError
+from storage_schemas.rows import OK
+from storage_schemas.targets import Targets
+from storage_schemas.verify import verify
+from teacher_dump.config import TeacherSection
+from teacher_dump.corpus import Sample
+from teacher_dump.dump import open_teacher
+from teacher_dump.teacher import Teacher
+
+ESTIMATOR = TopK(k=40, mass=1.0)
+CALL = {"estimator": ESTIMATOR, "temperatures": (1.0, 2.0), "logsumexp": True}
+WAYS = [{"sharding": "tensor"}, {"sharding": "zero3"}, {"sharding": "zero3", "offload": True}]
+
+
+def sample_of(length: int, index: int) -> Sample:
+    ids = np.random.default_rng(index).integers(0, VOCABULARY, length).astype(np.int32)
+    mask = np.arange(length) % 3 > 0
+    return Sample(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=mask)
+
+
+BATCHES = [[sample_of(9, 0), sample_of(31, 1)], [sample_of(90, 2)], [sample_of(5, 3), sample_of(6, 4), sample_of(7, 5)]]
+
+
+def assert_close(found: list[Targets | None], expected: list[Targets | None]) -> None:
+    assert len(found) == len(expected)
+    for here, there in zip(found, expected, strict=True):
+        assert here is not None
+        assert there is not None
+        np.testing.assert_array_equal(here.ids, there.ids)
+        for name in ("logprobs", "tail_logprob", "logsumexp"):
+            np.testing.assert_allclose(getattr(here, name), getattr(there, name), atol=2e-5)
+
+
+def check(folder: Path, architectures: list[str], ranks: int) -> None:
+    """Every way of every architecture on `ranks` ranks."""
+    for name in architectures:
+        save_teacher(folder / name, name)
+    cases = [{"model": str(folder / name), "device": "cpu"} | way for name, way in product(architectures, WAYS)]
+    found = run_ranks("support.group_jobs:targets", ranks, cases=cases, batches=BATCHES, estimator=ESTIMATOR)
+    for number, (name, way) in enumerate(product(architectures, WAYS)):
+        whole = Teacher(TeacherSection(model=str(folder / name), dtype="float32", device="cpu"))
+        for batch, targets in zip(BATCHES, found[0][number][1], strict=True):
+            assert_close(targets, whole.targets(batch, **CALL))
+        size = sum(parameter.numel() for parameter in tiny_model(name).parameters())
+        for held in (rank[number][0] for rank in found):
+            # A group of one layer's norms and the like is whole everywhere under tensor parallelism.
+            assert held < (0.62 if ranks == 2 else 0.5) * size, (name, way)
+
+
+def test_tensor_parallel_and_partitioned_teachers(tmp_path: Path) -> None:
+    check(tmp_path, ["llama"], ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_kind_of_head(tmp_path: Path, ranks: int) -> None:
+    check(tmp_path, ["llama-tied", "qwen3", "gemma2"], ranks=ranks)
+
+
+def test_layers_on_disk(tmp_path: Path) -> None:
+    """accelerate's hooks fetch what does not fit, the head too."""
+    for name in ("llama", "llama-tied"):
+        save_teacher(tmp_path / name, name)
+        whole = Teacher(TeacherSection(model=str(tmp_path / name), dtype="float32", device="cpu"))
+        section = TeacherSection(
+            model=str(tmp_path / name), dtype="float32", device="cpu", sharding="device_map",
+            max_memory={"cpu": "30KB"}, offload_folder=str(tmp_path / f"{name}-offload"),
+        )  # fmt: skip
+        spread = open_teacher(section)
+        assert "disk" in spread.model.hf_device_map.values()
+        for batch in BATCHES:
+            assert_close(spread.targets(batch, **CALL), whole.targets(batch, **CALL))
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    def section(**changes: object) -> TeacherSection:
+        return TeacherSection.model_validate({"model": "m"} | changes)
+
+    for changes, says in (
+        ({"sharding": "tensor", "backend": "vllm"}, "tensor_parallel_size"),
+        ({"max_memory": {"cpu": "1GB"}}, "is for sharding: device_map"),
+        ({"sharding": "tensor", "offload": True}, "is for sharding: zero3"),
+        ({"sharding": "zero3", "offload_folder": "x"}, "is for sharding: device_map"),
+        ({"sharding": "tensor", "device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            section(**changes)
+    with pytest.raises(UsageError, match="--nproc N"):
+        open_teacher(section(sharding="zero3"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of 12 documents in 6 units."""
+    save_teacher(tmp_path / "teacher")
+    lines = [json.dumps({"text": "some words and some more of them " * (2 + i % 3)}) for i in range(12)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    settings = {
+        "dump": {"url": str(tmp_path / "dump"), "samples_per_unit": 2},
+        "teacher": {"model": str(tmp_path / "teacher"), "dtype": "float32", "device": "cpu", "sharding": "tensor"},
+        "corpus": {"sources": [{"path": str(tmp_path / "corpus.jsonl")}], "mask": "all", "max_length": 64},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    return tmp_path / "config.yaml"
+
+
+def llm_neo(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+
+
+def test_the_command_line_starts_the_group_and_a_second_call_has_nothing_to_do(config: Path) -> None:
+    for done in (6, 0):
+        process = llm_neo("dump", str(config), "--nproc", "2", "--json")
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        summary = json.loads(out)
+        assert (summary["units_done_here"], summary["units"]) == (done, 6)
+    assert verify(str(config.parent / "dump")).ok
+
+
+def test_a_stop_and_an_error_end_all_with_their_code(config: Path) -> None:
+    """SIGTERM to the command is 75; what the leader finds wrong is its own code, once it has found it."""
+    corpus = config.parent / "corpus.jsonl"
+    corpus.write_text("\n".join([corpus.read_text()] * 400))
+    process = llm_neo("dump", str(config), "--nproc", "2")
+    commits = config.parent / "dump" / "commits"
+    deadline = time.monotonic() + 200
+    while not commits.is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped before the dump was complete" in err
+
+    process = llm_neo("dump", str(config), "--nproc", "2", "--set", "estimator.k=7")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 78, err
+    assert "estimator.k" in err
