@@ -30,6 +30,18 @@ _CELLS = 2**19
 _LEAF = "{}.list.element.list.element"
 
 
+def _levels(field: pa.Field) -> tuple[int, int]:
+    """Parquet's largest definition and repetition level of a column: one for each thing that may be null or repeat."""
+    definition = int(field.nullable)
+    if not pa.types.is_list(field.type):
+        return definition, 0
+    inner_definition, inner_repetition = _levels(field.type.value_field)
+    return definition + 1 + inner_definition, 1 + inner_repetition
+
+
+LEVELS = [_levels(field) for field in SCHEMA]
+
+
 class Rounded(NamedTuple):
     """Targets as they will be stored."""
 
@@ -150,14 +162,24 @@ def open_parquet(data: bytes) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, arrow_extensions_enabled=False)
 
 
-def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
-    """Flat arrays of a data file.
-
-    Raises:
-        ValueError: another schema, or lists that do not fit together.
-    """
+def refuse_other_schema(file: pq.ParquetFile) -> None:
+    """Raise ValueError unless the columns are those of SCHEMA; to be asked before anything about their chunks."""
     if not file.schema_arrow.remove_metadata().equals(SCHEMA):
         raise ValueError(f"the columns are {file.schema_arrow.remove_metadata()}")
+    # What Arrow's schema says, and what Parquet's own says, need not agree. Where they do not, looking at a column
+    # chunk ends the process: an exception that pyarrow does not catch.
+    leaves = [file.schema.column(i) for i in range(len(file.schema.names))]
+    levels = [(leaf.max_definition_level, leaf.max_repetition_level) for leaf in leaves]
+    if levels != LEVELS:
+        raise ValueError(f"the levels of the columns are {levels}")
+
+
+def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+    """Flat arrays of a data file with the right schema.
+
+    Raises:
+        ValueError: lists that do not fit together.
+    """
     columns = {name: _read_column(file, i) for i, name in enumerate(SCHEMA.names)}
     return columns_to_unit(columns, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
 

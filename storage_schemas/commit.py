@@ -98,8 +98,8 @@ class CommitRecord(ProvenJson):
     """Of the dump that the unit belongs to."""
     unit: int = Field(ge=0)
     """Which unit."""
-    file: str = Field(pattern=rf"^{_DATA.pattern}$")
-    """Key of the data file."""
+    file: str
+    """Key of the data file, one of this unit's."""
     bytes: int = Field(ge=1)
     """Its size."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

@@ -1,7 +1,6 @@
 """Stage two's end of the dump: read it, and trust nothing that is not proven."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from storage_schemas.commit import (
     unit_of_record,
 )
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.footer import claimed_values
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
 from storage_schemas.run_info import RunInfo
 from storage_schemas.store import Store
@@ -226,7 +226,7 @@ def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) ->
     """
     try:
         file = codec.open_parquet(data)
-        _check_footer(file, record, run, name=name)
+        _check_footer(file, data, record, run, name=name)
         unit = codec.decode_file(
             file, temperatures=len(run.temperatures), draws=run.estimator.kind != "topk", logsumexp=run.logsumexp
         )
@@ -241,7 +241,7 @@ def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) ->
     return unit
 
 
-def _check_footer(file: pq.ParquetFile, record: CommitRecord, run: RunInfo, *, name: str) -> None:
+def _check_footer(file: pq.ParquetFile, data: bytes, record: CommitRecord, run: RunInfo, *, name: str) -> None:
     """Refuse another version, and a file that would decode to more than its record says, before decoding it."""
     metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
     version = metadata.get("llm_neo.format_version")
@@ -255,6 +255,7 @@ def _check_footer(file: pq.ParquetFile, record: CommitRecord, run: RunInfo, *, n
     for key, expected in (("llm_neo.fingerprint", run.fingerprint), ("llm_neo.unit", str(record.unit))):
         if metadata.get(key) != expected:
             raise ValueError(f"{key} is {metadata.get(key)}, expected {expected}")
+    codec.refuse_other_schema(file)
     if file.metadata.num_rows != record.rows:
         raise ValueError(f"{file.metadata.num_rows} rows, expected {record.rows}")
     # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
@@ -262,16 +263,10 @@ def _check_footer(file: pq.ParquetFile, record: CommitRecord, run: RunInfo, *, n
     limits = {"input_ids": tokens, "loss_mask": tokens, "target_ids": record.entries, "target_logprobs": record.entries}
     limits |= {"head_size": targets, "target_counts": record.entries}
     limits |= {"tail_logprob": targets * width, "logsumexp": targets * width}
-    for name in SCHEMA.names:
-        limits[name] = limits.get(name, 0) + record.rows + targets
-    claimed: Counter[str] = Counter()
-    for group in range(file.metadata.num_row_groups):
-        columns = file.metadata.row_group(group)
-        for i in range(columns.num_columns):
-            claimed[columns.column(i).path_in_schema.split(".")[0]] += columns.column(i).num_values
-    for column, values in claimed.items():
-        if values > limits.get(column, 0):
-            raise ValueError(f"column {column} claims {values} values, expected at most {limits.get(column, 0)}")
+    for column, values in zip(SCHEMA.names, claimed_values(data, codec.LEVELS), strict=True):
+        limit = limits.get(column, 0) + record.rows + targets
+        if values > limit:
+            raise ValueError(f"column {column} claims {values} values, expected at most {limit}")
 
 
 def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:

@@ -12,7 +12,7 @@ from storage_schemas.commit import RUN
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import DataError, Exit, MismatchError
 from storage_schemas.reader import Dump
-from storage_schemas.run_info import RunInfo, canonical_json, leaves
+from storage_schemas.run_info import RunInfo, canonical_json, leaves, parse_json
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256
 from storage_schemas.writer import DumpWriter
 
@@ -132,6 +132,31 @@ def test_hostile_run_json(case: str, tmp_path: Path) -> None:
     with pytest.raises((DataError, MismatchError), match=r"run\.json") as caught:
         Dump.open(str(tmp_path))
     assert caught.value.exit_code in (Exit.BAD_DATA, Exit.MISMATCH)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1, "a": 1}', "duplicate key"),
+        (b'{"a": NaN}', "NaN is not a number"),
+        (b'{"a": -Infinity}', "-Infinity is not a number"),
+        (b" " * (64 * 2**20 + 1), "more than 64 MiB"),
+    ],
+    ids=["duplicate", "NaN", "infinity", "large"],
+)
+def test_json_with_two_meanings_or_without_end(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_json(data, name="x")
+
+
+@pytest.mark.parametrize("size", [0, 2**31])
+def test_vocabularies_end_below_two_to_the_31(size: int) -> None:
+    content = json.loads(run_info().to_json())
+    for section, field in (("teacher", "head_size"), ("tokenizer", "vocab_size")):
+        changed_content = content | {section: content[section] | {field: size}}
+        with pytest.raises(DataError, match=rf"{section}\.{field}"):
+            RunInfo.from_json(canonical_json(changed_content, indent=2), url="u")
+    assert run_info(head_size=2**31 - 1).teacher.head_size == 2**31 - 1
 
 
 def test_no_dump(tmp_path: Path) -> None:

@@ -127,7 +127,12 @@ def test_a_reader_needs_no_right_to_write(seaweed_port: int, tmp_path: Path) -> 
 
 def test_wrong_credentials_are_a_configuration_error(seaweed_port: int) -> None:
     given = options(seaweed_port, WRONG)
-    for call in (lambda: Dump.open(URL, options=given), lambda: DumpWriter.open(URL, run_info(), options=given)):
+    for call in (
+        lambda: Dump.open(URL, options=given),
+        lambda: DumpWriter.open(URL, run_info(), options=given),
+        lambda: list(Store(URL, options=given).list("data")),
+        lambda: Store(URL, options=given).put_new("x", b"1"),
+    ):
         with pytest.raises(MismatchError, match="no access") as caught:
             call()
         assert caught.value.exit_code == Exit.MISMATCH == 78
@@ -179,6 +184,13 @@ def test_a_put_whose_answer_was_lost_counts_as_won(fault: str, tiny: TinyS3, imp
     assert files.put_new("commits/unit-00000000.json", b"mine")
     assert not files.put_new("commits/unit-00000000.json", b"other")
     assert tiny.objects[f"{BUCKET}/dumps/a/commits/unit-00000000.json"] == b"mine"
+
+
+def test_a_put_of_which_every_answer_is_lost_is_read_back(tiny: TinyS3, impatient: None) -> None:
+    tiny.fault = lambda method, key, n: "lost" if method == "PUT" else None
+    files = Store(URL, options=options(tiny.port))
+    assert files.put_new("commits/unit-00000000.json", b"mine")
+    assert not files.put_new("commits/unit-00000000.json", b"other")
 
 
 @pytest.mark.parametrize("fault", ["before", "after", "lost"])

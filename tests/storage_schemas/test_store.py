@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from storage_schemas import faults, store
 from storage_schemas.errors import DataError, Exit, MismatchError, TemporaryError
@@ -168,6 +170,26 @@ def test_a_link_whose_answer_was_lost_is_looked_up(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "link", broken_link(PermissionError(1, "not permitted"), made=False))
     with pytest.raises(MismatchError, match="hard links"):
         Store(str(tmp_path)).put_new("z", b"1")
+
+
+@pytest.mark.parametrize("error", [PermissionDeniedError("x"), UnauthenticatedError("x"), PermissionError(13, "x")])
+def test_refused_access_is_a_configuration_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(obstore, "get", refuse)
+    with pytest.raises(MismatchError, match="no access"):
+        Store(str(tmp_path)).get("x")
+
+
+def test_a_directory_that_may_not_be_written_is_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", broken_link(PermissionError(13, "denied"), made=False))
+    with pytest.raises(MismatchError, match="no access"):
+        Store(str(tmp_path)).put_new("x", b"1")
 
 
 def test_a_cleaned_up_writer_has_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

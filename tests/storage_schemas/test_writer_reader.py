@@ -552,6 +552,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "surplus record": (
         lambda d: (d / record_key(9)).write_bytes((d / record_key(2)).read_bytes()), "unit-00000009.json: no commit",
     ),
+    "a record under another name": (
+        lambda d: (d / "commits" / "unit-000000002.json").write_bytes((d / record_key(2)).read_bytes()),
+        "unit-000000002.json: no commit",
+    ),
     "missing manifest": (lambda d: next(d.glob("manifest*")).unlink(), r"SEALED\.json: .* has no manifest"),
     "missing seal": (lambda d: (d / "SEALED.json").unlink(), "the dump is not sealed"),
     "missing tokenizer": (lambda d: (d / "tokenizer" / "tokenizer.json").unlink(), "has no tokenizer"),
