@@ -195,3 +195,32 @@ def test_an_end_of_turn_that_only_the_last_turn_has_is_not_looked_for_elsewhere(
     )
     (tokens,) = tokenise_conversations(tokenizer, [PLAIN[:4] + PLAIN[:2]], mask="assistant")
     assert tokenizer.decode(tokens.input_ids[tokens.loss_mask]) == " the answer  the answer\n<|im_end|>"
+
+
+def test_guards_of_the_place_of_a_turn():
+    eager = CHATML.replace("+ '<|im_end|>'", "+ ('\n' if message['content'] else '') + '<|im_end|>'")
+    refused(eager, [PLAIN[0], PLAIN[3]], "renders differently with another answer")
+    counted = CHATS["mistral-3"].template.replace("+ '[/INST]'", "+ (message['content'] | length) ~ '[/INST]'")
+    system = {"role": "system", "content": "be brief"}
+    refused(counted, [system, *PLAIN], "depends on the message before", name="mistral-3")
+    refused(CHATS["deepseek-r1"].template, TOOLS, "do not begin with the generation prompt", name="deepseek-r1")
+
+
+def with_template(name: str, template: str, messages: list[dict]) -> str:
+    tokenizer = CHATS[name].tokenizer()
+    tokenizer.chat_template = template
+    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    return tokenizer.decode(tokens.input_ids[tokens.loss_mask])
+
+
+def test_an_answer_that_repeats_the_opening_of_the_generation_prompt_is_whole():
+    opens = CHATS["deepseek-v3"].template.replace("}}{% endif %}", "+ '<think>\n' }}{% endif %}")
+    assert opens.endswith("<think>\n' }}{% endif %}")
+    said = "<think>\nhm</think>so"
+    found = with_template("deepseek-v3", opens, [PLAIN[0], {"role": "assistant", "content": said}])
+    assert found == CHATS["deepseek-v3"].turn(said, True)
+
+
+def test_the_end_of_a_text_after_the_end_of_a_turn_is_not_the_assistants():
+    ended = CHATS["llama-3"].template + "{% if not add_generation_prompt %}{{ '<|eom_id|>' }}{% endif %}"
+    assert with_template("llama-3", ended, PLAIN[:2]) == "the answer<|eot_id|>"
