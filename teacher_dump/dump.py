@@ -101,7 +101,7 @@ def run_dump(
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
     teacher = Teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
     with stoppable() as stop:
-        samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
+        samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
