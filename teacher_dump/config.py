@@ -124,7 +124,7 @@ class CorpusSection(Section):
     seed: int = Field(0, ge=0, lt=2**64)
     """Which records a source of `weight` below 1 gives; a larger weight keeps those of a smaller one. Order is kept."""
     cache_dir: str | None = None
-    """Where fetched files and the tokenised corpus are kept between starts; default: `~/.cache/llm-neo`."""
+    """Where fetched files and the tokenised corpus are kept; default: `$LLM_NEO_CACHE`, else `~/.cache/llm-neo`."""
 
 
 def vllm_cannot(

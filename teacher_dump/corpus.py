@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,10 +18,12 @@ from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, TOO_LONG
 from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
 from teacher_dump.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
+from teacher_dump.kept import cache_folder, corpus_key, kept
 from teacher_dump.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
-from teacher_dump.sources import RawRecord, find_source, read_source
+from teacher_dump.sources import RawRecord, find_source, open_source, read_source
 
 _BATCH = 256
+_ARRAYS = ("offsets", "input_ids", "loss_mask", "lengths")
 _NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
 
 
@@ -56,6 +57,10 @@ class Corpus:
     """(tokens,)"""
     loss_mask: npt.NDArray[np.bool_]
     """(tokens,)"""
+    lengths: I64
+    """(samples,) tokens of each before it was cut or dropped."""
+    source_samples: list[int]
+    """Samples of each source, in order."""
     fingerprint: str
     """Hash over every sample's id, status, token ids and loss mask, in order."""
 
@@ -83,30 +88,73 @@ class Corpus:
         return int(np.diff(self.offsets).max(initial=0))
 
 
-def freeze_corpus(section: CorpusSection, tokenizer: Any, *, head_size: int) -> Corpus:
-    """Read, tokenise and hash every record of every source.
+def freeze_corpus(
+    section: CorpusSection, tokenizer: Any, *, head_size: int, check: Callable[[], None] = lambda: None
+) -> Corpus:
+    """Read, tokenise and hash every record of every source, or take what an earlier start kept of that.
 
     Args:
         section: sources, mask and length policy.
         tokenizer: the teacher's fast tokenizer.
         head_size: rows of the teacher's LM head; pre-tokenised ids must be below it.
+        check: called often; may raise to stop.
 
     Raises:
         DataError: a source or a record is not readable, or nothing in the corpus can be used.
+        MismatchError: an object store denies access.
+        TemporaryError: an object store does not answer.
     """
-    builder = _Builder(section, head_size=head_size)
-    for source in section.sources:
-        records = read_source(source, find_source(source), seed=section.seed, cache=cache_folder(section))
-        while batch := list(islice(records, _BATCH)):
-            _add_batch(builder, batch, tokenizer, section.mask)
-    return builder.corpus()
+    found = [find_source(source) for source in section.sources]
+    cache = cache_folder(section)
+
+    def make() -> Corpus:
+        builder = _Builder(section, head_size=head_size)
+        for source, files in zip(section.sources, found, strict=True):
+            records = read_source(source, open_source(source, files, seed=section.seed, cache=cache))
+            while batch := list(islice(records, _BATCH)):
+                check()
+                _add_batch(builder, batch, tokenizer, section.mask)
+            builder.end_source()
+        return builder.corpus()
+
+    key = corpus_key(section, found, tokenizer, head_size=head_size)
+    if key is None:
+        return make()
+    return kept(cache / "corpora", key, load=_load, make=make, save=_save)
 
 
-def cache_folder(section: CorpusSection) -> Path:
-    """Where files are kept between starts."""
-    if section.cache_dir is not None:
-        return Path(section.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-neo"
+def _save(corpus: Corpus, folder: Path) -> None:
+    for name in _ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(corpus, name))
+    rest = {name: getattr(corpus, name) for name in ("sample_ids", "statuses", "source_samples", "fingerprint")}
+    rest["lengths_sha256"] = hashlib.sha256(corpus.lengths.tobytes()).hexdigest()
+    (folder / "samples.json").write_text(json.dumps(rest), encoding="utf-8")
+
+
+def _load(folder: Path) -> Corpus:
+    """A kept corpus, its arrays mapped from the files; ValueError if its content has another hash than it says."""
+    rest = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    lengths = rest.pop("lengths_sha256")
+    # Copy on write, as torch wants arrays that it may write to.
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
+    corpus = Corpus(**arrays, **rest)
+    samples, tokens = len(corpus), len(corpus.input_ids)
+    sizes = (len(corpus.statuses), len(corpus.lengths), len(corpus.offsets) - 1, sum(corpus.source_samples))
+    digest = hashlib.sha256()
+    if {*sizes} == {samples} and corpus.offsets[-1] == tokens == len(corpus.loss_mask):
+        for i in range(samples):
+            _hash(digest, corpus.sample(i))
+    found = (digest.hexdigest(), hashlib.sha256(corpus.lengths.tobytes()).hexdigest())
+    if found != (corpus.fingerprint, lengths):
+        raise ValueError("its content has another hash")
+    return corpus
+
+
+def _hash(digest: "hashlib._Hash", sample: "Sample") -> None:
+    head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
+    digest.update(head.encode() + b"\n")
+    digest.update(sample.input_ids.astype("<i4").tobytes())
+    digest.update(sample.loss_mask.tobytes())
 
 
 def _add_batch(builder: "_Builder", records: list[tuple[str, str, RawRecord]], tokenizer: Any, mask: str) -> None:
@@ -181,20 +229,34 @@ class _Builder:
         self.offsets = array("q", [0])
         self.input_ids = array("i")
         self.loss_mask = bytearray()
+        self.lengths = array("q")
+        self.source_samples: list[int] = []
         self.digest = hashlib.sha256()
         self.first_problem = ""
 
     def add(self, sample_id: str, tokens: Tokens | Unusable, *, where: str) -> None:
+        self.lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
         status, tokens = self._judge(tokens, where=where)
         self.sample_ids.append(sample_id.encode(errors="replace").decode())
         self.statuses.append(status)
         self.input_ids.frombytes(tokens.input_ids.tobytes())
         self.loss_mask += tokens.loss_mask.tobytes()
         self.offsets.append(len(self.input_ids))
-        head = json.dumps([self.sample_ids[-1], status, len(tokens.input_ids)])
-        self.digest.update(head.encode() + b"\n")
-        self.digest.update(tokens.input_ids.astype("<i4").tobytes())
-        self.digest.update(tokens.loss_mask.tobytes())
+        index = len(self.statuses) - 1
+        _hash(
+            self.digest,
+            Sample(
+                sample_index=index,
+                sample_id=self.sample_ids[-1],
+                status=status,
+                input_ids=tokens.input_ids,
+                loss_mask=tokens.loss_mask,
+            ),
+        )
+
+    def end_source(self) -> None:
+        """All samples of a source were added."""
+        self.source_samples.append(len(self.statuses) - sum(self.source_samples))
 
     def corpus(self) -> Corpus:
         counts = Counter(self.statuses)
@@ -212,6 +274,8 @@ class _Builder:
             offsets=np.frombuffer(self.offsets, np.int64),
             input_ids=np.frombuffer(self.input_ids, np.int32),
             loss_mask=np.frombuffer(self.loss_mask, np.bool_),
+            lengths=np.frombuffer(self.lengths, np.int64),
+            source_samples=self.source_samples,
             fingerprint=self.digest.hexdigest(),
         )
 

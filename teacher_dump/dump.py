@@ -101,7 +101,7 @@ def run_dump(
     teacher = open_teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
     teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
     with stoppable() as stop:
-        samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
+        samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)

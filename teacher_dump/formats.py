@@ -141,7 +141,9 @@ def _message(message: Mapping[str, Any], *, where: str) -> Message:
             fix="rename the role, or drop the record",
         )
     content = present.pop("content", present.pop("value", None))
-    return present | {"role": _ROLES[speaker.lower()], "content": _text(content, "content", where=where)}
+    # Templates tell a message that only calls tools by its lack of content.
+    text = None if content is None and present.get("tool_calls") else _text(content, "content", where=where)
+    return present | {"role": _ROLES[speaker.lower()], "content": text}
 
 
 def _alpaca(record: Mapping[str, Any], *, where: str) -> Conversation | None:

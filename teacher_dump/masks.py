@@ -1,8 +1,7 @@
 """From text to (input_ids, loss_mask): chat templates, and which tokens the assistant wrote.
 
-A template with `{% generation %}` marks the assistant's text itself. For any other template the spans come from
-rendering prefixes: turn i is what rendering messages[:i + 1] adds to rendering messages[:i] with the generation
-prompt. The full text is tokenised once, and a span covers every token that overlaps it.
+A template with `{% generation %}` marks the assistant's text itself; for any other, `turns.py` finds the spans. The
+full text is tokenised once, and a span covers every token that overlaps it.
 """
 
 import re
@@ -16,9 +15,8 @@ from jinja2 import TemplateError
 
 from storage_schemas.errors import DataError
 from teacher_dump.formats import Completion, Document, Message
+from teacher_dump.turns import Span, assistant_spans
 
-Span = tuple[int, int]
-"""Characters first:last of a text."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -57,14 +55,20 @@ def tokenise_conversations(
     """
     template = _chat_template(tokenizer)
     rendered = [_render(tokenizer, messages) for messages in conversations]
-    if mask == "assistant" and _GENERATION.search(template):
+    if mask == "assistant" and marks_generation(template):
         return _by_generation_marks(tokenizer, conversations, rendered)
+
+    def render(messages: list[Message], prompt: bool) -> str | None:
+        text = _render(tokenizer, messages, add_generation_prompt=prompt)
+        return text if isinstance(text, str) else None
+
+    special = special_tokens(tokenizer)
     spans: list[list[Span]] = []
     for messages, text in zip(conversations, rendered, strict=True):
         if mask == "all" or isinstance(text, Unusable):
             spans.append([] if isinstance(text, Unusable) else [(0, len(text))])
         else:
-            spans.append(assistant_spans(tokenizer, messages, text))
+            spans.append(assistant_spans(render, messages, text, special=special))
     # The template writes the special tokens itself, so the tokenizer must not add them a second time.
     return _tokenise(tokenizer, rendered, spans, add_special_tokens=False)
 
@@ -92,36 +96,15 @@ def tokenise_documents(tokenizer: Any, records: Sequence[Document]) -> list[Toke
     return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
 
 
-def assistant_spans(tokenizer: Any, messages: list[Message], text: str) -> list[Span]:
-    """Character spans of the assistant's turns in `text`, the rendering of `messages`, by rendering prefixes.
-
-    A turn ends with its end-of-turn token; white space that the template writes after it is not part of the turn.
-    A turn that nothing precedes answers nothing and is not supervised.
-
-    Raises:
-        DataError: a prefix does not render as a prefix of the whole, so that turns cannot be located.
-    """
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:
-            continue
-        start = _prefix_length(tokenizer, messages[:i], text, add_generation_prompt=True)
-        last = i + 1 == len(messages)
-        stop = len(text) if last else _prefix_length(tokenizer, messages[: i + 1], text, add_generation_prompt=False)
-        spans.append((start, start + len(text[start:stop].rstrip())))
-    return spans
+def marks_generation(template: str) -> bool:
+    """Whether a chat template marks the assistant's text with `{% generation %}`."""
+    return _GENERATION.search(template) is not None
 
 
-def _prefix_length(tokenizer: Any, messages: list[Message], text: str, *, add_generation_prompt: bool) -> int:
-    prefix = _render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    if isinstance(prefix, Unusable) or not text.startswith(prefix):
-        raise DataError(
-            "the chat template rewrites earlier turns, so that assistant turns cannot be located",
-            got=f"the first {len(messages)} turns render differently alone and in the whole conversation",
-            expected="a template under which the rendering of the first turns is a prefix of the whole",
-            fix="set corpus.mask: all, or give the tokenizer a chat template with {% generation %}",
-        )
-    return len(prefix)
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The texts that become one token wherever they stand, and mean no text."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
 
 
 def valid_text(text: str) -> str | Unusable:

@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -68,8 +68,37 @@ def find_source(source: SourceSection) -> Found:
     return Found(None, source.path)
 
 
-def read_source(source: SourceSection, found: Found, *, seed: int, cache: Path) -> Iterator[tuple[str, str, RawRecord]]:
-    """(where, format, record) of the records of a source that its weight leaves, in order.
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What a source gives."""
+
+    total: int
+    """Records of its split."""
+    used: int
+    """Records that its weight leaves."""
+    numbered: Iterator[tuple[int, RawRecord]]
+    """(place in the split, record) of these, in order."""
+
+
+def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, str, RawRecord]]:
+    """(where, format, record) of the records of a source.
+
+    Raises:
+        DataError: its format is not known.
+    """
+    kind: str | None = None if source.format == "auto" else source.format
+    for number, record in records.numbered:
+        where = f"{source.path}, record {number + 1}"
+        if isinstance(record, Unusable):
+            yield where, kind or "text", record
+            continue
+        if kind is None:
+            kind = detect_format(record.keys(), where=source.path)
+        yield where, kind, record
+
+
+def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) -> Records:
+    """Records of a source that its weight leaves, in order.
 
     Args:
         source: as configured.
@@ -78,17 +107,26 @@ def read_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
         cache: where copies of remote files are kept.
 
     Raises:
-        DataError: the source cannot be read, or its format is not known.
+        DataError: the source cannot be read.
+        MismatchError: an object store denies access.
+        TemporaryError: an object store does not answer.
     """
-    kind: str | None = None if source.format == "auto" else source.format
-    for number, record in _records(source, found, seed, cache):
-        where = f"{source.path}, record {number + 1}"
-        if isinstance(record, Unusable):
-            yield where, kind or "text", record
-            continue
-        if kind is None:
-            kind = detect_format(record.keys(), where=source.path)
-        yield where, kind, record
+    files = [
+        fetch(file, source.storage_options, cache) if isinstance(file, RemoteFile) else file for file in found.files
+    ]
+    try:
+        dataset = _load(source, found, files)
+    except Exception as error:
+        # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
+        local = [file for file in files if isinstance(file, Path) and file.suffix in _BUILDERS]
+        if found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train":
+            return _json_lines(local, source, seed)
+        raise _unreadable(source, error.__cause__ or error) from error
+    total = len(dataset)
+    if source.weight == 1:
+        return Records(total, total, enumerate(_rows(dataset)))
+    chosen = chosen_records(total, source.weight, seed=seed)
+    return Records(total, len(chosen), zip(chosen.tolist(), _rows(dataset.select(chosen)), strict=True))
 
 
 def chosen_records(records: int, weight: float, *, seed: int) -> I64:
@@ -101,24 +139,6 @@ def chosen_records(records: int, weight: float, *, seed: int) -> I64:
     share = (Decimal(str(weight)) * records).to_integral_value(ROUND_HALF_UP)
     numbers = np.random.Philox(key=seed).random_raw(records)
     return np.sort(np.argsort(numbers, kind="stable")[: max(1, int(share))]).astype(np.int64)
-
-
-def _records(source: SourceSection, found: Found, seed: int, cache: Path) -> Iterator[tuple[int, RawRecord]]:
-    files = [
-        fetch(file, source.storage_options, cache) if isinstance(file, RemoteFile) else file for file in found.files
-    ]
-    try:
-        dataset = _load(source, found, files)
-    except Exception as error:
-        # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
-        local = [file for file in files if isinstance(file, Path) and file.suffix in _BUILDERS]
-        if found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train":
-            return _json_lines(local, source, seed)
-        raise _unreadable(source, error.__cause__ or error) from error
-    if source.weight == 1:
-        return enumerate(_rows(dataset))
-    chosen = chosen_records(len(dataset), source.weight, seed=seed)
-    return zip(chosen.tolist(), _rows(dataset.select(chosen)), strict=True)
 
 
 def _builder(name: str) -> str | None:
@@ -169,22 +189,26 @@ def _row(dataset: Any, i: int) -> RawRecord:
     return row
 
 
-def _json_lines(paths: Sequence[Path], source: SourceSection, seed: int) -> Iterator[tuple[int, RawRecord]]:
+def _json_lines(paths: Sequence[Path], source: SourceSection, seed: int) -> Records:
     """Records of JSONL files, line by line; a line that is not UTF-8 is an unusable record."""
     first, last = _split_range(source, sum(1 for _ in _lines(paths)))
-    chosen: Iterable[int] = range(last - first)
+    chosen: Sequence[int] = range(last - first)
     if source.weight < 1:
         chosen = chosen_records(last - first, source.weight, seed=seed).tolist()
     wanted = set(chosen)
-    for number, (where, line) in enumerate(_lines(paths), -first):
-        if number not in wanted:
-            continue
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            yield number, Unusable(f"not valid Unicode: {error}")
-            continue
-        yield number, _json_object(text, where=where)
+
+    def numbered() -> Iterator[tuple[int, RawRecord]]:
+        for number, (where, line) in enumerate(_lines(paths), -first):
+            if number not in wanted:
+                continue
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                yield number, Unusable(f"not valid Unicode: {error}")
+                continue
+            yield number, _json_object(text, where=where)
+
+    return Records(last - first, len(chosen), numbered())
 
 
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:

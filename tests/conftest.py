@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["LLM_NEO_CACHE"] = _CACHE.name
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -99,13 +99,13 @@ def test_instruction_template_without_generation_prompt():
     assert "only user and assistant" in refused.reason
 
 
-def test_a_template_that_rewrites_history_is_refused_only_where_it_matters():
+def test_a_template_that_rewrites_history_is_followed():
     tokenizer = tiny_tokenizer(FORGETS_THOUGHTS)
     (single,) = tokenise_conversations(tokenizer, [turns("what", "the answer")], mask="assistant")
     assert supervised_text(tokenizer, single) == "<think></think>the answer<|im_end|>"
     several = [turns("what", "the answer", "how", "so")]
-    with pytest.raises(DataError, match=r"mask: all(.|\n)*generation"):
-        tokenise_conversations(tokenizer, several, mask="assistant")
+    (both,) = tokenise_conversations(tokenizer, several, mask="assistant")
+    assert supervised_text(tokenizer, both) == "the answer<|im_end|><think></think>so<|im_end|>"
     (everything,) = tokenise_conversations(tokenizer, several, mask="all")
     assert everything.loss_mask[1:].all()
 
