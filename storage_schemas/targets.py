@@ -162,6 +162,6 @@ def _padded(values: Any, filled: npt.NDArray[np.bool_], dtype: type, padding: fl
     """(n, K) the values of all tokens, one token a row; `filled` says where they are."""
     if len(values) == filled.size:
         return values.reshape(filled.shape).astype(dtype)
-    rows = np.full(filled.shape, padding, dtype)
+    rows: Any = np.full(filled.shape, padding, dtype)
     rows[filled] = values
     return rows
