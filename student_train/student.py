@@ -23,6 +23,7 @@ from student_train.batch import TrainBatch
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.head import HeadSpec, fused_head_loss
 from student_train.losses import LossSpec
+from student_train.scaling import scale_between
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ def load_student(
     if train.lora:
         model = attach(base, student.lora, seed=train.seed, initial=initial)
         start = initial_factors(model, student.lora)
+        scale_between(model)
     else:
         base.requires_grad_(True)
     if train.gradient_checkpointing:
