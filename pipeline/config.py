@@ -96,6 +96,9 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
+    if config.temperatures != (1.0,) and estimator.kind != "topk":
+        problem = f"must be [1.0] with estimator.kind {estimator.kind}: draws cannot be re-tempered"
+        yield "temperatures", problem, list(config.temperatures)
     if config.teacher is not None and config.teacher.backend == "vllm":
         yield from vllm_cannot(estimator, config.temperatures, logsumexp=config.dump.logsumexp)
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.

@@ -93,11 +93,15 @@ def run_plan(
     """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples."""
     from teacher_dump.dump import open_teacher
     from teacher_dump.pilot import plan_dump
+    from teacher_dump.teacher import Teacher
 
+    section = need(config.teacher, "teacher", "plan")
+    if section.backend == "vllm":
+        log.info("the pilot runs under transformers, which knows all estimators; give vLLM's own --tokens-per-second")
     with shown_progress("pilot") as progress:
         found = plan_dump(
             dump=config.dump,
-            teacher=open_teacher(need(config.teacher, "teacher", "plan")),
+            teacher=Teacher(section) if section.backend == "vllm" else open_teacher(section),
             corpus=need(config.corpus, "corpus", "plan"),
             estimator=config.estimator,
             temperatures=config.temperatures,

@@ -193,6 +193,7 @@ def test_sections_must_agree(file: Path) -> None:
     assert load_config(file, ["temperatures=[1, 2]", "loss.temperature=2"]).loss.temperature == 2.0
     draws = problems(file, "temperatures=[1, 2]", "loss.temperature=2", "estimator.kind=sampled")
     assert "loss.temperature -> must be 1.0 with estimator.kind sampled" in draws
+    assert "temperatures -> must be [1.0] with estimator.kind sampled" in draws
     # An arm without a divergence has no use for the temperature; without a teacher, only the dump knows.
     assert load_config(file, ["loss.temperature=2", "train.arm=sft"])
     assert load_config(file, ["loss.temperature=2", "teacher=null"])
