@@ -210,7 +210,7 @@ def header_table(view: Header) -> Table:
     add("tokenizer", f"{view.tokenizer_ids:,} ids (LM head: {view.head_size:,} rows)")
     add("estimator", view.estimator)
     add("temperatures", ", ".join(str(temperature) for temperature in view.temperatures))
-    add("units, rows", f"{view.committed:,}, {view.rows:,} ({_counts(view.statuses)})")
+    add("units, rows", f"{view.committed:,}, {view.rows:,} ({counts(view.statuses)})")
     add("tokens", f"{view.tokens:,}, {view.supervised_tokens:,} of them supervised")
     if view.bytes_per_supervised_token is not None:
         add("bytes", f"{view.bytes:,}, {view.bytes_per_supervised_token:.1f} per supervised token")
@@ -221,7 +221,8 @@ def header_table(view: Header) -> Table:
     return table
 
 
-def _counts(statuses: dict[str, int]) -> str:
+def counts(statuses: dict[str, int]) -> str:
+    """`3 empty, 5 ok`."""
     return ", ".join(f"{count:,} {status}" for status, count in statuses.items()) or "none"
 
 
