@@ -108,6 +108,29 @@ def dump(
 
 
 @app.command()
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show this sample.")] = None,
+    samples: Annotated[int, typer.Option(min=0, metavar="K", help="Show so many, evenly spaced.")] = 1,
+    heldout: Annotated[bool, typer.Option("--heldout", help="The held-out samples instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the corpus becomes: formats, counts, lengths, samples with what is supervised. Loads no weights."""
+    from pipeline import preview as view
+
+    found = load_config(config, overrides or ())
+    found = found.heldout_config() if heldout else found
+    teacher, corpus = need(found.teacher, "teacher", "preview"), need(found.corpus, "corpus", "preview")
+    tokenizer, head_size = view.load_tokenizer(teacher)
+    whole, shown = view.preview(corpus, tokenizer, head_size=head_size, row=row, samples=samples)
+    if as_json:
+        _print(whole.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in shown]}, as_json)
+    else:
+        view.show(whole, shown, Console())
+
+
+@app.command()
 def train(
     config: ConfigPath,
     overrides: Overrides = None,

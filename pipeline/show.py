@@ -277,7 +277,7 @@ def header_lines(view: Header) -> list[tuple[str, str]]:
         ("tokenizer", f"{view.tokenizer_ids:,} ids (LM head: {view.head_size:,} rows)"),
         ("estimator", view.estimator),
         ("temperatures", ", ".join(str(temperature) for temperature in view.temperatures)),
-        ("units, rows", f"{view.committed:,}, {view.rows:,} ({_counts(view.statuses)})"),
+        ("units, rows", f"{view.committed:,}, {view.rows:,} ({counts(view.statuses)})"),
         ("tokens", f"{view.tokens:,}, {view.supervised_tokens:,} of them supervised"),
     ]
     if view.bytes_per_supervised_token is None:
@@ -292,7 +292,8 @@ def header_lines(view: Header) -> list[tuple[str, str]]:
     ]
 
 
-def _counts(statuses: dict[str, int]) -> str:
+def counts(statuses: dict[str, int]) -> str:
+    """`3 empty, 5 ok`."""
     return ", ".join(f"{count:,} {status}" for status, count in statuses.items()) or "none"
 
 

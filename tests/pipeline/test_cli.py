@@ -19,7 +19,7 @@ from storage_schemas.errors import DataError, Exit, MismatchError, NothingToResu
 from storage_schemas.run_info import RunInfo
 from storage_schemas.writer import DumpWriter
 
-COMMANDS = ["dump", "train", "run", "evaluate", "merge", "plan", "verify", "inspect", "prune"]
+COMMANDS = ["dump", "preview", "train", "run", "evaluate", "merge", "plan", "verify", "inspect", "prune"]
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -1,0 +1,173 @@
+"""`llm-neo preview`: what it counts is what the dump will hold, and it needs no weights."""
+
+import io
+import json
+import signal
+from pathlib import Path
+
+import datasets
+import pytest
+from rich.console import Console
+from support.tiny_teachers import CHATML_GENERATION, VOCABULARY, save_teacher, tiny_tokenizer
+
+from pipeline import cli, preview
+from storage_schemas.errors import Exit
+from teacher_dump.config import CorpusSection
+from teacher_dump.corpus import freeze_corpus
+
+
+def chat(question: str, answer: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+RECORDS = [
+    chat("what is it", "the answer [bold]is[/bold] so"),
+    chat("what is it", ""),
+    chat("what is it", "the answer " * 40),
+    chat("what", "so"),
+    chat("what", "so"),
+    {"messages": [{"role": "user", "content": "only a prompt"}]},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = save_teacher(tmp_path_factory.mktemp("teacher"))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, teacher) -> Path:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (tmp_path / "b.jsonl").write_text('{"text": "what is it"}\n' * 4)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "dump": {"url": str(tmp_path / "dump")},
+                "teacher": {"model": str(teacher), "dtype": "float32"},
+                "corpus": {
+                    "sources": [
+                        {"path": str(tmp_path / "a.jsonl")},
+                        {"path": str(tmp_path / "b.jsonl"), "weight": 0.5},
+                    ],
+                    "max_length": 60,
+                },
+                "heldout": {"url": str(tmp_path / "h"), "sources": [{"path": str(tmp_path / "b.jsonl")}]},
+            }
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def call(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_what_it_counts_is_what_the_dump_will_hold(config, call, tmp_path):
+    code, out, _ = call("preview", config, "--json", "--samples", 3)
+    assert code == Exit.DONE
+    found = json.loads(out)
+    section = CorpusSection.model_validate(json.loads(config.read_text())["corpus"])
+    tokenizer = tiny_tokenizer()
+    corpus = freeze_corpus(section, tokenizer, head_size=VOCABULARY)
+    assert found["fingerprint"] == corpus.fingerprint
+    chats, texts = found["sources"]
+    assert (chats["format"], chats["columns"], chats["records"], chats["used"]) == ("messages", ["messages"], 6, 6)
+    assert chats["statuses"] == {"empty": 1, "ok": 5}
+    assert (texts["format"], texts["columns"], texts["records"], texts["used"]) == ("text", ["text"], 4, 2)
+    assert (found["samples"], found["statuses"]) == (8, {"empty": 1, "ok": 7})
+    assert found["duplicates"] == 2, "one conversation and one text"
+    assert found["template"] == "located"
+    usable = [corpus.sample(i) for i in range(8) if corpus.statuses[i] == "ok"]
+    assert found["tokens"] == sum(len(sample.input_ids) for sample in usable)
+    assert found["supervised_tokens"] == sum(int(sample.loss_mask.sum()) for sample in usable)
+    assert found["supervised_share"] == pytest.approx(found["supervised_tokens"] / found["tokens"])
+    assert found["over_max_length"] == 1
+    assert found["lengths"]["max"] == corpus.lengths.max() > 60
+    assert found["lengths"]["median"] in corpus.lengths
+    assert [row["sample_index"] for row in found["rows"]] == [0, 3, 7]
+    for row in found["rows"]:
+        sample = corpus.sample(row["sample_index"])
+        assert "".join(text for text, _ in row["parts"]) == tokenizer.decode(sample.input_ids)
+        said = "".join(text for text, supervised in row["parts"] if supervised)
+        assert said == tokenizer.decode(sample.input_ids[sample.loss_mask])
+    assert not (tmp_path / "dump").exists()
+
+
+def test_a_pipe_gets_marks_and_a_terminal_colours(config, call):
+    code, out, _ = call("preview", config, "--row", 0)
+    assert code == Exit.DONE
+    assert "{+the answer [bold]is[/bold] so<|im_end|>+}" in out
+    assert "<|im_start|>user\nwhat is it<|im_end|>" in out
+    assert "located by rendering" in out
+    assert "3 of them" not in out
+    assert "4 records, 2 of them used" in out
+    code, out, _ = call("preview", config, "--row", 2)
+    assert "before it was cut" in out
+
+    sample = preview.SampleView(
+        sample_index=0, sample_id="a", source="a.jsonl", status="ok", tokens=3, supervised_tokens=1, length=3,
+        parts=[("what ", False), ("so", True)],
+    )  # fmt: skip
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard")
+    console.print(preview._text(sample, colour=True))
+    assert "\x1b[1;32mso" in screen.getvalue()
+    assert "{+" not in screen.getvalue()
+
+
+def test_marks_of_the_template_itself(config, call, tmp_path):
+    folder = save_teacher(tmp_path / "marked", template=CHATML_GENERATION)
+    code, out, _ = call("preview", config, "--json", "--samples", 0, "--set", f"teacher.model={folder}")
+    assert code == Exit.DONE
+    assert json.loads(out)["template"] == "marks"
+    assert json.loads(out)["rows"] == []
+    code, out, _ = call("preview", config, "--json", "--set", "corpus.mask=all")
+    assert json.loads(out)["template"] is None
+
+
+def test_a_doubled_beginning_of_text_is_counted(config, call, tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [0, 0, 5]}\n{"input_ids": [0, 5, 1]}\n{"input_ids": [5]}\n')
+    arguments = ("--json", "--set", f"corpus.sources=[{{path: {tmp_path}/ids.jsonl}}]")
+    found = json.loads(call("preview", config, *arguments)[1])
+    assert (found["begins_with_bos"], found["doubled_bos"], found["ends_with_eos"]) == (2, 1, 1)
+    assert found["template"] is None
+
+
+def test_held_out_samples_and_a_policy_that_would_stop_the_dump(config, call):
+    code, out, _ = call("preview", config, "--json", "--heldout")
+    assert [source["records"] for source in json.loads(out)["sources"]] == [4]
+    code, out, _ = call("preview", config, "--json", "--set", "corpus.too_long=error")
+    assert code == Exit.DONE
+    assert json.loads(out)["statuses"] == {"empty": 1, "ok": 6, "too_long": 1}
+    assert json.loads(out)["over_max_length"] == 1
+
+
+def test_what_cannot_be_shown_is_told(config, call):
+    code, _, err = call("preview", config, "--row", 8)
+    assert code == Exit.USAGE
+    assert "0 to 7" in err
+    code, _, err = call("preview", config, "--set", "corpus.sources.0.path=none.jsonl")
+    assert code == Exit.BAD_DATA
+    assert "none.jsonl" in err
+    assert call("preview", config, "--set", "corpus=null", "--set", "heldout=null")[0] == Exit.MISMATCH
+    code, _, err = call("preview", config, "--set", "teacher.model=/nowhere")
+    assert code == Exit.MISMATCH
+    assert "teacher.model" in err
