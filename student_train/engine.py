@@ -95,20 +95,16 @@ class Engine:
         """
         config = deepspeed_config(train)
         self._world, self._module, self._stage = world, module, train.zero_stage
-        self._max_grad_norm = train.max_grad_norm
         self._trained = module.trained()
-        self._grad_norm = 0.0
-        adam = torch.optim.AdamW(
+        adam = (torch.optim.AdamW if train.zero_stage else _ClippedAdamW)(
             [p for _, p in self._trained],
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
             weight_decay=train.weight_decay,
         )
-        if train.zero_stage == 0:
-            # DeepSpeed tells no gradient norm here, so clipping is ours.
-            config["gradient_clipping"] = 0.0
-            adam.register_step_pre_hook(self._clip)
+        if isinstance(adam, _ClippedAdamW):
+            config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm
         try:
             self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -134,11 +130,14 @@ class Engine:
         loss, ce, divergence, agreement = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate
+        finite = all(map(math.isfinite, (loss, ce, divergence)))
+        if not finite:
+            # DeepSpeed drops what it has accumulated if a gradient is not finite; this one is not, for sure.
+            self._backward(max(batches, key=lambda batch: len(batch.targets)), math.nan)
         self._engine.step()
         if not self._engine.was_step_applied():
-            raise _not_finite("gradient")
-        if self._stage:
-            self._grad_norm = float(self._engine.get_global_grad_norm())
+            raise _not_finite("gradient" if finite else "loss")
+        assert finite
         self.updates += 1
         return StepResult(
             loss=loss,
@@ -146,7 +145,7 @@ class Engine:
             divergence=divergence,
             agreement=agreement,
             tokens=tokens,
-            grad_norm=self._grad_norm,
+            grad_norm=float(self._engine.get_global_grad_norm()),
             updated=True,
         )
 
@@ -185,14 +184,15 @@ class Engine:
         sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
         self._module.train()
         for batch in batches:
-            loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
-            sums += parts
             # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
-            self._engine.backward(loss * (self._world.world_size / tokens), scale_wrt_gas=False)
-        totals = [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
-        if not all(map(math.isfinite, totals)):
-            raise _not_finite("loss")
-        return totals
+            sums += self._backward(batch, self._world.world_size / tokens)
+        return [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
+
+    def _backward(self, batch: TrainBatch, factor: float) -> Tensor:
+        """Add the gradients of factor * loss; (loss, CE, divergence, agreement) sums over the micro-batch."""
+        loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
+        return parts  # type: ignore[no-any-return]
 
     def _inner(self) -> torch.optim.Optimizer:
         """The AdamW inside DeepSpeed's wrapper."""
@@ -244,15 +244,29 @@ class Engine:
         if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Stage 0: measure, judge and clip the gradients, which are whole and equal on every rank."""
-        gradients = [p.grad for _, p in self._trained if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self._grad_norm = float(norm)
-        if not torch.isfinite(norm):
-            raise _not_finite("gradient")
-        if self._max_grad_norm:
-            nn.utils.clip_grads_with_norm_([p for _, p in self._trained], self._max_grad_norm, norm)
+
+class _ClippedAdamW(torch.optim.AdamW):
+    """For stage 0, where DeepSpeed tells no gradient norm and judges nothing: gradients are whole, equal on every
+    rank, and measured, judged and clipped here. The attributes are those that DeepSpeed reads from its own optimizers.
+    """
+
+    max_grad_norm = 0.0
+    """0: no clipping."""
+    overflow = False
+    """Whether the last step was left out, because a gradient was not finite."""
+    _global_grad_norm = 0.0
+
+    def step(self, closure: Any = None) -> None:
+        """One step, if the gradients are finite."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
+        if self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        super().step(closure)
 
 
 def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> None:
