@@ -256,7 +256,7 @@ class _ClippedAdamW(torch.optim.AdamW):
     """Whether the last step was left out, because a gradient was not finite."""
     _global_grad_norm = 0.0
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step, if the gradients are finite."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
