@@ -406,6 +406,10 @@ def logprob_columns(name: str, unit: UnitRows) -> Iterator[Row]:
         "octave grid 1/32, BYTE_STREAM_SPLIT": (codec.round_logprobs(t.logprobs, 1 / 32), planes),
         "octave grid 1/16, BYTE_STREAM_SPLIT": (octave, planes),
         "octave grid 1/16, dictionary (in use)": (octave, dictionary),
+        "octave grid 3/64, dictionary": (codec.round_logprobs(t.logprobs, 3 / 64), dictionary),
+        "octave grid 3/64, BYTE_STREAM_SPLIT": (codec.round_logprobs(t.logprobs, 3 / 64), planes),
+        "octave grid 1/22.6, dictionary": (codec.round_logprobs(t.logprobs, 2**-4.5), dictionary),
+        "octave grid 1/32, dictionary": (codec.round_logprobs(t.logprobs, 1 / 32), dictionary),
         "octave grid 1/16, float16, dictionary": (octave.astype(np.float16), dictionary),
         "octave grid 1/8, dictionary": (codec.round_logprobs(t.logprobs, 1 / 8), dictionary),
     }  # fmt: skip

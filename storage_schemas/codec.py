@@ -5,6 +5,7 @@ ids, log-probs natural logs. How the settings were chosen: `benchmarks/storage.m
 """
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,9 +21,9 @@ ROW_GROUP_BYTES = 32 * 2**20
 """Uncompressed bytes of a row group, at most (unless one row alone is larger): what hub viewers can scan."""
 PAGE_BYTES = 4 * 2**20
 """Uncompressed bytes of a page: ids of neighbouring tokens repeat, and zstd sees repeats within a page only."""
-DICTIONARY_STEP = 2.0**-4
-"""From this grid on, log-probs down to e^-64 have at most 256 values: one byte each in a dictionary, which zstd then
-brings near their entropy. On finer grids byte planes are smaller."""
+DICTIONARY_STEP = 3 * 2.0**-6
+"""From this grid on, log-probs down to e^-31 have at most 256 values (on the default grid of 2^-4, down to e^-64): one
+byte each in a dictionary, which zstd then brings near their entropy. On finer grids byte planes are smaller."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
 _CELLS = 2**19
@@ -53,7 +54,7 @@ class Rounded(NamedTuple):
 
 
 def round_targets(targets: Targets, *, temperatures: tuple[float, ...], coarsest: float, max_kl: float) -> Rounded:
-    """Round log-probs to the coarsest grid that keeps the fidelity gate, halving from `coarsest` down.
+    """Round log-probs to the coarsest grid of a ladder that begins with `coarsest` and keeps the fidelity gate.
 
     The grid is `step` between -4 and -2, twice as coarse from -8 to -4 and so on with each doubling, and step / 2
     above -2, down to 0: what an error costs in KL is p times its square. Tail masses keep 9 significant bits (a
@@ -62,8 +63,7 @@ def round_targets(targets: Targets, *, temperatures: tuple[float, ...], coarsest
     """
     tail = np.minimum(targets.tail_logprob, np.float32(0))
     exact = replace(targets, tail_logprob=tail)
-    step = coarsest
-    while step > 0.0:
+    for step in _ladder(coarsest):
         stored = replace(
             exact,
             logprobs=round_logprobs(exact.logprobs, step),
@@ -73,8 +73,20 @@ def round_targets(targets: Targets, *, temperatures: tuple[float, ...], coarsest
         loss = fidelity(exact, stored, temperatures=temperatures)
         if max(loss) <= max_kl:
             return Rounded(stored, step, loss)
-        step = step / 2 if step > FINEST_STEP else 0.0
     return Rounded(exact, 0.0, fidelity(exact, exact, temperatures=temperatures))
+
+
+def _ladder(coarsest: float) -> Iterator[float]:
+    """Grids to try: halves, and 3/4 in between as long as a dictionary takes them.
+
+    Not the square root of 1/2, whose multiples fill all bytes of a float, for byte planes the worst case.
+    """
+    step = coarsest
+    while step > 0.0:
+        yield step
+        if 0.75 * step >= DICTIONARY_STEP:
+            yield 0.75 * step
+        step = step / 2 if step > FINEST_STEP else 0.0
 
 
 def round_logprobs(logprobs: F32, step: float) -> F32:

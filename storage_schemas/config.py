@@ -15,7 +15,7 @@ class DumpSection(Section):
     samples_per_unit: int = Field(512, ge=1)
     """Samples per unit of work, which is one shard file. A shard is fetched and decoded as a whole."""
     logprob_step: float = Field(0.0625, ge=0.0, le=1.0)
-    """Grid in nats of log-probs from -4 to -2, doubled per octave below; halved until the gate holds. 0: exact."""
+    """Grid in nats of log-probs from -4 to -2, doubled per octave below; refined until the gate holds. 0: exact."""
     max_kl: float = Field(1e-4, gt=0.0)
     """Fidelity gate in nats: mean bucketed KL(exact || stored) of a unit, at every temperature, may not be above it."""
     logsumexp: bool = True

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dumps import dense_targets
 
-from storage_schemas.codec import fidelity, mean_entropy, mean_kept_mass, round_targets
+from storage_schemas.codec import (
+    FINEST_STEP,
+    _ladder,
+    fidelity,
+    mean_entropy,
+    mean_kept_mass,
+    round_logprobs,
+    round_targets,
+)
 from storage_schemas.errors import DataError
 from storage_schemas.rows import no_targets
 from storage_schemas.shift import supervised_positions
@@ -138,7 +146,30 @@ def test_fidelity_of_itself_is_0() -> None:
     assert fidelity(targets, targets, temperatures=TEMPERATURES) == (0.0, 0.0)
 
 
-def test_rounding_halves_until_the_gate_holds() -> None:
+def test_the_ladder_of_grids() -> None:
+    """From 3/64 on a dictionary of one-byte indices holds all values; below it, halves only."""
+    steps = list(itertools.islice(_ladder(0.0625), 5))
+    assert steps == [1 / 16, 3 / 64, 1 / 32, 1 / 64, 1 / 128]
+    values = round_logprobs(-np.geomspace(1e-6, 31.0, 10**5).astype(np.float32), 3 / 64)
+    assert len(np.unique(values)) <= 256
+    values = round_logprobs(-np.geomspace(1e-6, 63.9, 10**5).astype(np.float32), 1 / 16)
+    assert len(np.unique(values)) <= 256
+    assert list(_ladder(0.0)) == []
+    assert list(_ladder(1.0))[-1] == FINEST_STEP
+
+
+def test_the_rung_between_the_halves_is_taken() -> None:
+    targets = dense_targets(logits_of(100, 60, scale=2.0), k=8, temperatures=TEMPERATURES)
+    kl = {
+        step: max(round_targets(targets, temperatures=TEMPERATURES, coarsest=step, max_kl=1.0).fidelity)
+        for step in (1 / 16, 3 / 64)
+    }
+    assert kl[3 / 64] < 0.7 * kl[1 / 16]
+    between = round_targets(targets, temperatures=TEMPERATURES, coarsest=1 / 16, max_kl=0.8 * kl[1 / 16])
+    assert between.step == 3 / 64
+
+
+def test_rounding_is_refined_until_the_gate_holds() -> None:
     targets = dense_targets(logits_of(100, 60, scale=2.0), k=8, temperatures=TEMPERATURES)
     wide = round_targets(targets, temperatures=TEMPERATURES, coarsest=1.0, max_kl=1e-4)
     assert 0 < wide.step < 1.0

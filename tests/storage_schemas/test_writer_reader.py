@@ -60,6 +60,26 @@ def test_what_is_written_is_read(estimator: object, tmp_path: Path) -> None:
     assert verify(str(tmp_path)).ok
 
 
+@pytest.mark.parametrize("vocabulary", [151_936, 262_144])
+def test_large_vocabularies(vocabulary: int, tmp_path: Path) -> None:
+    """Absolute ids up to the last row of the head, and not one further."""
+    run = run_info(head_size=vocabulary, samples=2, samples_per_unit=2)
+    writer = DumpWriter.open(str(tmp_path), run)
+    rows = unit_rows(run, 0)
+    first = next(row.targets for row in rows if row.targets is not None)
+    first.ids[7] = vocabulary
+    with pytest.raises(DataError, match=f"the head has {vocabulary} rows"):
+        writer.commit_unit(0, rows)
+    first.ids[7] = vocabulary - 1
+    assert writer.commit_unit(0, rows) is not None
+    record = Dump.open(str(tmp_path)).record(0)
+    assert record is not None
+    assert record.max_id == vocabulary - 1
+    read = Dump.open(str(tmp_path)).read_unit(0).targets
+    assert np.array_equal(read.ids[:8], first.ids[:8])
+    assert read.ids.dtype == np.int32
+
+
 def test_a_rerun_does_nothing(tmp_path: Path) -> None:
     run = make_dump(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -453,6 +473,24 @@ def test_a_bomb_is_refused_before_it_unfolds(honest: bool, tmp_path: Path, monke
         Dump.open(str(tmp_path)).read_unit(0)
 
 
+@pytest.mark.parametrize("version", [None, b"1"])
+def test_the_smallest_bomb_is_refused_before_it_unfolds(
+    version: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About 600 bytes that unfold into 20 million numbers, with and without the metadata of a dump."""
+    run = make_dump(tmp_path, seal=False)
+    sink = pa.BufferOutputStream()
+    table = pa.table({"x": pa.repeat(pa.scalar(0, pa.int8()), 20_000_000)})
+    metadata = None if version is None else {k.encode(): v.encode() for k, v in metadata_of(run, 0).items()}
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", store_schema=False)
+    data = sink.getvalue().to_pybytes()
+    assert version is not None or len(data) < 700
+    replace_unit(tmp_path, run, 0, data)
+    monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
+    with pytest.raises(MismatchError if version is None else DataError):
+        Dump.open(str(tmp_path)).read_unit(0)
+
+
 # Commit records
 
 
@@ -473,6 +511,9 @@ RECORDS: dict[str, Callable[[dict[str, object]], object]] = {
     "huger tokens": lambda r: r.update(tokens=10**12),
     "more targets than tokens": lambda r: r.update(supervised_tokens=10**5),
     "negative": lambda r: r.update(tokens=-1),
+    "negative targets": lambda r: r.update(supervised_tokens=-1),
+    "negative entries": lambda r: r.update(entries=-1),
+    "an id below none": lambda r: r.update(max_id=-2),
     "beyond the head": lambda r: r.update(max_id=100),
     "statuses that do not add up": lambda r: r.update(statuses={"ok": 1}),
     "hash in another style": lambda r: r.update(sha256="F" * 64),
