@@ -17,7 +17,7 @@ from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import MismatchError
 from storage_schemas.targets import Targets
 from teacher_dump import vllm_backend
-from teacher_dump.agreement import agreement
+from teacher_dump.agreement import TOLERANCES, Agreement, agreement
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import freeze_corpus
 from teacher_dump.dump import run_dump
@@ -107,6 +107,14 @@ def test_a_dump_through_vllms_answers_equals_that_of_transformers(
         np.testing.assert_allclose(np.exp(a.targets.tail_logprob), np.exp(b.targets.tail_logprob), atol=1e-5)
     assert tokens > 50
     assert job["teacher"].asked == 3 + 9
+
+
+def test_a_teacher_of_several_dumps_is_compared_once(tmp_path, corpus_file, model_folder, installed):
+    """The engine holds the memory by then, so that the model of the check would not fit beside it."""
+    job = vllm_job(tmp_path / "a", corpus_file, model_folder, vllm_check_samples=3)
+    run_dump(**job)
+    run_dump(**job | {"dump": job["dump"].model_copy(update={"url": str(tmp_path / "b")})})
+    assert job["teacher"].asked == 3 + 9 + 9
 
 
 def test_the_dump_says_vllm_and_takes_no_other_engine(tmp_path, corpus_file, model_folder, installed):
@@ -307,3 +315,17 @@ def test_heads_agree_up_to_ties_and_where_they_end(other, gap, fine):
     assert found.gap == pytest.approx(gap, abs=1e-6)
     assert (found.gap <= 1e-3) == fine
     assert agreement([targets_of(other, tail=1.0 - sum(other.values()))], [a]).gap == pytest.approx(gap, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_each_of_both_figures_alone_can_stop_the_run(dtype):
+    kl, gap = TOLERANCES[dtype]
+
+    def within(kl_mean, gap):
+        return Agreement(tokens=1, kl_mean=kl_mean, kl_max=0.0, logprob_max=0.0, gap=gap).within(dtype)
+
+    assert within(kl, gap)
+    assert not within(1.01 * kl, gap)
+    assert not within(-1.01 * kl, gap)
+    assert not within(kl, 1.01 * gap)
+    assert not within(float("nan"), gap)

@@ -11,13 +11,15 @@ from support.record_vllm import CPU
 from support.tiny_teachers import save_teacher
 
 from storage_schemas.config import TopK
-from storage_schemas.errors import MismatchError
+from storage_schemas.errors import MismatchError, TemporaryError
 from teacher_dump.agreement import agreement
 from teacher_dump.config import TeacherSection
 from teacher_dump.dump import open_teacher, run_dump
 
+psutil = pytest.importorskip("psutil")  # vLLM brings it.
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.timeout(900),  # An engine takes minutes to start where others use the cores.
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
 ]
 
@@ -48,10 +50,14 @@ def vllm_job(url, corpus_file, model_folder, **teacher):
 
 
 def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model_folder, capsys):
-    """Prompts longer than a step of the engine are among them, so that it puts their log-probs together from parts."""
+    """Prompts longer than a step of the engine are among them, so that it puts their log-probs together from parts.
+
+    At the end the engine is killed: whoever runs the command again gets a new one.
+    """
     job = vllm_job(tmp_path / "vllm", corpus_file, model_folder, vllm={"max_num_batched_tokens": 32, "max_num_seqs": 8})
     teacher = job["teacher"]
-    summary = run_dump(**job)
+    running = open_teacher(teacher)
+    summary = run_dump(**job | {"teacher": running})
     assert summary.statuses == {"empty": 1, "ok": 9, "too_long": 1}
     assert_each_sample_once(tmp_path / "vllm")
     run = json.loads((tmp_path / "vllm" / "run.json").read_text())
@@ -80,6 +86,14 @@ def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model
     assert tail_error < 2e-5
     again = run_dump(**job)
     assert (again.rows, again.units_done_here) == (SAMPLES, 0)
+
+    engines = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()]
+    assert engines, "where is the engine?"
+    for engine in engines:
+        engine.kill()
+    elsewhere = job["dump"].model_copy(update={"url": str(tmp_path / "later")})
+    with pytest.raises(TemporaryError, match="engine died"):
+        run_dump(**job | {"dump": elsewhere, "teacher": running})
 
 
 def test_other_numbers_from_the_engine_stop_the_run(tmp_path, corpus_file, model_folder):
