@@ -96,7 +96,7 @@ class CommitRecord(ProvenJson):
 
     fingerprint: str
     """Of the dump that the unit belongs to."""
-    unit: int = Field(ge=0)
+    unit: int
     """Which unit."""
     file: str
     """Key of the data file, one of this unit's."""
@@ -104,7 +104,7 @@ class CommitRecord(ProvenJson):
     """Its size."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of the whole file."""
-    rows: int = Field(ge=1)
+    rows: int
     """Samples in the unit."""
     tokens: int = Field(ge=0)
     """Tokens of all samples."""

@@ -1,6 +1,6 @@
 """Rows to Parquet bytes and back: everything comes back, for every estimator, vocabulary and shape."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -168,6 +168,16 @@ def test_rows_that_contradict_themselves_are_refused(changes: dict[str, object])
     with pytest.raises((ValueError, DataError), match=r"sample|token 0"):
         rows_to_unit([good_row(**changes)], temperatures=1, draws=False, logsumexp=False)
     assert len(rows_to_unit([good_row()], temperatures=1, draws=False, logsumexp=False)) == 1
+
+
+def test_a_unit_of_two_to_the_31_entries_is_refused() -> None:
+    unit = large_unit(rows=1, k=4)
+    entries = replace(unit, targets=replace(unit.targets, offsets=np.array([0, 2**31])))
+    tokens = replace(unit, input_ids=np.broadcast_to(np.int32(0), 2**31))
+    for large in (entries, tokens):
+        with pytest.raises(DataError, match="too large") as caught:
+            codec.encode(large, {})
+        assert "samples_per_unit" in str(caught.value.fix)
 
 
 def test_decoding_is_free_of_copies() -> None:
