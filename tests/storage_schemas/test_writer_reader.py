@@ -480,9 +480,10 @@ def test_the_smallest_bomb_is_refused_before_it_unfolds(
     """About 600 bytes that unfold into 20 million numbers, with and without the metadata of a dump."""
     run = make_dump(tmp_path, seal=False)
     sink = pa.BufferOutputStream()
-    table = pa.table({"x": pa.repeat(pa.scalar(0, pa.int8()), 20_000_000)})
+    table = pa.table({"x": pa.repeat(pa.scalar(0, pa.int32()), 20_000_000)})
+    one_page = {"data_page_size": 2**30, "max_rows_per_page": 2**30, "row_group_size": 2**30, "write_batch_size": 2**30}
     metadata = None if version is None else {k.encode(): v.encode() for k, v in metadata_of(run, 0).items()}
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", store_schema=False)
+    pq.write_table(table.replace_schema_metadata(metadata), sink, store_schema=version is not None, **one_page)
     data = sink.getvalue().to_pybytes()
     assert version is not None or len(data) < 700
     replace_unit(tmp_path, run, 0, data)
