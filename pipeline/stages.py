@@ -28,10 +28,10 @@ def run_dumps(config: Config, placement: Placement) -> dict[str, Any]:
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
     """
+    from teacher_dump.backends import open_teacher
     from teacher_dump.dump import run_dump
-    from teacher_dump.teacher import Teacher
 
-    teacher = Teacher(need(config.teacher, "teacher", "dump"))
+    teacher = open_teacher(need(config.teacher, "teacher", "dump"))
     parts = [config] + ([config.heldout_config()] if config.heldout else [])
     summaries = []
     for part in parts:

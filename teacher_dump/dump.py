@@ -21,6 +21,7 @@ from storage_schemas.section import Section
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
+from teacher_dump.backends import open_teacher
 from teacher_dump.commits import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
@@ -99,7 +100,7 @@ def run_dump(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
-    teacher = Teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
+    teacher = open_teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
     with stoppable() as stop:
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
         refuse_too_long(samples, teacher)
@@ -210,7 +211,7 @@ class Worker:
         self._look()
         events.write("start", rank=self.rank, world_size=self.world_size, units=run.units, done=len(self._committed))
         if len(self._committed) < run.units:
-            _ = self.teacher.model
+            self.teacher.load()
             progress = DumpProgress(units=run.units, world_size=self.world_size, events=events, console=console)
             with progress, Committer(self.writer) as commits:
                 for unit in unit_order(run.units, rank=self.rank, world_size=self.world_size):

@@ -109,6 +109,10 @@ class Teacher:
         refuse_unknown_model(model)
         return model
 
+    def load(self) -> None:
+        """Load the weights, if they are not."""
+        _ = self.model
+
     def identity(self) -> TeacherIdentity:
         """Who the teacher is, from its files alone."""
         return self._identity
