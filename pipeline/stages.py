@@ -28,7 +28,8 @@ def run_dumps(config: Config, placement: Placement) -> dict[str, Any]:
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
     """
-    from teacher_dump.dump import open_teacher, run_dump
+    from teacher_dump.backends import open_teacher
+    from teacher_dump.dump import run_dump
 
     teacher = open_teacher(need(config.teacher, "teacher", "dump"))
     parts = [config] + ([config.heldout_config()] if config.heldout else [])

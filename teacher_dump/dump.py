@@ -20,6 +20,7 @@ from storage_schemas.section import Section
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
+from teacher_dump.backends import open_teacher
 from teacher_dump.commits import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
@@ -115,15 +116,6 @@ def run_dump(
         finally:
             log_events.close()
     return summary
-
-
-def open_teacher(section: TeacherSection) -> Teacher:
-    """The teacher of the configured backend; no weight is loaded yet."""
-    if section.backend == "vllm":
-        from teacher_dump.vllm_backend import VllmTeacher
-
-        return VllmTeacher(section)
-    return Teacher(section)
 
 
 def run_info(

@@ -121,9 +121,13 @@ class Teacher:
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
         """Raise MismatchError if it cannot make such targets, before anything is read: transformers makes them all."""
 
-    def start(self, corpus: Corpus, run: RunInfo) -> None:
-        """Load the weights, now that there is something to do for `run`."""
+    def load(self) -> None:
+        """Load the weights, if they are not."""
         _ = self.model
+
+    def start(self, corpus: Corpus, run: RunInfo) -> None:
+        """Get ready, now that something of `run` is open."""
+        self.load()
 
     def identity(self) -> TeacherIdentity:
         """Who the teacher is, from its files alone."""

@@ -112,6 +112,9 @@ class VllmTeacher(Teacher):
                 fix="change these fields, or set teacher.backend: transformers",
             )
 
+    def load(self) -> None:
+        """Nothing: the engine starts when it is known what for."""
+
     def start(self, corpus: Corpus, run: RunInfo) -> None:
         """Start the engine, and compare it with transformers on samples of the corpus.
 
