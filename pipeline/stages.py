@@ -39,7 +39,8 @@ def run_dumps(config: Config, placement: Placement, teacher: "Teacher | None" = 
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
     """
-    from teacher_dump.dump import open_teacher, run_dump
+    from teacher_dump.backends import open_teacher
+    from teacher_dump.dump import run_dump
 
     if teacher is None:
         teacher = open_teacher(need(config.teacher, "teacher", "dump"))
@@ -91,7 +92,7 @@ def run_plan(
     config: Config, *, samples: int, seed: int, tokens_per_second: float | None, price_per_hour: float | None
 ) -> dict[str, Any]:
     """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples."""
-    from teacher_dump.dump import open_teacher
+    from teacher_dump.backends import open_teacher
     from teacher_dump.pilot import plan_dump
     from teacher_dump.teacher import Teacher
 

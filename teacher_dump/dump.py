@@ -12,7 +12,7 @@ from rich.console import Console
 
 from storage_schemas.commit import count_statuses, mean_per_token, totals
 from storage_schemas.config import DumpSection, Estimator
-from storage_schemas.errors import MismatchError, TemporaryError, UsageError
+from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from storage_schemas.run_info import CorpusIdentity, RunInfo, TokenizerIdentity
@@ -20,6 +20,7 @@ from storage_schemas.section import Section
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
+from teacher_dump.backends import open_teacher
 from teacher_dump.commits import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
@@ -115,22 +116,6 @@ def run_dump(
         finally:
             log_events.close()
     return summary
-
-
-def open_teacher(section: TeacherSection) -> Teacher:
-    """The teacher of the configured backend in this one process; no weight is loaded yet."""
-    if section.grouped:
-        raise UsageError(
-            f"teacher.sharding: {section.sharding} spreads the teacher over several processes",
-            got="one process",
-            expected="llm-neo dump CONFIG --nproc N",
-            fix="start it so, or set teacher.sharding to none or device_map",
-        )
-    if section.backend == "vllm":
-        from teacher_dump.vllm_backend import VllmTeacher
-
-        return VllmTeacher(section)
-    return Teacher(section)
 
 
 def run_info(

@@ -20,9 +20,9 @@ from storage_schemas.errors import UsageError
 from storage_schemas.rows import OK
 from storage_schemas.targets import Targets
 from storage_schemas.verify import verify
+from teacher_dump.backends import open_teacher
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
-from teacher_dump.dump import open_teacher
 from teacher_dump.teacher import Teacher
 
 ESTIMATOR = TopK(k=40, mass=1.0)

@@ -13,8 +13,9 @@ from support.tiny_teachers import save_teacher
 from storage_schemas.config import TopK
 from storage_schemas.errors import MismatchError, TemporaryError
 from teacher_dump.agreement import agreement
+from teacher_dump.backends import open_teacher
 from teacher_dump.config import TeacherSection
-from teacher_dump.dump import open_teacher, run_dump
+from teacher_dump.dump import run_dump
 
 psutil = pytest.importorskip("psutil")  # vLLM brings it.
 pytestmark = [

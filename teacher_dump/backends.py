@@ -1,0 +1,25 @@
+"""Which class runs the teacher that a configuration names."""
+
+from storage_schemas.errors import UsageError
+from teacher_dump.config import TeacherSection
+from teacher_dump.teacher import Teacher
+
+
+def open_teacher(section: TeacherSection) -> Teacher:
+    """The teacher of a section in this one process; its weights are loaded later.
+
+    Raises:
+        UsageError: it is spread over several processes, see `teacher_dump.group`.
+    """
+    if section.grouped:
+        raise UsageError(
+            f"teacher.sharding: {section.sharding} spreads the teacher over several processes",
+            got="one process",
+            expected="llm-neo dump CONFIG --nproc N",
+            fix="start it so, or set teacher.sharding to none or device_map",
+        )
+    if section.backend == "vllm":
+        from teacher_dump.vllm_backend import VllmTeacher
+
+        return VllmTeacher(section)
+    return Teacher(section)
