@@ -71,6 +71,9 @@ def dump(
     workers: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
+    events: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append progress to it, one JSON object per event.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
@@ -79,13 +82,13 @@ def dump(
     need(found.corpus, "corpus", "dump")
     placement = dump_placement(os.environ, rank, world_size)
     if workers > 1:
-        code, summary = dump_workers(config, overrides or (), workers, node=placement)
+        code, summary = dump_workers(config, overrides or (), workers, node=placement, events=events)
         if code:
             raise typer.Exit(code)
     else:
         from pipeline.stages import run_dumps
 
-        summary = run_dumps(found, placement)
+        summary = run_dumps(found, placement, events=events)
     _print(summary, as_json)
 
 

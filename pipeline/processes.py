@@ -52,7 +52,7 @@ def visible_gpus(env: Mapping[str, str]) -> list[str]:
 
 
 def dump_workers(
-    config: Path, overrides: Sequence[str], workers: int, *, node: Placement
+    config: Path, overrides: Sequence[str], workers: int, *, node: Placement, events: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Run several workers of stage one on this machine.
 
@@ -61,6 +61,7 @@ def dump_workers(
         overrides: of the command line.
         workers: how many.
         node: which of how many such groups this one is.
+        events: file that all append their events to.
 
     Returns:
         The exit code of all together, and, if it is 0, the sum of their summaries.
@@ -82,7 +83,7 @@ def dump_workers(
                 threads = thread_environment(env, workers, os.cpu_count() or 1)
                 started.append(
                     subprocess.Popen(
-                        dump_argv(config, overrides, placement),
+                        dump_argv(config, overrides, placement, events=events),
                         env=env | threads | device_environment(gpus, local),
                         stdout=outputs[local],
                         stderr=errors[local],

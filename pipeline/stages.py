@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,8 +23,13 @@ log = logging.getLogger(__name__)
 _LINE_SECONDS = 5.0
 
 
-def run_dumps(config: Config, placement: Placement) -> dict[str, Any]:
+def run_dumps(config: Config, placement: Placement, *, events: Path | None = None) -> dict[str, Any]:
     """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
+
+    Args:
+        config: with `teacher` and `corpus`.
+        placement: which worker this is.
+        events: file that one JSON object per event is appended to.
 
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
@@ -44,6 +50,7 @@ def run_dumps(config: Config, placement: Placement) -> dict[str, Any]:
             temperatures=part.temperatures,
             rank=placement.rank,
             world_size=placement.world_size,
+            events=events,
         )
         summaries.append(summary.model_dump(mode="json"))
     return summaries[0] | ({"heldout": summaries[1]} if config.heldout else {})
