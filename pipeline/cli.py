@@ -79,6 +79,9 @@ def dump(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
+    events: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append progress to it, one JSON object per event.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
@@ -95,13 +98,14 @@ def dump(
     code = 0
     if teacher.grouped:
         nproc = nproc or len(visible_gpus(os.environ)) or 1
-        code, summary = dump_group(config, overrides or (), nproc, node=placement, stdout=sys.stderr.fileno())
+        out = sys.stderr.fileno()
+        code, summary = dump_group(config, overrides or (), nproc, node=placement, events=events, stdout=out)
     elif workers > 1:
-        code, summary = dump_workers(config, overrides or (), workers, node=placement)
+        code, summary = dump_workers(config, overrides or (), workers, node=placement, events=events)
     else:
         from pipeline.stages import run_dumps
 
-        summary = run_dumps(found, placement)
+        summary = run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
     _print(summary, as_json)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.cli import quiet_libraries
 from pipeline.config import Config, load_config, need
@@ -21,6 +22,9 @@ from storage_schemas.errors import Exit, NeoError
 from storage_schemas.run_info import canonical_json
 from student_train.worker import ExitCodes, end, leave_with_others, unexpected
 
+if TYPE_CHECKING:
+    from teacher_dump.group import Group
+
 
 def main() -> int:
     """Run as one process; returns its exit code."""
@@ -28,6 +32,7 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--events", type=Path)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
     arguments = parser.parse_args()
@@ -36,9 +41,12 @@ def main() -> int:
     quiet_libraries()
     threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
     try:
+        from teacher_dump.group import Group
+
         config = load_config(arguments.config, arguments.overrides)
         placement = Placement(arguments.rank, arguments.world_size)
-        code = run(config, placement, arguments.folder, codes, process=process, size=size, local=local)
+        group = Group.join(process, size, local, device=need(config.teacher, "teacher", "dump").device)
+        code = run(config, placement, group, arguments.folder, codes, events=arguments.events)
     except NeoError as error:
         print(f"llm-neo: {error}", file=sys.stderr)
         code = int(error.exit_code)
@@ -49,18 +57,16 @@ def main() -> int:
 
 
 def run(
-    config: Config, placement: Placement, folder: Path, codes: ExitCodes, *, process: int, size: int, local: int
+    config: Config, placement: Placement, group: "Group", folder: Path, codes: ExitCodes, *, events: Path | None
 ) -> int:
     """Lead or follow."""
     from pipeline.stages import run_dumps
-    from teacher_dump.group import Group, GroupTeacher
+    from teacher_dump.group import GroupTeacher
 
-    section = need(config.teacher, "teacher", "dump")
-    group = Group.join(process, size, local, device=section.device)
-    teacher = GroupTeacher(section, group)
+    teacher = GroupTeacher(need(config.teacher, "teacher", "dump"), group)
     if group.leads:
         threading.Thread(target=pass_on_stop, args=(codes,), daemon=True, name="stop").start()
-        summary = run_dumps(config, placement, teacher)
+        summary = run_dumps(config, placement, teacher, events=events)
         write_whole(folder / SUMMARY, canonical_json(summary).decode())
     else:
         teacher.follow()

@@ -135,9 +135,17 @@ def torchrun_argv(worker: Sequence[str], *, nproc: int, nodes: Nodes, python: st
     return [*argv, "-m", *worker]
 
 
-def dump_argv(config: Path, overrides: Sequence[str], placement: Placement, python: str = sys.executable) -> list[str]:
+def dump_argv(
+    config: Path,
+    overrides: Sequence[str],
+    placement: Placement,
+    python: str = sys.executable,
+    *,
+    events: Path | None = None,
+) -> list[str]:
     """The command line of one worker of stage one."""
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
+    where += ["--events", str(events)] if events else []
     return [python, "-m", "pipeline.cli", "dump", str(config), *where, "--json", *set_arguments(overrides)]
 
 

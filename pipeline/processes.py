@@ -62,7 +62,7 @@ def visible_gpus(env: Mapping[str, str]) -> list[str]:
 
 
 def dump_workers(
-    config: Path, overrides: Sequence[str], workers: int, *, node: Placement
+    config: Path, overrides: Sequence[str], workers: int, *, node: Placement, events: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Run several workers of stage one on this machine.
 
@@ -71,6 +71,7 @@ def dump_workers(
         overrides: of the command line.
         workers: how many.
         node: which of how many such groups this one is.
+        events: file that all append their events to.
 
     Returns:
         The exit code of all together, and, if it is 0, the sum of their summaries.
@@ -92,7 +93,7 @@ def dump_workers(
                 threads = thread_environment(env, workers, os.cpu_count() or 1)
                 started.append(
                     subprocess.Popen(
-                        dump_argv(config, overrides, placement),
+                        dump_argv(config, overrides, placement, events=events),
                         env=env | threads | device_environment(gpus, local),
                         stdout=outputs[local],
                         stderr=errors[local],
@@ -116,7 +117,13 @@ def dump_workers(
 
 
 def dump_group(
-    config: Path, overrides: Sequence[str], nproc: int, *, node: Placement, stdout: int | None = None
+    config: Path,
+    overrides: Sequence[str],
+    nproc: int,
+    *,
+    node: Placement,
+    events: Path | None = None,
+    stdout: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Run one worker of stage one whose teacher is spread over several processes of this machine, under torchrun.
 
@@ -125,6 +132,7 @@ def dump_group(
         overrides: of the command line.
         nproc: how many processes.
         node: which of how many workers they are together.
+        events: file that one JSON object per event is appended to.
         stdout: file descriptor for what they print; standard output by default.
 
     Returns:
@@ -135,6 +143,7 @@ def dump_group(
         folder.mkdir()
         worker = ["pipeline.dump_group", str(config), "--folder", scratch, *set_arguments(overrides)]
         worker += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
+        worker += ["--events", str(events)] if events else []
         returned = run_torchrun(
             torchrun_argv(worker, nproc=nproc, nodes=Nodes()),
             thread_environment(os.environ, nproc, os.cpu_count() or 1),

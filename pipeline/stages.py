@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -28,13 +29,16 @@ _BATCH_TOKENS = 4096
 """Of a teacher that no configuration sets up, padding included."""
 
 
-def run_dumps(config: Config, placement: Placement, teacher: "Teacher | None" = None) -> dict[str, Any]:
+def run_dumps(
+    config: Config, placement: Placement, teacher: "Teacher | None" = None, *, events: Path | None = None
+) -> dict[str, Any]:
     """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
 
     Args:
-        config: of the run.
+        config: with `teacher` and `corpus`.
         placement: which worker this is.
         teacher: if the configured one is not to be opened here.
+        events: file that one JSON object per event is appended to.
 
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
@@ -56,6 +60,7 @@ def run_dumps(config: Config, placement: Placement, teacher: "Teacher | None" = 
             temperatures=part.temperatures,
             rank=placement.rank,
             world_size=placement.world_size,
+            events=events,
         )
         summaries.append(summary.model_dump(mode="json"))
     return summaries[0] | ({"heldout": summaries[1]} if config.heldout else {})

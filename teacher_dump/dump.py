@@ -107,12 +107,12 @@ def run_dump(
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
         writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
-        log_events = EventLog(events)
+        log_events = EventLog(events, rank=rank)
         try:
             worker = Worker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
             worker.run(log_events, console)
             summary = summarise(dump, worker)
-            log_events.write("end", rank=rank, **summary.model_dump(mode="json"))
+            log_events.write("end", **summary.model_dump(mode="json"))
         finally:
             log_events.close()
     return summary
@@ -209,7 +209,7 @@ class Worker:
         """
         run = self.writer.run
         self._look()
-        events.write("start", rank=self.rank, world_size=self.world_size, units=run.units, done=len(self._committed))
+        events.write("start", world_size=self.world_size, units=run.units, done=len(self._committed))
         if len(self._committed) < run.units:
             self.teacher.start(self.corpus, run)
             progress = DumpProgress(units=run.units, world_size=self.world_size, events=events, console=console)

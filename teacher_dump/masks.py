@@ -20,6 +20,14 @@ from teacher_dump.turns import Span, assistant_spans
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') "
+    "| replace('%m', '07') | replace('%Y', '2024') | replace('%y', '24') | replace('%A', 'Friday') "
+    "| replace('%a', 'Fri') | replace('%H', '00') | replace('%M', '00') | replace('%S', '00') }}{%- endmacro %}{{ '' }}"
+)
+"""Put before a template that writes today's date: another date makes another corpus, which no dump could continue."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """One tokenised sample."""
@@ -54,12 +62,12 @@ def tokenise_conversations(
         DataError: no chat template, or one whose assistant turns cannot be located.
     """
     template = _chat_template(tokenizer)
-    rendered = [_render(tokenizer, messages) for messages in conversations]
+    rendered = [_render(tokenizer, template, messages) for messages in conversations]
     if mask == "assistant" and marks_generation(template):
-        return _by_generation_marks(tokenizer, conversations, rendered)
+        return _by_generation_marks(tokenizer, template, conversations, rendered)
 
     def render(messages: list[Message], prompt: bool) -> str | None:
-        text = _render(tokenizer, messages, add_generation_prompt=prompt)
+        text = _render(tokenizer, template, messages, add_generation_prompt=prompt)
         return text if isinstance(text, str) else None
 
     special = special_tokens(tokenizer)
@@ -118,7 +126,7 @@ def valid_text(text: str) -> str | Unusable:
 
 def _chat_template(tokenizer: Any) -> str:
     try:
-        return str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template())
     except ValueError as error:
         raise DataError(
             "conversations need a chat template, and the teacher's tokenizer has none",
@@ -126,24 +134,30 @@ def _chat_template(tokenizer: Any) -> str:
             expected="a tokenizer with chat_template.jinja",
             fix="use an instruct model's tokenizer, or convert the corpus to `prompt` + `completion` or `text`",
         ) from error
+    return _CLOCK + template if "strftime_now" in template else template
 
 
-def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str | Unusable:
+def _render(
+    tokenizer: Any, template: str, messages: list[Message], *, add_generation_prompt: bool = False
+) -> str | Unusable:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except (TemplateError, TypeError, ValueError) as error:
         return Unusable(f"the chat template refuses it: {error}")
     return valid_text(str(text))
 
 
 def _by_generation_marks(
-    tokenizer: Any, conversations: Sequence[list[Message]], rendered: Sequence[str | Unusable]
+    tokenizer: Any, template: str, conversations: Sequence[list[Message]], rendered: Sequence[str | Unusable]
 ) -> list[Tokens | Unusable]:
     usable = [messages for messages, text in zip(conversations, rendered, strict=True) if isinstance(text, str)]
     if not usable:
         return [text for text in rendered if isinstance(text, Unusable)]
     encoded = tokenizer.apply_chat_template(
         usable,
+        chat_template=template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -23,16 +23,21 @@ _BAR_SECONDS = 0.5
 class EventLog:
     """Appends JSON objects to a file, one a line; without a file it does nothing."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, rank: int) -> None:
+        self.rank = rank
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event, with the time in seconds since 1970."""
+        """Append one event, with the time in seconds since 1970 and this worker's number.
+
+        A line is written at once, so that several workers can share a file.
+        """
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+            line = json.dumps({"event": event, "time": round(time.time(), 3), "rank": self.rank, **values})
+            self._file.write(line + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -59,9 +59,19 @@ def _start(request: dict[str, Any]) -> int:
 def _work(job: dict[str, Any]) -> int:
     from storage_schemas.config import DumpSection, TopK
     from storage_schemas.errors import NeoError
+    from teacher_dump import corpus as corpus_module
     from teacher_dump.config import CorpusSection, TeacherSection
     from teacher_dump.dump import run_dump
     from teacher_dump.teacher import Teacher
+
+    if job.get("tokenising"):
+        original = corpus_module._add_batch
+
+        def announced(*arguments: Any) -> None:
+            Path(job["tokenising"]).touch()
+            original(*arguments)
+
+        corpus_module._add_batch = announced
 
     class SlowTeacher(Teacher):
         def targets(self, samples: Any, **options: Any) -> Any:
@@ -78,6 +88,7 @@ def _work(job: dict[str, Any]) -> int:
             estimator=TopK(k=8),
             rank=job.get("rank", 0),
             world_size=job.get("world_size", 1),
+            events=Path(job["events"]) if job.get("events") else None,
         )
     except NeoError as error:
         print(error, file=sys.stderr)

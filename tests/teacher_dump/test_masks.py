@@ -110,6 +110,15 @@ def test_a_template_that_rewrites_history_is_followed():
     assert everything.loss_mask[1:].all()
 
 
+@pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(template):
+    dated = "\n\n{% set today = strftime_now('%d %b %Y') %}{{ 'Today Date: ' + today + '\n' }}" + template
+    tokenizer = tiny_tokenizer(dated)
+    (tokens,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
+    assert text(tokenizer, tokens).startswith("\n\nToday Date: 26 Jul 2024\n<|im_start|>user")
+    assert supervised_text(tokenizer, tokens) == "the answer<|im_end|>"
+
+
 def test_an_answer_that_nothing_precedes_is_context():
     tokenizer = tiny_tokenizer(CHATML)
     messages = [{"role": "assistant", "content": "hello"}, *turns("what", "the answer")]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -134,6 +135,57 @@ def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_f
     assert time.monotonic() - asked < 10
     run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
     assert_each_sample_once(tmp_path / "dump")
+
+
+def test_a_stop_request_is_heard_while_the_corpus_is_tokenised(tmp_path, model_folder, workers):
+    path, tokenising = tmp_path / "large.jsonl", tmp_path / "tokenising"
+    turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "the answer " * 300}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 20_000)
+    os.utime(path, (1e9, 1e9))
+    job = job_of(tmp_path / "dump", path, model_folder, tokenising=str(tokenising))
+    job["corpus"] |= {"cache_dir": str(tmp_path / "cache")}
+    pid = workers.start(job)
+    while not tokenising.exists():
+        time.sleep(0.02)
+    asked = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    assert workers.wait(pid) == 75
+    assert time.monotonic() - asked < 10
+    assert not (tmp_path / "dump").exists(), "it went on to the dump"
+    assert not list((tmp_path / "cache").rglob("*.npy")), "half a corpus was kept"
+
+
+def test_a_stop_request_is_heard_while_the_store_does_not_answer(tmp_path, corpus_file, model_folder, workers):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        silent.settimeout(60)
+        job = job_of("s3://bucket/dump", corpus_file, model_folder)
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = {"access_key_id": "a", "secret_access_key": "b", "region": "us-east-1"}
+        job["dump"] |= {"storage_options": {"endpoint": endpoint, **keys}}
+        pid = workers.start(job)
+        with silent.accept()[0]:
+            asked = time.monotonic()
+            os.kill(pid, signal.SIGTERM)
+            assert workers.wait(pid) == 75
+            assert time.monotonic() - asked < 10
+
+
+def test_workers_share_a_file_of_events(tmp_path, corpus_file, model_folder, workers):
+    log = tmp_path / "events.jsonl"
+    options = {"world_size": 2, "delay": 0.2, "events": str(log)}
+    jobs = [job_of(tmp_path / "dump", corpus_file, model_folder, rank=rank, **options) for rank in range(2)]
+    started = [workers.start(job) for job in jobs]
+    assert [workers.wait(pid) for pid in started] == [0, 0]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    for rank in range(2):
+        own = [event for event in events if event["rank"] == rank]
+        assert [own[0]["event"], own[-1]["event"]] == ["start", "end"]
+        assert own[0]["units"] == UNITS
+        last = [event for event in own if event["event"] == "progress"][-1]
+        assert last["units_done"] == UNITS, "units of the other worker are not counted"
+        assert {"tokens_per_second", "eta_seconds", "bytes_per_supervised_token", "mean_kept_mass"} <= last.keys()
 
 
 def test_a_stop_request_keeps_what_is_committed(tmp_path, corpus_file, model_folder, workers):
