@@ -204,6 +204,25 @@ def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypa
     assert Dump.open(str(tmp_path)).tokenizer_files() == TOKENIZER
 
 
+def test_names_that_others_made_are_durable_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On local files a name may be visible and yet be lost with the power; whoever relies on it syncs it first."""
+    run = make_dump(tmp_path, seal=False)
+    settled: list[str] = []
+    monkeypatch.setattr(Store, "settle", lambda self, folder: settled.append(folder))
+    writer = DumpWriter.open(str(tmp_path), run)
+    uses: list[tuple[Callable[[], object], str]] = [
+        (lambda: Dump.open(str(tmp_path)).record(0), "commits"),
+        (lambda: Dump.open(str(tmp_path)).records(), "commits"),
+        (lambda: Dump.open(str(tmp_path)).tokenizer_files(), "tokenizer"),
+        (lambda: writer.is_committed(0), "commits"),
+        (writer.seal, "commits"),
+    ]
+    for use, folder in uses:
+        settled.clear()
+        assert use()
+        assert settled == [folder]
+
+
 def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
     run = run_info()
     writer = DumpWriter.open(str(tmp_path), run)
