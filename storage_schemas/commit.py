@@ -106,9 +106,9 @@ class CommitRecord(ProvenJson):
     """Hash of the whole file."""
     rows: int
     """Samples in the unit."""
-    tokens: int = Field(ge=0)
+    tokens: int
     """Tokens of all samples."""
-    supervised_tokens: int = Field(ge=0)
+    supervised_tokens: int
     """Tokens with a target."""
     entries: int = Field(ge=0)
     """Target entries, heads and draws."""

@@ -626,7 +626,7 @@ def forge_seal(folder: Path, records: list[dict[str, object]], **claims: object)
 
 
 FORGED_SEALS: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
-    "a unit less": ([{}, {}], {}, "every unit"),
+    "a unit less": ([{}, {}], {}, "2 rows with the columns"),
     "units in another order": ([{"unit": 1}, {"unit": 0}, {}], {}, "every unit"),
     "another number of units": ([{}, {}, {}], {"units": 4}, "another dump"),
     "rows that the unit has not": ([{"rows": 3}, {}, {}], {}, "belongs elsewhere"),
@@ -648,10 +648,15 @@ def test_forged_seals_and_manifests_are_refused(case: str, tmp_path: Path) -> No
     assert not verify(str(tmp_path)).ok
 
 
-def test_a_manifest_that_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["no Parquet file", "a column less"])
+def test_a_manifest_of_another_shape_is_refused(damage: str, tmp_path: Path) -> None:
     """Although the seal names it by its right hash."""
     make_dump(tmp_path)
     data = b"not Parquet"
+    if damage == "a column less":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pq.read_table(next(tmp_path.glob("manifest-*"))).drop_columns(["statuses"]), sink)
+        data = sink.getvalue().to_pybytes()
     name = f"manifest-{hashlib.sha256(data).hexdigest()}.parquet"
     (tmp_path / name).write_bytes(data)
     forge_seal(tmp_path, [{}, {}, {}], manifest=name)
@@ -665,6 +670,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing record": (lambda d: (d / record_key(2)).unlink(), "unit 2: its commit record is missing"),
     "surplus record": (
         lambda d: (d / record_key(9)).write_bytes((d / record_key(2)).read_bytes()), "unit-00000009.json: no commit",
+    ),
+    "record of another unit": (
+        lambda d: (d / record_key(0)).write_bytes((d / record_key(1)).read_bytes()), "unit 0: .* elsewhere: unit",
     ),
     "a record under another name": (
         lambda d: (d / "commits" / "unit-000000002.json").write_bytes((d / record_key(2)).read_bytes()),
