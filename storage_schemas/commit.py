@@ -106,9 +106,9 @@ class CommitRecord(ProvenJson):
     """Hash of the whole file."""
     rows: int
     """Samples in the unit."""
-    tokens: int = Field(ge=0)
+    tokens: int
     """Tokens of all samples."""
-    supervised_tokens: int = Field(ge=0)
+    supervised_tokens: int
     """Tokens with a target."""
     entries: int = Field(ge=0)
     """Target entries, heads and draws."""
@@ -162,7 +162,7 @@ class Seal(ProvenJson):
     """sha256 of each file of the tokenizer, by name."""
     records_sha256: str
     """Hash over all commit records, in unit order."""
-    manifest: str = Field(pattern=r"^manifest-[0-9a-f]{64}\.parquet$")
+    manifest: str
     """Key of the manifest, which holds all records; its name is its hash."""
 
 
@@ -323,9 +323,18 @@ def read_manifest(data: bytes, *, seal: Seal, run: RunInfo, name: str) -> Manife
             expected=seal.manifest,
             fix="restore the file from a backup; commits/ still holds every record",
         )
-    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True).combine_chunks()
-    if table.schema != _MANIFEST_SCHEMA or not np.array_equal(table["unit"].to_numpy(), np.arange(seal.units)):
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        if file.schema_arrow != _MANIFEST_SCHEMA or file.metadata.num_rows != seal.units:
+            raise ValueError(f"{file.metadata.num_rows} rows with the columns {file.schema_arrow.names}")
+        table = file.read().combine_chunks()
+        if not np.array_equal(table["unit"].to_numpy(), np.arange(seal.units)):
+            raise ValueError("units out of order")
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
-            f"{name} does not hold every unit", got=f"{table.num_rows} rows", expected=f"units 0 ... {seal.units - 1}"
-        )
+            f"{name} does not hold every unit",
+            got=f"{type(error).__name__}: {str(error)[:500]}",
+            expected=f"units 0 ... {seal.units - 1}",
+            fix="the dump was not written by this project; do not use it",
+        ) from error
     return Manifest(table, run, name=name)

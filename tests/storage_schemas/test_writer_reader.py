@@ -15,7 +15,7 @@ from support.dumps import TOKENIZER, make_dump, metadata_of, replace_unit, run_i
 
 from storage_schemas import codec
 from storage_schemas.commit import TOKENIZER as TOKENIZER_RECORD
-from storage_schemas.commit import CommitRecord, TokenizerRecord, record_key
+from storage_schemas.commit import CommitRecord, Seal, TokenizerRecord, manifest_bytes, record_key
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import DataError, Exit, MismatchError, NeoError, TemporaryError
 from storage_schemas.reader import Dump
@@ -204,6 +204,25 @@ def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypa
     assert Dump.open(str(tmp_path)).tokenizer_files() == TOKENIZER
 
 
+def test_names_that_others_made_are_durable_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On local files a name may be visible and yet be lost with the power; whoever relies on it syncs it first."""
+    run = make_dump(tmp_path, seal=False)
+    settled: list[str] = []
+    monkeypatch.setattr(Store, "settle", lambda self, folder: settled.append(folder))
+    writer = DumpWriter.open(str(tmp_path), run)
+    uses: list[tuple[Callable[[], object], str]] = [
+        (lambda: Dump.open(str(tmp_path)).record(0), "commits"),
+        (lambda: Dump.open(str(tmp_path)).records(), "commits"),
+        (lambda: Dump.open(str(tmp_path)).tokenizer_files(), "tokenizer"),
+        (lambda: writer.is_committed(0), "commits"),
+        (writer.seal, "commits"),
+    ]
+    for use, folder in uses:
+        settled.clear()
+        assert use()
+        assert settled == [folder]
+
+
 def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
     run = run_info()
     writer = DumpWriter.open(str(tmp_path), run)
@@ -377,6 +396,14 @@ def test_the_unchanged_unit_is_accepted(tmp_path: Path) -> None:
     run = make_dump(tmp_path, seal=False)
     replace_unit(tmp_path, run, 0, codec.encode(good_unit(run), metadata_of(run, 0)))
     assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
+
+
+@pytest.mark.parametrize("claim", [{"bytes": 1}, {"sha256": "0" * 64}])
+def test_size_and_hash_of_a_file_are_both_compared(claim: dict[str, object], tmp_path: Path) -> None:
+    run = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, run, 0, codec.encode(good_unit(run), metadata_of(run, 0)), **claim)
+    with pytest.raises(DataError, match="not the file that was committed"):
+        Dump.open(str(tmp_path)).read_unit(0)
 
 
 def rewritten(run: RunInfo, change: Callable[[pa.Table], pa.Table]) -> bytes:
@@ -587,12 +614,65 @@ def test_the_seal_covers_everything(tmp_path: Path) -> None:
         Dump.open(str(tmp_path / "a")).records()
 
 
+def forge_seal(folder: Path, records: list[dict[str, object]], **claims: object) -> None:
+    """A manifest of `records`, which are changes to the real ones, and a seal that names it by its right hash."""
+    there = [CommitRecord.from_json((folder / record_key(unit)).read_bytes(), name="r") for unit in range(3)]
+    changed = [there[i].model_copy(update=changes) for i, changes in enumerate(records)]
+    data = manifest_bytes(dict(enumerate(changed)))
+    name = f"manifest-{hashlib.sha256(data).hexdigest()}.parquet"
+    (folder / name).write_bytes(data)
+    seal = Seal.from_json((folder / "SEALED.json").read_bytes(), name="s")
+    (folder / "SEALED.json").write_bytes(seal.model_copy(update={"manifest": name, **claims}).to_json())
+
+
+FORGED_SEALS: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
+    "a unit less": ([{}, {}], {}, "2 rows with the columns"),
+    "units in another order": ([{"unit": 1}, {"unit": 0}, {}], {}, "every unit"),
+    "another number of units": ([{}, {}, {}], {"units": 4}, "another dump"),
+    "rows that the unit has not": ([{"rows": 3}, {}, {}], {}, "belongs elsewhere"),
+    "a path that leads away": ([{"file": "../run.json"}, {}, {}], {}, "does not belong to unit 0"),
+    "a manifest elsewhere": ([{}, {}, {}], {"manifest": "run.json"}, "not the manifest that was sealed"),
+    "a manifest outside": ([{}, {}, {}], {"manifest": "../run.json"}, "plain relative path"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_SEALS)
+def test_forged_seals_and_manifests_are_refused(case: str, tmp_path: Path) -> None:
+    make_dump(tmp_path)
+    records, claims, message = FORGED_SEALS[case]
+    forge_seal(tmp_path, [{}, {}, {}])
+    assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
+    forge_seal(tmp_path, records, **claims)
+    with pytest.raises(DataError, match=message):
+        Dump.open(str(tmp_path)).records()[0]
+    assert not verify(str(tmp_path)).ok
+
+
+@pytest.mark.parametrize("damage", ["no Parquet file", "a column less"])
+def test_a_manifest_of_another_shape_is_refused(damage: str, tmp_path: Path) -> None:
+    """Although the seal names it by its right hash."""
+    make_dump(tmp_path)
+    data = b"not Parquet"
+    if damage == "a column less":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pq.read_table(next(tmp_path.glob("manifest-*"))).drop_columns(["statuses"]), sink)
+        data = sink.getvalue().to_pybytes()
+    name = f"manifest-{hashlib.sha256(data).hexdigest()}.parquet"
+    (tmp_path / name).write_bytes(data)
+    forge_seal(tmp_path, [{}, {}, {}], manifest=name)
+    with pytest.raises(DataError, match="every unit"):
+        Dump.open(str(tmp_path)).records()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda d: next((d / "data").glob("unit-00000001*")).unlink(), "unit 1: .* has no data"),
     "empty shard": (lambda d: next((d / "data").glob("unit-00000001*")).write_bytes(b""), "unit 1: .* committed"),
     "missing record": (lambda d: (d / record_key(2)).unlink(), "unit 2: its commit record is missing"),
     "surplus record": (
         lambda d: (d / record_key(9)).write_bytes((d / record_key(2)).read_bytes()), "unit-00000009.json: no commit",
+    ),
+    "record of another unit": (
+        lambda d: (d / record_key(0)).write_bytes((d / record_key(1)).read_bytes()), "unit 0: .* elsewhere: unit",
     ),
     "a record under another name": (
         lambda d: (d / "commits" / "unit-000000002.json").write_bytes((d / record_key(2)).read_bytes()),
