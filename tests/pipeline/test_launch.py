@@ -160,6 +160,8 @@ def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py")
     assert argv[1:4] == ["-m", "pipeline.cli", "dump"]
     assert argv[4:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--json", "--set", "a.b=c"]
+    argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), events=Path("e.jsonl"))
+    assert argv[argv.index("--events") + 1] == "e.jsonl"
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}
     assert thread_environment({}, 16, 8) == {"OMP_NUM_THREADS": "1"}
     assert thread_environment({"OMP_NUM_THREADS": "3"}, 2, 8) == {}

@@ -119,6 +119,8 @@ def test_a_pipe_gets_marks_and_a_terminal_colours(config, call):
     assert "located by rendering" in out
     assert "3 of them" not in out
     assert "4 records, 2 of them used" in out
+    for row, source in ((5, "a.jsonl: empty"), (6, "b.jsonl: ok"), (7, "b.jsonl: ok")):
+        assert source in call("preview", config, "--row", row)[1]
     code, out, _ = call("preview", config, "--row", 2)
     assert "before it was cut" in out
 

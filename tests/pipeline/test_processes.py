@@ -93,7 +93,7 @@ def fake_worker(monkeypatch: pytest.MonkeyPatch, body: str) -> list[Placement]:
     """`llm-neo dump` becomes `body`, which knows `rank`."""
     seen: list[Placement] = []
 
-    def argv(config: Path, overrides: Sequence[str], placement: Placement) -> list[str]:
+    def argv(config: Path, overrides: Sequence[str], placement: Placement, **options: object) -> list[str]:
         seen.append(placement)
         return python(f"rank = {placement.rank}\n" + textwrap.dedent(body))
 
