@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 
 import datasets
 import torch
+import train_workload
 from storage import processor
 from torch.profiler import ProfilerActivity, profile
 from train_scale import Rows, entries, length, loader, say, start, turns, vocabulary
@@ -49,7 +49,7 @@ from transformers.utils.logging import disable_progress_bar
 
 OUT = Path("runs/bench/train.json")
 THREADS = 2
-ROUNDS, LOOP_STEPS, WAIT_STEPS = 6, 9, 13
+ROUNDS, PROCESSES, LOOP_STEPS, WAIT_STEPS = 6, 3, 9, 13
 AT_LEAST = ("supervised tokens/s", "loader / datasets")
 """Rows of which more is better."""
 GOALS = {
@@ -73,17 +73,14 @@ def main() -> None:
     parser.add_argument("--teacher", default=os.environ.get("LLM_NEO_TEACHER", "models/SmolLM2-135M-Instruct"))
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--child", choices=SECTIONS, help=argparse.SUPPRESS)
-    parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     warnings.simplefilter("ignore")
     disable_progress_bar()
     torch.set_num_threads(THREADS)
-    if arguments.child or arguments.peak:
-        work = make_workload(arguments.teacher)
-        found = peak(work, arguments.peak) if arguments.peak else SECTIONS[arguments.child](work)
-        print(json.dumps(found))
+    if arguments.child:
+        print(json.dumps(SECTIONS[arguments.child](make_workload(arguments.teacher))))
         return
     begin = time.monotonic()
     say("teacher, student and dump")
@@ -95,14 +92,14 @@ def main() -> None:
     write(rows, minutes=(time.monotonic() - begin) / 60)
 
 
-def child(*options: str) -> Rows:
+def child(*options: str, script: str = __file__) -> Rows:
     """The rows that another process prints as its last line; what it says before is passed on."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(THREADS),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, __file__, *options]
+    command = [sys.executable, script, *options]
     last = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -145,19 +142,18 @@ def steps(work: Workload) -> Rows:
 
 
 def memory(work: Workload) -> Rows:
-    """Peak resident memory of a process that takes three steps, models and libraries included."""
-    peaks = {name: child("--teacher", str(work.teacher), "--peak", name)["peak"] for name in CONTENDERS}
-    rows = {f"peak memory of {name}, GiB": size / 2**30 for name, size in peaks.items()}
-    return rows | {f"peak memory: Neo / {name}": peaks["Neo"] / size for name, size in list(peaks.items())[1:]}
-
-
-def peak(work: Workload, name: str) -> Rows:
-    """Bytes, of this process."""
-    step = CONTENDERS[name](work, work.batch())
-    for _ in range(3):
-        step()
-    say(f"peak memory of {name}")
-    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    """Peak resident memory of a process that takes three steps, models and libraries included. What the allocator
+    makes of the same allocations differs by 200 MB from process to process, hence the median of several."""
+    peaks: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for i in range(PROCESSES):
+        for name in list(peaks)[:: -1 if i % 2 else 1]:
+            found = child(str(work.teacher), name, str(THREADS), script=train_workload.__file__)
+            peaks[name].append(found["peak"] / 2**30)
+            say(f"peak memory of {name}: {peaks[name][-1]:.2f} GiB")
+    rows = {f"peak memory of {name}, GiB": statistics.median(sizes) for name, sizes in peaks.items()}
+    ours = rows["peak memory of Neo, GiB"]
+    names = list(peaks)[1:]
+    return rows | {f"peak memory: Neo / {name}": ours / rows[f"peak memory of {name}, GiB"] for name in names}
 
 
 def loop(work: Workload) -> Rows:

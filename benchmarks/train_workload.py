@@ -4,6 +4,10 @@ beside its rivals on one and the same batch."""
 import importlib.util
 import itertools
 import json
+import logging
+import resource
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from storage import find_teacher
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
-from pipeline.prune import prune
 from storage_schemas.config import DumpSection, TopK
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
@@ -24,8 +27,6 @@ from storage_schemas.run_info import RunInfo
 from student_train.batch import SparseTargets, TrainBatch, collate
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.student import Distilled, load_student
-from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.dump import run_dump
 
 DATA = Path(__file__).parent / "data" / "gsm8k_150.jsonl"
 SCRATCH = Path("runs/bench/train")
@@ -65,9 +66,19 @@ class Workload:
         return TrainSection(output=output, precision="fp32", **(sizes | changes))
 
 
+def workload_at(teacher: Path) -> Workload:
+    """Where it all lies."""
+    return Workload(teacher=teacher, student=SCRATCH / "student", dump=SCRATCH / "dump")
+
+
 def make_workload(teacher: str) -> Workload:
     """Whatever of it is not there yet."""
-    work = Workload(teacher=find_teacher(Path(teacher)), student=SCRATCH / "student", dump=SCRATCH / "dump")
+    # Here, as further down: peak memory is to be that of a step, not of stage one's libraries.
+    from storage import find_teacher
+
+    from pipeline.prune import prune
+
+    work = workload_at(find_teacher(Path(teacher)))
     SCRATCH.mkdir(parents=True, exist_ok=True)
     prune(str(work.teacher), work.student, layers=LAYERS)
     dump(work, work.dump, TopK(k=K))
@@ -81,6 +92,9 @@ def make_workload(teacher: str) -> Workload:
 def dump(work: Workload, url: Path, estimator: TopK) -> Path:
     """The teacher's targets of the first conversations, unless they are there."""
     if not (url / "SEALED.json").is_file():
+        from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+        from teacher_dump.dump import run_dump
+
         corpus = SCRATCH / "corpus.jsonl"
         corpus.write_text("".join(json.dumps(record) + "\n" for record in records(work.teacher)))
         run_dump(
@@ -259,3 +273,20 @@ def random_targets(labels: Tensor, *, vocab: int, k: int, generator: torch.Gener
         tail_logprob=torch.full((n,), float(np.log(0.02))),
         has_draws=False,
     )
+
+
+def main() -> None:
+    """The peak resident memory in bytes of a process that takes steps: TEACHER CONTENDER THREADS."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    torch.set_num_threads(int(sys.argv[3]))
+    work = workload_at(Path(sys.argv[1]))
+    step = CONTENDERS[sys.argv[2]](work, work.batch())
+    for _ in range(3):
+        step()
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+if __name__ == "__main__":
+    main()
