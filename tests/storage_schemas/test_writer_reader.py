@@ -372,6 +372,40 @@ def test_a_file_that_breaks_a_rule_is_refused(case: str, tmp_path: Path) -> None
     assert report.units == 2
 
 
+def first_token_for_second(unit: UnitRows) -> UnitRows:
+    """As many supervised tokens as before, but the first of row 0 instead of another."""
+    mask = unit.loss_mask.copy()
+    mask[[0, int(np.flatnonzero(mask)[0])]] = [True, False]
+    return replace(unit, loss_mask=mask)
+
+
+SUBTLE: dict[str, tuple[Callable[[UnitRows], UnitRows], dict[str, int], str]] = {
+    "unknown status without targets": (
+        lambda u: replace(u, status=[u.status[0], "fine", *u.status[2:]]), {}, "unknown status",
+    ),
+    "ok without supervised tokens": (
+        lambda u: replace(u, status=[*u.status[:2], "ok", u.status[3]]), {}, "no supervised token",
+    ),
+    "token 0 instead of another": (first_token_for_second, {}, "token 0"),
+    "another number of tokens": (lambda u: u, {"tokens": 1}, "tokens, supervised tokens, entries"),
+    "another number of entries": (lambda u: u, {"entries": -1}, "tokens, supervised tokens, entries"),
+}  # fmt: skip
+"""Units that every rule but one accepts, and claims of the record, as differences from the right ones."""
+
+
+@pytest.mark.parametrize("case", SUBTLE)
+def test_what_breaks_one_rule_alone_is_refused(case: str, tmp_path: Path) -> None:
+    """Unit 1 has a row with non-finite logits and one without supervised tokens."""
+    run = make_dump(tmp_path, seal=False)
+    change, claims, message = SUBTLE[case]
+    record = Dump.open(str(tmp_path)).record(1)
+    assert record is not None
+    data = codec.encode(change(good_unit(run, 1)), metadata_of(run, 1))
+    replace_unit(tmp_path, run, 1, data, **{name: getattr(record, name) + more for name, more in claims.items()})
+    with pytest.raises(DataError, match=message):
+        Dump.open(str(tmp_path)).read_unit(1)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS[1:], ids=lambda e: e.kind)
 @pytest.mark.parametrize("case", ["not drawn", "too many entries", "head of sampled"])
 def test_draws_that_break_a_rule_are_refused(case: str, estimator: object, tmp_path: Path) -> None:
