@@ -310,8 +310,6 @@ def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
         raise ValueError("a log-prob is not finite or above 0")
     if np.isnan(targets.tail_logprob).any() or np.any(targets.tail_logprob > 1e-3):
         raise ValueError("a tail mass is NaN or above 1")
-    if np.any(targets.head_size < 0) or np.any(targets.head_size > targets.lengths):
-        raise ValueError("a head is larger than its list of entries")
     longest = int(targets.lengths.max(initial=0))
     if longest > run.max_entries:
         raise ValueError(f"a token has {longest} entries, the estimator chooses at most {run.max_entries}")

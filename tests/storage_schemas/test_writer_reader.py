@@ -379,6 +379,20 @@ def first_token_for_second(unit: UnitRows) -> UnitRows:
     return replace(unit, loss_mask=mask)
 
 
+def an_id_twice(unit: UnitRows) -> UnitRows:
+    unit.targets.ids[1] = unit.targets.ids[0]
+    return unit
+
+
+def one_entry_more(unit: UnitRows) -> UnitRows:
+    """Token 0 has an entry of token 1."""
+    targets = unit.targets
+    targets.offsets[1] += 1
+    targets.head_size[:2] += [1, -1]
+    targets.ids[:9] = np.arange(9)
+    return unit
+
+
 SUBTLE: dict[str, tuple[Callable[[UnitRows], UnitRows], dict[str, int], str]] = {
     "unknown status without targets": (
         lambda u: replace(u, status=[u.status[0], "fine", *u.status[2:]]), {}, "unknown status",
@@ -387,6 +401,8 @@ SUBTLE: dict[str, tuple[Callable[[UnitRows], UnitRows], dict[str, int], str]] = 
         lambda u: replace(u, status=[*u.status[:2], "ok", u.status[3]]), {}, "no supervised token",
     ),
     "token 0 instead of another": (first_token_for_second, {}, "token 0"),
+    "an id twice": (an_id_twice, {}, "do not ascend"),
+    "a token with an entry too many": (one_entry_more, {}, "the estimator chooses at most 8"),
     "another number of tokens": (lambda u: u, {"tokens": 1}, "tokens, supervised tokens, entries"),
     "another number of entries": (lambda u: u, {"entries": -1}, "tokens, supervised tokens, entries"),
 }  # fmt: skip
@@ -471,6 +487,69 @@ DRIFT: dict[str, Callable[[pa.Table], pa.Table]] = {
         5, SCHEMA.field(5).with_nullable(True), pa.array([None, *t["target_ids"].to_pylist()[1:]], SCHEMA.field(5).type)
     ),
 }
+
+
+def at(*place: int, value: object) -> Callable[[list], None]:  # type: ignore[type-arg]
+    """Put `value` at a place of nested lists."""
+
+    def edit(rows: list) -> None:  # type: ignore[type-arg]
+        for i in place[:-1]:
+            rows = rows[i]
+        rows[place[-1]] = value
+
+    return edit
+
+
+def shift(*place: int) -> Callable[[list], None]:  # type: ignore[type-arg]
+    """Move the last element of the first list at a place to the front of the second: all totals stay."""
+
+    def edit(rows: list) -> None:  # type: ignore[type-arg]
+        for i in place:
+            rows = rows[i]
+        rows[1].insert(0, rows[0].pop())
+
+    return edit
+
+
+NESTED: dict[str, tuple[str, Callable[[list], None], str]] = {  # type: ignore[type-arg]
+    "a null token id": ("input_ids", at(0, 0, value=None), "input_ids holds nulls"),
+    "a null in the mask": ("loss_mask", at(0, 0, value=None), "loss_mask holds nulls"),
+    "a null head size": ("head_size", at(0, 0, value=None), "head_size holds nulls"),
+    "a token without ids": ("target_ids", at(0, 0, value=None), "a list or an entry is null"),
+    "a null id": ("target_ids", at(0, 0, 0, value=None), "a list or an entry is null"),
+    "a token without log-probs": ("target_logprobs", at(0, 0, value=None), "a list or an entry is null"),
+    "a null log-prob": ("target_logprobs", at(0, 0, 0, value=None), "a list or an entry is null"),
+    "a row without counts": ("target_counts", at(0, value=None), "a list is null"),
+    "a row without logsumexp": ("logsumexp", at(0, value=None), "a list is null"),
+    "a token without tail": ("tail_logprob", at(0, 0, value=None), "has not 1 values"),
+    "a token with two tails": ("tail_logprob", at(0, 0, value=[-1.0, -1.0]), "has not 1 values"),
+    "two tails and none": ("tail_logprob", shift(0), "has not 1 values"),
+    "mask of the neighbour": ("loss_mask", shift(), "loss_mask disagrees"),
+    "log-probs of the neighbour": ("target_logprobs", shift(), "target_logprobs disagrees"),
+    "a log-prob of the neighbour": ("target_logprobs", shift(0), "target_logprobs, per token disagrees"),
+    "head size of the neighbour": ("head_size", shift(), "head_size disagrees"),
+    "tail of the neighbour": ("tail_logprob", shift(), "tail_logprob disagrees"),
+    "logsumexp of the neighbour": ("logsumexp", shift(), "logsumexp disagrees"),
+    "counts of the neighbour": ("target_counts", shift(), "target_counts disagrees"),
+    "a count of the neighbour": ("target_counts", shift(0), "target_counts, per token disagrees"),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_lists_that_do_not_fit_together_are_refused(case: str, tmp_path: Path) -> None:
+    run = run_info(estimator=ESTIMATORS[1])
+    make_dump(tmp_path, run, seal=False)
+    name, edit, message = NESTED[case]
+
+    def change(table: pa.Table) -> pa.Table:
+        rows = table[name].to_pylist()
+        edit(rows)
+        column = pa.array(rows, SCHEMA.field(name).type)
+        return table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
+
+    replace_unit(tmp_path, run, 0, rewritten(run, change))
+    with pytest.raises(DataError, match=message):
+        Dump.open(str(tmp_path)).read_unit(0)
 
 
 @pytest.mark.parametrize("case", DRIFT)
