@@ -230,6 +230,8 @@ def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
     files = {unit: f"data/unit-{unit:08d}-{'a' * 32}.parquet" for unit in range(2)}
     for file in files.values():
         (tmp_path / file).write_bytes(b"of a killed or stopped worker")
+    other = tmp_path / f"data/unit-00000001-{'e' * 32}.parquet"
+    other.write_bytes(b"of another worker at unit 1")
     staged = [tmp_path / "data" / f".staged-unit-{unit:08d}-{'d' * 32}.parquet-{'b' * 32}" for unit in files]
     for path in staged:
         path.write_bytes(b"half")
@@ -238,6 +240,7 @@ def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
     assert writer.clean() == 3
     assert not (tmp_path / files[0]).exists(), "unit 0 is decided"
     assert (tmp_path / files[1]).exists(), "unit 1 is not: its worker may still commit it"
+    assert other.exists(), "or the other one"
     assert [path.exists() for path in staged] == [False, True]
     assert writer.clean() == 0
     assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
@@ -308,6 +311,12 @@ def test_a_unit_that_misses_the_gate_is_not_committed(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match="fidelity gate"):
         writer.commit_unit(0, unit_rows(run, 0))
     assert not (tmp_path / "data").exists()
+
+
+def test_a_fidelity_that_is_no_number_misses_the_gate(tmp_path: Path) -> None:
+    run = run_info()
+    with pytest.raises(DataError, match="fidelity gate"):
+        DumpWriter.open(str(tmp_path), run).commit_unit(0, poisoned(unit_rows(run, 0), **POISON["NaN log-prob"]))
 
 
 def test_an_encoder_that_loses_values_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
