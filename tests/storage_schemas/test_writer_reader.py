@@ -204,6 +204,30 @@ def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypa
     assert Dump.open(str(tmp_path)).tokenizer_files() == TOKENIZER
 
 
+def test_a_tokenizer_of_which_another_worker_left_a_part_is_refused(tmp_path: Path) -> None:
+    writer = DumpWriter.open(str(tmp_path), run_info())
+    writer.store.put_new("tokenizer/tokenizer.json", b"of a worker that was killed before its record")
+    with pytest.raises(MismatchError, match=r"another tokenizer: tokenizer\.json"):
+        writer.put_tokenizer(TOKENIZER)
+    assert not (tmp_path / TOKENIZER_RECORD).exists()
+
+
+def test_a_worker_needs_no_right_to_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Store, key: str) -> None:
+        raise MismatchError("no access")
+
+    monkeypatch.setattr(Store, "delete", refuse)
+    run = make_dump(tmp_path, seal=False)
+    orphan = tmp_path / f"data/unit-00000000-{'a' * 32}.parquet"
+    orphan.write_bytes(b"of a killed worker")
+    writer = DumpWriter.open(str(tmp_path), run)
+    assert writer.clean() == 0
+    assert writer.commit_unit(0, unit_rows(run, 0, seed=1)) is None, "the loser's file stays, too"
+    assert writer.seal()
+    assert orphan.exists()
+    assert verify(str(tmp_path)).ok
+
+
 def test_names_that_others_made_are_durable_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On local files a name may be visible and yet be lost with the power; whoever relies on it syncs it first."""
     run = make_dump(tmp_path, seal=False)
@@ -768,6 +792,20 @@ def test_forged_seals_and_manifests_are_refused(case: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=message):
         Dump.open(str(tmp_path)).records()[0]
     assert not verify(str(tmp_path)).ok
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{"rows": 11}, {"tokens": 1}, {"supervised_tokens": 1}, {"bytes": 1}, {"statuses": {}}, {"records_sha256": ""}],
+    ids=lambda claim: next(iter(claim)),
+)
+def test_verify_adds_up_what_the_seal_claims(claim: dict[str, object], tmp_path: Path) -> None:
+    make_dump(tmp_path)
+    forge_seal(tmp_path, [{}, {}, {}])
+    assert verify(str(tmp_path)).ok
+    forge_seal(tmp_path, [{}, {}, {}], **claim)
+    (error,) = verify(str(tmp_path)).errors
+    assert f"SEALED.json: {next(iter(claim))} is" in error
 
 
 @pytest.mark.parametrize("damage", ["no Parquet file", "a column less"])
