@@ -191,7 +191,7 @@ def test_without_the_hash_nothing_crashes(folder: Path) -> None:
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1" / "topk"
 ABORTING = [(2097, 18), (2143, 36), (2155, 52), (2767, 57), (2986, 57), (3243, 54), (3595, 70)]
 """Bytes of the golden shard's footer, and values there, on which pyarrow alone ends the process: the first three give a
-column other levels than Arrow's schema says, the others give a column chunk a histogram of another length."""
+column other levels, the others give a column chunk a histogram of another length."""
 
 
 def forged(changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
