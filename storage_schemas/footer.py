@@ -80,8 +80,6 @@ class _Thrift:
             case 9 | 10:
                 head = self._take(1)[0]
                 length = self._unsigned() if head >> 4 == 15 else head >> 4
-                if length > len(self._data) - self._at:
-                    raise ValueError("a list is longer than the footer")
                 return [self._value(head & 15, depth + 1) for _ in range(length)]
             case 12:
                 return self.struct(depth)

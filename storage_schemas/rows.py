@@ -194,8 +194,8 @@ def columns_to_unit(arrays: Mapping[str, pa.Array], *, temperatures: int, draws:
     Raises:
         ValueError: the lists of one token disagree in length, or a null stands where none may.
     """
-    for name in ("input_ids", "loss_mask", "target_ids", "target_logprobs", "head_size"):
-        if arrays[name].null_count or arrays[name].flatten().null_count:
+    for name in ("input_ids", "loss_mask", "head_size"):
+        if arrays[name].flatten().null_count:
             raise ValueError(f"{name} holds nulls")
     token_offsets, input_ids = _one_level(arrays["input_ids"])
     mask_offsets, loss_mask = _one_level(arrays["loss_mask"])

@@ -176,7 +176,7 @@ def test_without_the_hash_damage_is_refused_or_harmless(folder: Path) -> None:
     """The second line of defence: page checksums and the rules of the format; never another exception."""
     data = path_of(folder, "shard").read_bytes()
     refused, n = parse(folder, page_flips(data, 300, seed=3))
-    assert refused >= 0.5 * n
+    assert refused >= 0.65 * n, "half without page checksums; the rest of such a small file are statistics and indices"
     refused, n = parse(folder, cuts(data, 60))
     assert refused == n
 
@@ -185,13 +185,13 @@ def test_without_the_hash_damage_is_refused_or_harmless(folder: Path) -> None:
 def test_without_the_hash_nothing_crashes(folder: Path) -> None:
     refused, n = parse(folder, page_flips(path_of(folder, "shard").read_bytes(), 3000, seed=4))
     assert n == 3000
-    assert refused >= 0.5 * n
+    assert refused >= 0.65 * n
 
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1" / "topk"
 ABORTING = [(2097, 18), (2143, 36), (2155, 52), (2767, 57), (2986, 57), (3243, 54), (3595, 70)]
 """Bytes of the golden shard's footer, and values there, on which pyarrow alone ends the process: the first three give a
-column other levels than Arrow's schema says, the others give a column chunk a histogram of another length."""
+column other levels, the others give a column chunk a histogram of another length."""
 
 
 def forged(changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -225,16 +225,16 @@ def test_no_change_of_a_footer_ends_the_process() -> None:
 
 
 NO_FOOTERS = {
-    "none": b"",
-    "a long list": b"\x19\xfc\xff\xff\xff\xff\x0f",
-    "nested": b"\x1c" * 5000,
-    "a long number": b"\x18" + b"\xff" * 12,
-    "an unknown type": b"\x1d",
-    "torn": b"\x15",
-    "a number as row group": b"\x49\x15\x02\0",
-    "a chunk without values": b"\x49\x1c\x19\x1c\0\0\0",
-    "another number of columns": b"\x49\x1c\x19\x0c\0\0",
-    "a chunk elsewhere": b"\x49\x1c\x19\x1c\x18\x01x\x2c\x56\x02\0\0\0\0",
+    "none": (b"", "no Parquet footer"),
+    "a long list": (b"\x19\xfc\xff\xff\xff\xff\x0f", "torn"),
+    "nested": (b"\x1c" * 5000, "nested too deeply"),
+    "a long number": (b"\x18" + b"\xff" * 12, "too long"),
+    "an unknown type": (b"\x1d", "type 13"),
+    "torn": (b"\x15", "torn"),
+    "a number as row group": (b"\x49\x15\x02\0", "other types"),
+    "a chunk without values": (b"\x49\x1c\x19\x1c\0\0\0", "no number of values"),
+    "another number of columns": (b"\x49\x1c\x19\x0c\0\0", "has 0 columns"),
+    "a chunk elsewhere": (b"\x49\x1c\x19\x1c\x18\x01x\x2c\x56\x02\0\0\0\0", "lies elsewhere"),
 }
 """Compact Thrift: field 4 of the file holds row groups, field 1 of these chunks, field 3 of these the metadata."""
 
@@ -245,8 +245,9 @@ def test_footers_that_are_no_footers(case: str) -> None:
         return b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
     assert claimed_values(file(b"\x49\x1c\x19\x1c\x3c\x56\x02\0\0\0\0"), [(0, 0)]) == [1]
-    with pytest.raises(ValueError, match=r"footer|column"):
-        claimed_values(file(NO_FOOTERS[case]), [(0, 0)])
+    footer, message = NO_FOOTERS[case]
+    with pytest.raises(ValueError, match=message):
+        claimed_values(file(footer), [(0, 0)])
     for wrong in (b"", b"PAR1", file(b"\0")[:-1] + b"E", file(b"\0")[1:]):
         with pytest.raises(ValueError, match="no Parquet footer"):
             claimed_values(wrong, [(0, 0)])
