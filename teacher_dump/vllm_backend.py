@@ -15,6 +15,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, TypedDict
 
 import numpy as np
@@ -37,6 +41,8 @@ log = logging.getLogger(__name__)
 _STEP_TOKENS = 2048
 """Tokens of an engine step, unless configured: vLLM makes their full logits in float32, beyond the memory that it has
 planned for itself."""
+_LOOK_SECONDS = 1.0
+"""How often to look whether the engine lives."""
 _ONLY_PLACEMENT = frozenset(
     {
         "async_scheduling",
@@ -84,6 +90,7 @@ class VllmTeacher(Teacher):
             )
         super().__init__(section)
         self._engine: Any = None
+        self._processes: set[BaseProcess] = set()
         self._limits = (0, 0)
         """Entries per token and tokens per prompt that the engine was started for."""
         self._answered = self._compared = False
@@ -162,14 +169,31 @@ class VllmTeacher(Teacher):
         parameters = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=k, flat_logprobs=True, detokenize=False
         )
-        try:
-            outputs = self._engine.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
-            )
-        except Exception as error:
-            raise self._explain(error) from error
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answer: SimpleQueue[Any] = SimpleQueue()
+
+        def generate(engine: Any) -> None:
+            try:
+                answer.put(engine.generate(asked, parameters, use_tqdm=False))
+            except Exception as error:
+                answer.put(error)
+
+        # A daemon, because `generate` waits for ever for an engine whose process was killed (seen with 0.32.0).
+        Thread(target=generate, args=(self._engine,), name="vllm", daemon=True).start()
+        outputs = self._wait(answer)
+        if isinstance(outputs, Exception):
+            raise self._explain(outputs) from outputs
         self._answered = True
         return [output.prompt_logprobs for output in outputs]
+
+    def _wait(self, answer: "SimpleQueue[Any]") -> Any:
+        """What is put into the queue, or an error if the engine is gone before."""
+        while True:
+            try:
+                return answer.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                if not all(process.is_alive() for process in self._processes):
+                    return RuntimeError("its process is gone, as after a kill for want of memory")
 
     def _open(self, k: int, tokens: int) -> None:
         """Start the engine, unless one runs that gives k entries per token for prompts of this length."""
@@ -183,6 +207,7 @@ class VllmTeacher(Teacher):
 
         self._engine = None
         _release_memory()
+        others = set(active_children())
         longest = tokens + 1 if self.positions is None else min(tokens, self.positions) + 1
         defaults = {"max_model_len": longest, "max_num_batched_tokens": _STEP_TOKENS}
         try:
@@ -199,6 +224,7 @@ class VllmTeacher(Teacher):
         except Exception as error:
             raise self._refused(error) from error
         self._limits = (k, tokens)
+        self._processes = set(active_children()) - others
 
     def _explain(self, error: Exception) -> Exception:
         """An error of `generate` for the user: an engine that never answered will not answer the next time."""

@@ -4,6 +4,10 @@ transformers answers in vLLM's place. `test_vllm_engine.py` runs the real engine
 import importlib.util
 import json
 import logging
+import time
+from multiprocessing import get_context
+from queue import SimpleQueue
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -115,6 +119,22 @@ def test_a_teacher_of_several_dumps_is_compared_once(tmp_path, corpus_file, mode
     run_dump(**job)
     run_dump(**job | {"dump": job["dump"].model_copy(update={"url": str(tmp_path / "b")})})
     assert job["teacher"].asked == 3 + 9 + 9
+
+
+@pytest.mark.timeout(60)
+def test_an_engine_that_is_killed_is_noticed(model_folder, installed, monkeypatch):
+    """A process stands for the engine: vLLM's own `generate` may wait for a killed one for ever."""
+    monkeypatch.setattr(vllm_backend, "_LOOK_SECONDS", 0.05)
+    teacher = VllmTeacher(TeacherSection(model=str(model_folder), backend="vllm"))
+    engine = get_context("spawn").Process(target=time.sleep, args=(100,))
+    engine.start()
+    teacher._processes = {engine}
+    answer = SimpleQueue()
+    Timer(0.3, answer.put, ["said"]).start()
+    assert teacher._wait(answer) == "said"
+    Timer(0.3, engine.kill).start()
+    assert "gone" in str(teacher._wait(answer))
+    engine.join()
 
 
 def test_the_dump_says_vllm_and_takes_no_other_engine(tmp_path, corpus_file, model_folder, installed):
