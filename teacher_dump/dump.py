@@ -1,6 +1,7 @@
 """Stage one: run the teacher over the corpus once and commit its targets, unit by unit, beside other workers."""
 
 import hashlib
+import json
 import logging
 import tempfile
 import time
@@ -30,6 +31,8 @@ from teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
+_LOADED_HOW = ("local_files_only", "is_local")
+"""What transformers writes among a tokenizer's settings and changes with HF_HUB_OFFLINE: workers would disagree."""
 _LOOK_SECONDS = 10.0
 """How often a worker looks what others have committed."""
 
@@ -166,9 +169,13 @@ def refuse_too_long(corpus: Corpus, teacher: Teacher) -> None:
 
 
 def tokenizer_files(tokenizer: object) -> dict[str, bytes]:
-    """The tokenizer as transformers saves it, by file name."""
+    """The tokenizer as transformers saves it, by file name, less what only says how it was loaded."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        settings = Path(folder) / "tokenizer_config.json"
+        if settings.is_file():
+            kept = {name: value for name, value in json.loads(settings.read_text()).items() if name not in _LOADED_HOW}
+            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 

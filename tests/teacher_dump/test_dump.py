@@ -31,7 +31,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.targets import decode
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import freeze_corpus
-from teacher_dump.dump import run_dump
+from teacher_dump.dump import run_dump, tokenizer_files
 from teacher_dump.teacher import Teacher
 
 
@@ -289,3 +289,19 @@ def test_signal_handlers_are_put_back(tmp_path, corpus_file, model_folder):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run_dump(**sections(tmp_path, corpus_file, model_folder))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_how_the_tokenizer_was_loaded_is_not_part_of_it(tmp_path):
+    """Offline or not, with a copy on disk or from the hub: workers write the same files."""
+    tokenizer = Teacher(TeacherSection(model=str(save_teacher(tmp_path / "teacher")))).tokenizer
+    found = []
+    for offline in (True, False):
+        tokenizer.init_kwargs |= {"local_files_only": offline, "is_local": not offline}
+        found.append(tokenizer_files(tokenizer))
+    assert found[0] == found[1]
+    (tmp_path / "again").mkdir()
+    for name, content in found[0].items():
+        (tmp_path / "again" / name).write_bytes(content)
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.chat_template == tokenizer.chat_template
