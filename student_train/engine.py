@@ -7,9 +7,10 @@ out as whole fp32 tensors, whatever the ZeRO stage and the number of ranks they 
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
@@ -19,6 +20,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
+from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -38,7 +41,7 @@ from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
 from student_train.config import TrainSection
 from student_train.student import Distilled
 from student_train.world import PeerError, World
-from student_train.zero import deepspeed_config
+from student_train.zero import deepspeed_config, monitors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,8 @@ class Engine:
             MismatchError: `train.deepspeed` is not what DeepSpeed takes. PeerError on the other ranks.
         """
         config = deepspeed_config(train)
+        self.monitors: dict[str, Callable[[], Any]] = {}
+        """DeepSpeed's own monitors, to be opened by the rank that reports: name -> how."""
         self._world, self._module, self._stage = world, module, train.zero_stage
         self._trained = module.trained()
         adam = (torch.optim.AdamW if train.zero_stage else _ClippedAdamW)(
@@ -106,6 +111,8 @@ class Engine:
         if isinstance(adam, _ClippedAdamW):
             config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm
         try:
+            for name, section in monitors(train).items():
+                self.monitors[name] = partial(MonitorMaster, DeepSpeedMonitorConfig(**{name: section}))
             self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
         except (ValidationError, DeepSpeedConfigError) as error:
             raise (_not_taken(error) if world.main else PeerError(0, Exit.MISMATCH)) from error

@@ -248,6 +248,20 @@ class Wandb:
         self._run.finish()
 
 
+class Monitor:
+    """One of DeepSpeed's own monitors, with a run's events in place of the little that DeepSpeed tells it."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def write(self, event: Event) -> None:
+        """One point per field."""
+        self._monitor.write_events([(f"train/{name}", value, event.step) for name, value in _values(event).items()])
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
 class Tracker:
     """A sink that training does not depend on: once it fails, it is told so once and left alone."""
 
@@ -296,7 +310,14 @@ class Reporter:
 
 
 def open_reporter(
-    output: Path, report_to: Sequence[str], *, start: int, stop: int, config: Mapping[str, Any], name: str
+    output: Path,
+    report_to: Sequence[str],
+    *,
+    start: int,
+    stop: int,
+    config: Mapping[str, Any],
+    name: str,
+    monitors: Mapping[str, Callable[[], Any]] | None = None,
 ) -> Reporter:
     """The sinks of the rank that reports.
 
@@ -307,6 +328,7 @@ def open_reporter(
         stop: steps in all.
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
+        monitors: DeepSpeed's own, by the name of their section: how each is opened.
     """
     console = Console()
     sinks: list[Sink] = [EventLog(output / EVENTS, after=start)]
@@ -315,6 +337,8 @@ def open_reporter(
         sinks.append(Tracker("tensorboard", lambda: TensorBoard(output)))
     if "wandb" in report_to:
         sinks.append(Tracker("wandb", lambda: Wandb(output, config, name)))
+    for section, opened in (monitors or {}).items():
+        sinks.append(Tracker(f"DeepSpeed's {section}", lambda opened=opened: Monitor(opened())))  # type: ignore[misc]
     return Reporter(sinks)
 
 

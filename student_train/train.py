@@ -317,6 +317,7 @@ class _Loop:
             start=self._start,
             stop=run.steps,
             config=run.identity,
+            monitors=self._engine.monitors,
             name=f"neo-{random.Random(str(run.train.output.resolve())).getrandbits(64):016x}",
         )
 

@@ -10,13 +10,16 @@ from student_train.config import TrainSection
 AUTO = "auto"
 """What configurations for transformers' Trainer say where it shall decide; here it is as if the key were not there."""
 
+MONITORS = ("csv_monitor", "tensorboard", "wandb")
+"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.Monitor`."""
+
 TUNABLE = (
+    *MONITORS,
     "activation_checkpointing",
     "aio",
     "comms_logger",
     "communication_data_type",
     "compile",
-    "csv_monitor",
     "data_types",
     "disable_python_gc",
     "dump_state",
@@ -24,10 +27,8 @@ TUNABLE = (
     "log_level",
     "memory_breakdown",
     "steps_per_print",
-    "tensorboard",
     "timers",
     "wall_clock_breakdown",
-    "wandb",
 )
 """Top-level keys of DeepSpeed that change speed, memory or logs, and that nothing here decides."""
 
@@ -41,6 +42,7 @@ REFUSED = {
     "gradient_predivide_factor": "gradients are normalised by the tokens of the global batch",
     "prescale_gradients": "gradients are normalised by the tokens of the global batch",
     "sparse_gradients": "the global gradient norm needs dense gradients",
+    "comet": "of DeepSpeed's monitors, csv_monitor, tensorboard and wandb get events here",
     "checkpoint": "checkpoints are written without DeepSpeed, free of world size and ZeRO stage",
     "data_efficiency": "the order of samples is a function of train.seed alone",
     "pipeline": "only data parallelism is supported",
@@ -70,12 +72,19 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
                 expected=f"{claimed!r}, from {field}",
                 fix=f"remove train.deepspeed.{path}",
             )
-    config = _merge(_preset(train), {key: value for key, value in train.deepspeed.items() if key not in REFUSED})
+    given = {key: value for key, value in train.deepspeed.items() if key not in (*REFUSED, *MONITORS)}
+    config = _merge(_preset(train), given)
     for path, (value, _) in claims.items():
         _set(config, path, value)
     # DeepSpeed would insist on micro-batch size * world size, which the global batch need not be a multiple of.
     del config["train_batch_size"]
     return config
+
+
+def monitors(train: TrainSection) -> dict[str, Mapping[str, Any]]:
+    """The monitors that `train.deepspeed` switches on: name -> its section."""
+    sections = {name: train.deepspeed[name] for name in MONITORS if isinstance(train.deepspeed.get(name), Mapping)}
+    return {name: section for name, section in sections.items() if section.get("enabled") is True}
 
 
 def _claims(train: TrainSection) -> dict[str, tuple[Any, str]]:

@@ -52,6 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> Results:
     """All trainings on two ranks, in one pair of processes."""
     windows = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
+    monitor = {"enabled": True, "output_path": str(folder / "logs"), "job_name": "run"}
+    (folder / "logs").mkdir()
+    (folder / "logs" / "a file").touch()
     jobs: dict[str, dict[str, Any]] = {}
     for name, train, lora in SAME:
         jobs[f"{name} whole"] = {"train": train, "lora": lora}
@@ -77,6 +80,9 @@ def results(folder: Path) -> Results:
         "shard": {"dump": "missing-shard", "train": {"shuffle_block_units": 1, "save_steps": 100}},
         "temperature": {"loss": {"temperature": 2.0}},
         "model": {"model": "nowhere"},
+        "monitor": {"train": {"max_steps": 2, "deepspeed": {"csv_monitor": monitor}}},
+        "broken monitor": {"train": {"max_steps": 2, "deepspeed": {"csv_monitor": monitor | {"job_name": "a file"}}}},
+        "no monitor": {"train": {"deepspeed": {"csv_monitor": monitor | {"outputpath": "x"}}}},
         "tracker": {"train": {"report_to": ["wandb"]}},
         "sealed": {"train": windows},
         "following": {"train": windows, "dump": "growing", "grow": (range(2, 4), range(4, 5))},
@@ -204,6 +210,18 @@ def test_refusals(name: str, code: int, says: str, results: Results) -> None:
 def test_never_starts_anew(results: Results) -> None:
     """`resume: never` in a new directory trains."""
     assert codes(results, "never and new") == [0, 0]
+
+
+def test_deepspeeds_monitors_get_the_events(results: Results, folder: Path) -> None:
+    """And one that cannot be opened ends no run."""
+    assert codes(results, "monitor") == codes(results, "broken monitor") == [0, 0]
+    lines = [line.split(",") for line in (folder / "logs" / "run" / "train_loss.csv").read_text().splitlines()]
+    assert lines[0] == ["step", "loss"]
+    assert [(int(step), float(loss)) for step, loss in lines[1:]] == list(enumerate(losses(results, "monitor"), 1))
+    written = {path.stem for path in (folder / "logs" / "run").iterdir()}
+    assert {"train_kl", "train_learning_rate", "train_grad_norm"} <= written
+    assert len(losses(results, "broken monitor")) == 2
+    assert codes(results, "no monitor") == [78, 78]
 
 
 def test_missing_tracker_is_told(results: Results) -> None:
