@@ -1,7 +1,7 @@
 """A step that is not finite: refused on every rank, nothing changed, and forgotten by the next step."""
 
 import math
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,13 @@ def test_is_refused_and_forgotten(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_everywhere(world_size: int, folder: Path) -> None:
-    """Each rank, each place, each value, each stage, both precisions, LoRA and full, fillers included."""
+    """Each stage, both precisions, LoRA and full, fillers included; in turn each place and value on each rank."""
     trains: list[dict[str, Any]] = [{"zero_stage": stage} for stage in (0, 1, 2, 3)]
     trains += [{"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)]
     trains += [{"zero_stage": stage, "arm": "kd", "max_grad_norm": 0.0} for stage in (0, 2, 3)]
     trains += [{"zero_stage": stage, "global_batch_size": 4, "micro_batch_size": 1} for stage in (2, 3)]
     places = list(product(("loss", "gradient"), (math.nan, math.inf, -math.inf), range(world_size)))
-    check(folder, world_size, [(train, bad) for train in trains for bad in places])
+    turns = cycle(places)
+    check(folder, world_size, [(train, next(turns)) for train in trains for _ in range(2)])
