@@ -23,7 +23,7 @@ from storage_schemas.run_info import canonical_json
 from student_train.worker import ExitCodes, end, leave_with_others, unexpected
 
 if TYPE_CHECKING:
-    from teacher_dump.group import Group
+    from teacher_dump.group import GroupTeacher
 
 
 def main() -> int:
@@ -41,12 +41,10 @@ def main() -> int:
     quiet_libraries()
     threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
     try:
-        from teacher_dump.group import Group
-
         config = load_config(arguments.config, arguments.overrides)
+        teacher = join(config, process, size, local)
         placement = Placement(arguments.rank, arguments.world_size)
-        group = Group.join(process, size, local, device=need(config.teacher, "teacher", "dump").device)
-        code = run(config, placement, group, arguments.folder, codes, events=arguments.events)
+        code = run(config, placement, teacher, arguments.folder, codes, events=arguments.events)
     except NeoError as error:
         print(f"llm-neo: {error}", file=sys.stderr)
         code = int(error.exit_code)
@@ -56,22 +54,34 @@ def main() -> int:
     return code
 
 
+def join(config: Config, process: int, size: int, local: int) -> "GroupTeacher":
+    """Meet the other processes; the teacher that they hold together."""
+    from teacher_dump.group import Group, GroupTeacher
+
+    section = need(config.teacher, "teacher", "dump")
+    return GroupTeacher(section, Group.join(process, size, local, device=section.device))
+
+
 def run(
-    config: Config, placement: Placement, group: "Group", folder: Path, codes: ExitCodes, *, events: Path | None
+    config: Config,
+    placement: Placement,
+    teacher: "GroupTeacher",
+    folder: Path,
+    codes: ExitCodes,
+    *,
+    events: Path | None,
 ) -> int:
     """Lead or follow."""
     from pipeline.stages import run_dumps
-    from teacher_dump.group import GroupTeacher
 
-    teacher = GroupTeacher(need(config.teacher, "teacher", "dump"), group)
-    if group.leads:
+    if teacher.group.leads:
         threading.Thread(target=pass_on_stop, args=(codes,), daemon=True, name="stop").start()
         summary = run_dumps(config, placement, teacher, events=events)
         write_whole(folder / SUMMARY, canonical_json(summary).decode())
     else:
         teacher.follow()
     # Not after an error: the others may wait in the middle of a batch. torchrun ends them.
-    group.close()
+    teacher.group.close()
     return int(Exit.DONE)
 
 

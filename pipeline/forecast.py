@@ -6,6 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.show import counts
+from pipeline.terminal import facts_table
+
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what `teacher_dump.plan.Plan` holds, given as plain values."""
@@ -15,14 +18,10 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
 
 
 def _corpus(plan: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    counts = ", ".join(f"{count:,} {status}" for status, count in plan["statuses"].items())
-    table.add_row("samples", f"{plan['samples']:,} ({counts}) in {plan['units']:,} units")
-    table.add_row("tokens", f"{plan['tokens']:,}, {plan['supervised_tokens']:,} of them supervised")
-    table.add_row("pilot", f"{plan['pilot_samples']:,} samples, {plan['pilot_supervised_tokens']:,} supervised tokens")
-    return table
+    samples = f"{plan['samples']:,} ({counts(plan['statuses'])}) in {plan['units']:,} units"
+    tokens = f"{plan['tokens']:,}, {plan['supervised_tokens']:,} of them supervised"
+    pilot = f"{plan['pilot_samples']:,} samples, {plan['pilot_supervised_tokens']:,} supervised tokens"
+    return facts_table([("samples", samples), ("tokens", tokens), ("pilot", pilot)])
 
 
 def _estimators(plan: dict[str, Any]) -> Table:

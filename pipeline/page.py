@@ -4,7 +4,19 @@ from collections.abc import Sequence
 
 from jinja2 import Environment
 
-from pipeline.show import SHADES, TOP, TokenView, header, header_lines, quoted, row_title, row_views, shade, visible
+from pipeline.show import (
+    SHADES,
+    TOP,
+    TokenView,
+    header,
+    header_lines,
+    marked,
+    quoted,
+    row_title,
+    row_views,
+    shade,
+    visible,
+)
 from storage_schemas.reader import Dump
 
 _PAGE = """<!DOCTYPE html>
@@ -62,7 +74,7 @@ table { border-collapse: collapse; } th, td { padding: .2rem .6rem; vertical-ali
 {%- set token = supervised[loop.index0] -%}
 {%- if token -%}
 <a href="#row{{ row.sample_index }}-{{ token.position }}" class="s{{ token.p | shade }}" data-tip="{{ token | tip }}">
-{{- piece | visible | marked -}}
+{{- piece | marked -}}
 </a>
 {%- else -%}
 <span class="dim">{{ piece | visible }}</span>
@@ -108,7 +120,7 @@ def page(dump: Dump, rows: Sequence[int]) -> str:
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters |= {
         "by_position": lambda row: {token.position: token for token in row.supervised},
-        "marked": lambda text: text.replace("\n", "\u21b5\n"),
+        "marked": marked,
         "quoted": quoted,
         "row_title": row_title,
         "shade": shade,

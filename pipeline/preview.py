@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.show import counts
+from pipeline.terminal import facts_table
 from storage_schemas.errors import MismatchError, UsageError
 from storage_schemas.rows import OK
 from storage_schemas.section import Section
@@ -261,9 +262,6 @@ def _sources(found: Preview) -> list[RenderableType]:
 
 
 def _totals(found: Preview) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     how = {
         "marks": "the chat template's own {% generation %} marks",
         "located": "located by rendering the chat template with each answer replaced",
@@ -281,9 +279,7 @@ def _totals(found: Preview) -> Table:
         "too long": f"{found.over_max_length:,} samples over max_length {found.max_length:,}",
         "fingerprint": found.fingerprint,
     }
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    return table
+    return facts_table(rows.items())
 
 
 def _text(sample: SampleView, *, colour: bool) -> Text:

@@ -2,11 +2,11 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from student_train.card import package_version
 
 QUALITY = {"kl_mean": "kl", "ce": "ce", "top1_agreement": "top1"}
 """Name in an evaluation's result -> name in summary.json, with `_before` and `_after`."""
@@ -64,7 +64,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "",
         "| package | version |",
         "|---|---|",
-        *[f"| {name} | {_version(name)} |" for name in PACKAGES],
+        *[f"| {name} | {package_version(name)} |" for name in PACKAGES],
     ]
     return "\n".join(lines) + "\n"
 
@@ -79,10 +79,3 @@ def _row(title: str, summary: dict[str, Any], key: str, form: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "-"

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from storage_schemas.commit import count_statuses, mean_per_token, totals
+from storage_schemas.config import described
 from storage_schemas.errors import UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
@@ -125,7 +126,6 @@ def header(dump: Dump) -> Header:
     sums = totals(records)
     supervised, size = sums["supervised_tokens"], sums["bytes"]
     entries = sum(record.entries for record in records.values())
-    parameters = run.estimator.model_dump(exclude={"kind"})
     worst = (
         [max(record.fidelity[i] for record in records.values()) for i in range(len(run.temperatures))]
         if records
@@ -139,7 +139,7 @@ def header(dump: Dump) -> Header:
         teacher_dtype=run.teacher.dtype,
         tokenizer_ids=run.tokenizer.vocab_size,
         head_size=run.teacher.head_size,
-        estimator=f"{run.estimator.kind} ({', '.join(f'{key} {value}' for key, value in parameters.items())})",
+        estimator=described(run.estimator),
         temperatures=run.temperatures,
         units=run.units,
         committed=len(records),
@@ -308,6 +308,11 @@ def visible(text: str) -> str:
     A sample may hold anything, terminal commands and changes of the writing direction included.
     """
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def marked(text: str) -> str:
+    """Visible text with a mark before each line end, which has no width to be coloured."""
+    return visible(text).replace("\n", "\u21b5\n")
 
 
 def quoted(text: str) -> str:

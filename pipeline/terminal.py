@@ -1,6 +1,6 @@
 """A dump on a terminal: its header, and rows as coloured text and a table of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.style import Style
@@ -14,6 +14,7 @@ from pipeline.show import (
     RowView,
     header,
     header_lines,
+    marked,
     quoted,
     row_title,
     row_views,
@@ -36,11 +37,16 @@ def show(dump: Dump, rows: Sequence[int], console: Console) -> None:
 
 def header_table(view: Header) -> Table:
     """The header."""
+    return facts_table((name, visible(value)) for name, value in header_lines(view))
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Names and what there is to say of each, without lines."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in header_lines(view):
-        table.add_row(name, Text(visible(value)))
+    for name, value in facts:
+        table.add_row(name, Text(value))
     return table
 
 
@@ -69,8 +75,7 @@ def coloured_text(view: RowView) -> Text:
         if token is None:
             text.append(visible(piece), "dim")
         else:
-            # A line end has no width to be coloured: a mark stands before it.
-            text.append(visible(piece).replace("\n", "\u21b5\n"), _STYLES[shade(token.p)])
+            text.append(marked(piece), _STYLES[shade(token.p)])
     return text
 
 

@@ -63,6 +63,12 @@ class Sampled(Section):
 Estimator = Annotated[TopK | Adaptive | Sampled, Field(discriminator="kind")]
 
 
+def described(estimator: Estimator) -> str:
+    """An estimator for people: `topk (k 64, mass 0.999)`."""
+    parameters = ", ".join(f"{key} {value}" for key, value in estimator.model_dump(exclude={"kind"}).items())
+    return f"{estimator.kind} ({parameters})"
+
+
 def _usable(temperatures: tuple[float, ...]) -> tuple[float, ...]:
     if not temperatures or temperatures[0] != 1.0:
         raise ValueError("the first temperature must be 1.0; add others after it")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -143,13 +143,11 @@ class RunInfo(Section):
 
     def refuse_other(self, wanted: "RunInfo", *, url: str) -> None:
         """Raise MismatchError if `wanted`, what the configuration asks for, differs from this dump in any field."""
-        here, there = dict(leaves(self.model_dump(mode="json"))), dict(leaves(wanted.model_dump(mode="json")))
-        different = [key for key in sorted(here | there) if here.get(key, ...) != there.get(key, ...)]
-        if different:
+        if found := differences(self.model_dump(mode="json"), wanted.model_dump(mode="json")):
             raise MismatchError(
-                f"{url} was made with other settings: {', '.join(different)}",
-                got="; ".join(f"{key} = {there.get(key, 'absent')}" for key in different),
-                expected="; ".join(f"{key} = {here.get(key, 'absent')}" for key in different),
+                f"{url} was made with other settings: {', '.join(found.keys)}",
+                got=found.there,
+                expected=found.here,
                 fix="restore the settings this dump was started with, or choose another dump.url",
             )
 
@@ -237,6 +235,25 @@ def validated(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
             expected=f"the fields of {model.__name__}, see docs/format.md",
             fix="the file is torn or was not written by this project; run `llm-neo verify`",
         ) from error
+
+
+class Differences(NamedTuple):
+    """In what two nested dictionaries differ."""
+
+    keys: list[str]
+    """Dotted names."""
+    here: str
+    """`name = value` of the first, for each."""
+    there: str
+    """The same of the second."""
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Differences | None:
+    """Every leaf that is not the same, or None if all are."""
+    one, other = dict(leaves(here)), dict(leaves(there))
+    keys = [key for key in sorted(one | other) if one.get(key, ...) != other.get(key, ...)]
+    told = ["; ".join(f"{key} = {side.get(key, 'absent')}" for key in keys) for side in (one, other)]
+    return Differences(keys, *told) if keys else None
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -166,7 +166,7 @@ def _facts(
     yield "optimizer", f"AdamW, {train.learning_rate:g}, {schedule}, weight decay {train.weight_decay:g}, {clip}"
     yield "precision", f"{train.precision}, DeepSpeed ZeRO-{train.zero_stage}"
     yield "seed", str(train.seed)
-    yield "versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    yield "versions", ", ".join(f"{name} {package_version(name)}" for name in PACKAGES)
 
 
 def _named(model: str, revision: str | None) -> str:
@@ -214,7 +214,8 @@ def _evaluated(found: Evaluation) -> Iterator[str]:
     yield ""
 
 
-def _version(name: str) -> str:
+def package_version(name: str) -> str:
+    """Of an installed package; a dash for one that is not."""
     try:
         return version(name)
     except PackageNotFoundError:

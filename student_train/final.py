@@ -17,7 +17,7 @@ from storage_schemas.errors import DataError, TemporaryError
 from student_train.adapter import plain_adapter
 from student_train.card import CARD
 from student_train.config import StudentSection, TrainSection
-from student_train.student import DTYPES, Student, load_model, write_files
+from student_train.student import DTYPES, Student, load_model, relative_difference, write_files
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,8 @@ def load_final(folder: Path, section: StudentSection, train: TrainSection) -> An
 
 def refuse_other_logits(what: Path, found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> None:
     """Raise DataError unless two models gave the same logits, as far as `dtype` can tell."""
-    expected, found = expected.float().cpu(), found.float().cpu()
     tolerance = TOLERANCE.get(dtype, 5e-2)
-    off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    off = relative_difference(found, expected)
     if not off <= tolerance:
         raise DataError(
             f"{what} does not give the logits that it should",

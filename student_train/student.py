@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 """Makes parameters whole for a while, where they are spread over ranks."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROBE_TOLERANCE = 0.02
+"""Of the largest logit: what bf16 may differ by between two ways to the same number."""
 
 
 class Head(nn.Module):
@@ -220,15 +222,12 @@ def refuse_unknown_head(module: Distilled) -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""
     causal = causal_of(module.student)
     ids = torch.arange(4)[None] % causal.get_output_embeddings().weight.shape[0]
-    training = module.training
-    module.eval()
-    expected = causal(input_ids=ids, use_cache=False).logits.float()
-    difference = (module.logits(ids) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-    module.train(training)
-    if not difference < 0.02:
+    with _evaluating(module):
+        off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
+    if not off < PROBE_TOLERANCE:
         raise MismatchError(
             f"the head of {type(causal).__name__} is not understood",
-            got=f"logits off by {float(difference):.2g} of the largest",
+            got=f"logits off by {off:.2g} of the largest",
             expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
             fix="choose another student",
         )
@@ -237,22 +236,35 @@ def refuse_unknown_head(module: Distilled) -> None:
 @torch.no_grad()
 def refuse_mixed_samples(module: Distilled) -> None:
     """Raise MismatchError if this model lets packed samples see each other."""
-    rows = causal_of(module.student).get_output_embeddings().weight.shape[0]
+    causal = causal_of(module.student)
+    rows = causal.get_output_embeddings().weight.shape[0]
     first, second = torch.arange(5)[None] % rows, torch.arange(11, 18)[None] % rows
     position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    training = module.training
-    module.eval()
-    packed = module.logits(torch.cat([first, second], 1), position_ids)
-    apart = torch.cat([module.logits(first), module.logits(second)], 1)
-    module.train(training)
-    difference = (packed - apart).abs().max() / apart.abs().max().clamp(min=1e-6)
-    if not difference < 0.02:
+    with _evaluating(module):
+        packed = module.logits(torch.cat([first, second], 1), position_ids)
+        off = relative_difference(packed, torch.cat([module.logits(first), module.logits(second)], 1))
+    if not off < PROBE_TOLERANCE:
         raise MismatchError(
-            f"{type(causal_of(module.student)).__name__} does not keep packed samples apart",
-            got=f"logits off by {float(difference):.2g} of the largest",
+            f"{type(causal).__name__} does not keep packed samples apart",
+            got=f"logits off by {off:.2g} of the largest",
             expected="attention that starts anew where position_ids do",
             fix="set train.packing to false, or choose another attention implementation",
         )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = module.training
+    module.eval()
+    yield
+    module.train(training)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    found, expected = found.float().cpu(), expected.float().cpu()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 def refuse_tokenizer(student: StudentSection, files: Mapping[str, bytes], *, head_rows: int) -> None:

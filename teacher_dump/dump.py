@@ -253,7 +253,7 @@ class Worker:
             tokens = sum(len(sample.input_ids) for sample in batch)
             self._computed[unit] = self._computed.get(unit, 0) + tokens
             self._report(commits, progress, tokens=tokens)
-        commits.commit(unit, [_row(sample, found.get(sample.sample_index)) for sample in samples])
+        commits.commit(unit, [row_of(sample, found.get(sample.sample_index)) for sample in samples])
 
     def _ask(self, batch: Sequence[Sample]) -> list[Targets | None]:
         run = self.writer.run
@@ -303,7 +303,8 @@ def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
     )
 
 
-def _row(sample: Sample, targets: Targets | None) -> Row:
+def row_of(sample: Sample, targets: Targets | None) -> Row:
+    """A sample as a row of the dump; usable samples without targets had logits that are not finite."""
     status = NONFINITE if sample.status == OK and targets is None else sample.status
     return Row(
         sample_index=sample.sample_index,

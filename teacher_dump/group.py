@@ -5,7 +5,7 @@ sends to the followers first, and they run the same batch. They know nothing of 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from storage_schemas.config import Estimator
@@ -21,7 +20,7 @@ from storage_schemas.errors import MismatchError
 from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
-from teacher_dump.teacher import DTYPES, Teacher
+from teacher_dump.teacher import Teacher
 
 _COLLECTIVE = timedelta(minutes=10)
 """How long a forward pass may take."""
@@ -129,19 +128,11 @@ class GroupTeacher(Teacher):
         """This process's share of the weights. Collective."""
         if self.group.leads:
             self.group.send(((), {}))
-        load: Callable[..., Any] = self.from_pretrained
-        options: dict[str, Any] = {"dtype": DTYPES[self.section.dtype], "use_safetensors": True}
         if self.section.sharding == "tensor":
-            return load(
-                AutoModelForCausalLM,
-                distributed_config=DistributedConfig(tp_size=self.group.size, tp_plan="auto"),
-                **options,
-            )
+            # Without tp_size, transformers takes the plan and spreads nothing.
+            return self.read_weights(distributed_config=DistributedConfig(tp_size=self.group.size, tp_plan="auto"))
         from teacher_dump.zero_inference import load_partitioned
 
         return load_partitioned(
-            lambda: load(AutoModelForCausalLM, **options),
-            dtype=self.section.dtype,
-            offload=self.section.offload,
-            on_gpu=self.group.on_gpu,
+            self.read_weights, dtype=self.section.dtype, offload=self.section.offload, on_gpu=self.group.on_gpu
         )

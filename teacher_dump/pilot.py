@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from storage_schemas.codec import mean_kept_mass, open_parquet
-from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK
+from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
 from storage_schemas.errors import DataError
-from storage_schemas.rows import NONFINITE, OK, SCHEMA, Row
+from storage_schemas.rows import OK, SCHEMA, Row
 from storage_schemas.run_info import RunInfo
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus import Sample, freeze_corpus
-from teacher_dump.dump import refuse_too_long, run_info
+from teacher_dump.dump import refuse_too_long, row_of, run_info
 from teacher_dump.plan import Bytes, Pilot, Plan, UnitSize, choose_pilot, make_plan
 from teacher_dump.teacher import Teacher
 
@@ -182,13 +182,14 @@ def measure(
     picked: Sequence[Sample], targets: Mapping[int, Targets], run: RunInfo, estimator: Estimator, *, chosen: bool
 ) -> Pilot:
     """Encode the pilot's rows as the dump will, in units of at most the configured size and of half of that."""
-    rows = [_row(sample, targets.get(sample.sample_index), run) for sample in picked]
+    if not run.logsumexp:
+        targets = {index: replace(found, logsumexp=None) for index, found in targets.items()}
+    rows = [row_of(sample, targets.get(sample.sample_index)) for sample in picked]
     units = -(-len(rows) // run.samples_per_unit)
     temperatures = run.temperatures if estimator.kind == "topk" else run.temperatures[:1]
     run = run.model_copy(update={"estimator": estimator, "temperatures": temperatures})
-    parameters = ", ".join(f"{key} {value}" for key, value in estimator.model_dump(exclude={"kind"}).items())
     return Pilot(
-        name=f"{estimator.kind} ({parameters})",
+        name=described(estimator),
         configured=chosen,
         whole=[encode_unit(part, run) for part in _parts(rows, units)],
         halves=[encode_unit(part, run) for part in _parts(rows, 2 * units)] if 2 * units <= len(rows) else [],
@@ -231,16 +232,3 @@ def file_bytes(data: bytes) -> Bytes:
     per_row, per_token = (sum(columns[name] for name in names) for names in (_PER_ROW, _PER_TOKEN))
     per_target = sum(columns[name] for name in SCHEMA.names if name not in _PER_ROW + _PER_TOKEN)
     return Bytes(file=len(data) - per_row - per_token - per_target, rows=per_row, tokens=per_token, targets=per_target)
-
-
-def _row(sample: Sample, targets: Targets | None, run: RunInfo) -> Row:
-    if targets is not None and not run.logsumexp:
-        targets = replace(targets, logsumexp=None)
-    return Row(
-        sample_index=sample.sample_index,
-        sample_id=sample.sample_id,
-        status=NONFINITE if sample.status == OK and targets is None else sample.status,
-        input_ids=sample.input_ids,
-        loss_mask=sample.loss_mask,
-        targets=targets,
-    )

@@ -10,7 +10,7 @@ from storage_schemas.codec import round_logprobs
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
-from storage_schemas.run_info import RunInfo, leaves
+from storage_schemas.run_info import RunInfo, differences
 from storage_schemas.section import Section
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import F32, I32, Decoded, Targets, decode
@@ -137,14 +137,12 @@ def recompute(
 def refuse_other_teacher(run: RunInfo, teacher: Teacher) -> None:
     """Raise MismatchError unless the teacher is the one of run.json, wherever it lies: weights, config and dtype."""
     where = {"model", "revision"}
-    here = dict(leaves(run.teacher.model_dump(mode="json", exclude=where)))
-    there = dict(leaves(teacher.identity().model_dump(mode="json", exclude=where)))
-    different = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
-    if different:
+    here = teacher.identity().model_dump(mode="json", exclude=where)
+    if found := differences(run.teacher.model_dump(mode="json", exclude=where), here):
         raise MismatchError(
-            f"{teacher.section.model} is not the teacher that made the dump: {', '.join(different)}",
-            got="; ".join(f"{key} = {there.get(key, 'absent')}" for key in different),
-            expected="; ".join(f"{key} = {here.get(key, 'absent')}" for key in different),
+            f"{teacher.section.model} is not the teacher that made the dump: {', '.join(found.keys)}",
+            got=found.there,
+            expected=found.here,
             fix=f"recompute with {run.teacher.model} itself, in {run.teacher.dtype}",
         )
 

@@ -125,8 +125,12 @@ class Teacher:
         elif self.device.type != "cpu":
             # A device map reads the weights straight to the device, without a copy in the host's memory.
             place = {"device_map": {"": self.device}}
+        return self.read_weights(**place)
+
+    def read_weights(self, **options: Any) -> Any:
+        """The model as transformers reads it, with options that say where to put it."""
         dtype = DTYPES[self.section.dtype]
-        return self.from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **place)
+        return self.from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **options)
 
     @property
     def engine(self) -> EngineIdentity:

@@ -14,10 +14,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 
 def load_partitioned(load: Callable[[], Any], *, dtype: str, offload: bool, on_gpu: bool) -> Any:
-    """The model, partitioned while it is loaded: no process ever holds all of it. Collective.
+    """The model, partitioned while it is loaded: no device ever holds all of it. Collective.
+
+    In the host's memory of process 0, transformers collects the whole checkpoint before it is spread.
 
     Args:
-        load: calls `from_pretrained`.
+        load: reads the weights with `from_pretrained`.
         dtype: of the weights.
         offload: keep this process's share in the host's memory.
         on_gpu: whether it computes on a GPU.

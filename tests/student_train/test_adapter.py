@@ -169,6 +169,17 @@ def test_pissa_holds_the_principal_components(dtype: torch.dtype) -> None:
     assert float(rest[0]) == pytest.approx(float(values[4]), rel=0.02)
 
 
+def moved(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What is trained, after it was moved as by training; by name."""
+    torch.manual_seed(2)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weights[name] = parameter + 0.1 * torch.randn_like(parameter)
+            parameter.copy_(weights[name])
+    return weights
+
+
 @torch.no_grad()
 def test_pissa_as_a_plain_adapter(tmp_path: Path) -> None:
     """W - s B0 A0 + s B A, put as twice the rank on W; also where ranks differ between layers."""
@@ -176,12 +187,7 @@ def test_pissa_as_a_plain_adapter(tmp_path: Path) -> None:
     lora = LoraSection(r=4, variant="pissa", extra=extra)
     model = attach(tiny_llama(1), lora, seed=0).eval()
     initial = initial_factors(model, lora)
-    torch.manual_seed(2)
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            weights[name] = parameter + 0.1 * torch.randn_like(parameter)
-            parameter.copy_(weights[name])
+    weights = moved(model)
     config, state = plain_adapter(model, weights, initial)
     assert config.r == 8
     assert config.rank_pattern == {"q_proj": 4}
@@ -224,12 +230,7 @@ def test_moslora_as_a_plain_adapter() -> None:
     """M A in the place of A; also where ranks differ between layers, and with a bias in B."""
     extra = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "lora_bias": True}
     model = attach(tiny_llama(1), LoraSection(r=4, variant="moslora", extra=extra), seed=0).eval()
-    torch.manual_seed(2)
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            weights[name] = parameter + 0.1 * torch.randn_like(parameter)
-            parameter.copy_(weights[name])
+    weights = moved(model)
     config, state = plain_adapter(model, weights, {})
     assert (config.r, config.rank_pattern) == (4, {"q_proj": 2})
     fresh = attach(tiny_llama(1), LoraSection(r=4, extra=extra), seed=1)
