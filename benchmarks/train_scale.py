@@ -38,7 +38,7 @@ from student_train.order import Order
 from student_train.stream import Follower, Stream, consumed_root
 
 Rows = dict[str, float]
-LOADER_UNITS, LOADER_SAMPLES = 8, 128
+LOADER_UNITS, LOADER_SAMPLES = 32, 128
 HUGE_SAMPLES, HUGE_UNITS = 10**9, 100_000
 HIDDEN, HEAD_TOKENS, STEP_TOKENS = 576, 256, 1024
 
@@ -54,6 +54,8 @@ def loader(work: Workload) -> Rows:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
+    gc.collect()
+    gc.freeze()  # As training does; it serves all contenders.
     return loader_rows(f"k={K}", work.dump) | loader_rows(f"k={K} to the end", to_the_end)
 
 
@@ -63,6 +65,7 @@ def loader_rows(title: str, source: Path) -> Rows:
     speeds: dict[str, list[float]] = {name: [] for name in READERS}
     for i in range(3):
         for name in list(READERS)[:: -1 if i % 2 else 1]:
+            READERS[name](url)  # Memory that another one left is not its own.
             speeds[name].append(READERS[name](url))
             say(f"{title}: {name}: {speeds[name][-1]:,.0f} supervised tokens/s")
     rows = {f"{name}, {title}: supervised tokens/s on one core": statistics.median(v) for name, v in speeds.items()}
@@ -86,7 +89,8 @@ def loader_dump(source: Path) -> Path:
 
 
 def stream_speed(url: Path) -> float:
-    """Supervised tokens per processor second from files to micro-batches, every check included."""
+    """Supervised tokens per processor second from files to micro-batches, every check included; for about as long as
+    `datasets` takes."""
     dump = Dump.open(str(url))
     train = TrainSection(output=SCRATCH)
     order = order_of(dump.run, train)

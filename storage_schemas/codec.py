@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.rows import SCHEMA, UnitRows, columns_to_unit, unit_to_table
+from storage_schemas.rows import SCHEMA, UnitRows, columns_to_unit, concatenate_units, unit_to_table
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -26,7 +26,7 @@ DICTIONARY_STEP = 3 * 2.0**-6
 byte each in a dictionary, which zstd then brings near their entropy. On finer grids byte planes are smaller."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
-_CELLS = 2**19
+_CELLS = 2**18
 """Entries that are decoded at a time, padding included: tens of MB, for short heads and whole vocabularies alike."""
 _LEAF = "{}.list.element.list.element"
 
@@ -186,25 +186,25 @@ def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsume
     Raises:
         ValueError: lists that do not fit together.
     """
-    columns = {name: _read_column(file, i) for i, name in enumerate(SCHEMA.names)}
-    return columns_to_unit(columns, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
-
-
-def _read_column(file: pq.ParquetFile, i: int) -> pa.Array:
-    """Column i, some rows at a time.
-
-    Beside its values the reader of a nested column takes two levels per entry, decompressed pages and buffers that
-    grow by doubling: three times the values, if it reads all at once or if the allocator keeps what it frees.
-    """
     metadata = file.metadata
+    # Of the ids, and so of the log-probs: at least as many as there are.
+    i = SCHEMA.get_field_index("target_ids")
     entries = sum(metadata.row_group(group).column(i).num_values for group in range(metadata.num_row_groups))
-    rows = max(1, metadata.num_rows * _CELLS // max(entries, 1))
-    pieces: list[pa.Array] = []
-    for batch in file.iter_batches(rows, columns=[SCHEMA.names[i]], use_threads=False):
-        pieces.append(batch.column(0))
-        pa.default_memory_pool().release_unused()
-    # Joining copies, a single piece too.
-    return pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
+    ids, logprobs = np.empty(entries, np.int32), np.empty(entries, np.float32)
+    parts: list[UnitRows] = []
+    start = 0
+    for batch in file.iter_batches(max(1, metadata.num_rows * _CELLS // max(entries, 1)), use_threads=False):
+        columns = dict(zip(SCHEMA.names, batch.columns, strict=True))
+        part = columns_to_unit(columns, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
+        # Out of the reader's memory, which the next rows take: beside its values it takes two levels per entry,
+        # decompressed pages and buffers that grow by doubling.
+        stop = start + len(part.targets.ids)
+        ids[start:stop], logprobs[start:stop] = part.targets.ids, part.targets.logprobs
+        nothing = replace(part.targets, ids=ids[:0], logprobs=logprobs[:0])
+        parts.append(replace(part, targets=nothing))
+        start = stop
+    joined = concatenate_units(parts)
+    return replace(joined, targets=replace(joined.targets, ids=ids[:start], logprobs=logprobs[:start]))
 
 
 def _row_groups(unit: UnitRows) -> list[tuple[int, int]]:

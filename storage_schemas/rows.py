@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from storage_schemas.errors import DataError
 from storage_schemas.shift import supervised_positions
-from storage_schemas.targets import F32, I32, I64, Targets, concatenate
+from storage_schemas.targets import F32, I32, I64, Targets, concatenate, joined_offsets
 
 OK = "ok"
 """The row has targets for every supervised token."""
@@ -85,6 +86,10 @@ class UnitRows:
 
     def __len__(self) -> int:
         return len(self.sample_index)
+
+    def tokens(self, i: int) -> int:
+        """How many tokens row i has."""
+        return int(self.token_offsets[i + 1] - self.token_offsets[i])
 
     def row(self, i: int) -> Row:
         """Row i of the unit, sharing memory."""
@@ -241,6 +246,20 @@ def columns_to_unit(arrays: Mapping[str, pa.Array], *, temperatures: int, draws:
             tail_logprob=tail,
             logsumexp=lse,
         ),
+    )
+
+
+def concatenate_units(parts: Sequence[UnitRows]) -> UnitRows:
+    """All rows of `parts`, in order."""
+    return UnitRows(
+        sample_index=np.concatenate([part.sample_index for part in parts]),
+        sample_id=list(chain.from_iterable(part.sample_id for part in parts)),
+        status=list(chain.from_iterable(part.status for part in parts)),
+        token_offsets=joined_offsets([part.token_offsets for part in parts]),
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        loss_mask=np.concatenate([part.loss_mask for part in parts]),
+        target_offsets=joined_offsets([part.target_offsets for part in parts]),
+        targets=concatenate([part.targets for part in parts]),
     )
 
 

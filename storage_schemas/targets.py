@@ -67,9 +67,8 @@ def concatenate(parts: Sequence[Targets]) -> Targets:
     def joined(arrays: Sequence[Any]) -> Any:
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     return Targets(
-        offsets=np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]),
+        offsets=joined_offsets([part.offsets for part in parts]),
         ids=joined([part.ids for part in parts]),
         logprobs=joined([part.logprobs for part in parts]),
         head_size=joined([part.head_size for part in parts]),
@@ -79,11 +78,17 @@ def concatenate(parts: Sequence[Targets]) -> Targets:
     )
 
 
+def joined_offsets(parts: Sequence[I64]) -> I64:
+    """Offsets of several arrays laid one behind the other; each part starts at 0."""
+    starts = np.cumsum([0, *(part[-1] for part in parts)])
+    return np.concatenate([[0], *(part[1:] + start for part, start in zip(parts, starts, strict=False))])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
     """Probabilities of n tokens at one temperature, padded to the K entries of the longest token."""
 
-    ids: I32
+    ids: I64
     """(n, K) token ids; 0 in padding."""
     logprobs: F32
     """(n, K) log p at the temperature; 0 in padding."""
@@ -125,43 +130,50 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
     # (n, K)
     filled = columns < lengths[:, None]
     in_head = filled if targets.counts is None else columns < targets.head_size[:, None]
-    head = _padded(targets.logprobs, filled, np.float64, -np.inf)
-    if targets.counts is not None:
-        head[~in_head] = -np.inf
+    tail = targets.tail_logprob[:, temperature_index]
+    mass = tail.astype(np.float64)
+
+    # log p^(1/T), then minus its log-sum over the head, plus the log of the mass that the head holds. On the entries
+    # alone, without padding, in place and with one exponential: this is a good part of what a loader does.
+    drawn = None if targets.counts is None else ~in_head[filled]
+    head = targets.logprobs.astype(np.float64)
+    if drawn is not None:
+        head[drawn] = -np.inf
     if temperature != 1.0:
         head /= temperature
-    tail = targets.tail_logprob[:, temperature_index]
-
-    # log p^(1/T), then minus its log-sum over the head, plus the log of the mass that the head holds. In place and with
-    # one exponential: this is most of what a loader does.
-    top = head.max(axis=1, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0.0)
+    top = _per_token(np.maximum, head, targets.offsets, empty=-np.inf)
     with np.errstate(invalid="ignore", over="ignore"):  # A writer decodes before it refuses what is not finite.
-        scaled = np.exp(head - top)
-        total = np.maximum(scaled.sum(axis=1, keepdims=True), 1.0)  # It is less without a head alone.
-        weights = np.multiply(scaled, -np.expm1(tail.astype(np.float64))[:, None] / total, out=scaled)
-        head += log1mexp(tail)[:, None] - top - np.log(total)
+        head -= np.repeat(np.where(np.isfinite(top), top, 0.0), lengths)
+        weights = np.exp(head)
+        total = np.maximum(_per_token(np.add, weights, targets.offsets, empty=0.0), 1.0)  # It is less without a head.
+        weights *= np.repeat(-np.expm1(mass) / total, lengths)
+        head += np.repeat(log1mexp(mass) - np.log(total), lengths)
     logprobs = head.astype(np.float32)
-    if targets.counts is not None:
-        counts = _padded(targets.counts, filled, np.float64, 0.0)
-        drawn = counts.sum(axis=1, keepdims=True)
-        weights += np.exp(tail.astype(np.float64))[:, None] * counts / np.maximum(drawn, 1.0)
-        logprobs = np.where(in_head, logprobs, _padded(targets.logprobs, filled, np.float32, 0.0))
-    elif len(targets.ids) < filled.size:
-        logprobs[~filled] = 0.0
+    if drawn is not None and targets.counts is not None:
+        draws = _per_token(np.add, targets.counts, targets.offsets, empty=0)
+        weights += np.repeat(np.exp(mass) / np.maximum(draws, 1), lengths) * targets.counts
+        logprobs[drawn] = targets.logprobs[drawn]
     return Decoded(
-        ids=_padded(targets.ids, filled, np.int32, 0),
-        logprobs=logprobs,
-        weights=weights.astype(np.float32),
+        ids=_padded(targets.ids, filled, np.int64),
+        logprobs=_padded(logprobs, filled, np.float32),
+        weights=_padded(weights, filled, np.float32),
         in_head=in_head,
         tail_logprob=tail,
     )
 
 
-def _padded(values: Any, filled: npt.NDArray[np.bool_], dtype: type, padding: float) -> Any:
-    """(n, K) the values of all tokens, one token a row; `filled` says where they are."""
+def _per_token(reduce: np.ufunc, values: Any, offsets: I64, *, empty: float) -> Any:
+    """(n,) what `reduce` makes of each token's entries; `empty` for a token without any, where reduceat is no use."""
+    some = np.flatnonzero(np.diff(offsets))
+    reduced = np.full(len(offsets) - 1, empty, values.dtype)
+    reduced[some] = reduce.reduceat(values, offsets[some]) if len(some) else empty
+    return reduced
+
+
+def _padded(values: Any, filled: npt.NDArray[np.bool_], dtype: type) -> Any:
+    """(n, K) the values of all tokens, one token a row, and 0 behind them; `filled` says where they are."""
     if len(values) == filled.size:
         return values.reshape(filled.shape).astype(dtype)
-    rows: Any = np.full(filled.shape, padding, dtype)
+    rows: Any = np.zeros(filled.shape, dtype)
     rows[filled] = values
     return rows

@@ -177,7 +177,7 @@ def _sparse_targets(
     decoded = decode(stored, temperature_index=temperature_index, temperature=temperature)
     return SparseTargets(
         labels=torch.from_numpy(labels),
-        ids=torch.from_numpy(decoded.ids.astype(np.int64)),
+        ids=torch.from_numpy(decoded.ids),
         logprobs=torch.from_numpy(decoded.logprobs),
         weights=torch.from_numpy(decoded.weights),
         in_head=torch.from_numpy(decoded.in_head),

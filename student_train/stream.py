@@ -131,11 +131,12 @@ class Stream:
     def _prepare(self, step: int) -> list[TrainBatch]:
         samples = self._order.step_samples(step)
         self._open(step)
-        rows = {int(sample): self._row(int(sample)) for sample in samples}
+        places = {sample: self._place(sample) for sample in samples.tolist()}
         # Rows that are not used cost nothing; the others are sorted by what they cost.
-        lengths = [len(row.input_ids) if row.status == OK else 0 for row in rows.values()]
+        lengths = [unit.tokens(i) if unit.status[i] == OK else 0 for unit, i in places.values()]
         shares = rank_slice(samples, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
-        return [self._collate([rows[int(sample)] for sample in share]) for share in shares]
+        mine = [[places[sample] for sample in share.tolist()] for share in shares]
+        return [self._collate([unit.row(i) for unit, i in share]) for share in mine]
 
     def _open(self, step: int) -> None:
         """Ask for the units of this step's blocks and of the next block, and let go of all others."""
@@ -163,23 +164,24 @@ class Stream:
             return []
         return [int(unit) for unit in self._order.block_at(epoch, position)[1]]
 
-    def _row(self, sample: int) -> Row:
+    def _place(self, sample: int) -> tuple[UnitRows, int]:
+        """The unit that holds a sample, and the sample's row in it."""
         unit, place = divmod(sample, self._order.samples_per_unit)
         future = self._units[unit]
         # A store may take its time to answer; closing does not wait for it.
-        while not wait([future], timeout=0.5).done:
+        while not (future.done() or wait([future], timeout=0.5).done):
             if self._closed:
                 raise CancelledError
         rows = future.result()
-        row = rows.row(place) if place < len(rows) else None
-        if row is None or row.sample_index != sample:
+        found = rows.sample_index[place] if place < len(rows) else None
+        if found != sample:
             raise DataError(
                 f"unit {unit} does not hold sample {sample} at its place",
-                got="no such row" if row is None else f"sample {row.sample_index}",
+                got="no such row" if found is None else f"sample {found}",
                 expected=f"sample {sample} in row {place}",
                 fix="run `llm-neo verify` on the dump",
             )
-        return row
+        return rows, place
 
 
 class Follower:

@@ -1,5 +1,6 @@
 """Stage two: a student is trained on the targets of a dump."""
 
+import gc
 import logging
 import random
 import resource
@@ -194,6 +195,9 @@ class _Loop:
         world, run = self._world, self._run
         reporter = world.together(self._open_reporter)
         stream = self._open_stream()
+        # Of what lives by now nothing dies before the end: no collection needs to walk over libraries and model again.
+        gc.collect()
+        gc.freeze()
         try:
             for step in range(self._start, run.steps):
                 due = self._next(stream, step)
@@ -209,6 +213,7 @@ class _Loop:
                     _save(world, run, self._learner, self._engine, done)
                     self._saved = done
         finally:
+            gc.unfreeze()
             stream.close()
             if reporter is not None:
                 reporter.close()
