@@ -18,7 +18,8 @@ class _ScaledBetween(LoraVariant):  # type: ignore[misc]
         """What peft's layer does after its base layer."""
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         between = a(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]
-        scaled: Tensor = result + b(between)
+        # In place: no linear layer keeps its output for the backward pass.
+        scaled: Tensor = result.add_(b(between))
         return scaled
 
 
