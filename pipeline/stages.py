@@ -6,7 +6,7 @@ Each imports its own stage when it is called, since peft alone takes seconds.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ def run_dumps(
     from teacher_dump.dump import run_dump
 
     if teacher is None:
-        teacher = open_teacher(need(config.teacher, "teacher", "dump"))
+        with closing(open_teacher(need(config.teacher, "teacher", "dump"))) as opened:
+            return run_dumps(config, placement, opened, events=events)
     parts = [config] + ([config.heldout_config()] if config.heldout else [])
     summaries = []
     for part in parts:

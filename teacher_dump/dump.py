@@ -6,6 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +103,9 @@ def run_dump(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
-    teacher = open_teacher(teacher) if isinstance(teacher, TeacherSection) else teacher
-    teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
-    with stoppable() as stop:
+    opened = closing(open_teacher(teacher)) if isinstance(teacher, TeacherSection) else nullcontext(teacher)
+    with opened as teacher, stoppable() as stop:
+        teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)

@@ -144,6 +144,9 @@ class Teacher:
         """Load the weights, now that there is something to do for `run`."""
         _ = self.model
 
+    def close(self) -> None:
+        """Let go of what must not be left to the interpreter's exit."""
+
     def identity(self) -> TeacherIdentity:
         """Who the teacher is, from its files alone."""
         return self._identity

@@ -139,6 +139,16 @@ class VllmTeacher(Teacher):
             log.warning("teacher.vllm_check_samples is 0: nobody compares vLLM with transformers")
         self._compared = True
 
+    def close(self) -> None:
+        """End the engine, which has nothing to lose. Asked to end it takes most of a minute, and left to the
+        interpreter's exit it may abort the process (exit code 134, seen with 0.32.0)."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes.clear()
+        self._engine = None
+        _release_memory()
+
     def targets(
         self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
     ) -> list[Targets | None]:
@@ -205,8 +215,7 @@ class VllmTeacher(Teacher):
         with redirect_stdout(sys.stderr):
             from vllm import LLM
 
-        self._engine = None
-        _release_memory()
+        self.close()
         others = set(active_children())
         longest = tokens + 1 if self.positions is None else min(tokens, self.positions) + 1
         defaults = {"max_model_len": longest, "max_num_batched_tokens": _STEP_TOKENS}

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from multiprocessing import active_children
 
 import numpy as np
@@ -96,6 +98,16 @@ def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model
     with pytest.raises(TemporaryError, match="engine died"):
         run_dump(**later)
     assert run_dump(**later).rows == SAMPLES
+
+
+def test_the_command_ends_with_its_own_exit_code(tmp_path, corpus_file, model_folder):
+    """An engine that is left to the interpreter's exit may abort the process."""
+    job = vllm_job(tmp_path / "dump", corpus_file, model_folder)
+    sections = {name: job[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus", "estimator")}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(sections))
+    subprocess.run([Path(sys.executable).with_name("llm-neo"), "dump", config], check=True, timeout=300)
+    assert_each_sample_once(tmp_path / "dump")
 
 
 def test_other_numbers_from_the_engine_stop_the_run(tmp_path, corpus_file, model_folder):
