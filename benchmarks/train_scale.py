@@ -89,8 +89,7 @@ def loader_dump(source: Path) -> Path:
 
 
 def stream_speed(url: Path) -> float:
-    """Supervised tokens per processor second from files to micro-batches, every check included; for about as long as
-    `datasets` takes."""
+    """Supervised tokens per processor second from files to micro-batches, every check included."""
     dump = Dump.open(str(url))
     train = TrainSection(output=SCRATCH)
     order = order_of(dump.run, train)

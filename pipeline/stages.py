@@ -6,7 +6,7 @@ Each imports its own stage when it is called, since peft alone takes seconds.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,27 +43,25 @@ def run_dumps(
     Returns:
         The summary of the corpus's dump, and under `heldout` that of the other.
     """
-    from teacher_dump.backends import open_teacher
+    from teacher_dump.backends import opened
     from teacher_dump.dump import run_dump
 
-    if teacher is None:
-        with closing(open_teacher(need(config.teacher, "teacher", "dump"))) as opened:
-            return run_dumps(config, placement, opened, events=events)
     parts = [config] + ([config.heldout_config()] if config.heldout else [])
     summaries = []
-    for part in parts:
-        log.info("dumping to %s", part.dump.url)
-        summary = run_dump(
-            dump=part.dump,
-            teacher=teacher,
-            corpus=need(part.corpus, "corpus", "dump"),
-            estimator=part.estimator,
-            temperatures=part.temperatures,
-            rank=placement.rank,
-            world_size=placement.world_size,
-            events=events,
-        )
-        summaries.append(summary.model_dump(mode="json"))
+    with opened(teacher or need(config.teacher, "teacher", "dump")) as loaded:
+        for part in parts:
+            log.info("dumping to %s", part.dump.url)
+            summary = run_dump(
+                dump=part.dump,
+                teacher=loaded,
+                corpus=need(part.corpus, "corpus", "dump"),
+                estimator=part.estimator,
+                temperatures=part.temperatures,
+                rank=placement.rank,
+                world_size=placement.world_size,
+                events=events,
+            )
+            summaries.append(summary.model_dump(mode="json"))
     return summaries[0] | ({"heldout": summaries[1]} if config.heldout else {})
 
 

@@ -1,8 +1,15 @@
 """Which class runs the teacher that a configuration names."""
 
+from contextlib import AbstractContextManager, closing, nullcontext
+
 from storage_schemas.errors import UsageError
 from teacher_dump.config import TeacherSection
 from teacher_dump.teacher import Teacher
+
+
+def opened(teacher: Teacher | TeacherSection) -> AbstractContextManager[Teacher]:
+    """The teacher of a section, closed at the end; one that is given stays open."""
+    return nullcontext(teacher) if isinstance(teacher, Teacher) else closing(open_teacher(teacher))
 
 
 def open_teacher(section: TeacherSection) -> Teacher:

@@ -6,7 +6,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from storage_schemas.section import Section
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
-from teacher_dump.backends import open_teacher
+from teacher_dump.backends import opened
 from teacher_dump.commits import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
@@ -103,8 +102,7 @@ def run_dump(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
-    opened = closing(open_teacher(teacher)) if isinstance(teacher, TeacherSection) else nullcontext(teacher)
-    with opened as teacher, stoppable() as stop:
+    with opened(teacher) as teacher, stoppable() as stop:
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)

@@ -140,8 +140,8 @@ class VllmTeacher(Teacher):
         self._compared = True
 
     def close(self) -> None:
-        """End the engine, which has nothing to lose. Asked to end it takes most of a minute, and left to the
-        interpreter's exit it may abort the process (exit code 134, seen with 0.32.0)."""
+        """End the engine, which has nothing to lose: left to the interpreter's exit, it may abort the process (exit
+        code 134) or keep it waiting for ever (both seen with 0.32.0)."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -241,7 +241,7 @@ class VllmTeacher(Teacher):
 
         if not self._answered or isinstance(error, VLLMClientError):
             return self._refused(error)
-        self._engine = None
+        self.close()
         return TemporaryError(
             "vLLM's engine died",
             got=_first_line(error),

@@ -98,6 +98,8 @@ def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model
     with pytest.raises(TemporaryError, match="engine died"):
         run_dump(**later)
     assert run_dump(**later).rows == SAMPLES
+    running.close()
+    assert not active_children()
 
 
 def test_the_command_ends_with_its_own_exit_code(tmp_path, corpus_file, model_folder):
@@ -106,7 +108,7 @@ def test_the_command_ends_with_its_own_exit_code(tmp_path, corpus_file, model_fo
     sections = {name: job[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus", "estimator")}
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(sections))
-    subprocess.run([Path(sys.executable).with_name("llm-neo"), "dump", config], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "pipeline.cli", "dump", config], check=True, timeout=300)
     assert_each_sample_once(tmp_path / "dump")
 
 
