@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.rows import SCHEMA, UnitRows, columns_to_unit, concatenate_units, unit_to_table
+from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows, columns_to_unit, concatenate_units, unit_to_table
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -29,18 +29,6 @@ FINEST_STEP = 2.0**-12
 _CELLS = 2**18
 """Entries that are decoded at a time, padding included: tens of MB, for short heads and whole vocabularies alike."""
 _LEAF = "{}.list.element.list.element"
-
-
-def _levels(field: pa.Field) -> tuple[int, int]:
-    """Parquet's largest definition and repetition level of a column: one for each thing that may be null or repeat."""
-    definition = int(field.nullable)
-    if not pa.types.is_list(field.type):
-        return definition, 0
-    inner_definition, inner_repetition = _levels(field.type.value_field)
-    return definition + 1 + inner_definition, 1 + inner_repetition
-
-
-LEVELS = [_levels(field) for field in SCHEMA]
 
 
 class Rounded(NamedTuple):
@@ -175,9 +163,16 @@ def open_parquet(data: bytes) -> pq.ParquetFile:
 
 
 def refuse_other_schema(file: pq.ParquetFile) -> None:
-    """Raise ValueError unless the columns are those of SCHEMA; to be asked before anything about their chunks."""
-    if not file.schema_arrow.remove_metadata().equals(SCHEMA):
-        raise ValueError(f"the columns are {file.schema_arrow.remove_metadata()}")
+    """Raise ValueError unless the columns are those of the format; to be asked before anything about their chunks."""
+    schema = file.schema_arrow.remove_metadata()
+    if not schema.equals(SCHEMA) and not schema.equals(FIRST_SCHEMA):
+        raise ValueError(f"the columns are {schema}")
+
+
+def levels(file: pq.ParquetFile) -> list[tuple[int, int]]:
+    """Largest definition and repetition level of each column: one for each thing that may be null, or repeat."""
+    columns = map(file.schema.column, range(len(SCHEMA)))
+    return [(column.max_definition_level, column.max_repetition_level) for column in columns]
 
 
 def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:

@@ -261,7 +261,7 @@ def _check_footer(file: pq.ParquetFile, data: bytes, record: CommitRecord, run: 
     limits = {"input_ids": tokens, "loss_mask": tokens, "target_ids": record.entries, "target_logprobs": record.entries}
     limits |= {"head_size": targets, "target_counts": record.entries}
     limits |= {"tail_logprob": targets * width, "logsumexp": targets * width}
-    for column, values in zip(SCHEMA.names, claimed_values(data, codec.LEVELS), strict=True):
+    for column, values in zip(SCHEMA.names, claimed_values(data, codec.levels(file)), strict=True):
         limit = limits.get(column, 0) + record.rows + targets
         if values > limit:
             raise ValueError(f"column {column} claims {values} values, expected at most {limit}")

@@ -15,6 +15,9 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
+_LOWEST = -700.0
+"""Below it, exponentials leave the normal float64 numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
@@ -101,14 +104,6 @@ class Decoded:
     """(n,) log mass outside the head at the temperature; -inf where there is none."""
 
 
-def log1mexp(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """log(1 - exp(x)) for x <= 0, exact at both ends: -inf at 0, 0 at -inf. Float64."""
-    x = np.asarray(x, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        result: npt.NDArray[np.float64] = np.where(x > -0.6931471805599453, np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
-    return result
-
-
 def decode(targets: Targets, *, temperature_index: int = 0, temperature: float = 1.0) -> Decoded:
     """The decoding rule: the head is rescaled to hold exactly 1 - exp(tail).
 
@@ -126,28 +121,30 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
     if targets.counts is not None and temperature != 1.0:
         raise ValueError("targets with draws can only be decoded at temperature 1")
     lengths = targets.lengths
-    columns = np.arange(int(lengths.max(initial=1)))
+    columns = np.arange(int(lengths.max(initial=1)), dtype=np.int32)
     # (n, K)
-    filled = columns < lengths[:, None]
+    filled = columns < lengths.astype(np.int32)[:, None]
     in_head = filled if targets.counts is None else columns < targets.head_size[:, None]
     tail = targets.tail_logprob[:, temperature_index]
     mass = tail.astype(np.float64)
 
-    # log p^(1/T), then minus its log-sum over the head, plus the log of the mass that the head holds. On the entries
-    # alone, without padding, in place and with one exponential: this is a good part of what a loader does.
+    # log p^(1/T), plus the log of what makes the head hold its mass. On the entries alone, without padding, in place
+    # and with one exponential: this is a good part of what a loader does.
     drawn = None if targets.counts is None else ~in_head[filled]
     head = targets.logprobs.astype(np.float64)
     if drawn is not None:
         head[drawn] = -np.inf
     if temperature != 1.0:
         head /= temperature
-    top = _per_token(np.maximum, head, targets.offsets, empty=-np.inf)
-    with np.errstate(invalid="ignore", over="ignore"):  # A writer decodes before it refuses what is not finite.
-        head -= np.repeat(np.where(np.isfinite(top), top, 0.0), lengths)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # A writer decodes before it refuses NaN.
+        if not head.min(initial=0.0) > _LOWEST:
+            top = _per_token(np.maximum, head, targets.offsets, empty=0.0)
+            head -= np.repeat(np.where(np.isfinite(top), top, 0.0), lengths)
         weights = np.exp(head)
-        total = np.maximum(_per_token(np.add, weights, targets.offsets, empty=0.0), 1.0)  # It is less without a head.
-        weights *= np.repeat(-np.expm1(mass) / total, lengths)
-        head += np.repeat(log1mexp(mass) - np.log(total), lengths)
+        total = _per_token(np.add, weights, targets.offsets, empty=0.0)
+        scale = -np.expm1(mass) / np.where(total == 0.0, 1.0, total)  # A token may have no head.
+        weights *= np.repeat(scale, lengths)
+        head += np.repeat(np.log(scale), lengths)
     logprobs = head.astype(np.float32)
     if drawn is not None and targets.counts is not None:
         draws = _per_token(np.add, targets.counts, targets.offsets, empty=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.rows import Row
 from storage_schemas.shift import supervised_positions
-from storage_schemas.targets import concatenate, decode
+from storage_schemas.targets import I32, I64, Targets, concatenate, decode
 
 _Tensors = TypeVar("_Tensors", "SparseTargets", "TrainBatch")
 
@@ -138,10 +138,10 @@ def collate(
         labels.append(input_ids[place][supervised.tokens])
     targets = _sparse_targets(
         [row.targets for row in used if row.targets is not None and entries], np.concatenate(labels),
-        temperature_index=temperature_index, temperature=temperature,
+        temperature_index=temperature_index, temperature=temperature, vocab_size=vocab_size,
     )  # fmt: skip
     if vocab_size is not None:
-        _refuse_out_of_range(input_ids, targets, vocab_size)
+        _refuse_out_of_range(input_ids, vocab_size)
     return TrainBatch(
         input_ids=torch.from_numpy(input_ids).view(batch, seq),
         position_ids=torch.from_numpy(position_ids).view(batch, seq),
@@ -153,7 +153,12 @@ def collate(
 
 
 def _sparse_targets(
-    parts: Sequence[Any], labels: np.ndarray[Any, np.dtype[np.int64]], *, temperature_index: int, temperature: float
+    parts: Sequence[Targets],
+    labels: I64,
+    *,
+    temperature_index: int,
+    temperature: float,
+    vocab_size: int | None,
 ) -> SparseTargets:
     """Decode the concatenated targets; K = 0 without any."""
     if not parts:
@@ -174,6 +179,8 @@ def _sparse_targets(
             got=f"loss.temperature: {temperature}", expected=1.0,
             fix="set loss.temperature to 1.0, or dump with estimator.kind: topk",
         )  # fmt: skip
+    if vocab_size is not None:
+        _refuse_out_of_range(stored.ids, vocab_size)
     decoded = decode(stored, temperature_index=temperature_index, temperature=temperature)
     return SparseTargets(
         labels=torch.from_numpy(labels),
@@ -186,11 +193,9 @@ def _sparse_targets(
     )
 
 
-def _refuse_out_of_range(input_ids: np.ndarray[Any, np.dtype[np.int64]], targets: SparseTargets, size: int) -> None:
+def _refuse_out_of_range(ids: I32 | I64, size: int) -> None:
     """An id outside the head would be read past its end, on a GPU without a message."""
-    ids = targets.ids.numpy()
-    low = min(int(input_ids.min()), int(ids.min(initial=0)))
-    high = max(int(input_ids.max()), int(ids.max(initial=0)))
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if low < 0 or high >= size:
         raise DataError(
             "a token id lies outside the student's vocabulary",

@@ -9,6 +9,7 @@ at single points, so that nothing is stored and any position is reached at once.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -99,17 +100,9 @@ class Order:
 
         Who reads ahead walks from here: the next block of the epoch, if any, begins at the span's `stop`.
         """
-        window = self.units_of_window(self.window_of_position(position))
-        base = window.start * self.samples_per_unit
-        block = (position - base) // (self.block_units * self.samples_per_unit)
-        slots = np.arange(block * self.block_units, min((block + 1) * self.block_units, len(window)))
-        start = base + block * self.block_units * self.samples_per_unit
-        stop = min(start + len(slots) * self.samples_per_unit, self.samples)
-        # A short last unit stays in the last slot, so that only the last block is short.
-        full = len(window) - (window.stop * self.samples_per_unit > self.samples)
-        units = slots.copy()
-        units[slots < full] = _permute(slots[slots < full], full, self._key(epoch, "units", window.start))
-        return Span(epoch, start, stop), window.start + units
+        window = self.window_of_position(position)
+        within = position - window * self.window_units * self.samples_per_unit
+        return _block(self, epoch, window, within // (self.block_units * self.samples_per_unit))
 
     def window_of_position(self, position: int) -> int:
         """The window that a position lies in, in every epoch."""
@@ -128,6 +121,22 @@ class Order:
         """(_ROUNDS,) round keys of one permutation."""
         name = f"{self.seed}/{epoch}/{purpose}/{index}".encode()
         return np.frombuffer(hashlib.blake2b(name, digest_size=8 * _ROUNDS, person=_PERSON).digest(), "<u8")
+
+
+@lru_cache(maxsize=16)
+def _block(order: Order, epoch: int, number: int, block: int) -> tuple[Span, I64]:
+    """Positions and units of a block, counted within a window; kept, since each step of it asks."""
+    window = order.units_of_window(number)
+    slots = np.arange(block * order.block_units, min((block + 1) * order.block_units, len(window)))
+    start = (window.start + block * order.block_units) * order.samples_per_unit
+    stop = min(start + len(slots) * order.samples_per_unit, order.samples)
+    # A short last unit stays in the last slot, so that only the last block is short.
+    full = len(window) - (window.stop * order.samples_per_unit > order.samples)
+    units = slots.copy()
+    units[slots < full] = _permute(slots[slots < full], full, order._key(epoch, "units", window.start))
+    units += window.start
+    units.setflags(write=False)
+    return Span(epoch, start, stop), units
 
 
 def rank_slice(

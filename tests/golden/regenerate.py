@@ -1,6 +1,8 @@
 """Write the golden dump again: only for a new format version, never because a test is red.
 
 python tests/golden/regenerate.py
+
+v1 is of this code; v1-first is of the first writers, which declared all elements of lists nullable.
 """
 
 import json

@@ -20,7 +20,7 @@ from storage_schemas.codec import (
 from storage_schemas.errors import DataError
 from storage_schemas.rows import no_targets
 from storage_schemas.shift import supervised_positions
-from storage_schemas.targets import Targets, concatenate, decode, log1mexp
+from storage_schemas.targets import Targets, concatenate, decode
 
 TEMPERATURES = (1.0, 2.0)
 
@@ -107,11 +107,35 @@ def test_decode_stays_finite_at_the_edges(case: str) -> None:
             np.testing.assert_allclose(p.weights, softmax(z / temperature), atol=1e-6)
 
 
-@given(st.floats(-700, -1e-12))
-def test_log1mexp(x: float) -> None:
-    # log(1 - e^x) by a series that is exact where the direct form is not.
-    direct = np.log(-np.expm1(np.longdouble(x))) if x > -1 else np.log1p(-np.exp(np.longdouble(x)))
-    assert log1mexp(x) == pytest.approx(float(direct), rel=1e-12, abs=1e-300)
+TAILS = [-np.inf, -1e-30, -1e-6, -0.3, -0.7, -20.0, -90.0]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 0.5, 1.0, 2.0, 30.0]))
+@settings(max_examples=60, deadline=None)
+def test_decode_is_the_written_rule_to_the_last_digit_of_float32(seed: int, temperature: float) -> None:
+    """Heads of all lengths, peaked and flat, with tails near nothing and near everything."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 9, len(TAILS))
+    logprobs = (-rng.gamma(1.0, rng.choice([1e-3, 3.0, 40.0]), lengths.sum())).astype(np.float32)
+    tails = rng.permutation(TAILS).astype(np.float32)
+    targets = Targets(
+        offsets=np.cumsum([0, *lengths]),
+        ids=np.arange(len(logprobs), dtype=np.int32),
+        logprobs=logprobs,
+        head_size=lengths.astype(np.int32),
+        counts=None,
+        tail_logprob=tails[:, None],
+        logsumexp=None,
+    )
+    p = decode(targets, temperature=temperature)
+    for i, length in enumerate(lengths):
+        x = logprobs[targets.offsets[i] : targets.offsets[i + 1]].astype(np.longdouble) / temperature
+        head = x - np.logaddexp.reduce(x) + np.log(-np.expm1(tails[i].astype(np.longdouble)))
+        np.testing.assert_allclose(p.logprobs[i, :length], head.astype(np.float64), rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(p.weights[i, :length], np.exp(head).astype(np.float64), rtol=2e-7, atol=1e-44)
+        assert (p.ids[i, :length] == targets.ids[targets.offsets[i] : targets.offsets[i + 1]]).all()
+        assert not p.weights[i, length:].any()
+        assert p.in_head[i].sum() == length
 
 
 def bucketed_kl(z: np.ndarray, stored: Targets, temperature: float, index: int) -> float:
