@@ -189,10 +189,12 @@ def test_without_the_hash_nothing_crashes(folder: Path) -> None:
 
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-SHARDS = ["v1", "v1-first"]
-ABORTING = [(2097, 18), (2143, 36), (2155, 52), (2767, 57), (2986, 57), (3243, 54), (3595, 70)]
-"""Bytes of the footer of the first writers' shard, and values there, on which pyarrow alone ends the process: the first
-three give a column other levels, the others give a column chunk a histogram of another length."""
+ABORTING = {
+    "v1": [(2973, 70)],
+    "v1-first": [(2097, 18), (2143, 36), (2155, 52), (2767, 57), (2986, 57), (3243, 54), (3595, 70)],
+}
+"""Bytes of the footer of a golden shard, and values there, on which pyarrow alone ends the process: the first three of
+the first writers' shard give a column other levels, the others give a column chunk a histogram of another length."""
 
 
 def forged(shard: str, changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -211,12 +213,13 @@ def forged(shard: str, changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return refused, n
 
 
-def test_footers_on_which_pyarrow_aborts_are_refused() -> None:
-    assert forged("v1-first", ABORTING) == (len(ABORTING), len(ABORTING))
+@pytest.mark.parametrize("shard", ABORTING)
+def test_footers_on_which_pyarrow_aborts_are_refused(shard: str) -> None:
+    assert forged(shard, ABORTING[shard]) == (len(ABORTING[shard]), len(ABORTING[shard]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("shard", ABORTING)
 def test_no_change_of_a_footer_ends_the_process(shard: str) -> None:
     data = next((GOLDEN / shard / "topk" / "data").iterdir()).read_bytes()
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
