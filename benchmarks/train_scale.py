@@ -63,7 +63,7 @@ def loader_rows(title: str, source: Path) -> Rows:
     """Of one dump."""
     url = loader_dump(source)
     speeds: dict[str, list[float]] = {name: [] for name in READERS}
-    for i in range(3):
+    for i in range(9):
         for name in list(READERS)[:: -1 if i % 2 else 1]:
             READERS[name](url)  # Memory that another one left is not its own.
             speeds[name].append(READERS[name](url))

@@ -266,7 +266,7 @@ def random_targets(labels: Tensor, *, vocab: int, k: int, generator: torch.Gener
     logprobs = torch.randn(n, k, generator=generator).mul(2).log_softmax(1) + float(np.log(0.98))
     return SparseTargets(
         labels=labels,
-        ids=(start + torch.arange(k) * (vocab // k)) % vocab,
+        ids=((start + torch.arange(k) * (vocab // k)) % vocab).int(),
         logprobs=logprobs,
         weights=logprobs.exp(),
         in_head=torch.ones(n, k, dtype=torch.bool),

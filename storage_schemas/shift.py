@@ -22,17 +22,19 @@ class Positions(NamedTuple):
     """Position whose logits predict that token."""
 
 
-def supervised_positions(loss_mask: npt.ArrayLike) -> Positions:
-    """Positions of one sample's supervised tokens and of the logits that predict them.
+def supervised_positions(loss_mask: npt.ArrayLike, *, starts: npt.NDArray[np.int64] | int = 0) -> Positions:
+    """Positions of supervised tokens and of the logits that predict them.
 
     Args:
-        loss_mask: booleans, shape (tokens,); the first must be false, since nothing precedes token 0.
+        loss_mask: booleans, shape (tokens,), of one sample, or of several in one array; false where a sample starts,
+            since nothing precedes token 0.
+        starts: index of each sample's token 0.
 
     Raises:
         DataError: token 0 is supervised.
     """
     mask = np.asarray(loss_mask, dtype=bool)
-    if mask.size and mask[0]:
+    if mask.size and mask[starts].any():
         raise DataError(
             "token 0 is supervised, but nothing precedes it that could predict it",
             got="loss_mask[0] = true",

@@ -91,7 +91,7 @@ def joined_offsets(parts: Sequence[I64]) -> I64:
 class Decoded:
     """Probabilities of n tokens at one temperature, padded to the K entries of the longest token."""
 
-    ids: I64
+    ids: I32
     """(n, K) token ids; 0 in padding."""
     logprobs: F32
     """(n, K) log p at the temperature; 0 in padding."""
@@ -145,14 +145,13 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
         scale = -np.expm1(mass) / np.where(total == 0.0, 1.0, total)  # A token may have no head.
         weights *= np.repeat(scale, lengths)
         head += np.repeat(np.log(scale), lengths)
-    logprobs = head.astype(np.float32)
     if drawn is not None and targets.counts is not None:
         draws = _per_token(np.add, targets.counts, targets.offsets, empty=0)
         weights += np.repeat(np.exp(mass) / np.maximum(draws, 1), lengths) * targets.counts
-        logprobs[drawn] = targets.logprobs[drawn]
+        head[drawn] = targets.logprobs[drawn]
     return Decoded(
-        ids=_padded(targets.ids, filled, np.int64),
-        logprobs=_padded(logprobs, filled, np.float32),
+        ids=_padded(targets.ids, filled, np.int32),
+        logprobs=_padded(head, filled, np.float32),
         weights=_padded(weights, filled, np.float32),
         in_head=in_head,
         tail_logprob=tail,
@@ -161,9 +160,12 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
 
 def _per_token(reduce: np.ufunc, values: Any, offsets: I64, *, empty: float) -> Any:
     """(n,) what `reduce` makes of each token's entries; `empty` for a token without any, where reduceat is no use."""
-    some = np.flatnonzero(np.diff(offsets))
-    reduced = np.full(len(offsets) - 1, empty, values.dtype)
-    reduced[some] = reduce.reduceat(values, offsets[some]) if len(some) else empty
+    some = np.diff(offsets) > 0
+    if some.all() and len(some):
+        return reduce.reduceat(values, offsets[:-1])
+    reduced = np.full(len(some), empty, values.dtype)
+    if some.any():
+        reduced[some] = reduce.reduceat(values, offsets[:-1][some])
     return reduced
 
 

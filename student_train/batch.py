@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from storage_schemas.errors import DataError, MismatchError
@@ -23,7 +23,7 @@ class SparseTargets:
 
     labels: Int64[Tensor, " n"]
     """Id of the supervised token itself."""
-    ids: Int64[Tensor, "n K"]
+    ids: Int32[Tensor, "n K"]
     """Token ids of the entries, each at most once; 0 in padding."""
     logprobs: Float[Tensor, "n K"]
     """Teacher's log p at the temperature; 0 in padding."""
@@ -113,42 +113,44 @@ def collate(
         DataError: a row's targets do not match its mask, or an id is out of range.
         MismatchError: draws at a temperature other than 1.
     """
-    used = [row for row in rows if row.targets is not None and len(row.targets)]
-    lengths = [len(row.input_ids) for row in used]
-    batch, seq = max(1, len(used)), max(lengths, default=1)
-    if packed:
-        batch, seq = 1, max(1, sum(lengths))
+    used = [(row, row.targets) for row in rows if row.targets is not None and len(row.targets)]
+    lengths = np.array([len(row.input_ids) for row, _ in used], np.int64)
+    tokens = int(lengths.sum())
     # Flat index of each sample's first token.
-    starts = np.cumsum([0, *lengths]) if packed else np.arange(len(used)) * seq
-    input_ids, position_ids = np.full(batch * seq, pad_id, np.int64), np.tile(np.arange(seq), batch)
-    positions, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for i, row in enumerate(used):
-        assert row.targets is not None
-        supervised = supervised_positions(row.loss_mask)
-        if len(row.loss_mask) != lengths[i] or len(supervised.tokens) != len(row.targets):
+    if packed:
+        batch, seq, starts = 1, max(1, tokens), np.cumsum(lengths) - lengths
+        position_ids = np.arange(seq)
+        position_ids[:tokens] -= np.repeat(starts, lengths)
+    else:
+        batch, seq = max(1, len(used)), int(lengths.max(initial=1))
+        starts = np.arange(len(used)) * seq
+        position_ids = np.tile(np.arange(seq), batch)
+    input_ids, loss_mask = np.full(batch * seq, pad_id, np.int64), np.zeros(batch * seq, bool)
+    for (row, row_targets), start in zip(used, starts.tolist(), strict=True):
+        length, supervised = len(row.input_ids), np.count_nonzero(row.loss_mask)
+        if len(row.loss_mask) != length or supervised != len(row_targets):
             raise DataError(
                 f"sample {row.sample_index} ({row.sample_id}) contradicts itself",
-                got=f"{lengths[i]} tokens, {len(row.loss_mask)} mask entries, {len(row.targets)} targets",
-                expected=f"one mask entry per token, one target for each of {len(supervised.tokens)} supervised tokens",
+                got=f"{length} tokens, {len(row.loss_mask)} mask entries, {len(row_targets)} targets",
+                expected=f"one mask entry per token, one target for each of {supervised} supervised tokens",
                 fix="the dump was not written by this version; run `llm-neo verify`, then dump this unit again",
             )
-        place = slice(starts[i], starts[i] + lengths[i])
-        input_ids[place], position_ids[place] = row.input_ids, np.arange(lengths[i])
-        positions.append(starts[i] + supervised.logits)
-        labels.append(input_ids[place][supervised.tokens])
-    targets = _sparse_targets(
-        [row.targets for row in used if row.targets is not None and entries], np.concatenate(labels),
-        temperature_index=temperature_index, temperature=temperature, vocab_size=vocab_size,
-    )  # fmt: skip
+        place = slice(start, start + length)
+        input_ids[place], loss_mask[place] = row.input_ids, row.loss_mask
     if vocab_size is not None:
         _refuse_out_of_range(input_ids, vocab_size)
+    at = supervised_positions(loss_mask, starts=starts)
+    targets = _sparse_targets(
+        [row_targets for _, row_targets in used if entries], input_ids[at.tokens],
+        temperature_index=temperature_index, temperature=temperature, vocab_size=vocab_size,
+    )  # fmt: skip
     return TrainBatch(
         input_ids=torch.from_numpy(input_ids).view(batch, seq),
         position_ids=torch.from_numpy(position_ids).view(batch, seq),
-        positions=torch.from_numpy(np.concatenate(positions)),
+        positions=torch.from_numpy(at.logits),
         targets=targets,
         sample_indices=tuple(row.sample_index for row in rows),
-        tokens=sum(lengths),
+        tokens=tokens,
     )
 
 
@@ -165,7 +167,7 @@ def _sparse_targets(
         n = len(labels)
         return SparseTargets(
             labels=torch.from_numpy(labels),
-            ids=torch.zeros(n, 0, dtype=torch.int64),
+            ids=torch.zeros(n, 0, dtype=torch.int32),
             logprobs=torch.zeros(n, 0),
             weights=torch.zeros(n, 0),
             in_head=torch.zeros(n, 0, dtype=torch.bool),

@@ -213,8 +213,9 @@ class _Pass:
         """Add the rows' losses to the sums; z, the logits, becomes dLoss/dz."""
         alpha, temperature = self.loss.alpha, self.loss.temperature
         distils = alpha > 0
-        label, entries = z.gather(1, targets.labels[:, None]), z.gather(1, targets.ids)
-        z.scatter_add_(1, targets.ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
+        ids = targets.ids.long()
+        label, entries = z.gather(1, targets.labels[:, None]), z.gather(1, ids)
+        z.scatter_add_(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
         tempered = None if self.tempered is None else torch.div(z, temperature, out=self.tempered[: len(z)])
         top = z.amax(1)
         self.agreement += ranks_first(entries, top, targets).sum()
@@ -238,7 +239,7 @@ class _Pass:
         z.mul_(factor[:, None])
         if tempered is not None:
             z.addcmul_(tempered, tail_factor[:, None])
-        z.scatter_add_(1, targets.ids, at_entries)
+        z.scatter_add_(1, ids, at_entries)
         z.scatter_add_(1, targets.labels[:, None], torch.full_like(label, alpha - 1))
 
 

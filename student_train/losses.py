@@ -115,9 +115,9 @@ def student_entries(
     """
     scaled = logits / temperature
     log_z = scaled.logsumexp(1)
-    mask = torch.where(targets.in_head, ABSENT, 0.0).to(logits.dtype)
-    tail = scaled.scatter_add(1, targets.ids, mask).logsumexp(1)
-    return scaled.gather(1, targets.ids) - log_z[:, None], tail - log_z
+    ids, mask = targets.ids.long(), torch.where(targets.in_head, ABSENT, 0.0).to(logits.dtype)
+    tail = scaled.scatter_add(1, ids, mask).logsumexp(1)
+    return scaled.gather(1, ids) - log_z[:, None], tail - log_z
 
 
 def token_losses(logits: Float[Tensor, "n vocab"], targets: SparseTargets, spec: LossSpec) -> TokenLosses:
@@ -139,7 +139,7 @@ def token_losses(logits: Float[Tensor, "n vocab"], targets: SparseTargets, spec:
 
 def top1_agreement(logits: Float[Tensor, "n vocab"], targets: SparseTargets) -> Bool[Tensor, " n"]:
     """Whether the student ranks no token above the teacher's most likely one. False without an exact head."""
-    return ranks_first(logits.gather(1, targets.ids), logits.amax(1), targets)
+    return ranks_first(logits.gather(1, targets.ids.long()), logits.amax(1), targets)
 
 
 def ranks_first(

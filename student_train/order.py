@@ -19,6 +19,8 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 _ROUNDS = 8
+_TOGETHER = 1024
+"""Samples that are permuted at a time, if a step has fewer."""
 _PERSON = b"llm-neo order 1"
 """Part of every key: a change of this file that changes the order must change this too."""
 
@@ -80,7 +82,10 @@ class Order:
 
     def step_samples(self, step: int) -> I64:
         """Sample indices of a step's global batch: G of them, fewer in the last step of an epoch."""
-        return self.samples_at(*self.span_of_step(step))
+        span = self.span_of_step(step)
+        steps = max(1, _TOGETHER // self.global_batch_size)
+        first, place = divmod(span.start, steps * self.global_batch_size)
+        return _samples(self, span.epoch, first * steps, steps)[place : place + span.stop - span.start]
 
     def samples_at(self, epoch: int, start: int, stop: int) -> I64:
         """Sample indices at positions start:stop of an epoch."""
@@ -121,6 +126,15 @@ class Order:
         """(_ROUNDS,) round keys of one permutation."""
         name = f"{self.seed}/{epoch}/{purpose}/{index}".encode()
         return np.frombuffer(hashlib.blake2b(name, digest_size=8 * _ROUNDS, person=_PERSON).digest(), "<u8")
+
+
+@lru_cache(maxsize=4)
+def _samples(order: Order, epoch: int, first: int, steps: int) -> I64:
+    """Sample indices of some steps of an epoch; kept, since a permutation takes as long for one step as for all."""
+    start, stop = (step * order.global_batch_size for step in (first, first + steps))
+    samples = order.samples_at(epoch, start, min(stop, order.samples))
+    samples.setflags(write=False)
+    return samples
 
 
 @lru_cache(maxsize=16)

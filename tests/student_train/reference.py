@@ -26,11 +26,11 @@ def head_targets(
     log_p = (teacher_logits.double() / temperature).log_softmax(1)
     n, vocab = log_p.shape
     width = max(sizes, default=1)
-    ids, logprobs = torch.zeros(n, width, dtype=torch.int64), torch.zeros(n, width, dtype=torch.float64)
+    ids, logprobs = torch.zeros(n, width, dtype=torch.int32), torch.zeros(n, width, dtype=torch.float64)
     in_head, tail = torch.zeros(n, width, dtype=torch.bool), torch.full((n,), -torch.inf, dtype=torch.float64)
     for i, size in enumerate(sizes):
         kept = log_p[i].topk(size).indices.sort().values
-        ids[i, :size], logprobs[i, :size], in_head[i, :size] = kept, log_p[i, kept], True
+        ids[i, :size], logprobs[i, :size], in_head[i, :size] = kept.int(), log_p[i, kept], True
         rest = [j for j in range(vocab) if j not in kept.tolist()]
         if rest:
             tail[i] = log_p[i, rest].logsumexp(0)
@@ -63,7 +63,7 @@ def drawn_targets(teacher_logits: Tensor, heads: int, draws: Tensor) -> SparseTa
     used = pad([torch.ones(len(x), dtype=torch.bool) for x in ids], batch_first=True)
     return SparseTargets(
         labels=torch.zeros(n, dtype=torch.int64),
-        ids=padded,
+        ids=padded.int(),
         logprobs=torch.where(used, log_p.gather(1, padded), 0.0),
         weights=pad(weights, batch_first=True),
         in_head=pad(in_head, batch_first=True),
