@@ -216,10 +216,11 @@ class Lines:
 class TensorBoard:
     """Scalars in `tensorboard/` of the run directory."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(output / "tensorboard"))
+        # Steps after `start` that an earlier attempt has told are hidden.
+        self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
 
     def write(self, event: Event) -> None:
         """One point per field."""
@@ -334,7 +335,7 @@ def open_reporter(
     sinks: list[Sink] = [EventLog(output / EVENTS, after=start)]
     sinks.append(Bar(console, start=start, stop=stop) if console.is_terminal else Lines(console, stop=stop))
     if "tensorboard" in report_to:
-        sinks.append(Tracker("tensorboard", lambda: TensorBoard(output)))
+        sinks.append(Tracker("tensorboard", lambda: TensorBoard(output, start=start)))
     if "wandb" in report_to:
         sinks.append(Tracker("wandb", lambda: Wandb(output, config, name)))
     for section, opened in (monitors or {}).items():

@@ -2,11 +2,15 @@
 
 import io
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
 
 from storage_schemas.errors import MismatchError, TemporaryError
 from student_train import metrics
@@ -176,10 +180,52 @@ def test_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
             refuse_missing_trackers([tracker])
 
 
-def test_tensorboard_gets_every_field(tmp_path: Path) -> None:
-    """Where the package is installed."""
-    pytest.importorskip("tensorboard")
-    reporter = open_reporter(tmp_path, ["tensorboard"], start=0, stop=2, config={}, name="run")
-    reporter.write(event(1))
-    reporter.close()
-    assert list((tmp_path / "tensorboard").iterdir())
+def lost_and_found(output: Path, tracker: str) -> None:
+    """Three steps, the last of which is after the newest checkpoint, and a run that goes on from there."""
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        reporter = open_reporter(output, [tracker], start=start, stop=4, config={"alpha": 0.9}, name="one-run")
+        for step in steps:
+            reporter.write(event(step, loss=step + start / 10))
+        reporter.close()
+
+
+def test_tensorboard_gets_every_field_of_every_step_once(tmp_path: Path) -> None:
+    lost_and_found(tmp_path, "tensorboard")
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = [f"train/{name}" for name in Event.model_fields if name != "step"]
+    assert found.Tags()["scalars"] == names
+    for name in names:
+        assert [point.step for point in found.Scalars(name)] == [1, 2, 3, 4], name
+    assert [point.value for point in found.Scalars("train/loss")] == pytest.approx([1.0, 2.0, 3.2, 4.2])
+
+
+def test_wandb_gets_every_field_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its server: what `wandb sync` would send."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    lost_and_found(tmp_path, "wandb")
+    runs, steps = set(), []
+    for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+        for record in wandb_records(file.read_bytes()):
+            if record.HasField("run"):
+                config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                runs.add((record.run.run_id, config["alpha"]))
+            elif record.HasField("history"):
+                values = {"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in record.history.item}
+                assert {f"train/{name}" for name in Event.model_fields if name != "step"} <= set(values)
+                steps.append((values["_step"], values["train/loss"]))
+    assert runs == {("one-run", 0.9)}
+    assert steps == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 3.2), (4, 4.2)]
+
+
+def wandb_records(data: bytes) -> Iterator[Any]:
+    """Records of a file in LevelDB's log format: blocks of 32 KiB, and pieces with checksum, length and kind."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # All of a record, or its last piece.
+            yield Record.FromString(whole)
+            whole = b""

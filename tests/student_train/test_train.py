@@ -12,6 +12,7 @@ from dense import plain_student
 from peft import PeftModel
 from support.distributed import run_ranks
 from support.tiny_student import save_student, tiny_tokenizer, write_dump
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 Results = dict[str, list[dict[str, Any]]]
@@ -83,7 +84,8 @@ def results(folder: Path) -> Results:
         "monitor": {"train": {"max_steps": 2, "deepspeed": {"csv_monitor": monitor}}},
         "broken monitor": {"train": {"max_steps": 2, "deepspeed": {"csv_monitor": monitor | {"job_name": "a file"}}}},
         "no monitor": {"train": {"deepspeed": {"csv_monitor": monitor | {"outputpath": "x"}}}},
-        "tracker": {"train": {"report_to": ["wandb"]}},
+        "trackers": {"train": {"max_steps": 2, "report_to": ["tensorboard", "wandb"]}},
+        "no tracker": {"train": {"report_to": ["wandb"]}, "hide": "wandb"},
         "sealed": {"train": windows},
         "following": {"train": windows, "dump": "growing", "grow": (range(2, 4), range(4, 5))},
         "stalled": {"train": windows | {"data_wait_seconds": 1.0}, "dump": "stalled"},
@@ -99,7 +101,9 @@ def results(folder: Path) -> Results:
         } | ({"copy": str(folder / job["copy"])} if "copy" in job else {})
         for name, job in jobs.items()
     ]  # fmt: skip
-    by_rank = run_ranks("support.train_jobs:run_trainings", 2, jobs=full)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WANDB_MODE", "offline")
+        by_rank = run_ranks("support.train_jobs:run_trainings", 2, jobs=full)
     return {name: [rank[i] for rank in by_rank] for i, name in enumerate(jobs)}
 
 
@@ -224,13 +228,16 @@ def test_deepspeeds_monitors_get_the_events(results: Results, folder: Path) -> N
     assert codes(results, "no monitor") == [78, 78]
 
 
+def test_trackers_get_the_run_of_the_rank_that_reports(results: Results, folder: Path) -> None:
+    assert codes(results, "trackers") == [0, 0]
+    found = EventAccumulator(str(folder / "trackers" / "tensorboard")).Reload().Scalars("train/loss")
+    assert [point.value for point in found] == pytest.approx(losses(results, "trackers"))
+    assert len(list((folder / "trackers" / "wandb").glob("offline-run-*"))) == 1
+
+
 def test_missing_tracker_is_told(results: Results) -> None:
-    """Where the package is not installed."""
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        assert codes(results, "tracker") == [78, 78]
-        assert "pip install 'llm-neo[wandb]'" in results["tracker"][0]["message"]
+    assert codes(results, "no tracker") == [78, 78]
+    assert "pip install 'llm-neo[wandb]'" in results["no tracker"][0]["message"]
 
 
 def test_work_before_a_bad_shard_is_kept(results: Results) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from support.engine_jobs import train_section
@@ -13,6 +14,7 @@ from support.tiny_student import write_dump
 
 from storage_schemas.config import DumpSection
 from storage_schemas.errors import NeoError
+from student_train import metrics
 from student_train.checkpoint import Checkpoints
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.engine import join
@@ -27,8 +29,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     """One training: what it returned or raised, its events, and the state of its newest checkpoint.
 
     Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
-    `spoil` damages the run directory first; `stop_after` asks to stop after so many steps, on the last rank; `grow`
-    writes these units while the training runs.
+    `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
+    so many steps, on the last rank; `grow` writes these units while the training runs.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -47,15 +49,17 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         threading.Thread(target=_grow, args=(Path(job["dump"]), job["grow"]), daemon=True).start()
     result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
     began = time.monotonic()
+    installed = mock.patch.object(metrics, "find_spec", lambda name: None if name == job.get("hide") else name)
     try:
-        summary = train_in(
-            world,
-            DumpSection(url=job["dump"]),
-            StudentSection(model=job["model"], lora=LoraSection(**{"r": 4, **job.get("lora", {})})),
-            LossSection(**job.get("loss", {})),
-            train,
-            stop=stop,
-        )
+        with installed:
+            summary = train_in(
+                world,
+                DumpSection(url=job["dump"]),
+                StudentSection(model=job["model"], lora=LoraSection(**{"r": 4, **job.get("lora", {})})),
+                LossSection(**job.get("loss", {})),
+                train,
+                stop=stop,
+            )
         result["summary"] = summary.model_dump(mode="json")
     except NeoError as error:
         result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
