@@ -145,13 +145,15 @@ def test_resume_at_another_stage(stage: str, results: Results) -> None:
     assert largest_difference(results[f"stage {stage}"][0]["state"], results["zero2 whole"][0]["state"]) < 1e-4
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_resume_at_another_world_size(ranks: int, results: Results, folder: Path) -> None:
-    """Stopped on two ranks, continued on one or three."""
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(1, 3), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(3, 3, marks=pytest.mark.slow)]
+)
+def test_resume_at_another_world_size(ranks: int, stage: int, results: Results, folder: Path) -> None:
+    """Stopped on two ranks at stage 2, continued on one or three, at another stage too."""
     assert codes(results, "half") == [75, 75]
     job = {
-        "output": str(folder / f"on {ranks}"), "copy": str(folder / "half"), "dump": str(folder / "dump"),
-        "model": str(folder / "student"), "train": {"zero_stage": 2},
+        "output": str(folder / f"on {ranks} at {stage}"), "copy": str(folder / "half"), "dump": str(folder / "dump"),
+        "model": str(folder / "student"), "train": {"zero_stage": stage},
     }  # fmt: skip
     found = run_ranks("support.train_jobs:run_trainings", ranks, jobs=[job])[0][0]
     assert found["code"] == 0, found["message"]
