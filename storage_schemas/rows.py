@@ -51,7 +51,7 @@ def _schema(*, nullable: bool) -> pa.Schema:
 
 SCHEMA = _schema(nullable=False)
 """The columns of every data file, in this order; `docs/format.md` says what they mean. Within lists only values of
-`tail_logprob` may be null: a reader of Parquet takes a fifth less time where it need not ask."""
+`tail_logprob` may be null: asking each of the others whether it is there costs a reader of Parquet time."""
 FIRST_SCHEMA = _schema(nullable=True)
 """The columns as the first writers declared them. They hold the same values, so no null either."""
 

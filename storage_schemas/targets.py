@@ -160,12 +160,9 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
 
 def _per_token(reduce: np.ufunc, values: Any, offsets: I64, *, empty: float) -> Any:
     """(n,) what `reduce` makes of each token's entries; `empty` for a token without any, where reduceat is no use."""
-    some = np.diff(offsets) > 0
-    if some.all() and len(some):
-        return reduce.reduceat(values, offsets[:-1])
-    reduced = np.full(len(some), empty, values.dtype)
-    if some.any():
-        reduced[some] = reduce.reduceat(values, offsets[:-1][some])
+    some = np.flatnonzero(np.diff(offsets))
+    reduced = np.full(len(offsets) - 1, empty, values.dtype)
+    reduced[some] = reduce.reduceat(values, offsets[some]) if len(some) else empty
     return reduced
 
 
