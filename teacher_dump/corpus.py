@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,14 +17,13 @@ from storage_schemas.errors import DataError
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, TOO_LONG
 from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
-from teacher_dump.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
 from teacher_dump.kept import cache_folder, corpus_key, kept
-from teacher_dump.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
-from teacher_dump.sources import RawRecord, find_source, open_source, read_source
+from teacher_dump.masks import Tokens, Unusable
+from teacher_dump.sources import find_source, open_source, read_source
+from teacher_dump.tokenise import NOTHING, Tokenised, tokenise
 
 _BATCH = 256
 _ARRAYS = ("offsets", "input_ids", "loss_mask", "lengths")
-_NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +112,8 @@ def freeze_corpus(
             records = read_source(source, open_source(source, files, seed=section.seed, cache=cache))
             while batch := list(islice(records, _BATCH)):
                 check()
-                _add_batch(builder, batch, tokenizer, section.mask)
+                for one in tokenise(batch, tokenizer, mask=section.mask):
+                    builder.add(one)
             builder.end_source()
         return builder.corpus()
 
@@ -157,68 +157,6 @@ def _hash(digest: "hashlib._Hash", sample: "Sample") -> None:
     digest.update(sample.loss_mask.tobytes())
 
 
-def _add_batch(builder: "_Builder", records: list[tuple[str, str, RawRecord]], tokenizer: Any, mask: str) -> None:
-    forms = [
-        record if isinstance(record, Unusable) else normalise(record, kind, where=where)
-        for where, kind, record in records
-    ]
-    for (where, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
-        given = None if isinstance(raw, Unusable) else raw.get("id")
-        builder.add(_content_hash(form) if given is None else str(given), tokens, where=where)
-
-
-def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) -> Iterator[Tokens | Unusable]:
-    """One result per form, in order; forms of one kind are tokenised together, which is several times faster."""
-    conversations = [form for form in forms if isinstance(form, Conversation)]
-    completions = [form for form in forms if isinstance(form, Completion)]
-    documents = [form for form in forms if isinstance(form, Document)]
-    results: dict[type, Iterator[Tokens | Unusable]] = {}
-    if conversations:
-        messages = [form.messages for form in conversations]
-        results[Conversation] = iter(tokenise_conversations(tokenizer, messages, mask=mask))
-    if completions:
-        results[Completion] = iter(tokenise_completions(tokenizer, completions, mask=mask))
-    if documents:
-        results[Document] = iter(tokenise_documents(tokenizer, documents))
-    for form in forms:
-        if form is None:
-            yield _NOTHING
-        elif isinstance(form, Unusable):
-            yield form
-        elif isinstance(form, Pretokenised):
-            yield _pretokenised(form, mask)
-        else:
-            yield next(results[type(form)])
-
-
-def _pretokenised(form: Pretokenised, mask: str) -> Tokens:
-    # Larger than int32 is out of range for any vocabulary; keep it so, instead of wrapping around.
-    ids = np.clip(np.array(form.input_ids, np.int64), -1, 2**31 - 1).astype(np.int32)
-    given = form.loss_mask if form.loss_mask is not None and mask == "assistant" else np.ones(len(ids), bool)
-    loss_mask = np.array(given, bool)
-    loss_mask[:1] = False
-    return Tokens(ids, loss_mask)
-
-
-def _content_hash(form: Record | Unusable | None) -> str:
-    """An id for a record without one: the same content has the same id."""
-    match form:
-        case None:
-            content: Any = None
-        case Unusable(reason):
-            content = reason
-        case Conversation(messages):
-            content = messages
-        case Completion(prompt, completion):
-            content = [prompt, completion]
-        case Document(text):
-            content = text
-        case Pretokenised(input_ids, loss_mask):
-            content = [list(input_ids), None if loss_mask is None else list(loss_mask)]
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class _Builder:
     """Grows the flat arrays and the fingerprint, sample by sample."""
 
@@ -234,10 +172,11 @@ class _Builder:
         self.digest = hashlib.sha256()
         self.first_problem = ""
 
-    def add(self, sample_id: str, tokens: Tokens | Unusable, *, where: str) -> None:
+    def add(self, record: Tokenised) -> None:
+        tokens = record.tokens
         self.lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
-        status, tokens = self._judge(tokens, where=where)
-        self.sample_ids.append(sample_id.encode(errors="replace").decode())
+        status, tokens = self._judge(tokens, where=record.where)
+        self.sample_ids.append(record.sample_id.encode(errors="replace").decode())
         self.statuses.append(status)
         self.input_ids.frombytes(tokens.input_ids.tobytes())
         self.loss_mask += tokens.loss_mask.tobytes()
@@ -283,7 +222,7 @@ class _Builder:
         """Status of a sample, and what is kept of it."""
         if isinstance(tokens, Unusable):
             self.first_problem = self.first_problem or f"{where}: {tokens.reason}"
-            return INVALID_TEXT, _NOTHING
+            return INVALID_TEXT, NOTHING
         ids, mask, limit = tokens.input_ids, tokens.loss_mask, self.section.max_length
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.head_size:
             raise DataError(
@@ -295,7 +234,7 @@ class _Builder:
         if len(ids) > limit:
             match self.section.too_long:
                 case "drop":
-                    return TOO_LONG, _NOTHING
+                    return TOO_LONG, NOTHING
                 case "truncate":
                     ids, mask = ids[:limit], mask[:limit]
                 case "error":

@@ -22,7 +22,7 @@ from teacher_dump.sources import Found
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MADE_BY = ("formats", "masks", "turns", "sources", "remote", "corpus")
+_MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "corpus")
 """Modules whose code decides what a corpus holds."""
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
 _SETTLED_SECONDS = 2.0

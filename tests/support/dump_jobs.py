@@ -65,13 +65,13 @@ def _work(job: dict[str, Any]) -> int:
     from teacher_dump.teacher import Teacher
 
     if job.get("tokenising"):
-        original = corpus_module._add_batch
+        original = corpus_module.tokenise
 
-        def announced(*arguments: Any) -> None:
+        def announced(*arguments: Any, **options: Any) -> Any:
             Path(job["tokenising"]).touch()
-            original(*arguments)
+            return original(*arguments, **options)
 
-        corpus_module._add_batch = announced
+        corpus_module.tokenise = announced
 
     class SlowTeacher(Teacher):
         def targets(self, samples: Any, **options: Any) -> Any:

@@ -53,13 +53,13 @@ def freeze(path: Path, *, tokenizer=None, head_size=VOCABULARY, source=None, **o
 def made(monkeypatch) -> list[int]:
     """Grows by one for every batch that is tokenised."""
     calls: list[int] = []
-    original = corpus_module._add_batch
+    original = corpus_module.tokenise
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         calls.append(1)
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(corpus_module, "_add_batch", counted)
+    monkeypatch.setattr(corpus_module, "tokenise", counted)
     return calls
 
 
