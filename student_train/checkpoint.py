@@ -5,7 +5,7 @@
                               COMMIT.json       written last: every file with its size and sha256
 
 A checkpoint exists once its commit record does; files without one are left-overs. Nothing is overwritten, and nothing
-is unpickled. What is read is verified as it is read.
+is unpickled. What is read is verified as it is read, the commit record by a checksum of its own.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -29,7 +29,9 @@ from storage_schemas.store import Store
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, FORMAT_VERSION)
+"""Version 1 has no checksum in its commit record."""
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 """Kinds of tensors: fp32 weights, and Adam's first and second moments. A tensor's key is `kind/parameter name`."""
 INITIAL = "initial"
@@ -59,7 +61,7 @@ class FileRecord(Section):
     """One file of a checkpoint."""
 
     name: str
-    kind: str
+    kind: Literal["state", "master", "exp_avg", "exp_avg_sq", "initial"]
     """`state`, or the kind of its tensors."""
     bytes: int
     sha256: str
@@ -71,6 +73,8 @@ class Commit(Section):
     format_version: int = FORMAT_VERSION
     step: int
     files: tuple[FileRecord, ...]
+    checksum: str | None = None
+    """sha256 of the record without this field, as canonical JSON; from version 2 on."""
 
 
 class Checkpoint:
@@ -87,6 +91,8 @@ class Checkpoint:
         name = f"{store.url}/{_folder(step)}/COMMIT.json"
         content = parse_json(store.get(f"{_folder(step)}/COMMIT.json"), name=name)
         _refuse_other_version(content, name)
+        if content["format_version"] > 1 or "checksum" in content:
+            _refuse_changed(content, name)
         self._commit: Commit = validated(Commit, content, name=name)
         record = next((record for record in self._commit.files if record.kind == "state"), None)
         if record is None or self._commit.step != step:
@@ -179,12 +185,13 @@ class Checkpoints:
         for kind, number, part in _files(tensors):
             name = f"{attempt}-{kind}-{number:03d}.safetensors"
             files.append(self._put(state.step, name, kind, safetensors.torch.save(part)))
-        commit = Commit(step=state.step, files=tuple(files))
-        self._store.put_new(f"{_folder(state.step)}/COMMIT.json", canonical_json(commit.model_dump(mode="json")))
+        commit = Commit(step=state.step, files=tuple(files)).model_dump(mode="json", exclude={"checksum"})
+        record = canonical_json(commit | {"checksum": _checksum(commit)})
+        self._store.put_new(f"{_folder(state.step)}/COMMIT.json", record)
         self.at(state.step).verify()
         older = [step for step in self.steps() if step < state.step]
         for step in older:
-            if step == 0 or step in older[: len(older) + 1 - keep]:
+            if step == 0 or step in older[: max(0, len(older) + 1 - keep)]:
                 self._remove(step)
 
     def _put(self, step: int, name: str, kind: str, data: bytes) -> FileRecord:
@@ -194,11 +201,14 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         """The commit record goes first, so that a half-removed checkpoint does not look like a complete one."""
         folder = self._folder / _folder(step)
+        if folder.is_symlink():  # What lies behind it is not ours.
+            folder.unlink()
         if not folder.is_dir():
             return
         self._store.delete(f"{_folder(step)}/COMMIT.json")
         for file in folder.iterdir():
-            file.unlink()
+            if file.is_symlink() or not file.is_dir():
+                file.unlink()
         with suppress(OSError):  # A network file system may hold a name that is still open elsewhere.
             folder.rmdir()
         self._store = Store(str(self._folder))  # The other one remembers the directory.
@@ -249,12 +259,52 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
         )
 
 
+def exactly(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """`tensors` as they come, which must be one for each key of `shapes`, of that shape, and no others.
+
+    Raises:
+        DataError: at the first that does not belong, or at the end if some are missing.
+    """
+    missing = dict(shapes)
+    for key, tensor in tensors:
+        if key not in missing or tuple(tensor.shape) != tuple(missing[key]):
+            raise _other_tensors(f"{key} of the shape {tuple(tensor.shape)}", missing.get(key, "no such tensor here"))
+        del missing[key]
+        yield key, tensor
+    if missing:
+        raise _other_tensors("nothing", f"{len(missing)} more, such as {', '.join(list(missing)[:3])}")
+
+
+def _other_tensors(got: str, expected: object) -> DataError:
+    return DataError(
+        "the checkpoint does not hold the weights and moments of this student",
+        got=got,
+        expected=expected,
+        fix="restore the checkpoint, or remove its directory to go on from the one before",
+    )
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(record)).hexdigest()
+
+
+def _refuse_changed(content: Mapping[str, Any], name: str) -> None:
+    found = _checksum({key: value for key, value in content.items() if key != "checksum"})
+    if found != content.get("checksum"):
+        raise DataError(
+            f"{name} was changed",
+            got=f"sha256 {found[:16]}",
+            expected=str(content.get("checksum"))[:16],
+            fix="nothing, if an earlier checkpoint is complete; else restore the file",
+        )
+
+
 def _refuse_other_version(content: Mapping[str, Any], name: str) -> None:
-    if content.get("format_version") != FORMAT_VERSION:
+    if content.get("format_version") not in READABLE:
         raise MismatchError(
             f"{name} has another format version",
             got=content.get("format_version"),
-            expected=FORMAT_VERSION,
+            expected=" or ".join(map(str, READABLE)),
             fix="resume with the version of llm-neo that wrote it, or choose another train.output",
         )
 

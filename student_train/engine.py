@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from storage_schemas.errors import DataError, Exit, MismatchError
 from student_train import world as worlds
 from student_train.batch import TrainBatch
-from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
+from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import TrainSection
 from student_train.student import Distilled
 from student_train.world import PeerError, World
@@ -168,12 +168,18 @@ class Engine:
 
         The weights must have been loaded into the module before it was handed to this engine: only masters and
         moments are set here.
+
+        Raises:
+            DataError: it is not one tensor of each kind for each trained parameter.
         """
         self.updates = updates
         self._engine.global_steps = updates
         self._make_moments(updates)
         parameters = dict(self._trained)
-        for key, value in tensors:
+        kinds = (MASTER, EXP_AVG, EXP_AVG_SQ) if updates else (MASTER,)
+        # Under ZeRO-3 a parameter's own shape is that of what this rank holds: none.
+        shapes = {f"{kind}/{name}": getattr(p, "ds_shape", p.shape) for kind in kinds for name, p in self._trained}
+        for key, value in exactly(tensors, shapes):
             kind, name = key.split("/", 1)
             self._set(kind, parameters[name], value.to(self._world.device))
 
@@ -277,12 +283,15 @@ class _ClippedAdamW(torch.optim.AdamW):
 
 
 def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy fp32 masters into the module's working weights, before an Engine is made of it."""
-    parameters = dict(module.trained())
-    for key, value in tensors:
-        kind, name = key.split("/", 1)
-        if kind == MASTER:
-            parameters[name].data.copy_(value)
+    """Copy fp32 masters into the module's working weights, before an Engine is made of it.
+
+    Raises:
+        DataError: it is not one tensor for each trained parameter.
+    """
+    parameters = {f"{MASTER}/{name}": p for name, p in module.trained()}
+    masters = ((key, value) for key, value in tensors if key.startswith(f"{MASTER}/"))
+    for key, value in exactly(masters, {key: p.shape for key, p in parameters.items()}):
+        parameters[key].data.copy_(value)
 
 
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

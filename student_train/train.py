@@ -20,7 +20,16 @@ from storage_schemas.run_info import canonical_json
 from storage_schemas.store import Store
 from student_train.batch import TrainBatch, collate
 from student_train.card import model_card
-from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState, refuse_other_run
+from student_train.checkpoint import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    INITIAL,
+    MASTER,
+    Checkpoint,
+    TrainState,
+    exactly,
+    refuse_other_run,
+)
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.engine import Engine, join, load_weights
 from student_train.final import write_final
@@ -95,14 +104,14 @@ def train_in(
             log.info("%s is finished: %d steps; nothing to do", train.output, done.steps)
         return done
     learner = world.together(lambda: _load_student(run, checkpoint, check_tokenizer=world.main))
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
         world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
     engine = Engine(learner.module, train, world)
     try:
         if checkpoint is None:
             _save(world, run, learner, engine, 0)
         else:
-            _restore(run, learner, engine, checkpoint)
+            world.together(partial(_restore, engine, checkpoint))
         return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
     finally:
         engine.close()
@@ -115,13 +124,15 @@ def _load_student(run: Run, checkpoint: Checkpoint | None, *, check_tokenizer: b
     learner = load_student(run.student, run.loss, run.train, run.dump.run, initial=initial)
     if checkpoint is not None:
         refuse_other_run(checkpoint.state.identity, run.identity | {WEIGHTS: learner.digest})
+        for _ in exactly((initial or {}).items(), {name: start.shape for name, start in learner.initial.items()}):
+            pass
     if check_tokenizer:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
         refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
     return learner
 
 
-def _restore(run: Run, learner: Student, engine: Engine, checkpoint: Checkpoint) -> None:
+def _restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Masters and moments; nothing to do before the first update."""
     if checkpoint.state.updates:
         kinds = (MASTER, EXP_AVG, EXP_AVG_SQ)

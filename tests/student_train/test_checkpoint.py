@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,18 @@ from torch import Tensor
 from storage_schemas import faults
 from storage_schemas.errors import DataError, MismatchError, NothingToResumeError, TemporaryError
 from student_train import checkpoint as checkpoints
-from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoints, TrainState, choose, refuse_other_run
+from student_train.checkpoint import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    INITIAL,
+    MASTER,
+    Checkpoint,
+    Checkpoints,
+    TrainState,
+    choose,
+    exactly,
+    refuse_other_run,
+)
 
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
@@ -103,6 +116,71 @@ def test_damage_to_any_file_is_found(tmp_path: Path, damage: str, caplog: pytest
         assert "step 2 is refused" in caplog.text
 
 
+def read_exactly(checkpoint: Checkpoint, step: int) -> dict[str, Tensor]:
+    """What a resume reads: one tensor of each kind for each parameter, or DataError."""
+    shapes = {key: tensor.shape for key, tensor in tensors(step)}
+    return dict(exactly(checkpoint.tensors(KINDS), shapes))
+
+
+def mutated(data: bytes, random: random.Random) -> bytes:
+    """One byte, bit, digit or word is another one, or a piece is gone or twice there."""
+    changed, at = bytearray(data), random.randrange(len(data))
+    match random.randrange(5):
+        case 0:
+            changed[at] ^= 1 << random.randrange(8)
+        case 1:
+            changed[at] = random.randrange(256)
+        case 2:
+            del changed[at : at + random.randrange(1, 200)]
+        case 3:
+            changed[at:at] = changed[at : at + random.randrange(1, 200)]
+        case 4:  # What the file itself consists of, in another place.
+            words = [match.span() for match in re.finditer(rb'"[a-z0-9_]+"|[0-9]+', data)]
+            (start, stop), (first, last) = random.sample(words, 2)
+            changed[start:stop] = data[first:last]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mutated_commit_record_never_gives_another_result(tmp_path: Path, version: int) -> None:
+    """Refused, or all weights and moments as they were; also in the first version, which has no checksum."""
+    found = saved(tmp_path, 2)
+    commit = tmp_path / "step-00000002" / "COMMIT.json"
+    if version == 1:
+        content = json.loads(commit.read_text())
+        del content["checksum"]
+        commit.write_text(json.dumps(content | {"format_version": 1}, sort_keys=True, separators=(",", ":")))
+    data, expected = commit.read_bytes(), read_exactly(found.at(2), 2)
+    swaps = [(one, other) for one in KINDS for other in (*KINDS, "state", INITIAL, "mastes") if one != other]
+    changed = [data.replace(f'"{one}"'.encode(), f'"{other}"'.encode()) for one, other in swaps]
+    changed += [mutated(data, random.Random(seed)) for seed in range(600)]
+    refused = 0
+    for number, content in enumerate(changed):
+        commit.write_bytes(content)
+        try:
+            checkpoint = found.at(2)
+            checkpoint.verify()
+            read = read_exactly(checkpoint, 2)
+        except (DataError, MismatchError):
+            refused += 1
+            continue
+        assert checkpoint.state == state(2), number
+        assert read.keys() == expected.keys(), number
+        assert all(torch.equal(read[key], value) for key, value in expected.items()), number
+    assert refused > 500
+
+
+def test_what_is_missing_or_left_over_is_named() -> None:
+    shapes = {"master/a": (2, 3), "master/b": (2, 3)}
+    both = [("master/a", torch.zeros(2, 3)), ("master/b", torch.zeros(2, 3))]
+    assert dict(exactly(both, shapes)).keys() == shapes.keys()
+    with pytest.raises(DataError, match="such as master/b"):
+        list(exactly(both[:1], shapes))
+    for wrong in (("master/c", torch.zeros(2, 3)), ("master/a", torch.zeros(2, 3)), ("master/b", torch.zeros(1, 3))):
+        with pytest.raises(DataError, match=wrong[0]):
+            list(exactly([both[0], wrong], shapes))
+
+
 def test_tensors_are_verified_as_they_are_read(tmp_path: Path) -> None:
     """A rank that opens a checkpoint after another has chosen it does not trust it blindly."""
     found = saved(tmp_path, 1)
@@ -169,6 +247,33 @@ def test_old_ones_go(tmp_path: Path) -> None:
     assert found.steps() == [10, 15, 20]
 
 
+@pytest.mark.parametrize("keep", range(1, 21))
+def test_as_many_stay_as_asked(tmp_path: Path, keep: int) -> None:
+    """After each of many saves."""
+    found = Checkpoints(tmp_path)
+    found.save(state(0), iter(()), keep=keep)
+    for step in range(1, 25):
+        found.save(state(step), iter(()), keep=keep)
+        assert found.steps() == list(range(1, step + 1))[-keep:]
+
+
+def test_links_are_removed_and_not_what_lies_behind_them(tmp_path: Path) -> None:
+    """Whether the step is too old, or written again."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "COMMIT.json").write_text("thesis")
+    (mine / "thesis.tex").write_text("thesis")
+    found = saved(tmp_path / "run", 3)
+    for step in (1, 4):
+        (tmp_path / "run" / f"step-{step:08d}").symlink_to(mine)
+    found.save(state(4), tensors(4), keep=1)
+    assert found.steps() == [4]
+    assert newest(found) == 4
+    assert {file.name: file.read_text() for file in mine.iterdir()} == dict.fromkeys(
+        ("COMMIT.json", "thesis.tex"), "thesis"
+    )
+
+
 def test_another_attempt_at_a_step_replaces_it(tmp_path: Path) -> None:
     """After a fall back the run comes to the refused step again."""
     found = saved(tmp_path, 1, 2)
@@ -184,14 +289,15 @@ def test_another_version_is_no_damage(tmp_path: Path, file: str) -> None:
     """It is refused by name, and not passed over for an older one."""
     found = saved(tmp_path, 1, 2)
     (path,) = (tmp_path / "step-00000002").glob(f"*{file}")
-    text = json.dumps(json.loads(path.read_text()) | {"format_version": 2})
+    text = json.dumps(json.loads(path.read_text()) | {"format_version": 3})
     path.write_text(text)
     if file == "state.json":
         commit = tmp_path / "step-00000002" / "COMMIT.json"
         content = json.loads(commit.read_text())
         (record,) = [record for record in content["files"] if record["kind"] == "state"]
         record |= {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        commit.write_text(json.dumps(content))
+        del content["checksum"]
+        commit.write_text(json.dumps(content | {"format_version": 1}))
     with pytest.raises(MismatchError, match="another format version"):
         found.newest()
 
