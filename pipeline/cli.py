@@ -17,7 +17,7 @@ from rich.console import Console
 from pipeline.config import Config, load_config, need
 from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
-from pipeline.processes import dump_group, dump_workers, train_workers, visible_gpus
+from pipeline.processes import dump_group, dump_workers, run_directory, train_workers, visible_gpus
 from storage_schemas.errors import Exit, NeoError
 
 app = typer.Typer(
@@ -165,15 +165,16 @@ def run(
     from pipeline.run import run_pipeline
 
     found = load_config(config, overrides or ())
-    # With --json, standard output belongs to the object alone.
-    summary = run_pipeline(
-        found,
-        config,
-        overrides or (),
-        workers=workers,
-        nproc=nproc or len(visible_gpus(os.environ)) or 1,
-        console=Console(stderr=as_json),
-    )
+    with run_directory(found, Nodes(), command="run"):
+        # With --json, standard output belongs to the object alone.
+        summary = run_pipeline(
+            found,
+            config,
+            overrides or (),
+            workers=workers,
+            nproc=nproc or len(visible_gpus(os.environ)) or 1,
+            console=Console(stderr=as_json),
+        )
     if as_json:
         _print(summary, as_json)
 
@@ -331,13 +332,13 @@ def prune(
 def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
     """Stage two, and the configuration it ran with beside its results."""
     kept = need(config.train, "train", "train").output / "config.yaml"
-    if nodes.node_rank == 0 and not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, config.to_yaml())
-    code = train_workers(config, nproc=nproc, nodes=nodes)
-    # Not before: a start that is refused must not replace what the results in this directory were made with.
-    if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
-        write_whole(kept, config.to_yaml())
+    with run_directory(config, nodes):
+        if nodes.node_rank == 0 and not kept.exists():
+            write_whole(kept, config.to_yaml())
+        code = train_workers(config, nproc=nproc, nodes=nodes)
+        # Not before: a start that is refused must not replace what the results in this directory were made with.
+        if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
+            write_whole(kept, config.to_yaml())
     return code
 
 

@@ -30,6 +30,8 @@ from pipeline.launch import (
     torchrun_argv,
 )
 from storage_schemas.errors import Exit
+from storage_schemas.store import local_path
+from student_train.directory import LAUNCHER, held, refuse_foreign
 from student_train.worker import EXIT_FOLDER, STOP, read_codes
 
 SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHING_TO_RESUME, Exit.TEMPORARY)
@@ -174,6 +176,32 @@ def _sum(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
+@contextmanager
+def run_directory(config: Config, nodes: Nodes, *, command: str = "train") -> Iterator[None]:
+    """Hold `train.output` on the first node: before anything is written there, until all is.
+
+    Raises:
+        TemporaryError: another training holds it.
+        MismatchError: it is something else than a run directory.
+    """
+    output = need(config.train, "train", command).output
+    if nodes.node_rank:
+        yield
+        return
+    named = [path for text in _texts(config.model_dump(mode="json")) if (path := local_path(text)) is not None]
+    refuse_foreign(output, dump=local_path(config.dump.url), named=named)
+    with held(output, LAUNCHER):
+        yield
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
 def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | None = None) -> int:
     """Run stage two on this node under torchrun.
 
@@ -182,6 +210,8 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
         nproc: ranks on this node.
         nodes: all nodes.
         stdout: file descriptor for the progress of the workers; standard output by default.
+
+    The caller holds the `run_directory`.
 
     Returns:
         The exit code that the workers agreed on.
@@ -192,7 +222,8 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(nodes.node_rank * nproc, (nodes.node_rank + 1) * nproc)
     # What the last start left there would end this one. The first node clears for all, since a node may come late.
-    for file in folder.iterdir() if nodes.node_rank == 0 else [folder / f"rank-{rank}" for rank in mine]:
+    all_left = [*folder.glob("rank-*"), *folder.glob(".rank-*"), folder / STOP]
+    for file in all_left if nodes.node_rank == 0 else [folder / f"rank-{rank}" for rank in mine]:
         file.unlink(missing_ok=True)
     sections: dict[str, Any] = {"dump": config.dump, "student": student, "loss": config.loss, "train": train}
     with tempfile.TemporaryDirectory() as scratch:

@@ -113,7 +113,8 @@ class TrainSection(Section):
     """The optimisation."""
 
     output: Path
-    """Run directory: config, events, checkpoints, final, summary."""
+    """Run directory: config, events, checkpoints, final, summary. New or empty, or of an earlier start; one training at
+    a time holds it."""
     arm: Literal["sft", "lora", "kd", "neo"] = "neo"
     """{full, LoRA} x {CE, CE + KL}: `sft` and `kd` train all weights, `lora` and `neo` the adapter; `sft` and `lora`
     use the cross-entropy alone."""

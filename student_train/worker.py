@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from storage_schemas.config import DumpSection
 from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError
 from storage_schemas.section import Section
 from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.directory import TRAINING, held
 
 EXIT_FOLDER, STOP = "exit", "stop"
 GRACE_SECONDS = 15.0
@@ -115,14 +117,19 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return int(error.exit_code)
     codes = ExitCodes(config.train.output, rank, world_size)
-    codes.clear()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
-    code = run(config, codes, rank=rank, world_size=world_size, local_rank=local_rank, stop=stop)
-    codes.write(code)
-    return code
+    try:
+        with held(config.train.output, TRAINING) if rank == 0 else nullcontext():
+            codes.clear()
+            threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
+            code = run(config, codes, rank=rank, world_size=world_size, local_rank=local_rank, stop=stop)
+            codes.write(code)
+            return code
+    except NeoError as error:  # Of the directory. If it is another training's, its exit codes are not ours to write.
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
 
 
 def read_config(path: Path) -> Resolved:

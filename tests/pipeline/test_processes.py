@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import processes
+from pipeline import cli, processes
 from pipeline.config import Config
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
@@ -25,6 +25,8 @@ from pipeline.processes import (
     train_workers,
     visible_gpus,
 )
+from storage_schemas.config import DumpSection
+from storage_schemas.errors import MismatchError, TemporaryError
 
 ROOT = Path(__file__).parents[2]
 
@@ -276,3 +278,33 @@ def test_a_second_node_clears_its_own_ranks_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(processes, "run_torchrun", lambda *_, **__: 0)
     assert train_workers(config, nproc=2, nodes=Nodes(2, 1, "host:1")) == 0
     assert sorted(file.name for file in (tmp_path / "exit").iterdir()) == ["rank-0", "rank-1"]
+
+
+def test_a_second_training_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the configuration, the events or the exit codes of the first one; nor does a start in a dump."""
+    output = tmp_path / "run"
+    config = Config.model_validate(
+        {"dump": {"url": str(tmp_path / "dump")}, "student": {"model": "m"}, "train": {"output": str(output)}}
+    )
+    monkeypatch.setattr(processes, "run_torchrun", lambda *_, **__: pytest.fail("it was started"))
+    (output / "exit").mkdir(parents=True)
+    (output / "exit" / "rank-0").write_text("0\n")
+    body = """
+    import pathlib, sys, time
+    from student_train.directory import LAUNCHER, held
+    with held(pathlib.Path(sys.argv[1]), LAUNCHER):
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    first = subprocess.Popen([*python(body), str(output)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert first.stdout is not None
+    assert first.stdout.readline() == b"held\n"
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(TemporaryError, match="another training holds"):
+        cli._train(config, nproc=1, nodes=Nodes())
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    first.kill()
+    first.wait()
+    inside = config.model_copy(update={"dump": DumpSection(url=str(tmp_path))})
+    with pytest.raises(MismatchError, match="lies in the dump"):
+        cli._train(inside, nproc=1, nodes=Nodes())
