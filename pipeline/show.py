@@ -135,7 +135,7 @@ def header(dump: Dump) -> Header:
         url=dump.store.url,
         fingerprint=dump.fingerprint,
         sealed=dump.sealed(),
-        teacher=run.teacher.model + (f" @ {run.teacher.revision}" if run.teacher.revision else ""),
+        teacher=run.origin.model + (f" @ {run.origin.revision}" if run.origin.revision else ""),
         teacher_dtype=run.teacher.dtype,
         tokenizer_ids=run.tokenizer.vocab_size,
         head_size=run.teacher.head_size,

@@ -141,12 +141,17 @@ def recomputing(
     from teacher_dump.teacher import Teacher
 
     dump = Dump.open(url, options=options)
-    named = dump.run.teacher
+    named = dump.run.origin
     if config is not None:
         section = need(config.teacher, "teacher", "verify --config")
     else:
         section = TeacherSection.model_validate(
-            {"model": named.model, "revision": named.revision, "dtype": named.dtype, "batch_tokens": _BATCH_TOKENS}
+            {
+                "model": named.model,
+                "revision": named.revision,
+                "dtype": dump.run.teacher.dtype,
+                "batch_tokens": _BATCH_TOKENS,
+            }
         )
     if model is not None:
         section = section.model_copy(update={"model": model, "revision": None})

@@ -43,8 +43,8 @@ SELECT sample_index, list_transform(target_logprobs, lambda t: exp(list_max(t)))
 def dataset_card(run: RunInfo, seal: Seal) -> str:
     """The card of a sealed dump."""
     return _CARD.format(
-        teacher=run.teacher.model,
-        revision=run.teacher.revision or "of a local directory",
+        teacher=run.origin.model,
+        revision=run.origin.revision or "of a local directory",
         dtype=run.teacher.dtype,
         estimator=run.estimator.model_dump(),
         temperatures=", ".join(map(str, run.temperatures)),

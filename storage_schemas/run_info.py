@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK
 from storage_schemas.errors import DataError, MismatchError
@@ -15,21 +15,30 @@ FORMAT_VERSION = 1
 M = TypeVar("M", bound=BaseModel)
 
 
-class TeacherIdentity(Section):
-    """The model behind the logits."""
+class _Identity(Section):
+    """A record whose absent fields are left out, not null: what the first writers had alone, and what they lacked."""
 
-    model: str
-    """Directory or hub id, as configured."""
-    revision: str | None
-    """Resolved commit on the hub; null for a directory."""
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return {name: value for name, value in content.items() if name in self.model_fields_set or value is not None}
+
+
+class TeacherIdentity(_Identity):
+    """The model behind the logits: what it is, wherever it lies."""
+
     config_sha256: str
-    """Hash of config.json."""
+    """Hash of what config.json says, see `teacher_dump.weights`; the first writers took that of the file."""
     weights_sha256: dict[str, str]
     """Hash of each weight file, by file name."""
     dtype: str
     """Compute dtype of the forward pass."""
     head_size: int = Field(ge=1, lt=2**31)
     """Rows of the LM head: every target id is below it."""
+    model: str | None = None
+    """Of the first writers alone; see `MadeBy.model`."""
+    revision: str | None = None
+    """Of the first writers alone; see `MadeBy.revision`."""
 
 
 class TokenizerIdentity(Section):
@@ -58,17 +67,32 @@ class CorpusIdentity(Section):
     """What happened to longer samples."""
 
 
-class EngineIdentity(Section):
+class EngineIdentity(_Identity):
     """The software that ran the teacher."""
 
     name: str
     """Backend."""
-    version: str
-    """Its version."""
+    arguments: dict[str, Any] | None = None
+    """Settings of it that may change what it computes; absent for the first writers."""
+    version: str | None = None
+    """Of the first writers alone: version, and ` with ` arguments as JSON."""
 
 
-class RunInfo(Section):
-    """Everything that determines the content of a dump, and nothing else."""
+class MadeBy(Section):
+    """Where the teacher lay and what it ran with when the dump was begun: a note, which nothing is compared with."""
+
+    model: str
+    """Directory or hub id, as the first worker had it."""
+    revision: str | None = None
+    """Resolved commit on the hub; null for a directory."""
+    config_file_sha256: str | None = None
+    """Hash of the file config.json; dumps of the first writers know the config by it."""
+    versions: dict[str, str] = {}
+    """Of the engine and of libraries, by name."""
+
+
+class RunInfo(_Identity):
+    """Everything that determines the content of a dump, and a note on what made it."""
 
     format_version: int = FORMAT_VERSION
     """Version of the dump format, see docs/format.md."""
@@ -92,11 +116,41 @@ class RunInfo(Section):
     """Fidelity gate in nats."""
     engine: EngineIdentity
     """The software."""
+    made_by: MadeBy | None = None
+    """No part of the identity, nor of the fingerprint; absent in dumps of the first writers, whose `teacher` and
+    `engine` say it."""
+
+    @model_validator(mode="after")
+    def _origin_in_one_place(self) -> Self:
+        places = (self.made_by is None, self.teacher.model is not None, self.engine.version is not None)
+        if len(set(places)) > 1:
+            raise ValueError("either made_by, or teacher.model and engine.version as the first writers had them")
+        return self
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        """sha256 of the canonical JSON without `made_by`."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json", exclude={"made_by"}))).hexdigest()
+
+    @property
+    def origin(self) -> MadeBy:
+        """Where the teacher lay and what it ran with."""
+        if self.made_by is not None:
+            return self.made_by
+        versions = {} if self.engine.version is None else {self.engine.name: self.engine.version}
+        return MadeBy(model=str(self.teacher.model), revision=self.teacher.revision, versions=versions)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What must agree for targets to belong into one dump: the same form whoever wrote it."""
+        found = self.model_dump(mode="json", exclude={"made_by": True, "teacher": {"model", "revision"}})
+        if found["engine"].pop("version", None) is not None:
+            _, _, arguments = str(self.engine.version).partition(" with ")
+            try:
+                found["engine"]["arguments"] = json.loads(arguments or "{}")
+            except ValueError:
+                found["engine"]["arguments"] = arguments
+        return found
 
     @property
     def units(self) -> int:
@@ -143,7 +197,7 @@ class RunInfo(Section):
 
     def refuse_other(self, wanted: "RunInfo", *, url: str) -> None:
         """Raise MismatchError if `wanted`, what the configuration asks for, differs from this dump in any field."""
-        if found := differences(self.model_dump(mode="json"), wanted.model_dump(mode="json")):
+        if found := self.differences_to(wanted):
             raise MismatchError(
                 f"{url} was made with other settings: {', '.join(found.keys)}",
                 got=found.there,
@@ -151,9 +205,19 @@ class RunInfo(Section):
                 fix="restore the settings this dump was started with, or choose another dump.url",
             )
 
+    def differences_to(self, wanted: "RunInfo") -> "Differences | None":
+        """In what the content of a dump that `wanted` describes would be another one than this dump's."""
+        here, there = self.content, wanted.content
+        if self.made_by is None and wanted.made_by is not None:  # Of the first writers, who hashed the file.
+            there["teacher"]["config_sha256"] = wanted.made_by.config_file_sha256
+        return differences(here, there)
+
     def to_json(self) -> bytes:
-        """The bytes of run.json."""
-        return canonical_json(self.model_dump(mode="json"), indent=2)
+        """The bytes of run.json; its `checksum` is the sha256 of the canonical JSON without it."""
+        content = self.model_dump(mode="json")
+        if self.made_by is not None:  # Else all of it is in the fingerprint, which every other file repeats.
+            content["checksum"] = hashlib.sha256(canonical_json(content)).hexdigest()
+        return canonical_json(content, indent=2)
 
     @classmethod
     def from_json(cls, data: bytes, *, url: str) -> "RunInfo":
@@ -165,11 +229,12 @@ class RunInfo(Section):
         """
         content = parse_json(data, name=f"{url}/run.json")
         refuse_other_version(content, name=f"{url}/run.json")
-        run = validated(cls, content, name=f"{url}/run.json")
+        stated = {name: value for name, value in content.items() if name != "checksum"}
+        run = validated(cls, stated, name=f"{url}/run.json")
         if run.to_json() != data:
             raise DataError(
                 f"{url}/run.json was changed",
-                got=f"{len(data)} bytes in another form",
+                got=f"{len(data)} bytes in another form, or with another checksum",
                 expected="the canonical form in which it was written",
                 fix="restore the file from a backup, or dump again into another URL",
             )

@@ -44,7 +44,7 @@ class DumpWriter:
 
     @classmethod
     def open(cls, url: str, run: RunInfo, *, options: Mapping[str, str] | None = None) -> "DumpWriter":
-        """Create the dump, or join the one that is there if it was made with the same settings.
+        """Create the dump, or join the one that is there if its content is the same; `run` is then what stands there.
 
         Raises:
             MismatchError: the dump at `url` differs from `run` in some field (each is named), or the store ignores
@@ -57,8 +57,9 @@ class DumpWriter:
             if store.put_new(RUN, run.to_json()):
                 return cls(store, run)
             present = store.get(RUN)
-        RunInfo.from_json(present, url=url).refuse_other(run, url=url)
-        return cls(store, run)
+        begun = RunInfo.from_json(present, url=url)
+        begun.refuse_other(run, url=url)
+        return cls(store, begun)
 
     def put_tokenizer(self, files: Mapping[str, bytes]) -> None:
         """Store the tokenizer, so that stage two never re-tokenises and can check the student's.
@@ -81,6 +82,10 @@ class DumpWriter:
             present = self._tokenizer()
         if present != record:
             raise _other_tokenizer(self.store.url, present.files if present else {}, hashes)
+
+    def has_tokenizer(self) -> bool:
+        """Whether the dump has its tokenizer; run.json says that it is the one that made the ids."""
+        return self._tokenizer() is not None
 
     def _tokenizer(self) -> TokenizerRecord | None:
         data = self.store.get_if_present(TOKENIZER)

@@ -70,7 +70,7 @@ def model_card(
         folder: where it lies.
         evaluation: if there was one.
     """
-    teacher = dump.run.teacher.model
+    teacher = dump.run.origin.model
     base = f"{student.model!r}, revision={student.revision!r}" if student.revision else repr(student.model)
     lines = [
         f"# {Path(student.model).name}: {train.arm} from {Path(teacher).name}",
@@ -151,7 +151,7 @@ def _facts(
     """(name, text) of what the run was made of."""
     run, last = dump.run, events[-1]
     yield "student", _named(student.model, student.revision)
-    yield "teacher", f"{_named(run.teacher.model, run.teacher.revision)}, {run.teacher.dtype}"
+    yield "teacher", f"{_named(run.origin.model, run.origin.revision)}, {run.teacher.dtype}"
     yield "dump", f"`{dump.store.url}`, fingerprint `{dump.fingerprint}`"
     yield "targets", ", ".join(f"{name} {value}" for name, value in run.estimator.model_dump().items())
     yield "arm", f"`{train.arm}`"

@@ -108,7 +108,8 @@ def run_dump(
         refuse_too_long(samples, teacher)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
-        writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
+        if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.
+            writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
         log_events = EventLog(events, rank=rank)
         try:
             worker = Worker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
@@ -153,6 +154,7 @@ def run_info(
         logprob_step=dump.logprob_step,
         max_kl=dump.max_kl,
         engine=teacher.engine,
+        made_by=teacher.made_by(),
     )
 
 

@@ -10,7 +10,7 @@ from storage_schemas.codec import round_logprobs
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
-from storage_schemas.run_info import RunInfo, differences
+from storage_schemas.run_info import RunInfo
 from storage_schemas.section import Section
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import F32, I32, Decoded, Targets, decode
@@ -136,14 +136,13 @@ def recompute(
 
 def refuse_other_teacher(run: RunInfo, teacher: Teacher) -> None:
     """Raise MismatchError unless the teacher is the one of run.json, wherever it lies: weights, config and dtype."""
-    where = {"model", "revision"}
-    here = teacher.identity().model_dump(mode="json", exclude=where)
-    if found := differences(run.teacher.model_dump(mode="json", exclude=where), here):
+    here = run.model_copy(update={"teacher": teacher.identity(), "made_by": teacher.made_by()})
+    if found := run.differences_to(here):
         raise MismatchError(
             f"{teacher.section.model} is not the teacher that made the dump: {', '.join(found.keys)}",
             got=found.there,
             expected=found.here,
-            fix=f"recompute with {run.teacher.model} itself, in {run.teacher.dtype}",
+            fix=f"recompute with {run.origin.model} itself, in {run.teacher.dtype}",
         )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from storage_schemas.config import Estimator
 from storage_schemas.errors import MismatchError
 from storage_schemas.logits import LogitTransform
-from storage_schemas.run_info import EngineIdentity, RunInfo, TeacherIdentity
+from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
 from teacher_dump.batches import length_sorted_batches
@@ -135,7 +135,16 @@ class Teacher:
     @property
     def engine(self) -> EngineIdentity:
         """The software that runs it."""
-        return EngineIdentity(name=self.section.backend, version=version("transformers"))
+        return EngineIdentity(name=self.section.backend, arguments={})
+
+    def made_by(self) -> MadeBy:
+        """Where it lies and what it runs with."""
+        return MadeBy(
+            model=self.section.model,
+            revision=self.files.revision,
+            config_file_sha256=self.files.config_file_sha256(),
+            versions={name: version(name) for name in ("transformers", "torch")},
+        )
 
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
         """Raise MismatchError if it cannot make such targets, before anything is read: transformers makes them all."""
@@ -196,8 +205,6 @@ class Teacher:
     @cached_property
     def _identity(self) -> TeacherIdentity:
         return TeacherIdentity(
-            model=self.section.model,
-            revision=self.files.revision,
             config_sha256=self.files.config_sha256(),
             weights_sha256=self.files.weights_sha256(),
             dtype=self.section.dtype,

@@ -27,7 +27,7 @@ import torch
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.rows import OK
-from storage_schemas.run_info import EngineIdentity, RunInfo
+from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets
 from teacher_dump.agreement import TOLERANCES, Agreement, agreement
@@ -103,10 +103,14 @@ class VllmTeacher(Teacher):
 
     @property
     def engine(self) -> EngineIdentity:
-        """vLLM's version, and the engine arguments that may change what it computes."""
+        """vLLM, and the engine arguments that may change what it computes."""
         changes = {key: value for key, value in self.section.vllm.items() if key not in _ONLY_PLACEMENT}
-        with_changes = f" with {json.dumps(changes, sort_keys=True)}" if changes else ""
-        return EngineIdentity(name="vllm", version=_vllm_version() + with_changes)
+        return EngineIdentity(name="vllm", arguments=json.loads(json.dumps(changes)))
+
+    def made_by(self) -> MadeBy:
+        """Where it lies and what it runs with."""
+        made_by = super().made_by()
+        return made_by.model_copy(update={"versions": made_by.versions | {"vllm": _vllm_version()}})
 
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
         """Raise MismatchError for what cannot be had from vLLM's log-probs."""

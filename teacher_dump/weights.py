@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -14,6 +15,7 @@ from storage_schemas.errors import MismatchError
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["consolidated*", "original/*", "onnx/*", "*/*.safetensors"]
 _INDEX = "model.safetensors.index.json"
+_BOOKKEEPING = {"transformers_version", "_name_or_path", "_commit_hash"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -28,9 +30,14 @@ class ModelFiles:
     weights: tuple[Path, ...]
     """The safetensors files."""
 
-    def config_sha256(self) -> str:
-        """Hash of config.json."""
+    def config_file_sha256(self) -> str:
+        """Hash of the file config.json."""
         return _sha256(self.folder / "config.json")
+
+    def config_sha256(self) -> str:
+        """Hash of what config.json says, less who wrote it and where it lay: neither changes a logit."""
+        content = _without_bookkeeping(json.loads((self.folder / "config.json").read_bytes()))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def weights_sha256(self) -> dict[str, str]:
         """Hash of each weight file, by name."""
@@ -74,6 +81,12 @@ def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     if missing:
         raise _no_model(name, f"no {', '.join(missing[:5])}")
     return tuple(folder / file for file in names)
+
+
+def _without_bookkeeping(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_bookkeeping(inner) for name, inner in value.items() if name not in _BOOKKEEPING}
+    return [_without_bookkeeping(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 python tests/golden/regenerate.py
 
-v1 is of this code; v1-first is of the first writers, which declared all elements of lists nullable.
+v1-content is of this code. v1 is of writers whose fingerprint covered the path of the teacher; v1-first is of the first
+ones, which declared all elements of lists nullable, too.
 """
 
 import json
@@ -49,11 +50,11 @@ def _plain(values: Any) -> Any:
 
 if __name__ == "__main__":
     for name, estimator in ESTIMATORS.items():
-        folder = HERE / "v1" / name
+        folder = HERE / "v1-content" / name
         shutil.rmtree(folder, ignore_errors=True)
         temperatures = (1.0, 2.0) if name == "topk" else (1.0,)
         run = run_info(
             samples=7, samples_per_unit=7, head_size=40, estimator=estimator, temperatures=temperatures
         )  # fmt: skip
         make_dump(folder, run)
-        (HERE / "v1" / f"{name}.json").write_text(json.dumps(contents(Dump.open(str(folder)))) + "\n")
+        (HERE / "v1-content" / f"{name}.json").write_text(json.dumps(contents(Dump.open(str(folder)))) + "\n")

@@ -17,7 +17,7 @@ FORMAT = (Path(__file__).parent.parent.parent / "docs" / "format.md").read_text(
 
 
 @pytest.mark.parametrize("estimator", ["topk", "adaptive", "sampled"])
-@pytest.mark.parametrize("writers", ["", "-first"])
+@pytest.mark.parametrize("writers", ["", "-first", "-content"])
 def test_the_golden_dump_reads_as_it_did(writers: str, estimator: str) -> None:
     spec = importlib.util.spec_from_file_location("regenerate", GOLDEN / "regenerate.py")
     assert spec is not None

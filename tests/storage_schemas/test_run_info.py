@@ -1,25 +1,26 @@
 """Provenance: every difference from what a dump was made with is refused, with got, expected and what to do."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.dumps import run_info
+from support.dumps import HASH, run_info, unit_rows
 
 from storage_schemas.commit import RUN
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import DataError, Exit, MismatchError
 from storage_schemas.reader import Dump
-from storage_schemas.run_info import RunInfo, canonical_json, leaves, parse_json
+from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo, canonical_json, leaves, parse_json
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256
+from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 
 OTHER = "f" * 64
 DIFFERENCES = {
-    "teacher.model": "another",
-    "teacher.revision": "0123456789012345678901234567890123456789",
     "teacher.config_sha256": OTHER,
     "teacher.weights_sha256": {"model.safetensors": OTHER},
     "teacher.weights_sha256 more": {"model.safetensors": "0" * 64, "more.safetensors": OTHER},
@@ -44,7 +45,7 @@ DIFFERENCES = {
     "logprob_step": 0.125,
     "max_kl": 1e-3,
     "engine.name": "vllm",
-    "engine.version": "2",
+    "engine.arguments": {"quantization": "fp8"},
 }
 
 
@@ -74,9 +75,81 @@ def test_a_difference_in_one_field_is_refused(field: str, tmp_path: Path) -> Non
     DumpWriter.open(str(tmp_path / "dump"), run)
 
 
+def elsewhere(run: RunInfo) -> RunInfo:
+    """The same content, made at another place with other versions."""
+    made_by = MadeBy(model="hub/id", revision="a" * 40, config_file_sha256=OTHER, versions={"test": "2", "torch": "3"})
+    return run.model_copy(update={"made_by": made_by})
+
+
+def test_where_it_lies_and_which_versions_ran_it_are_a_note(tmp_path: Path) -> None:
+    run = run_info()
+    DumpWriter.open(str(tmp_path), run)
+    other = elsewhere(run)
+    assert other.fingerprint == run.fingerprint
+    joined = DumpWriter.open(str(tmp_path), other)
+    assert joined.run == run, "the first worker's note is kept"
+    assert (tmp_path / RUN).read_bytes() == run.to_json()
+    assert Dump.open(str(tmp_path)).run.origin.versions == {"test": "1"}
+
+
+@pytest.mark.parametrize("estimator", ["topk", "adaptive", "sampled"])
+@pytest.mark.parametrize("folder", ["v1", "v1-first"])
+def test_a_dump_of_the_first_writers_is_continued_where_the_content_agrees(
+    folder: str, estimator: str, tmp_path: Path
+) -> None:
+    golden = Path(__file__).parent.parent / "golden" / folder / estimator
+    shutil.copytree(golden, tmp_path / "dump")
+    old = Dump.open(str(golden)).run
+    assert old.teacher.model == old.origin.model == "teacher"
+    assert old.fingerprint == hashlib.sha256(canonical_json(json.loads((golden / RUN).read_bytes()))).hexdigest()
+    now = run_info(samples=7, samples_per_unit=7, head_size=40, estimator=old.estimator, temperatures=old.temperatures)
+    shutil.rmtree(tmp_path / "dump" / "commits")
+    for path in (*(tmp_path / "dump" / "data").iterdir(), tmp_path / "dump" / "SEALED.json"):
+        path.unlink()
+    made_by = elsewhere(now).origin.model_copy(update={"config_file_sha256": HASH})
+    wanted = now.model_copy(update={"made_by": made_by})
+    writer = DumpWriter.open(str(tmp_path / "dump"), wanted)
+    assert writer.run == old
+    writer.commit_unit(0, unit_rows(writer.run, 0))
+    assert writer.seal()
+    assert verify(str(tmp_path / "dump")).ok
+    for field, value in DIFFERENCES.items():
+        if field != "teacher.config_sha256" and changed(wanted, field, value) != wanted:
+            with pytest.raises(MismatchError):
+                DumpWriter.open(str(tmp_path / "dump"), changed(wanted, field, value))
+    with pytest.raises(MismatchError, match=r"teacher\.config_sha256"):
+        DumpWriter.open(str(tmp_path / "dump"), elsewhere(now))
+
+
+def test_arguments_of_an_engine_were_in_its_version_once() -> None:
+    run = run_info()
+    content = json.loads(run.to_json()) | {"engine": {"name": "test", "version": '1 with {"quantization": "fp8"}'}}
+    del content["made_by"], content["checksum"]
+    content["teacher"] |= {"model": "teacher", "revision": None}
+    old = RunInfo.from_json(canonical_json(content, indent=2), url="u")
+    same = changed(run, "engine.arguments", {"quantization": "fp8"})
+    assert old.differences_to(same) is None
+    found = old.differences_to(run)
+    assert found is not None
+    assert found.keys == ["engine.arguments.quantization"]
+
+
+def test_a_note_stands_in_one_place() -> None:
+    content = json.loads(run_info().to_json())
+    for other in (
+        content | {"teacher": content["teacher"] | {"model": "teacher"}},
+        {name: value for name, value in content.items() if name != "made_by"},
+    ):
+        with pytest.raises(DataError, match="either made_by"):
+            RunInfo.from_json(canonical_json(other, indent=2), url="u")
+    note = content | {"made_by": content["made_by"] | {"model": "another"}}
+    with pytest.raises(DataError, match="was changed"):
+        RunInfo.from_json(canonical_json(note, indent=2), url="u")
+
+
 def test_the_table_covers_every_field() -> None:
     names = {field.split(" ")[0] for field in DIFFERENCES}
-    for name, _ in leaves(run_info().model_dump(mode="json")):
+    for name, _ in leaves(run_info(engine=EngineIdentity(name="test", arguments={"a": 1})).content):
         assert name == "format_version" or any(name.startswith(covered) for covered in names), name
     assert len(DIFFERENCES) >= 25
 
@@ -89,7 +162,7 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
 
 def test_fingerprint_depends_on_content_alone() -> None:
     run = run_info()
-    again = RunInfo.model_validate(dict(reversed(json.loads(run.to_json()).items())))
+    again = RunInfo.model_validate(dict(reversed(run.model_dump(mode="json").items())))
     assert again.fingerprint == run.fingerprint
     assert RunInfo.from_json(run.to_json(), url="u") == again
     with pytest.raises(DataError, match="canonical"):

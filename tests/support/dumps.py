@@ -8,7 +8,7 @@ import numpy as np
 from storage_schemas.commit import CommitRecord, record_key
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
-from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
+from storage_schemas.run_info import CorpusIdentity, EngineIdentity, MadeBy, RunInfo, TeacherIdentity, TokenizerIdentity
 from storage_schemas.targets import Targets
 from storage_schemas.writer import DumpWriter
 
@@ -27,8 +27,6 @@ def run_info(
     """A run.json of a made-up teacher."""
     run = RunInfo(
         teacher=TeacherIdentity(
-            model="teacher",
-            revision=None,
             config_sha256=HASH,
             weights_sha256={"model.safetensors": HASH},
             dtype="float32",
@@ -42,7 +40,8 @@ def run_info(
         logsumexp=True,
         logprob_step=0.0625,
         max_kl=1e-4,
-        engine=EngineIdentity(name="test", version="1"),
+        engine=EngineIdentity(name="test", arguments={}),
+        made_by=MadeBy(model="teacher", config_file_sha256=HASH, versions={"test": "1"}),
     )
     return run.model_copy(update=changes)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.targets import decode
+from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import freeze_corpus
 from teacher_dump.dump import run_dump, tokenizer_files
@@ -181,6 +183,29 @@ def test_other_settings_are_refused_before_the_weights_are_loaded(tmp_path, corp
         run_dump(**wanted)
     assert "model" not in vars(teacher), "the weights were loaded"
     assert files_of(url) == before
+
+
+def test_a_copy_of_the_teacher_continues_a_dump_with_other_versions(tmp_path, corpus_file, model_folder, monkeypatch):
+    """Another mount, another release of a library: its tokenizer files and config.json may be other bytes, too."""
+    url = str(tmp_path / "dump")
+    first = run_dump(**sections(url, corpus_file, model_folder))
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "x"}))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"written_by_a_later_version": True}))
+    monkeypatch.setattr("teacher_dump.teacher.version", lambda name: "9.9")
+    (tmp_path / "dump" / "SEALED.json").unlink()
+    for path in [*(tmp_path / "dump").glob("commits/*1.json"), *(tmp_path / "dump").glob("data/unit-*1-*")]:
+        path.unlink()
+    again = run_dump(**sections(url, corpus_file, copy))
+    assert again.units_done_here > 0
+    assert again.fingerprint == first.fingerprint
+    assert verify(url).ok
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.3}))
+    with pytest.raises(MismatchError, match=r"teacher\.config_sha256"):
+        run_dump(**sections(url, corpus_file, copy))
 
 
 def test_one_teacher_serves_several_dumps(tmp_path, corpus_file, model_folder):

@@ -141,12 +141,13 @@ def test_the_dump_says_vllm_and_takes_no_other_engine(tmp_path, corpus_file, mod
     job = vllm_job(tmp_path, corpus_file, model_folder)
     run_dump(**job)
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["engine"] == {"name": "vllm", "version": "0.32.0"}
+    assert run["engine"] == {"name": "vllm", "arguments": {}}
+    assert run["made_by"]["versions"]["vllm"] == "0.32.0"
     plain = job["teacher"].section.model_copy(update={"backend": "transformers"})
     with pytest.raises(MismatchError, match=r"engine\.name"):
         run_dump(**job | {"teacher": plain})
     quantised = vllm_job(tmp_path, corpus_file, model_folder, vllm={"quantization": "fp8"})
-    with pytest.raises(MismatchError, match=r"engine\.version = 0\.32\.0 with {\"quantization\": \"fp8\"}"):
+    with pytest.raises(MismatchError, match=r"engine\.arguments\.quantization = fp8"):
         run_dump(**quantised)
     elsewhere = vllm_job(tmp_path, corpus_file, model_folder, vllm={"tensor_parallel_size": 2})
     assert run_dump(**elsewhere).units_done_here == 0
