@@ -4,13 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from storage_schemas.address import DumpUrl
 from storage_schemas.section import Section
 
 
 class DumpSection(Section):
     """Where the dump lies and how it is cut."""
 
-    url: str
+    url: DumpUrl
     """Local path, `file://`, `s3://bucket/prefix`, `gs://` or `az://`: the only thing that the two stages share."""
     samples_per_unit: int = Field(512, ge=1)
     """Samples per unit of work, which is one shard file. A shard is fetched and decoded as a whole."""

@@ -7,78 +7,34 @@ renamed over; a key that is visible is complete, and on local files also durable
 import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import LocalStore, from_url
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore
 
 from storage_schemas import faults
+from storage_schemas.address import dump_url, local_path
 from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
-from storage_schemas.interrupt import interruptible
+from storage_schemas.masking import masked
+from storage_schemas.remote import WRITING, failure, object_store, persistently
 
 T = TypeVar("T")
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 """Keys are plain relative names: no absolute path, no `..`, no empty or hidden part, no backslash."""
-RETRY: dict[str, Any] = {
-    "max_retries": 40,
-    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
-    "retry_timeout": timedelta(minutes=2),
-}
-"""How long a request to an object store is repeated before the store counts as away."""
-CLIENT: dict[str, Any] = {"connect_timeout": "10s", "timeout": "3m"}
-"""Time limits of one request; a shard must fit through in `timeout`."""
 PARALLEL_REQUESTS = 32
 """Requests in flight when many small keys are read."""
+JSON_BYTES = 64 * 2**20
+"""The largest JSON file that is read."""
 _STAGED = re.compile(r"\.staged-(?P<name>.+)-[0-9a-f]{32}")
 _NEVER = (errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG)
 """Errors that another try will not mend."""
-_ENDPOINTS = ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url")
-
-
-def local_path(url: str) -> Path | None:
-    """The directory that `url` names on this machine, or None for an object store."""
-    if url.startswith("file://"):
-        return Path(url.removeprefix("file://"))
-    return None if "://" in url else Path(url)
-
-
-def object_store(url: str, options: Mapping[str, str], *, setting: str) -> Any:
-    """obstore's view of an object store; nothing is contacted.
-
-    Args:
-        url: `s3://bucket/prefix`, `gs://` or `az://`.
-        options: such as `endpoint`; credentials come from the environment.
-        setting: where the user wrote them.
-
-    Raises:
-        MismatchError: the URL or an option is not understood, or the URL carries credentials.
-    """
-    endpoint = _endpoint(options)
-    for address in (url, endpoint):
-        if "@" in address.split("://")[-1].split("/")[0]:
-            raise MismatchError(
-                "a store's URL must not carry credentials",
-                expected="scheme://bucket/prefix",
-                fix="give credentials in the environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)",
-            )
-    client = CLIENT | ({"allow_http": True} if endpoint.startswith("http://") else {})
-    try:
-        config: Any = dict(options) or None
-        return from_url(url, config=config, client_options=client, retry_config=RETRY)  # type: ignore[call-overload]
-    except (BaseError, ValueError) as error:
-        raise MismatchError(
-            f"the URL {url} cannot be opened",
-            got=first_line(error),
-            expected="a local path, file://, s3://, gs:// or az://",
-            fix=f"correct {setting}",
-        ) from error
 
 
 class Store:
@@ -94,13 +50,22 @@ class Store:
         Raises:
             MismatchError: the URL or an option is not understood, or the URL carries credentials.
         """
-        self.url = url
-        self.root = local_path(url)
+        try:
+            self.url = dump_url(url)
+        except ValueError as error:
+            raise MismatchError(
+                f"the dump's URL {error}",
+                got=masked(ascii(url)[:200]),
+                expected="a local path, file://, s3://, gs:// or az://",
+                fix="correct dump.url",
+            ) from error
+        self.root = local_path(self.url)
         self._store: Any = None
         self._durable: set[Path] = set()
-        if self.root is not None:
-            return
-        self._store = object_store(url, options or {}, setting="dump.url or dump.storage_options")
+        self._answered = False
+        if self.root is None:
+            self._store = object_store(self.url, options or {})
+            self._writing = object_store(self.url, options or {}, client=WRITING)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write `data` under `key` unless the key exists; True if this call's bytes are what the key holds.
@@ -118,7 +83,7 @@ class Store:
             won = self._put_new_local(key, data) if self.root is not None else self._put_new_remote(key, data)
             faults.point(f"put:{kind}:after")
         except PermissionError as error:
-            raise _no_access(self.url, error) from error
+            raise failure(error, self.url) from error
         except OSError as error:
             if error.errno in _NEVER:
                 raise _no_folder(self.url, error) from error
@@ -129,35 +94,64 @@ class Store:
             ) from error
         return won
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *, limit: int | None = None) -> bytes:
         """All bytes of `key`.
 
+        Args:
+            key: which.
+            limit: the most bytes that it may have, refused before any is read.
+
         Raises:
-            DataError: there is no such key.
+            DataError: there is no such key, it is larger, or no file.
             TemporaryError: the store cannot be reached.
         """
-        data = self.get_if_present(key)
+        data = self.get_if_present(key, limit=limit)
         if data is None:
             raise DataError(
                 f"{self.url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`"
             )
         return data
 
-    def get_if_present(self, key: str) -> bytes | None:
-        """All bytes of `key`, or None if there is no such key."""
+    def get_if_present(self, key: str, *, limit: int | None = None) -> bytes | None:
+        """All bytes of `key`, or None if there is no such key; otherwise as `get`."""
         _check(key)
         if self._absent():
             return None
+
+        def read() -> bytes:
+            if self.root is not None:
+                self._refuse_device(key)
+            found = obstore.get(self._store, key)
+            if limit is not None and (size := int(found.meta["size"])) > limit:
+                raise DataError(
+                    f"{self.url}/{key} is larger than it can be",
+                    got=f"{size} bytes",
+                    expected=f"at most {limit}",
+                    fix="the file is damaged or was replaced: restore it; run `llm-neo verify`",
+                )
+            return bytes(found.bytes())
+
         try:
-            return self._ask(lambda: bytes(obstore.get(self._store, key).bytes()))
+            return self._ask(read)
         except FileNotFoundError:
             return None
 
+    def _refuse_device(self, key: str) -> None:
+        """Opening a FIFO would wait for a writer for ever."""
+        assert self.root is not None
+        if not stat.S_ISREG((self.root / key).stat().st_mode):
+            raise DataError(
+                f"{self.url}/{key} is no regular file",
+                got=stat.filemode((self.root / key).stat().st_mode),
+                expected="a file",
+                fix="the dump was not written by this project; do not use it",
+            )
+
     def get_many(self, keys: Sequence[str]) -> Iterator[bytes]:
-        """All bytes of each of `keys`, in order, with many requests in flight; errors as in `get`."""
+        """All bytes of each of `keys`, JSON files, in order, with many requests in flight; errors as in `get`."""
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             for start in range(0, len(keys), 1024):
-                yield from pool.map(self.get, keys[start : start + 1024])
+                yield from pool.map(lambda key: self.get(key, limit=JSON_BYTES), keys[start : start + 1024])
 
     def size(self, key: str) -> int | None:
         """Size of `key` in bytes, or None if there is no such key."""
@@ -174,11 +168,13 @@ class Store:
         _check(prefix)
         if self._absent():
             return
-        batches = self._ask(lambda: iter(obstore.list(self._store, prefix)))
-        while (batch := self._ask(lambda: next(batches, None))) is not None:
-            for entry in batch:
-                if KEY.fullmatch(entry["path"]):
-                    yield entry["path"], entry["size"]
+
+        def whole() -> list[tuple[str, int]]:
+            # A listing that failed in its middle does not go on: it is made again.
+            batches = obstore.list(self._store, prefix)
+            return [(e["path"], e["size"]) for batch in batches for e in batch if KEY.fullmatch(e["path"])]
+
+        yield from self._ask(whole)
 
     def delete(self, key: str) -> None:
         """Remove `key`; a key that is not there is no error."""
@@ -201,7 +197,7 @@ class Store:
                 _fsync_directory(self.root / folder)
                 _fsync_directory(self.root)
             except OSError as error:
-                raise _unreachable(self.url, error) from error
+                raise failure(error, self.url) from error
 
     def remove_staged(self, decided: Callable[[str], bool]) -> int:
         """On local files, remove what killed writers left staged for the keys that are `decided`; how many."""
@@ -293,35 +289,44 @@ class Store:
         self._durable.add(folder)
 
     def _put_new_remote(self, key: str, data: bytes) -> bool:
-        last: BaseException | None = None
-        for _ in range(3):
+        def read() -> bytes | None:
             try:
-                interruptible(lambda: obstore.put(self._store, key, data, mode="create", use_multipart=False))
-                return True
+                return bytes(obstore.get(self._store, key).bytes())
+            except FileNotFoundError:
+                return None
+
+        def put() -> bool:
+            try:
+                obstore.put(self._writing, key, data, mode="create", use_multipart=False)
             except AlreadyExistsError:
                 # Ours, if an earlier try of this very request was applied and its answer lost.
-                return self.get_if_present(key) == data
-            except FileNotFoundError as error:
-                raise _no_bucket(self.url, error) from error
-            except BaseError as error:
-                if is_refusal(error):
-                    raise _no_access(self.url, error) from error
-                # It may have been applied and only the answer lost. If the store is away, this read says so.
-                last = error
-                found = self.get_if_present(key)
-                if found is not None:
-                    return found == data
-        raise _unreachable(self.url, last) from last
+                return read() == data
+            except BaseError:
+                # It may have been applied and only the answer lost.
+                with suppress(BaseError):
+                    if (found := read()) is not None:
+                        return found == data
+                raise
+            return True
+
+        try:
+            return self._ask(put)
+        except FileNotFoundError as error:
+            raise failure(error, self.url) from error
 
     def _ask(self, call: Callable[[], T]) -> T:
         try:
-            return call() if self.root is not None else interruptible(call)
+            if self.root is None:
+                found = persistently(call, self.url, answered=self._answered)
+                self._answered = True
+            else:
+                found = call()
         except FileNotFoundError:
+            self._answered = True
             raise
         except (BaseError, OSError) as error:
-            if is_refusal(error):
-                raise _no_access(self.url, error) from error
-            raise _unreachable(self.url, error) from error
+            raise failure(error, self.url) from error
+        return found
 
 
 def _check(key: str) -> None:
@@ -346,43 +351,6 @@ def _fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _endpoint(options: Mapping[str, str]) -> str:
-    """The configured address of the object store, if any; plain HTTP is allowed when it says so."""
-    given = [value for key, value in options.items() if key.lower() in _ENDPOINTS]
-    return (given or [os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT", "")])[0]
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether access is denied, or there are no credentials (then the client asks a cloud machine's own address)."""
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
-        return True
-    # A refused LIST has no class of its own.
-    return any(sign in str(error) for sign in ("403 Forbidden", "401 Unauthorized", "169.254.169.254"))
-
-
-def first_line(error: BaseException | None) -> str:
-    """What an error of an object store says, without the pages that follow."""
-    return str(error).strip().splitlines()[0] if error is not None and str(error).strip() else type(error).__name__
-
-
-def _no_access(url: str, error: BaseException) -> MismatchError:
-    return MismatchError(
-        f"no access to {url}",
-        got=first_line(error),
-        expected="permission to put, get and list (stage one), get and list (stage two)",
-        fix="check the credentials in the environment and the permissions that go with them",
-    )
-
-
-def _no_bucket(url: str, error: BaseException) -> MismatchError:
-    return MismatchError(
-        f"nothing can be written under {url}",
-        got=first_line(error),
-        expected="a bucket that exists",
-        fix="create the bucket, or correct dump.url",
-    )
-
-
 def _no_folder(url: str, error: OSError) -> MismatchError:
     return MismatchError(
         f"{url} cannot be a dump",
@@ -398,10 +366,4 @@ def _no_hard_links(url: str) -> MismatchError:
         got="link: not permitted",
         expected="a file system on which a name can be created only once (ext4, XFS, NFS, Lustre)",
         fix="choose a dump.url on another file system or on an object store",
-    )
-
-
-def _unreachable(url: str, error: BaseException | None) -> TemporaryError:
-    return TemporaryError(
-        f"the store {url} does not answer", got=first_line(error), fix="run the same command again when it does"
     )

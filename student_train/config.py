@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from storage_schemas.address import LocalFolder
 from storage_schemas.section import Section
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
@@ -112,7 +113,7 @@ class LossSection(Section):
 class TrainSection(Section):
     """The optimisation."""
 
-    output: Path
+    output: LocalFolder
     """Run directory: config, events, checkpoints, final, summary. New or empty, or of an earlier start; one training at
     a time holds it."""
     arm: Literal["sft", "lora", "kd", "neo"] = "neo"
@@ -174,7 +175,7 @@ class TrainSection(Section):
     deepspeed: Annotated[dict[str, Any], BeforeValidator(_deepspeed_settings)] = {}
     """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
-    cache_dir: Path | None = None
+    cache_dir: LocalFolder | None = None
     """Where shards are kept on this node. Null: `cache/` in the run directory."""
     cache_bytes: int | None = Field(64 * 2**30, ge=1)
     """What that folder may hold; above it, the shards that were not used for longest go. Give it room for a block of

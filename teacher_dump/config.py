@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from storage_schemas.address import Located
 from storage_schemas.config import Estimator
 from storage_schemas.section import Section
 
@@ -96,7 +97,7 @@ def _share(weight: float) -> float:
 class SourceSection(Section):
     """One file, glob, directory, object-store prefix or hub dataset of the corpus."""
 
-    path: str
+    path: Located
     """File (JSONL, JSON, Parquet) or glob, `s3://`, `gs://`, `az://` or `file://` too; directory, prefix or hub id."""
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "text", "tokens"] = "auto"
     """Shape of a record; `auto` looks at the columns of the first one."""
@@ -123,7 +124,7 @@ class CorpusSection(Section):
     """Longer samples are cut, kept as a row without targets, or refused."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Which records a source of `weight` below 1 gives; a larger weight keeps those of a smaller one. Order is kept."""
-    cache_dir: str | None = None
+    cache_dir: Located | None = None
     """Where fetched files and the tokenised corpus are kept; default: `$LLM_NEO_CACHE`, else `~/.cache/llm-neo`."""
 
 

@@ -9,17 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import obstore
 from fsspec.utils import glob_translate
-from obstore.exceptions import BaseError
 
-from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
-from storage_schemas.interrupt import interruptible
-from storage_schemas.store import first_line, is_refusal, object_store
+from storage_schemas.errors import DataError, TemporaryError
+from storage_schemas.remote import object_store, persistently
 
-T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az")
 _SETTING = "corpus.sources[] (path, storage_options)"
 _MAGIC = re.compile(r"[*?[]")
@@ -71,7 +68,7 @@ def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str],
     else:
         if key and not key.endswith("/"):
             with suppress(FileNotFoundError):
-                found = [_file(bucket, _ask(lambda: obstore.head(store, key), url))]
+                found = [_file(bucket, persistently(lambda: obstore.head(store, key), url, setting=_SETTING))]
         if not found:
             below = _list(store, bucket, key.rstrip("/"), url)
             found = [file for file in below if wanted(file.key) and not _hidden(file.key.removeprefix(key))]
@@ -102,14 +99,19 @@ def fetch(file: RemoteFile, options: Mapping[str, str], cache: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with part.open("xb") as out:
-            result = _ask(lambda: obstore.get(store, file.key), file.url)
-            if _version(result.meta) != file.version:
-                raise _changed(file)
-            chunks = iter(result.stream(_CHUNK))
-            while (chunk := _ask(lambda: next(chunks, None), file.url)) is not None:
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
+
+            def download() -> None:
+                out.seek(0)
+                out.truncate()
+                result = obstore.get(store, file.key)
+                if _version(result.meta) != file.version:
+                    raise _changed(file)
+                for chunk in result.stream(_CHUNK):
+                    out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
+
+            persistently(download, file.url, setting=_SETTING)
         if part.stat().st_size != file.bytes:
             raise _changed(file)
         part.replace(target)
@@ -135,14 +137,14 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _list(store: Any, bucket: str, folder: str, url: str) -> list[RemoteFile]:
+    def whole() -> list[RemoteFile]:
+        batches = obstore.list(store, folder or None)
+        return [_file(bucket, meta) for batch in batches for meta in batch if meta["size"]]
+
     try:
-        listed = iter(obstore.list(store, folder or None))
-        found: list[RemoteFile] = []
-        while (batch := _ask(lambda: next(listed, None), url)) is not None:
-            found += [_file(bucket, meta) for meta in batch if meta["size"]]
+        return persistently(whole, url, setting=_SETTING)
     except FileNotFoundError:
         return []
-    return found
 
 
 def _file(bucket: str, meta: Any) -> RemoteFile:
@@ -155,30 +157,6 @@ def _version(meta: Any) -> str:
 
 def _hidden(key: str) -> bool:
     return any(part.startswith((".", "_")) for part in key.strip("/").split("/"))
-
-
-def _ask(call: Callable[[], T], url: str) -> T:
-    try:
-        return interruptible(call)
-    except FileNotFoundError:
-        raise
-    except (BaseError, PermissionError) as error:
-        if "404 Not Found" in first_line(error):  # Listing a bucket that is not there has no class of its own.
-            raise FileNotFoundError(url) from error
-        raise _failure(url, error) from error
-
-
-def _failure(url: str, error: Exception) -> NeoError:
-    if is_refusal(error):
-        return MismatchError(
-            f"no access to {url}",
-            got=first_line(error),
-            expected="permission to get and list",
-            fix="check the credentials in the environment and the permissions that go with them",
-        )
-    return TemporaryError(
-        f"the store of {url} does not answer", got=first_line(error), fix="run the same command again when it does"
-    )
 
 
 def _changed(file: RemoteFile) -> DataError:

@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from storage_schemas.address import local_path
 from storage_schemas.errors import DataError
-from storage_schemas.store import local_path
 from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
 from teacher_dump.formats import detect_format

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.dumps import TOKENIZER, make_dump, run_info, unit_rows
-from support.s3_servers import BUCKET, READER, TinyS3, moto, options, seaweedfs
+from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, moto, options, seaweedfs, tls
 
-from storage_schemas import store
+from storage_schemas import remote
 from storage_schemas.errors import DataError, Exit, MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.store import Store
@@ -25,16 +25,13 @@ WRONG = {"access_key_id": "testkey", "secret_access_key": "wrong"}
 def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost,no-such-host.invalid")
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up within a second."""
-    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.1), "base": 2}
-    monkeypatch.setattr(
-        store, "RETRY", {"max_retries": 3, "retry_timeout": timedelta(seconds=1), "backoff": backoff}
-    )  # fmt: skip
+    be_impatient(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +158,9 @@ def test_a_store_that_is_away_is_temporary(impatient: None) -> None:
 
 
 def test_the_real_limits_are_bounded() -> None:
-    assert store.RETRY["retry_timeout"] <= timedelta(minutes=3)
-    assert {"connect_timeout", "timeout"} <= set(store.CLIENT)
+    assert timedelta(minutes=2) <= remote.PATIENCE <= timedelta(minutes=3)
+    assert {"connect_timeout", "read_timeout", "timeout"} == set(remote.READING)
+    assert int(remote.READING["read_timeout"].removesuffix("s")) < 60
 
 
 def test_the_probe_refuses_a_store_that_ignores_the_condition() -> None:
@@ -299,3 +297,100 @@ def test_a_follower_asks_once_per_record(tiny: TinyS3) -> None:
     assert dump.record(0) is not None
     assert dump.record(7) is None
     assert len(tiny.requests) - before == 2
+
+
+# What never mends, and what does
+
+
+def answer(status: int, code: str, message: str = "said") -> tuple[int, bytes]:
+    body = f'<?xml version="1.0"?>\n<Error>\n<Code>{code}</Code><Message>{message}</Message></Error>'
+    return status, body.encode()
+
+
+NEVER = {
+    "expired token": (answer(400, "ExpiredToken"), "expired"),
+    "invalid token": (answer(400, "InvalidToken"), "expired"),
+    "expired and forbidden": (answer(403, "ExpiredToken"), "expired"),
+    "another region": (answer(301, "PermanentRedirect"), "another region"),
+    "region of the signature": (answer(400, "AuthorizationHeaderMalformed", "expecting eu-west-1"), "another region"),
+    "no bucket": (answer(404, "NoSuchBucket"), "bucket of .* does not exist"),
+    "forbidden": (answer(403, "AccessDenied"), "no access"),
+    "not implemented": (answer(501, "NotImplemented"), "refuses"),
+    "bad request": (answer(400, "InvalidArgument"), "refuses"),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_what_never_mends_ends_at_once(case: str, tiny: TinyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, says = NEVER[case]
+    monkeypatch.setitem(remote.RETRY, "backoff", {"init_backoff": timedelta(milliseconds=1), "base": 2})
+    tiny.fault = lambda method, key, n: given
+    files = Store(URL, options=options(tiny.port))
+    for call in (lambda: files.get("x"), lambda: files.put_new("x", b"1"), lambda: list(files.list("x"))):
+        with pytest.raises(MismatchError, match=says) as caught:
+            call()
+        assert caught.value.exit_code == 78
+        assert case == "another region" or "said" in str(caught.value) or "expecting" in str(caught.value)
+    assert len(tiny.requests) <= 12
+
+
+def test_an_error_body_that_repeats_the_request_is_masked(tiny: TinyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "canary-session-token")
+    tiny.fault = lambda method, key, n: answer(
+        403, "SignatureDoesNotMatch", "token canary-session-token, key testsecret"
+    )
+    with pytest.raises(MismatchError, match="SignatureDoesNotMatch: token") as caught:
+        Store(URL, options=options(tiny.port)).get("x")
+    assert "canary" not in str(caught.value)
+    assert "testsecret" not in str(caught.value)
+
+
+def test_an_unknown_host_or_authority_is_a_configuration_error(impatient: None, tmp_path: Path) -> None:
+    unknown = options(1) | {"endpoint": "http://no-such-host.invalid"}
+    with pytest.raises(MismatchError, match=r"host of (.|\n)*(not known|No address)") as caught:
+        Store(URL, options=unknown).get("x")
+    with pytest.raises(TemporaryError):
+        remote.persistently(lambda: raised(caught.value.__cause__), URL, answered=True)
+    with tls(tmp_path) as port, pytest.raises(MismatchError, match=r"no trusted connection(.|\n)*UnknownIssuer"):
+        Store(URL, options=options(1) | {"endpoint": f"https://localhost:{port}"}).get("x")
+
+
+def raised(error: BaseException | None) -> None:
+    assert error is not None
+    raise error
+
+
+@pytest.mark.parametrize("fault", ["stall", "reset", "before", "lost"])
+def test_a_body_that_stalls_or_breaks_off_is_asked_for_again(fault: str, tiny: TinyS3, impatient: None) -> None:
+    tiny.objects[f"{BUCKET}/dumps/a/x"] = bytes(range(256)) * 4000
+    tiny.fault = lambda method, key, n: fault if n <= 3 else None
+    start = time.monotonic()
+    assert Store(URL, options=options(tiny.port)).get("x") == bytes(range(256)) * 4000
+    assert time.monotonic() - start < 3
+    tiny.fault = lambda method, key, n: fault
+    with pytest.raises(TemporaryError):
+        Store(URL, options=options(tiny.port)).get("x")
+
+
+def test_a_store_is_asked_for_as_long_as_promised(tiny: TinyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled down: a burst of 503 that ends just before the patience does is survived, whatever the number of tries."""
+    be_impatient(monkeypatch)
+    monkeypatch.setattr(remote, "PATIENCE", timedelta(seconds=2))
+    tiny.objects[f"{BUCKET}/dumps/a/x"] = b"1"
+    for away in (1.6, 60):
+        start = time.monotonic()
+        tiny.fault = lambda method, key, n, end=start + away: (  # type: ignore[misc]
+            answer(503, "SlowDown") if time.monotonic() < end else None
+        )
+        if away < 2:
+            assert Store(URL, options=options(tiny.port)).get("x") == b"1"
+        else:
+            with pytest.raises(TemporaryError, match="SlowDown"):
+                Store(URL, options=options(tiny.port)).get("x")
+        assert away < 2 or 1.5 < time.monotonic() - start < 4
+
+
+def test_a_listing_that_breaks_off_is_made_again(tiny: TinyS3, impatient: None) -> None:
+    tiny.objects |= {f"{BUCKET}/dumps/a/data/{i}": b"1" for i in range(50)}
+    tiny.fault = lambda method, key, n: "reset" if n <= 2 else None
+    assert len(list(Store(URL, options=options(tiny.port)).list("data"))) == 50

@@ -180,8 +180,23 @@ def test_refused_access_is_a_configuration_error(
         raise error
 
     monkeypatch.setattr(obstore, "get", refuse)
+    (tmp_path / "x").touch()
     with pytest.raises(MismatchError, match="no access"):
         Store(str(tmp_path)).get("x")
+
+
+def test_only_regular_files_are_read_and_none_above_its_limit(tmp_path: Path) -> None:
+    files = Store(str(tmp_path))
+    files.put_new("x", b"12345")
+    os.truncate(tmp_path / "x", 2**40)
+    with pytest.raises(DataError, match=f"{2**40} bytes"):
+        files.get("x", limit=5)
+    (tmp_path / "x").unlink()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for key in ("fifo", "device"):
+        with pytest.raises(DataError, match="no regular file"):
+            files.get(key, limit=5)
 
 
 def test_a_directory_that_may_not_be_written_is_a_configuration_error(

@@ -6,6 +6,7 @@ Ports are free ones, processes are ended when a test is over, nothing is reached
 import json
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,11 +14,16 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
+
+from storage_schemas import remote
 
 BUCKET = "logits"
 WRITER = {"access_key_id": "testkey", "secret_access_key": "testsecret"}
@@ -27,6 +33,15 @@ READER = {"access_key_id": "readkey", "secret_access_key": "readsecret"}
 def options(port: int, identity: dict[str, str] = WRITER) -> dict[str, str]:
     """`dump.storage_options` of a store at `port`."""
     return {"endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1", **identity}
+
+
+def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up within a second, and notice a body that stalls within a fifth of one."""
+    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.1), "base": 2}
+    retry = {"max_retries": 1, "retry_timeout": timedelta(seconds=1), "backoff": backoff}
+    monkeypatch.setattr(remote, "RETRY", retry)
+    monkeypatch.setattr(remote, "PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(remote, "READING", remote.READING | {"read_timeout": "200ms"})
 
 
 def free_ports(n: int) -> list[int]:
@@ -114,19 +129,39 @@ def moto(folder: Path) -> Iterator[int]:
         yield port
 
 
+@contextmanager
+def tls(folder: Path) -> Iterator[int]:
+    """A server with a certificate for localhost that nobody has signed whom anybody knows."""
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+            "-addext", "basicConstraints=critical,CA:FALSE", "-addext", "subjectAltName=DNS:localhost",
+            "-keyout", str(folder / "key"), "-out", str(folder / "certificate")]  # fmt: skip
+    subprocess.run(make, check=True, capture_output=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate", folder / "key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 class TinyS3:
     """Just enough of S3, in process, with faults.
 
     `fault(method, key, n)` is asked at the n-th request of a method for a key; its answer is None or one of `before`
     (500, nothing done), `after` (done, then 500), `lost` (done, then the connection is cut), `damaged` (one bit of the
-    body is wrong).
+    body is wrong), `stall` and `reset` (half of the body, then nothing more or the end), or a status and a body.
     """
 
     def __init__(self, *, conditional: bool = True) -> None:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.conditional = conditional
-        self.fault: Callable[[str, str, int], str | None] = lambda method, key, n: None
+        self.fault: Callable[[str, str, int], str | tuple[int, bytes] | None] = lambda method, key, n: None
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -145,6 +180,8 @@ class TinyS3:
             fault = self.fault(method, key, self.requests.count((method, key)))
             if fault == "before":
                 return 500, b"", None
+            if isinstance(fault, tuple):
+                return *fault, None
             if method == "PUT":
                 if only_new and self.conditional and key in self.objects:
                     return 412, b"<Error><Code>PreconditionFailed</Code></Error>", fault
@@ -189,6 +226,12 @@ def _handler(store: TinyS3) -> type[BaseHTTPRequestHandler]:
             self.send_header("ETag", '"x"')
             self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
             self.end_headers()
+            if fault in ("stall", "reset"):
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                self.close_connection = True
+                self.rfile.read(1) if fault == "stall" else self.connection.shutdown(socket.SHUT_RDWR)
+                return
             if self.command != "HEAD":
                 self.wfile.write(data)
 

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -19,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from support.s3_servers import BUCKET, READER, WRITER, TinyS3, options, seaweedfs
+from support.s3_servers import BUCKET, READER, WRITER, TinyS3, be_impatient, options, seaweedfs
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
-from storage_schemas import store
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.remote import object_store
 from teacher_dump.config import CorpusSection, SourceSection
 from teacher_dump.corpus import Corpus, freeze_corpus
 from teacher_dump.sources import chosen_records
@@ -156,13 +155,11 @@ def no_ambient_settings(monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Give up within a second."""
-    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.1), "base": 2}
-    patience = {"max_retries": 3, "retry_timeout": timedelta(seconds=1), "backoff": backoff}
-    monkeypatch.setattr(store, "RETRY", patience)
+    be_impatient(monkeypatch)
 
 
 def put(port: int, key: str, data: bytes) -> None:
-    where = store.object_store(f"s3://{BUCKET}", options(port), setting="the test")
+    where = object_store(f"s3://{BUCKET}", options(port), setting="the test")
     obstore.put(where, key, data)
 
 
@@ -227,8 +224,8 @@ def test_objects_that_cannot_be_a_source_are_named(tmp_path, port, path, says):
         freeze(source, folder=tmp_path)
 
 
-def test_a_bucket_that_is_not_there_is_missing(tmp_path, port):
-    with pytest.raises(DataError, match="missing"):
+def test_a_bucket_that_is_not_there_is_a_configuration_error(tmp_path, port):
+    with pytest.raises(MismatchError, match=r"bucket of s3://nowhere(.|\n)*corpus\.sources"):
         freeze(SourceSection(path="s3://nowhere/a.jsonl", storage_options=options(port)), folder=tmp_path)
 
 

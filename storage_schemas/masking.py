@@ -1,0 +1,56 @@
+"""Secrets, kept out of whatever is printed, logged or written."""
+
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import quote
+
+_MASK = "***"
+_SHORTEST = 6
+"""Shorter values are no secrets, and masking them would garble the text."""
+_SECRET = re.compile(
+    r"secret|token|passw|credential|signature|(account|access|api|private|shared|sas|storage).?key|_sas$", re.I
+)
+_PLACE = re.compile(r"(file|path|uri|url|endpoint|dir|application_credentials|parallelism)$", re.I)
+"""Names that say where a secret lies, or what it is called in a setting that holds none."""
+_PATTERNS = (
+    # Userinfo of a URL; a password may hold a slash.
+    (re.compile(r"(\w://)[^\s\"'<>]*@"), rf"\1{_MASK}@"),
+    # Query parameters and headers of a signed request.
+    (re.compile(r"(authorization[\"']?\s*[:=]\s*)[^\n<]+", re.I), rf"\1{_MASK}"),
+    (re.compile(r"\b((?:x-amz-)?(?:security-token|signature|credential)|sig|access_token)=[^\s&,;<>\"']+", re.I),
+     rf"\1={_MASK}"),
+    # What an error body repeats of the request.
+    (re.compile(r"<([\w-]*(?:token-?\d*|secret\w*|signature\w*|accesskeyid|stringtosign\w*|canonicalrequest\w*))>[^<]*",
+                re.I), rf"<\1>{_MASK}"),
+    (re.compile(r"(x-amz-security-token[\"']?\s*:\s*)[^\s<]+", re.I), rf"\1{_MASK}"),
+)  # fmt: skip
+_known: set[str] = set()
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or an environment variable of this name holds a secret."""
+    return bool(_SECRET.search(name)) and not _PLACE.search(name)
+
+
+def remember_secrets(settings: Mapping[str, str]) -> None:
+    """From now on `masked` knows the values of the settings whose names say that they are secret."""
+    _known.update(_secrets_of(settings))
+
+
+def masked(text: str) -> str:
+    """`text` without secrets.
+
+    What goes: values of secret settings (`remember_secrets`) and environment variables wherever they stand, userinfo in
+    URLs, and what signs a request (tokens, signatures, `Authorization`).
+    """
+    for value in sorted(_known | _secrets_of(os.environ), key=len, reverse=True):
+        for form in {value, quote(value, safe="")}:
+            text = text.replace(form, _MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _secrets_of(settings: Mapping[str, str]) -> set[str]:
+    return {value for name, value in settings.items() if is_secret(name) and len(value) >= _SHORTEST}
