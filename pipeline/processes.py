@@ -29,8 +29,8 @@ from pipeline.launch import (
     thread_environment,
     torchrun_argv,
 )
+from storage_schemas.address import local_path
 from storage_schemas.errors import Exit
-from storage_schemas.store import local_path
 from student_train.directory import LAUNCHER, held, refuse_foreign
 from student_train.worker import EXIT_FOLDER, STOP, read_codes
 

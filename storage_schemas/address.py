@@ -101,7 +101,7 @@ def local_path(url: str) -> Path | None:
     """The directory that `url` names on this machine, or None for an object store."""
     if url.startswith("file://"):
         return Path(url.removeprefix("file://"))
-    return None if "://" in url else Path(url).expanduser()
+    return None if "://" in url else Path(os.path.expanduser(url))
 
 
 def endpoint(options: Mapping[str, str]) -> str:
