@@ -1,7 +1,6 @@
 """What a corpus becomes, before anything is spent: per source, in lengths, and sample by sample. Loads no weights."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -136,13 +135,13 @@ def preview(
     corpus = freeze_corpus(lenient, tokenizer, head_size=head_size)
     if row is not None and row >= len(corpus):
         raise UsageError("no such row in this corpus", got=row, expected=f"0 to {len(corpus) - 1}")
-    usable = np.flatnonzero(np.array(corpus.statuses) == OK)
+    usable = np.flatnonzero(corpus.statuses.are(OK))
     spaced = usable[np.unique(np.linspace(0, len(usable) - 1, min(samples, len(usable))).astype(int))]
     chosen = [row] if row is not None else spaced.tolist()
     edges = np.concatenate([[0], np.cumsum(corpus.source_samples)])
     sources, templated = [], False
     for source, first, last in zip(section.sources, edges[:-1], edges[1:], strict=True):
-        view, conversation = _source(source, section, Counter(corpus.statuses[first:last]))
+        view, conversation = _source(source, section, corpus.statuses[first:last].counts())
         sources.append(view)
         templated |= conversation
     paths = [source.path for source in section.sources]
@@ -163,7 +162,7 @@ def _whole(
     longer = stops - starts > 1
     twice = (corpus.input_ids[starts[longer]] == bos) & (corpus.input_ids[starts[longer] + 1] == bos)
     sums = np.concatenate([[0], np.cumsum(corpus.loss_mask, dtype=np.int64)])
-    usable = np.array(corpus.statuses) == OK
+    usable = corpus.statuses.are(OK)
     supervised, tokens = (sums[stops] - sums[starts])[usable], (stops - starts)[usable]
     bodies = {_body(corpus, i) for i in np.flatnonzero(usable).tolist()}
     return Preview(
@@ -171,7 +170,7 @@ def _whole(
         sources=sources,
         samples=len(corpus),
         duplicates=int(usable.sum()) - len(bodies),
-        statuses=dict(sorted(Counter(corpus.statuses).items())),
+        statuses=corpus.statuses.counts(),
         mask=section.mask,
         template=template,
         begins_with_bos=0 if bos is None else int((first == bos).sum()),
@@ -197,7 +196,7 @@ def _quantiles(values: Any) -> dict[str, int]:
     return {name: int(np.quantile(values, q, method="inverted_cdf")) for name, q in _QUANTILES.items()}
 
 
-def _source(source: SourceSection, section: CorpusSection, statuses: Counter[str]) -> tuple[SourceView, bool]:
+def _source(source: SourceSection, section: CorpusSection, statuses: dict[str, int]) -> tuple[SourceView, bool]:
     """What its first record says, and whether that goes through the chat template."""
     found = find_source(source)
     records = open_source(source, found, seed=section.seed, cache=cache_folder(section))
@@ -215,7 +214,7 @@ def _source(source: SourceSection, section: CorpusSection, statuses: Counter[str
         columns=columns,
         records=records.total,
         used=records.used,
-        statuses=dict(sorted(statuses.items())),
+        statuses=statuses,
     )
     return view, isinstance(form, Conversation) or kind in ("messages", "conversations", "alpaca")
 

@@ -1,29 +1,98 @@
-"""The frozen corpus: every sample tokenised once, in a fixed order, in flat arrays."""
+"""The frozen corpus: every sample tokenised once, in a fixed order, in flat arrays that are mapped from files."""
 
 import hashlib
 import json
-from array import array
-from collections import Counter
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.errors import DataError
-from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, TOO_LONG
+from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG
 from storage_schemas.targets import I32, I64
+from teacher_dump.columns import Columns, Part, joined
 from teacher_dump.config import CorpusSection
-from teacher_dump.kept import cache_folder, corpus_key, kept
+from teacher_dump.kept import Frozen, cache_folder, corpus_key, kept
 from teacher_dump.masks import Tokens, Unusable
-from teacher_dump.sources import find_source, open_source, read_source
-from teacher_dump.tokenise import NOTHING, Tokenised, tokenise
+from teacher_dump.pool import Pool, chunked
+from teacher_dump.sources import RawRecord, find_source, open_source, read_source
+from teacher_dump.tokenise import NOTHING, tokenise
 
 _BATCH = 256
-_ARRAYS = ("offsets", "input_ids", "loss_mask", "lengths")
+"""Records that are tokenised together."""
+_PER_PROCESS = 20_000
+"""Records that are worth the start of another process."""
+_PART_TOKENS, _PART_SAMPLES, _PART_SECONDS = 2**22, 2**16, 30.0
+"""What is kept at once; an interrupted start loses one part."""
+_NAMED = 5
+"""Records of a source that are named when they cannot be used."""
+_STRIDE = 2**20
+
+
+class Ids(Sequence[str]):
+    """Texts in flat arrays; equal to a list of the same texts."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, data: npt.NDArray[np.uint8], offsets: I64) -> None:
+        self._data, self._offsets = data, offsets
+
+    def __len__(self) -> int:
+        return max(0, len(self._offsets) - 1)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+class Statuses(Sequence[str]):
+    """Statuses as one byte each; equal to a list of the same names."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, codes: npt.NDArray[np.uint8]) -> None:
+        self._codes = codes
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Statuses": ...
+    def __getitem__(self, index: int | slice) -> "str | Statuses":
+        return Statuses(self._codes[index]) if isinstance(index, slice) else STATUSES[self._codes[index]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def are(self, status: str) -> npt.NDArray[np.bool_]:
+        """(samples,) which samples have it."""
+        return np.equal(self._codes, STATUSES.index(status))
+
+    def count(self, status: str) -> int:
+        """How many samples have it."""
+        return int(np.count_nonzero(self.are(status)))
+
+    def counts(self) -> dict[str, int]:
+        """How many samples have each status that there is, by name."""
+        found = np.bincount(self._codes, minlength=len(STATUSES)).tolist()
+        return {status: n for status, n in sorted(zip(STATUSES, found, strict=True)) if n}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +115,9 @@ class Sample:
 class Corpus:
     """All samples in flat arrays: sample i owns tokens offsets[i]:offsets[i + 1]."""
 
-    sample_ids: list[str]
+    sample_ids: Ids
     """(samples,) ids are the user's and need not be unique."""
-    statuses: list[str]
+    statuses: Statuses
     """(samples,)"""
     offsets: I64
     """(samples + 1,)"""
@@ -60,6 +129,8 @@ class Corpus:
     """(samples,) tokens of each before it was cut or dropped."""
     source_samples: list[int]
     """Samples of each source, in order."""
+    problems: list[list[str]]
+    """Per source, the first records of status `invalid_text`: where each is, and why."""
     fingerprint: str
     """Hash over every sample's id, status, token ids and loss mask, in order."""
 
@@ -84,7 +155,8 @@ class Corpus:
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
-        return int(np.diff(self.offsets).max(initial=0))
+        starts = range(0, len(self), _STRIDE)
+        return max((int(np.diff(self.offsets[i : i + _STRIDE + 1]).max()) for i in starts), default=0)
 
 
 def freeze_corpus(
@@ -106,142 +178,166 @@ def freeze_corpus(
     found = [find_source(source) for source in section.sources]
     cache = cache_folder(section)
 
-    def make() -> Corpus:
-        builder = _Builder(section, head_size=head_size)
-        for source, files in zip(section.sources, found, strict=True):
-            records = read_source(source, open_source(source, files, seed=section.seed, cache=cache))
-            while batch := list(islice(records, _BATCH)):
-                check()
-                for one in tokenise(batch, tokenizer, mask=section.mask):
-                    builder.add(one)
-            builder.end_source()
-        return builder.corpus()
+    def make(columns: Columns) -> None:
+        digest = hashlib.sha256()
+        earlier = _corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found))
+        for i in range(len(earlier)):
+            _hash(digest, earlier.sample(i))
+        done = earlier.source_samples
+        records = [
+            open_source(source, files, seed=section.seed, cache=cache)
+            for source, files in zip(section.sources, found, strict=True)
+        ]
+        work = partial(_tokenise_part, tokenizer=tokenizer, section=section, head_size=head_size)
+        left = sum(each.used for each in records) - sum(done)
+        with Pool(work, processes=_processes(section, left)) as pool:
+            for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
+                raw = islice(read_source(source, each), done[number], None)
+                for part in _larger(pool.map(chunked(raw, _BATCH)), check):
+                    columns.append(part, source=number, problems=part.problems[:_NAMED])
+                    for sample in _samples(part):
+                        _hash(digest, sample)
+        _refuse_useless(_corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found)))
+        columns.finish(fingerprint=digest.hexdigest())
 
     key = corpus_key(section, found, tokenizer, head_size=head_size)
-    if key is None:
-        return make()
-    return kept(cache / "corpora", key, load=_load, make=make, save=_save)
+    return _corpus(kept(cache / "corpora", key, make=make), len(found))
 
 
-def _save(corpus: Corpus, folder: Path) -> None:
-    for name in _ARRAYS:
-        np.save(folder / f"{name}.npy", getattr(corpus, name))
-    rest = {name: getattr(corpus, name) for name in ("sample_ids", "statuses", "source_samples", "fingerprint")}
-    rest["lengths_sha256"] = hashlib.sha256(corpus.lengths.tobytes()).hexdigest()
-    (folder / "samples.json").write_text(json.dumps(rest), encoding="utf-8")
+def _corpus(frozen: Frozen, sources: int) -> Corpus:
+    arrays = dict(frozen.arrays)
+    samples, problems = [0] * sources, [list[str]() for _ in range(sources)]
+    seen = 0
+    for part in frozen.parts:
+        if "source" in part:
+            source, stop = part["source"], part["ends"]["statuses"]
+            samples[source] += stop - seen
+            problems[source] = [*problems[source], *part["problems"]][:_NAMED]
+            seen = stop
+    return Corpus(
+        sample_ids=Ids(arrays.pop("id_bytes"), arrays.pop("id_offsets")),
+        statuses=Statuses(arrays.pop("statuses")),
+        source_samples=samples,
+        problems=problems,
+        fingerprint=frozen.parts[-1].get("fingerprint", "") if frozen.parts else "",
+        **arrays,
+    )
 
 
-def _load(folder: Path) -> Corpus:
-    """A kept corpus, its arrays mapped from the files; ValueError if its content has another hash than it says."""
-    rest = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    lengths = rest.pop("lengths_sha256")
-    # Copy on write, as torch wants arrays that it may write to.
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
-    corpus = Corpus(**arrays, **rest)
-    samples, tokens = len(corpus), len(corpus.input_ids)
-    sizes = (len(corpus.statuses), len(corpus.lengths), len(corpus.offsets) - 1, sum(corpus.source_samples))
-    digest = hashlib.sha256()
-    if {*sizes} == {samples} and corpus.offsets[-1] == tokens == len(corpus.loss_mask):
-        for i in range(samples):
-            _hash(digest, corpus.sample(i))
-    found = (digest.hexdigest(), hashlib.sha256(corpus.lengths.tobytes()).hexdigest())
-    if found != (corpus.fingerprint, lengths):
-        raise ValueError("its content has another hash")
-    return corpus
+def _processes(section: CorpusSection, records: int) -> int:
+    """How many processes tokenise so many records."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return section.num_proc or max(1, min(cores, records // _PER_PROCESS))
 
 
-def _hash(digest: "hashlib._Hash", sample: "Sample") -> None:
+def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
+    """Parts that are worth keeping, of one source."""
+    gathered: list[Part] = []
+    started = time.monotonic()
+    while True:
+        check()
+        part = next(parts, None)
+        if part is not None:
+            gathered.append(part)
+        tokens, samples = sum(len(each.input_ids) for each in gathered), sum(len(each.sizes) for each in gathered)
+        late = time.monotonic() - started > _PART_SECONDS
+        if gathered and (part is None or late or tokens >= _PART_TOKENS or samples >= _PART_SAMPLES):
+            yield joined(gathered)
+            gathered, started = [], time.monotonic()
+        if part is None:
+            return
+
+
+def _samples(part: Part) -> Iterator[Sample]:
+    ids = Ids(part.id_bytes, _offsets(part.id_sizes))
+    offsets = _offsets(part.sizes)
+    for i, code in enumerate(part.statuses.tolist()):
+        tokens = slice(offsets[i], offsets[i + 1])
+        yield Sample(
+            sample_index=i,
+            sample_id=ids[i],
+            status=STATUSES[code],
+            input_ids=part.input_ids[tokens],
+            loss_mask=part.loss_mask[tokens],
+        )
+
+
+def _offsets(sizes: I64) -> I64:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _hash(digest: "hashlib._Hash", sample: Sample) -> None:
     head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
     digest.update(head.encode() + b"\n")
     digest.update(sample.input_ids.astype("<i4").tobytes())
     digest.update(sample.loss_mask.tobytes())
 
 
-class _Builder:
-    """Grows the flat arrays and the fingerprint, sample by sample."""
+def _refuse_useless(corpus: Corpus) -> None:
+    if corpus.statuses.count(OK):
+        return
+    found = ", ".join(f"{n} {status}" for status, n in corpus.statuses.counts().items()) or "no records"
+    raise DataError(
+        "no sample of the corpus can be used",
+        got="; ".join([found, *(problem for problems in corpus.problems for problem in problems)]),
+        expected="at least one sample with a supervised token",
+        fix="correct corpus.sources, corpus.mask or corpus.max_length",
+    )
 
-    def __init__(self, section: CorpusSection, *, head_size: int) -> None:
-        self.section, self.head_size = section, head_size
-        self.sample_ids: list[str] = []
-        self.statuses: list[str] = []
-        self.offsets = array("q", [0])
-        self.input_ids = array("i")
-        self.loss_mask = bytearray()
-        self.lengths = array("q")
-        self.source_samples: list[int] = []
-        self.digest = hashlib.sha256()
-        self.first_problem = ""
 
-    def add(self, record: Tokenised) -> None:
+def _tokenise_part(
+    records: Sequence[tuple[str, str, RawRecord]], *, tokenizer: Any, section: CorpusSection, head_size: int
+) -> Part:
+    """Records of one source as samples; pure, so that it does not matter which process does it."""
+    ids: list[bytes] = []
+    statuses: list[int] = []
+    lengths: list[int] = []
+    kept: list[Tokens] = []
+    problems: list[str] = []
+    for record in tokenise(records, tokenizer, mask=section.mask):
         tokens = record.tokens
-        self.lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
-        status, tokens = self._judge(tokens, where=record.where)
-        self.sample_ids.append(record.sample_id.encode(errors="replace").decode())
-        self.statuses.append(status)
-        self.input_ids.frombytes(tokens.input_ids.tobytes())
-        self.loss_mask += tokens.loss_mask.tobytes()
-        self.offsets.append(len(self.input_ids))
-        index = len(self.statuses) - 1
-        _hash(
-            self.digest,
-            Sample(
-                sample_index=index,
-                sample_id=self.sample_ids[-1],
-                status=status,
-                input_ids=tokens.input_ids,
-                loss_mask=tokens.loss_mask,
-            ),
-        )
-
-    def end_source(self) -> None:
-        """All samples of a source were added."""
-        self.source_samples.append(len(self.statuses) - sum(self.source_samples))
-
-    def corpus(self) -> Corpus:
-        counts = Counter(self.statuses)
-        if not counts[OK]:
-            found = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no records"
-            raise DataError(
-                "no sample of the corpus can be used",
-                got=f"{found} ({self.first_problem})" if self.first_problem else found,
-                expected="at least one sample with a supervised token",
-                fix="correct corpus.sources, corpus.mask or corpus.max_length",
-            )
-        return Corpus(
-            sample_ids=self.sample_ids,
-            statuses=self.statuses,
-            offsets=np.frombuffer(self.offsets, np.int64),
-            input_ids=np.frombuffer(self.input_ids, np.int32),
-            loss_mask=np.frombuffer(self.loss_mask, np.bool_),
-            lengths=np.frombuffer(self.lengths, np.int64),
-            source_samples=self.source_samples,
-            fingerprint=self.digest.hexdigest(),
-        )
-
-    def _judge(self, tokens: Tokens | Unusable, *, where: str) -> tuple[str, Tokens]:
-        """Status of a sample, and what is kept of it."""
         if isinstance(tokens, Unusable):
-            self.first_problem = self.first_problem or f"{where}: {tokens.reason}"
-            return INVALID_TEXT, NOTHING
-        ids, mask, limit = tokens.input_ids, tokens.loss_mask, self.section.max_length
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.head_size:
-            raise DataError(
-                f"{where}: a token id is outside of the teacher's vocabulary",
-                got=int(ids.min()) if ids.min() < 0 else int(ids.max()),
-                expected=f"0 ... {self.head_size - 1}",
-                fix="tokenise the corpus with the teacher's tokenizer",
-            )
-        if len(ids) > limit:
-            match self.section.too_long:
-                case "drop":
-                    return TOO_LONG, NOTHING
-                case "truncate":
-                    ids, mask = ids[:limit], mask[:limit]
-                case "error":
-                    raise DataError(
-                        f"{where}: the sample is too long",
-                        got=f"{len(ids)} tokens",
-                        expected=f"at most {limit} (corpus.max_length)",
-                        fix="raise corpus.max_length, or set corpus.too_long to truncate or drop",
-                    )
-        return (OK if mask.any() else EMPTY), Tokens(ids, mask)
+            problems.append(f"{record.where}: {tokens.reason}")
+        lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
+        status, tokens = _judge(tokens, section, head_size, where=record.where)
+        ids.append(record.sample_id.encode(errors="replace"))
+        statuses.append(STATUSES.index(status))
+        kept.append(tokens)
+    return Part(
+        sizes=np.array([len(tokens.input_ids) for tokens in kept], np.int64),
+        lengths=np.array(lengths, np.int64),
+        statuses=np.array(statuses, np.uint8),
+        id_sizes=np.array([len(each) for each in ids], np.int64),
+        input_ids=np.concatenate([NOTHING.input_ids, *(tokens.input_ids for tokens in kept)]),
+        loss_mask=np.concatenate([NOTHING.loss_mask, *(tokens.loss_mask for tokens in kept)]),
+        id_bytes=np.frombuffer(b"".join(ids), np.uint8),
+        problems=problems[:_NAMED],
+    )
+
+
+def _judge(tokens: Tokens | Unusable, section: CorpusSection, head_size: int, *, where: str) -> tuple[str, Tokens]:
+    """Status of a sample, and what is kept of it."""
+    if isinstance(tokens, Unusable):
+        return INVALID_TEXT, NOTHING
+    ids, mask, limit = tokens.input_ids, tokens.loss_mask, section.max_length
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < head_size:
+        raise DataError(
+            f"{where}: a token id is outside of the teacher's vocabulary",
+            got=int(ids.min()) if ids.min() < 0 else int(ids.max()),
+            expected=f"0 ... {head_size - 1}",
+            fix="tokenise the corpus with the teacher's tokenizer",
+        )
+    if len(ids) > limit:
+        match section.too_long:
+            case "drop":
+                return TOO_LONG, NOTHING
+            case "truncate":
+                ids, mask = ids[:limit], mask[:limit]
+            case "error":
+                raise DataError(
+                    f"{where}: the sample is too long",
+                    got=f"{len(ids)} tokens",
+                    expected=f"at most {limit} (corpus.max_length)",
+                    fix="raise corpus.max_length, or set corpus.too_long to truncate or drop",
+                )
+    return (OK if mask.any() else EMPTY), Tokens(ids, mask)

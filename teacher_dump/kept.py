@@ -7,23 +7,27 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from storage_schemas.errors import NeoError, TemporaryError
+from storage_schemas.rows import STATUSES
+from teacher_dump.columns import COLUMNS, JOURNAL, Arrays, Columns, mapped, read_journal, whole_parts
 from teacher_dump.config import CorpusSection
 from teacher_dump.remote import RemoteFile
 from teacher_dump.sources import Found
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-_MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "corpus")
+_MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "corpus", "columns")
 """Modules whose code decides what a corpus holds."""
+_NOT_CONTENT = {"cache_dir": True, "num_proc": True, "sources": {"__all__": {"storage_options"}}}
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
 _SETTLED_SECONDS = 2.0
 """A file that was written less than this ago may be written again without a new time."""
@@ -50,57 +54,140 @@ def corpus_key(section: CorpusSection, found: Sequence[Found], tokenizer: Any, *
     code = [(Path(__file__).parent / f"{name}.py").read_text() for name in _MADE_BY]
     parts = [
         files,
-        section.model_dump(mode="json", exclude={"cache_dir": True, "sources": {"__all__": {"storage_options"}}}),
+        section.model_dump(
+            mode="json", exclude={"cache_dir": True, "num_proc": True, "sources": {"__all__": {"storage_options"}}}
+        ),
         head_size,
+        STATUSES,
         hashlib.sha256(json.dumps([tokens, code], default=str).encode()).hexdigest(),
         {name: version(name) for name in ("llm-neo", *_LIBRARIES)},
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def kept(
-    folder: Path, key: str, *, load: Callable[[Path], T], make: Callable[[], T], save: Callable[[T, Path], None]
-) -> T:
-    """What lies under `folder / key`, or else what `make` returns, which lies there afterwards.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """A frozen corpus, mapped."""
 
-    Of several workers one makes it and the others wait. What cannot be loaded is made again; a cache that cannot be
-    written to is no error.
+    arrays: Arrays
+    """Its columns."""
+    parts: Sequence[Mapping[str, Any]]
+    """Its journal."""
+
+
+def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> Frozen:
+    """The corpus that lies under `folder / key`, or else the one that `make` fills, which lies there afterwards.
+
+    What is proven is read without a lock. Of several workers one proves or makes it and the others wait. What is
+    damaged is made again; a cache that cannot be written to is no error. What is not kept never has a name.
 
     Args:
         folder: of the cache.
-        key: of the value.
-        load: reads a directory; whatever it raises means that this is damaged.
-        make: may raise anything.
-        save: fills a directory.
+        key: of the corpus; None: it cannot be kept.
+        make: appends to columns that may already hold what an interrupted start has made, and finishes them.
+
+    Raises:
+        NeoError: whatever `make` raises. Parts are left behind if it is temporary.
     """
-    target = folder / key
+    target, part = folder / f"{key}", folder / f"{key}.part"
+    if key is not None and (found := _proven(target)):
+        return found
     with ExitStack() as stack:
+        scratch: Path | None = folder
+        keeps = key is not None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _lock(stack, folder / f"{key}.lock")
+            if keeps:
+                _lock(stack, folder / f"{key}.lock")
         except (OSError, NotImplementedError) as error:
             log.warning("nothing is kept in %s between starts: %s", folder, error)
-            return make()
-        if target.is_dir():
-            try:
-                value = load(target)
-                log.info("the tokenised corpus is taken from %s", target)
-                return value
-            except Exception as error:
-                log.warning("%s is damaged (%s); the corpus is tokenised again", target, error)
-        value = make()
-        part = folder / f".part-{uuid.uuid4().hex}"
+            scratch, keeps = None, False
+        if key is not None and target.is_dir() and (found := _proven(target) or _prove(target)):
+            return found
+        if not keeps:
+            return _made(None, scratch, make)
+        part.mkdir(exist_ok=True)
         try:
-            part.mkdir()
-            save(value, part)
-            _sync(part)
-            shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
-        except OSError as error:
-            log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return value
+            found = _made(part, None, make)
+        except NeoError as error:
+            if not isinstance(error, TemporaryError):
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        _write_proof(target)
+        return found
+
+
+def _made(folder: Path | None, scratch: Path | None, make: Callable[[Columns], None]) -> Frozen:
+    with closing(Columns(folder, scratch=scratch)) as columns:
+        make(columns)
+        return Frozen(arrays=columns.arrays(), parts=columns.parts)
+
+
+def _proven(folder: Path) -> Frozen | None:
+    """A kept corpus whose files are those that were read from end to end since this machine was started."""
+    try:
+        proof = json.loads((folder / _proof_name()).read_bytes())
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
+            if {name: _seen(file) for name, file in files.items()} != proof:
+                return None
+            found = Frozen(arrays=mapped(files), parts=read_journal(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    log.info("the tokenised corpus is taken from %s", folder)
+    return found
+
+
+def _prove(folder: Path) -> Frozen | None:
+    """Read every byte of a kept corpus; None if one of them is not what was written."""
+    log.info("the tokenised corpus in %s is read once, to see that it is whole", folder)
+    try:
+        seen = _see(folder)
+        parts = whole_parts(folder)
+        if parts == read_journal(folder) and parts[-1]["ends"] == {name: seen[name][1] for name in COLUMNS}:
+            _write_proof(folder, seen)
+            with ExitStack() as stack:
+                files = {name: stack.enter_context((folder / name).open("rb")) for name in COLUMNS}
+                return Frozen(arrays=mapped(files), parts=parts)
+        reason = "its content has another hash"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    log.warning("%s is damaged (%s); the corpus is tokenised again", folder, reason)
+    return None
+
+
+def _write_proof(folder: Path, seen: Mapping[str, Any] | None = None) -> None:
+    staged = folder / f".{uuid.uuid4().hex}"
+    try:
+        staged.write_text(json.dumps(seen or _see(folder)))
+        staged.replace(folder / _proof_name())
+    except OSError as error:
+        log.warning("%s is read again at each start: %s", folder, error)
+
+
+def _proof_name() -> str:
+    """One per start of a machine: what lies in its memory may differ from what lies on the disk."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = str(uuid.getnode())
+    return f"proven-{boot}.json"
+
+
+def _see(folder: Path) -> dict[str, Any]:
+    seen = {}
+    for name in (*COLUMNS, JOURNAL):
+        with (folder / name).open("rb") as file:
+            seen[name] = _seen(file)
+    return seen
+
+
+def _seen(file: BinaryIO) -> list[int]:
+    """What changes with any write to a file; nobody can set the time of its inode."""
+    found = os.fstat(file.fileno())
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _lock(stack: ExitStack, path: Path) -> None:
@@ -110,12 +197,6 @@ def _lock(stack: ExitStack, path: Path) -> None:
     except Timeout:
         log.info("another worker is tokenising the corpus; waiting for it")
         stack.enter_context(lock.acquire())
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _identity(found: Found) -> Any:

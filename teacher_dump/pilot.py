@@ -67,10 +67,10 @@ def plan_dump(
     picked = [frozen.sample(int(i)) for i in choose_pilot(lengths, samples, seed=seed)]
     estimators = _estimators(estimator)
     found, wide, speed = _ask(teacher, picked, estimators, run, progress)
-    usable = np.array([status == OK for status in frozen.statuses])
+    usable = frozen.statuses.are(OK)
     return make_plan(
         [measure(picked, targets, run, each, chosen=each == estimator) for each, targets in found],
-        statuses=dict(sorted(Counter(frozen.statuses).items())),
+        statuses=frozen.statuses.counts(),
         samples_per_unit=run.samples_per_unit,
         tokens=int(frozen.offsets[-1]),
         teacher_tokens=int(lengths[usable].sum()),

@@ -59,19 +59,9 @@ def _start(request: dict[str, Any]) -> int:
 def _work(job: dict[str, Any]) -> int:
     from storage_schemas.config import DumpSection, TopK
     from storage_schemas.errors import NeoError
-    from teacher_dump import corpus as corpus_module
     from teacher_dump.config import CorpusSection, TeacherSection
     from teacher_dump.dump import run_dump
     from teacher_dump.teacher import Teacher
-
-    if job.get("tokenising"):
-        original = corpus_module.tokenise
-
-        def announced(*arguments: Any, **options: Any) -> Any:
-            Path(job["tokenising"]).touch()
-            return original(*arguments, **options)
-
-        corpus_module.tokenise = announced
 
     class SlowTeacher(Teacher):
         def targets(self, samples: Any, **options: Any) -> Any:

@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from filelock import FileLock
 from support.dump_checks import assert_each_sample_once, files_of, sections, write_corpus
 from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, save_teacher, tiny_tokenizer
 
 from storage_schemas.errors import DataError
 from teacher_dump import corpus as corpus_module
+from teacher_dump import kept as kept_module
+from teacher_dump.columns import COLUMNS, JOURNAL, Columns, Part
 from teacher_dump.config import CorpusSection, SourceSection
 from teacher_dump.corpus import Corpus, freeze_corpus
 from teacher_dump.dump import run_dump
+from teacher_dump.kept import kept
 
 RECORDS = [
     {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}
@@ -65,6 +71,7 @@ def made(monkeypatch) -> list[int]:
 
 def assert_equal(a: Corpus, b: Corpus) -> None:
     assert (a.sample_ids, a.statuses, a.fingerprint) == (b.sample_ids, b.statuses, b.fingerprint)
+    assert a.problems == b.problems
     assert a.source_samples == b.source_samples
     for name in ("offsets", "input_ids", "loss_mask", "lengths"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
@@ -125,27 +132,158 @@ def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path, made):
     freeze(fresh)
     freeze(fresh)
     assert made == [1, 1]
-    assert not list((tmp_path / "neo").rglob("*.npy"))
+    assert not list((tmp_path / "neo" / "corpora").iterdir())
 
 
-@pytest.mark.parametrize("name", ["offsets.npy", "input_ids.npy", "loss_mask.npy", "lengths.npy", "samples.json"])
+@pytest.mark.parametrize("name", [*COLUMNS, JOURNAL])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
 def test_a_damaged_copy_is_made_again(path, made, name, damage, caplog):
     first = freeze(path)
     (kept,) = (path.parent / "neo" / "corpora").glob("*/" + name)
     data = bytearray(kept.read_bytes())
-    if damage == "flip":
-        # In samples.json, a digit of a hash.
-        data[-3 if name == "samples.json" else -1] ^= 1
-    if damage == "gone":
-        kept.unlink()
-    else:
+    data[-3] ^= 1
+    kept.unlink()  # What is mapped stays as it is.
+    if damage != "gone":
         kept.write_bytes({"flip": data, "cut": data[:-5], "empty": b""}[damage])
     assert_equal(first, freeze(path))
     assert made == [1, 1]
     assert "damaged" in caplog.text
     assert_equal(first, freeze(path))
     assert made == [1, 1], "what was made again was not kept"
+
+
+def part_of(samples: int) -> Part:
+    """Some samples of 3 tokens each."""
+    return Part(
+        sizes=np.full(samples, 3),
+        lengths=np.full(samples, 4),
+        statuses=np.zeros(samples, np.uint8),
+        id_sizes=np.full(samples, 2),
+        input_ids=np.arange(3 * samples, dtype=np.int32),
+        loss_mask=np.ones(3 * samples, bool),
+        id_bytes=np.full(2 * samples, ord("x"), np.uint8),
+    )
+
+
+def fill(columns: Columns, *, parts: int = 3, samples: int = 4) -> None:
+    for _ in range(parts):
+        columns.append(part_of(samples), source=0, problems=[])
+    columns.finish(fingerprint="0")
+
+
+def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path):
+    """Bits of every file flipped, every file cut, at 20 places and more: the same corpus, each time."""
+
+    def taken() -> tuple[str, int]:
+        makes: list[int] = []
+        found = kept(tmp_path, "key", make=lambda columns: (makes.append(1), fill(columns))[1])
+        arrays = "".join(array.tobytes().hex() for array in found.arrays.values())
+        return arrays + json.dumps(found.parts, sort_keys=True), len(makes)
+
+    first, _ = taken()
+    folder = tmp_path / "key"
+    assert taken() == (first, 0)
+    noticed = mutations = 0
+    for name in (*COLUMNS, JOURNAL, next(folder.glob("proven-*")).name):
+        whole = (folder / name).read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 20)):
+            for changed in (bytes([*whole[:at], whole[at] ^ 1 << at % 8, *whole[at + 1 :]]), whole[:at]):
+                (folder / name).write_bytes(changed)
+                found, makes = taken()
+                assert found == first, (name, at, len(changed))
+                assert makes == (0 if name.startswith("proven") else 1), (name, at)
+                mutations, noticed = mutations + 1, noticed + makes
+                whole = (folder / name).read_bytes()
+    assert noticed > 298
+
+
+def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(path, made, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    first = freeze(path)
+    assert_equal(first, freeze(path))
+    assert "is read once" not in caplog.text
+    monkeypatch.setattr(kept_module, "_proof_name", lambda: "proven-other.json")
+    assert_equal(first, freeze(path))
+    assert "is read once" in caplog.text
+    caplog.clear()
+    assert_equal(first, freeze(path))
+    assert "is read once" not in caplog.text
+    assert made == [1]
+
+
+def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_the_machine(path, made, monkeypatch):
+    first = freeze(path)
+    (file,) = (path.parent / "neo" / "corpora").glob("*/input_ids")
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(bytes([data[0] ^ 1, *data[1:]]))
+    kept_module._write_proof(file.parent)  # As a disk does it: nothing that `stat` tells has changed.
+    assert not np.array_equal(freeze(path).input_ids, first.input_ids), "the test changes nothing"
+    monkeypatch.setattr(kept_module, "_proof_name", lambda: "proven-other.json")
+    assert_equal(first, freeze(path))
+    assert made == [1, 1]
+
+
+def test_readers_need_no_lock(path, made):
+    first = freeze(path)
+    (lock,) = (path.parent / "neo" / "corpora").glob("*.lock")
+    with FileLock(lock), ThreadPoolExecutor(1) as pool:
+        assert_equal(first, pool.submit(freeze, path).result(timeout=20))
+    assert made == [1]
+
+
+def private_bytes() -> int:
+    """Of this process, without pages of files."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path):
+    """2 million samples in 31 parts; goal: 100 million in seconds and within 1 GB."""
+    made = kept(tmp_path, "key", make=lambda columns: fill(columns, parts=31, samples=2**16))
+    del made
+    before, started = private_bytes(), time.monotonic()
+    corpus = corpus_module._corpus(kept(tmp_path, "key", make=fill), 1)
+    assert (len(corpus), corpus.statuses.count("ok")) == (31 * 2**16, 31 * 2**16)
+    assert corpus.longest == 3
+    assert corpus.sample(len(corpus) - 1).sample_id == "xx"
+    assert time.monotonic() - started < 2
+    assert private_bytes() - before < 40e6
+
+
+def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_BATCH", 2)
+    monkeypatch.setattr(corpus_module, "_PART_SAMPLES", 2)
+    whole = freeze(path, cache_dir=str(path.parent / "other"))
+    assert made == [1] * 4
+    made.clear()
+
+    def stop() -> None:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+
+    section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(path.parent / "neo"))
+    with pytest.raises(KeyboardInterrupt):
+        freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY, check=stop)
+    assert made == [1] * 3
+    (part,) = (path.parent / "neo" / "corpora").glob("*.part")
+    saved = {file.name: file.read_bytes() for file in part.iterdir()}
+    made.clear()
+    assert_equal(whole, freeze(path))
+    assert made == [1], "what was tokenised was tokenised again"
+    assert not part.exists()
+    # A part with a flipped bit and what comes after it are made again.
+    (target,) = (target for target in part.parent.iterdir() if target.is_dir())
+    shutil.rmtree(target)
+    part.mkdir()
+    for name, data in saved.items():
+        data = bytearray(data)
+        if name == "loss_mask":
+            data[-1] ^= 1
+        (part / name).write_bytes(data + b"torn")
+    made.clear()
+    assert_equal(whole, freeze(path))
+    assert made == [1] * 2
 
 
 def test_of_several_workers_one_tokenises(path, made):

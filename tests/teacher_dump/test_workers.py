@@ -137,22 +137,24 @@ def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_f
     assert_each_sample_once(tmp_path / "dump")
 
 
-def test_a_stop_request_is_heard_while_the_corpus_is_tokenised(tmp_path, model_folder, workers):
-    path, tokenising = tmp_path / "large.jsonl", tmp_path / "tokenising"
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_request_is_heard_while_the_corpus_is_tokenised(tmp_path, model_folder, workers, processes):
+    path = tmp_path / "large.jsonl"
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "the answer " * 300}]
     path.write_text((json.dumps({"messages": turns}) + "\n") * 20_000)
     os.utime(path, (1e9, 1e9))
-    job = job_of(tmp_path / "dump", path, model_folder, tokenising=str(tokenising))
-    job["corpus"] |= {"cache_dir": str(tmp_path / "cache")}
+    job = job_of(tmp_path / "dump", path, model_folder)
+    job["corpus"] |= {"cache_dir": str(tmp_path / "cache"), "num_proc": processes}
     pid = workers.start(job)
-    while not tokenising.exists():
+    while not list(tmp_path.glob("cache/corpora/*.part")):
         time.sleep(0.02)
+    time.sleep(1)
     asked = time.monotonic()
     os.kill(pid, signal.SIGTERM)
     assert workers.wait(pid) == 75
     assert time.monotonic() - asked < 10
     assert not (tmp_path / "dump").exists(), "it went on to the dump"
-    assert not list((tmp_path / "cache").rglob("*.npy")), "half a corpus was kept"
+    assert [each.suffix for each in (tmp_path / "cache/corpora").iterdir() if each.is_dir()] == [".part"]
 
 
 def test_a_stop_request_is_heard_while_the_store_does_not_answer(tmp_path, corpus_file, model_folder, workers):
