@@ -18,7 +18,7 @@ from pipeline.config import Config, load_config, need
 from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers, visible_gpus
-from storage_schemas.errors import Exit, NeoError
+from storage_schemas.errors import Exit, NeoError, explained
 
 app = typer.Typer(
     name="llm-neo",
@@ -145,7 +145,7 @@ def train(
         str | None, typer.Option(metavar="HOST:PORT", help="Where nodes meet, on node 0; default: from Slurm.")
     ] = None,
 ) -> None:
-    """Stage two: train the student from the dump under DeepSpeed. Starts torchrun itself; resumes by itself."""
+    """Stage two: train the student from the dump under DeepSpeed. Starts a rank per GPU; resumes by itself."""
     found = load_config(config, overrides or ())
     nodes = training_nodes(os.environ, nnodes, node_rank, rdzv_endpoint)
     code = _train(found, nproc=nproc or len(visible_gpus(os.environ)) or 1, nodes=nodes)
@@ -375,9 +375,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         code = _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
-    except Exception:
-        traceback.print_exc()
-        code = _complain("this is a bug in llm-neo; please report it with the lines above", Exit.BUG)
+    except BaseException as error:  # Rust's panics are no Exceptions.
+        told = explained(error)
+        if told is None:
+            traceback.print_exc()
+        what = "this is a bug in llm-neo; please report it with the lines above" if told is None else str(told)
+        code = _complain(what, Exit.BUG if told is None else told.exit_code)
     sys.exit(int(code))
 
 

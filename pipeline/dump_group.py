@@ -1,15 +1,13 @@
-"""One of the processes that hold one teacher together: what torchrun starts as `python -m pipeline.dump_group`.
+"""One of the processes that hold one teacher together: `python -m pipeline.dump_group`.
 
 Process 0 works on the dump and leaves its summary in the folder; the others follow it. As in stage two, each leaves its
-exit code there, since torchrun turns every failure into 1, and the file `exit/stop` asks for an end.
+exit code there, for the others. Process 0 answers SIGTERM; the others end with it.
 """
 
 import argparse
 import os
 import signal
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +16,12 @@ from pipeline.config import Config, load_config, need
 from pipeline.files import write_whole
 from pipeline.launch import Placement
 from pipeline.processes import SUMMARY
-from storage_schemas.errors import Exit, NeoError
+from storage_schemas.errors import Exit
 from storage_schemas.run_info import canonical_json
-from student_train.worker import ExitCodes, end, leave_with_others, unexpected
+from student_train.worker import ExitCodes, end, failed, leave_with_others
+
+MEMORY = "lower teacher.batch_tokens, or spread the teacher over more GPUs (--nproc); what is committed is kept"
+"""What to change when the teacher runs out of memory."""
 
 if TYPE_CHECKING:
     from teacher_dump.group import GroupTeacher
@@ -35,61 +36,47 @@ def main() -> int:
     parser.add_argument("--events", type=Path)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--rendezvous", required=True)
     arguments = parser.parse_args()
     process, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     codes = ExitCodes(arguments.folder, process, size)
     quiet_libraries()
+    # The leader may be in the middle of a batch, which it can end only with the others.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if process else signal.default_int_handler)
     threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        teacher = join(config, process, size, local)
+        teacher = join(config, process, size, local, arguments.rendezvous)
         placement = Placement(arguments.rank, arguments.world_size)
-        code = run(config, placement, teacher, arguments.folder, codes, events=arguments.events)
-    except NeoError as error:
-        print(f"llm-neo: {error}", file=sys.stderr)
-        code = int(error.exit_code)
-    except Exception as error:
-        code = unexpected(error, codes, process)
+        code = run(config, placement, teacher, arguments.folder, events=arguments.events)
+    except KeyboardInterrupt:
+        code = int(Exit.TEMPORARY)
+    except BaseException as error:
+        code = failed(error, codes, process, memory=MEMORY)
     codes.write(code)
     return code
 
 
-def join(config: Config, process: int, size: int, local: int) -> "GroupTeacher":
+def join(config: Config, process: int, size: int, local: int, rendezvous: str) -> "GroupTeacher":
     """Meet the other processes; the teacher that they hold together."""
     from teacher_dump.group import Group, GroupTeacher
 
     section = need(config.teacher, "teacher", "dump")
-    return GroupTeacher(section, Group.join(process, size, local, device=section.device))
+    return GroupTeacher(section, Group.join(process, size, local, device=section.device, rendezvous=rendezvous))
 
 
-def run(
-    config: Config,
-    placement: Placement,
-    teacher: "GroupTeacher",
-    folder: Path,
-    codes: ExitCodes,
-    *,
-    events: Path | None,
-) -> int:
+def run(config: Config, placement: Placement, teacher: "GroupTeacher", folder: Path, *, events: Path | None) -> int:
     """Lead or follow."""
     from pipeline.stages import run_dumps
 
     if teacher.group.leads:
-        threading.Thread(target=pass_on_stop, args=(codes,), daemon=True, name="stop").start()
         summary = run_dumps(config, placement, teacher, events=events)
         write_whole(folder / SUMMARY, canonical_json(summary).decode())
     else:
         teacher.follow()
-    # Not after an error: the others may wait in the middle of a batch. torchrun ends them.
+    # Not after an error: the others may wait in the middle of a batch. They end without it.
     teacher.group.close()
     return int(Exit.DONE)
-
-
-def pass_on_stop(codes: ExitCodes) -> None:
-    """Become the signal that stage one knows, once somebody asks for an end."""
-    while not codes.stop_requested():
-        time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

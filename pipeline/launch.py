@@ -115,24 +115,31 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodelist)
 
 
-def torchrun_argv(worker: Sequence[str], *, nproc: int, nodes: Nodes, python: str = sys.executable) -> list[str]:
-    """The command line of torchrun on this node.
+def rank_argv(module: str, arguments: Sequence[str], *, rendezvous: str, python: str = sys.executable) -> list[str]:
+    """The command line of one rank; -P because the working directory may hold a `pipeline.py` of the user's own."""
+    return [python, "-P", "-m", module, *arguments, "--rendezvous", rendezvous]
+
+
+def rank_environment(env: Mapping[str, str], local: int, *, nproc: int, nodes: Nodes) -> dict[str, str]:
+    """Variables of one rank, under the names of torchrun's.
+
+    Ranks of one node meet at a file, and listen on the loopback interface alone. Those of several nodes meet at a
+    TCPStore of rank 0, which listens on all of its interfaces; what is in there is never unpickled.
 
     Args:
-        worker: module of the worker and its arguments.
-        nproc: workers on this node, one per GPU.
+        env: of the launcher.
+        local: number of the rank on this node.
+        nproc: ranks on this node, one per GPU.
         nodes: all nodes.
-        python: interpreter.
     """
-    argv = [python, "-m", "pipeline.torchrun", f"--nproc-per-node={nproc}", "--max-restarts=0"]
-    if nodes.count == 1:
-        argv += ["--standalone", "--local-addr=127.0.0.1"]
-    else:
-        # Static: node numbers are Slurm's, and a node that goes away ends the job, to be run again as a whole.
+    rank, size = nodes.node_rank * nproc + local, nodes.count * nproc
+    found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": nproc}
+    variables = {name: str(value) for name, value in found.items()} | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if nodes.count > 1:
         host, _, port = str(nodes.endpoint).rpartition(":")
-        argv += [f"--nnodes={nodes.count}", f"--node-rank={nodes.node_rank}", "--rdzv-backend=static"]
-        argv += [f"--master-addr={host}", f"--master-port={port}"]
-    return [*argv, "-m", *worker]
+        return variables | {"MASTER_ADDR": host.strip("[]"), "MASTER_PORT": port}
+    loopback = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if sys.platform == "linux" else ()
+    return variables | {name: "lo" for name in loopback if name not in env}
 
 
 def dump_argv(
@@ -146,7 +153,7 @@ def dump_argv(
     """The command line of one worker of stage one."""
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
     where += ["--events", str(events)] if events else []
-    return [python, "-m", "pipeline.cli", "dump", str(config), *where, "--json", *set_arguments(overrides)]
+    return [python, "-P", "-m", "pipeline.cli", "dump", str(config), *where, "--json", *set_arguments(overrides)]
 
 
 def set_arguments(overrides: Sequence[str]) -> list[str]:

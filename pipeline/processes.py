@@ -1,7 +1,7 @@
-"""Starts what runs as processes of its own: stage one's local workers, and torchrun for stage two.
+"""Starts what runs as processes of its own: stage one's local workers, and the ranks of stage two or of one teacher.
 
-torchrun turns every exit code of a worker into 1, so stage two's workers leave their codes in `exit/` of the run
-directory, see `student_train.worker`, and the launcher returns what they say.
+Ranks are started here and not by torchrun, whose rendezvous on one node keeps pickled state in a store that listens on
+all interfaces, and which turns every exit code into 1.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.config import Config, need
 from pipeline.launch import (
@@ -25,32 +25,60 @@ from pipeline.launch import (
     Placement,
     device_environment,
     dump_argv,
+    rank_argv,
+    rank_environment,
     set_arguments,
     thread_environment,
-    torchrun_argv,
 )
 from storage_schemas.address import local_path
 from storage_schemas.errors import Exit
 from student_train.directory import LAUNCHER, held, refuse_foreign
-from student_train.worker import EXIT_FOLDER, STOP, read_codes
+from student_train.worker import EXIT_FOLDER, STOP
 
 SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHING_TO_RESUME, Exit.TEMPORARY)
 """Which code a group of processes returns: a stop that others made is no news beside the reason for it."""
-STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
-"""Exit codes of a process that was stopped before it could answer signals by itself."""
+STOPPED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a process to end."""
+KILLED = {
+    signal.SIGKILL: "the machine or the job has probably run out of memory: see `dmesg` or the scheduler's log",
+    signal.SIGABRT: "a library gave up, as NCCL does when a collective hangs: look for the first message above",
+    signal.SIGBUS: "a disk or /dev/shm is probably full",
+}
+"""Signals that end a process for what is wrong with its machine, and what that may be."""
 SUMMARY = "summary.json"
 """What the leader of a group of processes leaves for the one that started them."""
-LAUNCH = "LLM_NEO_LAUNCH"
-"""Environment variable that marks all processes of one launch."""
+PATIENCE_SECONDS = 45.0
+"""How long ranks may go on once one has failed. They notice by themselves sooner, see `student_train.worker`."""
 _PR_SET_PDEATHSIG = 1
-_KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One process to start."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    """Variables to set."""
+    stdout: int | IO[str] | None = None
+    stderr: int | IO[str] | None = None
 
 
 def combined(codes: Sequence[int]) -> int:
     """One exit code for a group of processes; what is not one of ours is a bug."""
-    told = [int(Exit.TEMPORARY) if code in STOPPED else code for code in codes]
+    signals = (*STOPPED, *KILLED)
+    mends = {-number for number in signals} | {128 + number for number in signals}
+    told = [int(Exit.TEMPORARY) if code in mends else code for code in codes]
     known = [code if code in tuple(Exit) else int(Exit.BUG) for code in told]
     return next((int(code) for code in SEVEREST_FIRST if code in known), 0)
+
+
+def tell_deaths(codes: Sequence[int], names: Sequence[str]) -> None:
+    """Say on standard error which processes a signal has ended: they could not say it themselves."""
+    for name, code in zip(names, codes, strict=True):
+        if code < 0 and -code not in STOPPED:
+            number = signal.Signals(-code)
+            why = KILLED.get(number, "native code has crashed; please report it with the lines above")
+            sys.stderr.write(f"llm-neo: {name} was ended by {number.name}\n  why:      {why}\n")
 
 
 def visible_gpus(env: Mapping[str, str]) -> list[str]:
@@ -78,44 +106,32 @@ def dump_workers(
     Returns:
         The exit code of all together, and, if it is 0, the sum of their summaries.
     """
-    env, gpus = dict(os.environ), visible_gpus(os.environ)
-    started: list[subprocess.Popen[str]] = []
-
-    def forward(number: int, _: int) -> None:
-        for process in started:
-            process.send_signal(number)
-
+    gpus = visible_gpus(os.environ)
+    threads = thread_environment(os.environ, workers, os.cpu_count() or 1)
     with ExitStack() as files:
         outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
         # One worker shows the progress of all, since it counts the units that anyone has committed.
         errors = [None, *(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers - 1))]
-        with forwarded_signals(forward):
-            for local in range(workers):
-                placement = Placement(node.rank * workers + local, node.world_size * workers)
-                threads = thread_environment(env, workers, os.cpu_count() or 1)
-                started.append(
-                    subprocess.Popen(
-                        dump_argv(config, overrides, placement, events=events),
-                        env=env | threads | device_environment(gpus, local),
-                        stdout=outputs[local],
-                        stderr=errors[local],
-                        text=True,
-                        start_new_session=True,
-                        preexec_fn=end_with_parent,
-                    )
-                )
-            for process in started:
-                process.wait()
-        code = combined([process.returncode for process in started])
-        for process, error in zip(started, errors, strict=True):
-            if process.returncode and error is not None:
+        commands = []
+        for local in range(workers):
+            placement = Placement(node.rank * workers + local, node.world_size * workers)
+            argv, env = dump_argv(config, overrides, placement, events=events), device_environment(gpus, local)
+            commands.append(Command(argv, threads | env, outputs[local], errors[local]))
+        codes = run_together(commands)
+        for status, error in zip(codes, errors, strict=True):
+            if status and error is not None:
                 error.seek(0)
                 sys.stderr.write(error.read())
-        if code:
+        tell_deaths(codes, [f"worker {local}" for local in range(workers)])
+        # A worker that ends well leaves a sealed dump: then a killed one is not missed.
+        if 0 in codes and all(status == 0 or -status in KILLED for status in codes):
+            if any(codes):
+                sys.stderr.write("llm-neo: the others have done its work; the dump is complete\n")
+        elif code := combined(codes):
             return code, {}
         for output in outputs:
             output.seek(0)
-        return code, _sum([parse_output(output.read()) for output in outputs])
+        return 0, _sum([parse_output(output.read()) for output, code in zip(outputs, codes, strict=True) if not code])
 
 
 def dump_group(
@@ -127,7 +143,7 @@ def dump_group(
     events: Path | None = None,
     stdout: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Run one worker of stage one whose teacher is spread over several processes of this machine, under torchrun.
+    """Run one worker of stage one whose teacher is spread over several processes of this machine.
 
     Args:
         config: the configuration file.
@@ -141,21 +157,11 @@ def dump_group(
         Their exit code, and, if it is 0, the worker's summary.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / EXIT_FOLDER
-        folder.mkdir()
-        worker = ["pipeline.dump_group", str(config), "--folder", scratch, *set_arguments(overrides)]
-        worker += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
-        worker += ["--events", str(events)] if events else []
-        returned = run_torchrun(
-            torchrun_argv(worker, nproc=nproc, nodes=Nodes()),
-            thread_environment(os.environ, nproc, os.cpu_count() or 1),
-            stop=(folder / STOP).touch,
-            stdout=stdout,
-        )
-        codes = list(read_codes(Path(scratch)).values())
-        if returned or any(codes):
-            return combined(codes) or int(Exit.TEMPORARY if codes else Exit.BUG), {}
-        return int(Exit.DONE), json.loads((Path(scratch) / SUMMARY).read_text())
+        arguments = [str(config), "--folder", scratch, *set_arguments(overrides)]
+        arguments += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
+        arguments += ["--events", str(events)] if events else []
+        code = run_ranks("pipeline.dump_group", arguments, nproc=nproc, nodes=Nodes(), stdout=stdout)
+        return code, {} if code else json.loads((Path(scratch) / SUMMARY).read_text())
 
 
 def parse_output(text: str) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | None = None) -> int:
-    """Run stage two on this node under torchrun.
+    """Run the ranks of stage two on this node.
 
     Args:
         config: with `student` and `train`.
@@ -229,74 +235,103 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     with tempfile.TemporaryDirectory() as scratch:
         resolved = Path(scratch) / "resolved.json"
         resolved.write_text(json.dumps({name: section.model_dump(mode="json") for name, section in sections.items()}))
-        returned = run_torchrun(
-            torchrun_argv(["student_train.worker", "--config", str(resolved)], nproc=nproc, nodes=nodes),
-            thread_environment(os.environ, nproc, os.cpu_count() or 1),
-            stop=(folder / STOP).touch,
-            stdout=stdout,
-        )
-    codes = [code for rank, code in read_codes(train.output).items() if rank in mine]
-    if not returned and not any(codes):
-        return int(Exit.DONE)
-    # A worker that was killed leaves no code; the others then say that they have lost it. No code at all: not even
-    # the imports worked, and running again would not help.
-    return combined(codes) or int(Exit.TEMPORARY if codes else Exit.BUG)
+        arguments = ["--config", str(resolved)]
+        return run_ranks("student_train.worker", arguments, nproc=nproc, nodes=nodes, stdout=stdout)
 
 
-def run_torchrun(
-    argv: Sequence[str], env: Mapping[str, str], *, stop: Callable[[], None], stdout: int | None = None
-) -> int:
-    """Run torchrun to its end and leave nothing of it behind.
+def run_ranks(module: str, arguments: Sequence[str], *, nproc: int, nodes: Nodes, stdout: int | None = None) -> int:
+    """Run the ranks of one job on this node; the exit code that they leave together.
 
     Args:
-        argv: its command line.
-        env: variables to set.
-        stop: asks the workers for a checkpoint and an end. torchrun itself would kill them half a minute after a
-            signal, so it gets the second one only.
-        stdout: file descriptor for its standard output, if not ours.
+        module: of a rank.
+        arguments: of every rank.
+        nproc: how many there are on this node.
+        nodes: all nodes.
+        stdout: file descriptor for their standard output, if not ours.
+    """
+    threads = thread_environment(os.environ, nproc, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as meeting:
+        argv = rank_argv(module, arguments, rendezvous=f"file://{meeting}/ranks" if nodes.count == 1 else "env://")
+        environments = [rank_environment(os.environ, local, nproc=nproc, nodes=nodes) for local in range(nproc)]
+        codes = run_together([Command(argv, threads | env, stdout) for env in environments], patience=PATIENCE_SECONDS)
+    tell_deaths(codes, [f"rank {env['RANK']}" for env in environments])
+    return combined(codes)
+
+
+def run_together(commands: Sequence[Command], *, patience: float | None = None) -> list[int]:
+    """Run processes to their end and leave none of them behind. A signal to this one is passed on as SIGTERM.
+
+    Args:
+        commands: what to start.
+        patience: for ranks, which need each other: seconds for the others to end once one has failed. A second signal
+            then kills them. None: they are independent.
 
     Returns:
-        Its exit code.
+        Their exit codes; negative for a signal that ended one, 75 for one that was killed here.
     """
-    launch = uuid.uuid4().hex
-    process: subprocess.Popen[bytes] | None = None
+    started: list[subprocess.Popen[str]] = []
+    killed: set[int] = set()
+    asked = 0
 
-    def forward(_: int, count: int) -> None:
-        if count == 1:
-            stop()
-        elif process is not None:
+    def kill() -> None:
+        for number, process in enumerate(started):
+            if process.poll() is None:
+                killed.add(number)
+                process.kill()
+
+    def forward(count: int) -> None:
+        nonlocal asked
+        asked = count
+        if count > 1 and patience is not None:
+            kill()
+        for process in started:
             process.terminate()
 
+    deadline: float | None = None
     try:
         with forwarded_signals(forward):
-            process = subprocess.Popen(
-                argv,
-                env={**os.environ, **env, "TORCH_CPP_LOG_LEVEL": "ERROR", LAUNCH: launch},
-                stdout=stdout,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-            return process.wait()
+            for command in commands:
+                process = subprocess.Popen(
+                    command.argv,
+                    env=os.environ | command.env,
+                    stdout=command.stdout,
+                    stderr=command.stderr,
+                    text=True,
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
+                )
+                started.append(process)
+                if asked:
+                    process.terminate()
+            while None in (left := [process.poll() for process in started]):
+                if patience is not None and deadline is None and any(left):
+                    deadline = time.monotonic() + patience
+                if deadline is not None and time.monotonic() > deadline:
+                    kill()
+                time.sleep(0.05)
     finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-        end_launch(launch)
+        kill()
+        for process in started:
+            process.wait()
+    codes = [process.returncode for process in started]
+    return [int(Exit.TEMPORARY) if number in killed else code for number, code in enumerate(codes)]
 
 
 @contextmanager
-def forwarded_signals(send: Callable[[int, int], object]) -> Iterator[None]:
-    """Pass SIGTERM, SIGINT and SIGUSR1 on to processes that were started, instead of ending.
+def forwarded_signals(send: Callable[[int], object]) -> Iterator[None]:
+    """Catch SIGTERM, SIGINT and SIGUSR1 for processes that were started, instead of ending.
+
+    Schedulers warn with whatever signal they were told to, and the workers know one way to stop: SIGTERM.
 
     Args:
-        send: called with the signal and how many there were. SIGUSR1 becomes SIGTERM: schedulers warn with whatever
-            signal they were told to, and the workers know one way to stop.
+        send: called with the number of signals so far.
     """
     count = 0
 
-    def forward(number: int, _: object) -> None:
+    def forward(*_: object) -> None:
         nonlocal count
         count += 1
-        send(signal.SIGTERM if number == signal.SIGUSR1 else number, count)
+        send(count)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
@@ -310,19 +345,3 @@ def end_with_parent() -> None:
     """Called in a new process: SIGTERM as soon as the one that started it is gone, be it by SIGKILL. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def end_launch(launch: str) -> None:
-    """Kill what is left of a launch: torchrun's workers have sessions of their own and outlive it if it is killed."""
-    marker = f"{LAUNCH}={launch}".encode()
-    deadline = time.monotonic() + _KILL_SECONDS
-    left = True
-    while left and time.monotonic() < deadline:
-        left = False
-        for folder in Path("/proc").glob("[0-9]*"):
-            # What is gone by now, or somebody else's, cannot be read; what is dead has no environment.
-            with suppress(OSError):
-                if marker in (folder / "environ").read_bytes().split(b"\0"):
-                    left = True
-                    os.kill(int(folder.name), signal.SIGKILL)
-        time.sleep(0.05 if left else 0)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,16 @@ from rich.table import Table
 from pipeline.config import Config, need
 from pipeline.files import write_whole
 from pipeline.launch import Nodes, Placement
-from pipeline.processes import dump_group, dump_workers, end_with_parent, forwarded_signals, parse_output, train_workers
+from pipeline.processes import (
+    Command,
+    combined,
+    dump_group,
+    dump_workers,
+    parse_output,
+    run_together,
+    tell_deaths,
+    train_workers,
+)
 from pipeline.report import QUALITY, report
 from storage_schemas.errors import DataError, Exit, NeoError
 from storage_schemas.reader import Dump
@@ -223,18 +231,11 @@ def _merge(final: Path, merged: Path) -> dict[str, Any]:
 
 def _child(command: str, arguments: Sequence[str]) -> str:
     """Run one of our own commands; its standard output."""
-    process: subprocess.Popen[str] | None = None
     with tempfile.TemporaryFile("w+") as output:
-        with forwarded_signals(lambda number, _: process.send_signal(number) if process is not None else None):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.cli", command, *arguments],
-                stdout=output,
-                text=True,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-            code = process.wait()
-        _check(command, code)
+        argv = [sys.executable, "-P", "-m", "pipeline.cli", command, *arguments]
+        codes = run_together([Command(argv, {}, output)])
+        tell_deaths(codes, [f"llm-neo {command}"])
+        _check(command, combined(codes))
         output.seek(0)
         return output.read()
 

@@ -4,6 +4,7 @@ Every error says what is wrong, what was got, what was expected and what to do. 
 into its exit code; anything that is not one of these is a bug in this project (70).
 """
 
+import errno
 from enum import IntEnum
 
 
@@ -64,3 +65,45 @@ class MismatchError(NeoError):
     """The configuration is invalid, or it disagrees with the dump or the checkpoint."""
 
     exit_code = Exit.MISMATCH
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""Errors of a file system that somebody mends; then the same command goes on."""
+_NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Errors of a path that cannot be used, however often."""
+_HARDWARE = (
+    "uncorrectable ecc",
+    "ecc error",
+    "hardware error",
+    "device not ready",
+    "gpu is lost",
+    "fallen off the bus",
+)
+_NO_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "cublas_status_alloc_failed")
+
+
+def explained(error: BaseException, *, memory: str = "use a smaller model or batch") -> NeoError | None:
+    """What the machine or its user has caused, as an error that says so; None for what may be a bug.
+
+    Args:
+        error: that ended a process.
+        memory: what to change when memory runs out.
+    """
+    if isinstance(error, NeoError):
+        return error
+    text = " ".join(str(error).split())
+    low, got = text.lower(), f"{type(error).__name__}: {text[:300]}"
+    if isinstance(error, MemoryError) or any(sign in low for sign in _NO_MEMORY):
+        return MismatchError("out of memory", got=got, fix=memory)
+    if any(sign in low for sign in _HARDWARE):
+        fix = "take this machine or GPU out of the job, then run the same command again"
+        return TemporaryError("a device has failed", got=got, fix=fix)
+    # Libraries in Rust pass the system's errors on as text.
+    number = error.errno if isinstance(error, OSError) else errno.ENOSPC if "(os error 28)" in low else None
+    name = str(getattr(error, "filename", None) or "a file")
+    if number in _FULL:
+        fix = "free space or repair the file system, then run the same command again"
+        return TemporaryError(f"cannot write or read {name}", got=got, fix=fix)
+    if number in _NOT_THERE:
+        return MismatchError(f"{name} cannot be used", got=got, fix="correct the path, or its permissions")
+    return None

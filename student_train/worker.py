@@ -1,15 +1,14 @@
-"""What torchrun starts, one process per rank: `python -m student_train.worker --config resolved.json`.
+"""One rank of stage two: `python -m student_train.worker --config resolved.json`, as `llm-neo train` starts it.
 
-The protocol with whoever starts it (`pipeline`):
+The protocol with whoever starts it (`pipeline`, or torchrun by hand):
 
-- `resolved.json` holds the sections `dump`, `student`, `loss` and `train`, complete and validated. RANK, WORLD_SIZE,
-  LOCAL_RANK and the rendezvous come from the environment, as torchrun sets them; nothing else in this package reads it.
-- torchrun turns every failure into exit code 1. So each rank leaves its own code, as text, in
-  `<train.output>/exit/rank-<RANK>`; all ranks leave with the same one. Who starts them empties that directory before,
-  and returns the code found there afterwards. No file at all means that nothing was even imported.
-- SIGTERM or SIGINT to any rank: a checkpoint at the next step boundary, and 75 on all. torchrun passes SIGTERM on, but
-  kills its workers 30 seconds later; to leave them more time, create `<train.output>/exit/stop` instead, which has the
-  same effect.
+- `resolved.json` holds the sections `dump`, `student`, `loss` and `train`, complete and validated. RANK, WORLD_SIZE and
+  LOCAL_RANK come from the environment, as torchrun sets them; nothing else in this package reads it. `--rendezvous`
+  says where the ranks meet, by default where the environment says.
+- All ranks leave with the same exit code. Each also leaves it, as text, in `<train.output>/exit/rank-<RANK>`: for the
+  others, and because torchrun turns every failure into 1. Who starts the ranks empties that directory before.
+- SIGTERM or SIGINT to any rank, or a file `<train.output>/exit/stop`: a checkpoint at the next step boundary, and 75 on
+  all.
 - Errors are printed once, by the rank that met them, on standard error.
 
 A rank that fails between two agreements (out of memory, killed) cannot tell the others, who may wait for it in a
@@ -33,7 +32,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError
+from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError, explained
 from storage_schemas.section import Section
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.directory import TRAINING, held
@@ -43,6 +42,11 @@ GRACE_SECONDS = 15.0
 """How long a rank may go on once another one has left with an error."""
 LOST_SECONDS = 5.0
 """How long a rank whose collective broke looks for the reason that another one gives."""
+MEMORY = (
+    "lower train.micro_batch_size, set train.gradient_checkpointing, raise train.zero_stage, or use more GPUs; "
+    "the last checkpoint is kept"
+)
+"""What to change when training runs out of memory."""
 LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "remote process")
 """What the errors of a collective say when another rank is gone."""
 
@@ -102,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     """Train as one rank; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m student_train.worker")
     parser.add_argument("--config", required=True, type=Path)
-    path = parser.parse_args(argv).config
+    parser.add_argument("--rendezvous", default="env://")
+    arguments = parser.parse_args(argv)
+    path: Path = arguments.config
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "torch", "transformers", "accelerate", "DeepSpeed"):
@@ -120,11 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    place = {"rank": rank, "world_size": world_size, "local_rank": local_rank}
     try:
         with held(config.train.output, TRAINING) if rank == 0 else nullcontext():
             codes.clear()
             threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
-            code = run(config, codes, rank=rank, world_size=world_size, local_rank=local_rank, stop=stop)
+            code = run(config, codes, **place, rendezvous=arguments.rendezvous, stop=stop)
             codes.write(code)
             return code
     except NeoError as error:  # Of the directory. If it is another training's, its exit codes are not ours to write.
@@ -150,7 +157,14 @@ def read_config(path: Path) -> Resolved:
 
 
 def run(
-    config: Resolved, codes: ExitCodes, *, rank: int, world_size: int, local_rank: int, stop: threading.Event
+    config: Resolved,
+    codes: ExitCodes,
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    rendezvous: str,
+    stop: threading.Event,
 ) -> int:
     """Train; an error becomes an exit code, and is printed by the rank that it belongs to."""
     # Here, so that a wrong configuration is told in an instant.
@@ -173,20 +187,29 @@ def run(
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
+            rendezvous=rendezvous,
             stop=stopped,
         )
     except PeerError as error:
         return int(error.exit_code)
-    except NeoError as error:
-        print(error, file=sys.stderr)
-        return int(error.exit_code)
-    except Exception as error:
-        return unexpected(error, codes, rank)
+    except BaseException as error:
+        return failed(error, codes, rank, memory=MEMORY)
     return int(Exit.DONE)
 
 
-def unexpected(error: Exception, codes: ExitCodes, rank: int) -> int:
-    """The code for an error that is not meant for the user: another rank's if this is but its echo, else a bug."""
+def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) -> int:
+    """Say what ended this rank; the code is another rank's if this error is but its echo, 70 if it is nobody's.
+
+    Args:
+        error: what ended it.
+        codes: of all ranks.
+        rank: this one.
+        memory: what to change when memory runs out.
+    """
+    told = explained(error, memory=memory)
+    if told is not None:
+        print(f"llm-neo: {told}", file=sys.stderr)
+        return int(told.exit_code)
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     deadline = time.monotonic() + LOST_SECONDS
     while lost and time.monotonic() < deadline:

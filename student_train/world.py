@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from storage_schemas.errors import Exit, NeoError
+from storage_schemas.errors import Exit, NeoError, explained
 
 T = TypeVar("T")
 
@@ -88,7 +88,8 @@ def exit_code(error: BaseException | None) -> int:
     """The exit code that an error stands for; 0 for none."""
     if error is None:
         return 0
-    return int(error.exit_code if isinstance(error, NeoError) else Exit.BUG)
+    told = explained(error)
+    return int(Exit.BUG if told is None else told.exit_code)
 
 
 def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:
@@ -99,7 +100,7 @@ def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, r
         world_size: number of ranks.
         local_rank: rank among those of this node.
         device: what this rank computes on.
-        rendezvous: `env://` (torchrun), `tcp://host:port` or `file://path`; not used by a single rank.
+        rendezvous: `env://` (several nodes, torchrun), `tcp://host:port` or `file://path`; not used by a single rank.
     """
     # DeepSpeed makes groups without naming a timeout; they take this default and not that of the first group.
     distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT

@@ -9,8 +9,9 @@ from pipeline.launch import (
     dump_argv,
     dump_placement,
     first_host,
+    rank_argv,
+    rank_environment,
     thread_environment,
-    torchrun_argv,
     training_nodes,
 )
 from storage_schemas.errors import UsageError
@@ -112,54 +113,31 @@ def test_first_host_of_a_slurm_node_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
-def test_torchrun_on_one_node_meets_on_loopback_and_never_restarts() -> None:
-    argv = torchrun_argv(["student_train.worker", "run"], nproc=2, nodes=Nodes(), python="py")
-    assert argv == [
-        "py",
-        "-m",
-        "pipeline.torchrun",
-        "--nproc-per-node=2",
-        "--max-restarts=0",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "-m",
-        "student_train.worker",
-        "run",
-    ]
+def test_ranks_of_one_node_meet_at_a_file_and_listen_on_loopback() -> None:
+    argv = rank_argv("student_train.worker", ["--config", "c"], rendezvous="file:///t/ranks", python="py")
+    assert argv == ["py", "-P", "-m", "student_train.worker", "--config", "c", "--rendezvous", "file:///t/ranks"]
+    env = rank_environment({"NCCL_SOCKET_IFNAME": "eth1"}, 1, nproc=2, nodes=Nodes())
+    assert {name: env[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {
+        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+    }  # fmt: skip
+    assert env["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in env  # The user's own is left alone.
+    assert "MASTER_ADDR" not in env
 
 
-def test_torchrun_on_many_nodes_is_static() -> None:
-    argv = torchrun_argv(["w"], nproc=8, nodes=Nodes(2, 1, "[fe80::1]:12041"), python="py")
-    assert argv[3:] == [
-        "--nproc-per-node=8",
-        "--max-restarts=0",
-        "--nnodes=2",
-        "--node-rank=1",
-        "--rdzv-backend=static",
-        "--master-addr=[fe80::1]",
-        "--master-port=12041",
-        "-m",
-        "w",
-    ]
-
-
-def test_torchrun_understands_its_command_line() -> None:
-    from torch.distributed.run import parse_args
-
-    one = parse_args(torchrun_argv(["w", "a"], nproc=2, nodes=Nodes())[3:])
-    assert (one.nproc_per_node, one.max_restarts, one.standalone, one.module) == ("2", 0, True, True)
-    assert (one.training_script, one.training_script_args) == ("w", ["a"])
-    two = parse_args(torchrun_argv(["w"], nproc=8, nodes=Nodes(2, 1, "host:5"))[3:])
-    assert (two.nnodes, two.node_rank, two.master_addr, two.master_port) == ("2", 1, "host", 5)
-    assert two.rdzv_backend == "static"
+def test_ranks_of_several_nodes_meet_at_node_0() -> None:
+    env = rank_environment({}, 3, nproc=8, nodes=Nodes(2, 1, "[fe80::1]:12041"))
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("11", "16", "3")
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("fe80::1", "12041")
+    assert "GLOO_SOCKET_IFNAME" not in env
 
 
 def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     from pathlib import Path
 
     argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py")
-    assert argv[1:4] == ["-m", "pipeline.cli", "dump"]
-    assert argv[4:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--json", "--set", "a.b=c"]
+    assert argv[1:5] == ["-P", "-m", "pipeline.cli", "dump"]
+    assert argv[5:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--json", "--set", "a.b=c"]
     argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), events=Path("e.jsonl"))
     assert argv[argv.index("--events") + 1] == "e.jsonl"
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}

@@ -17,11 +17,13 @@ from pipeline import cli, processes
 from pipeline.config import Config
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
+    Command,
     combined,
     dump_workers,
     forwarded_signals,
     parse_output,
-    run_torchrun,
+    run_together,
+    tell_deaths,
     train_workers,
     visible_gpus,
 )
@@ -57,7 +59,8 @@ def alive(pid: int) -> bool:
         ([78, 64], 64),
         ([78, 70, 0], 70),
         ([1], 70),
-        ([-9, 78], 70),
+        ([-9, 78], 78),
+        ([-11, 78], 70),
         ([-15, 0], 75),
         ([143], 75),
         ([-2, 65], 65),
@@ -142,6 +145,25 @@ def test_the_worst_worker_decides_and_hidden_ones_are_heard_when_they_fail(
     assert "worker 2 speaks" not in heard
 
 
+def test_a_killed_worker_is_told_and_its_work_done_by_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = f"""
+    import json, os, signal
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(json.dumps({SUMMARY}, indent=2))
+    """
+    fake_worker(monkeypatch, body)
+    code, summary = dump_workers(Path("c"), [], 3, node=Placement(0, 1))
+    assert (code, summary["tokens_here"]) == (0, 200)
+    told = capfd.readouterr().err
+    assert "worker 1 was ended by SIGKILL" in told
+    assert "the dump is complete" in told
+    fake_worker(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert dump_workers(Path("c"), [], 2, node=Placement(0, 1)) == (75, {})
+
+
 def test_a_signal_reaches_all_workers_of_stage_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     body = f"""
     import pathlib, signal, sys, time
@@ -163,87 +185,96 @@ def test_a_signal_reaches_all_workers_of_stage_one(monkeypatch: pytest.MonkeyPat
 
 def test_handlers_are_put_back() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    got: list[tuple[int, int]] = []
-    with forwarded_signals(lambda *call: got.append(call)):
+    got: list[int] = []
+    with forwarded_signals(got.append):
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-    assert got == [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGTERM, 3)]
+    assert got == [1, 2, 3]
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-DETACHED = """
-import pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)
-staged = pathlib.Path({pid!r} + ".staged")
-staged.write_text(str(child.pid))
-staged.rename({pid!r})
-"""
-"""What torchrun does with its workers: a session of their own."""
+def ready(folder: Path, then: str) -> list[str]:
+    """A process that says that it runs, and its id."""
+    head = f"import os, pathlib, signal, sys, time\n(pathlib.Path({str(folder)!r}) / str(os.getpid())).touch()\n"
+    return python(head + then)
 
 
-def test_workers_that_outlive_torchrun_are_killed(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    assert run_torchrun(python(DETACHED.format(pid=str(pid)) + "sys.exit(3)"), {}, stop=lambda: None) == 3
-    assert not alive(int(pid.read_text()))
+def pids(folder: Path) -> list[int]:
+    return [int(file.name) for file in folder.iterdir()]
 
 
-def test_torchrun_killed_by_somebody_leaves_no_workers(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    body = DETACHED.format(pid=str(pid)) + "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    assert run_torchrun(python(body), {}, stop=lambda: None) == -signal.SIGKILL
-    assert not alive(int(pid.read_text()))
+def test_ranks_whose_peer_has_failed_are_given_time_and_then_killed(tmp_path: Path) -> None:
+    hangs = Command(ready(tmp_path, "time.sleep(120)"), {})
+    fails = Command(ready(tmp_path, "time.sleep(0.5)\nsys.exit(78)"), {})
+    notices = Command(ready(tmp_path, "time.sleep(1)\nsys.exit(65)"), {})
+    assert run_together([hangs, fails, notices], patience=2.0) == [75, 78, 65]
+    assert not any(alive(pid) for pid in pids(tmp_path))
 
 
-def test_the_first_signal_asks_for_a_checkpoint_and_the_second_ends_torchrun(tmp_path: Path) -> None:
-    ready, asked = tmp_path / "ready", tmp_path / "asked"
-    body = f"""
-    import pathlib, time
-    pathlib.Path({str(ready)!r}).touch()
-    time.sleep(60)
-    """
+def test_a_rank_that_was_killed_is_told_and_means_run_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dies = Command(ready(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"), {})
+    aborts = Command(ready(tmp_path, "os.abort()"), {})
+    stops = Command(ready(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)"), {})
+    codes = run_together([dies, aborts, stops])
+    assert codes == [-signal.SIGKILL, -signal.SIGABRT, -signal.SIGTERM]
+    tell_deaths(codes, ["rank 0", "rank 1", "rank 2"])
+    told = capfd.readouterr().err
+    assert "rank 0 was ended by SIGKILL" in told
+    assert "out of memory" in told
+    assert "rank 1 was ended by SIGABRT" in told
+    assert "rank 2" not in told
+    assert combined(codes) == 75
+
+
+def test_the_first_signal_asks_for_a_checkpoint_and_the_second_ends_the_ranks(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    (tmp_path / "ready").mkdir()
+    body = f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(asked)!r}).touch())\n"
+    body += "time.sleep(0.1)\n" * 600
 
     def interrupt() -> None:
-        until(ready.exists)
-        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: pids(tmp_path / "ready"))
+        time.sleep(0.3)  # The handler comes after.
+        os.kill(os.getpid(), signal.SIGUSR1)
         until(asked.exists)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert run_torchrun(python(body), {}, stop=asked.touch) == -signal.SIGTERM
+    assert run_together([Command(ready(tmp_path / "ready", body), {})], patience=60.0) == [75]
     thread.join()
+    assert not any(alive(pid) for pid in pids(tmp_path / "ready"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
-def test_torchrun_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    inner = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(120)"
+def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     body = f"""
-    import sys
-    from pipeline.processes import run_torchrun
-    run_torchrun([sys.executable, "-c", {inner!r}], {{}}, stop=lambda: None)
+    from pipeline.processes import Command, run_together
+    run_together([Command({ready(tmp_path, "time.sleep(120)")!r}, {{}})] * 2, patience=60.0)
     """
     launcher = subprocess.Popen(python(body), cwd=ROOT)
-    until(lambda: pid.exists() and pid.read_text())
+    until(lambda: len(pids(tmp_path)) == 2)
     launcher.kill()
     launcher.wait()
-    until(lambda: not alive(int(pid.read_text())))
+    until(lambda: not any(alive(pid) for pid in pids(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("returned", "left", "expected"),
+    ("left", "expected"),
     [
-        (0, {0: 0, 1: 0}, 0),
-        (1, {0: 75, 1: 75}, 75),
-        (1, {0: 78}, 78),
-        (1, {0: 75, 1: 70}, 70),
-        (1, {}, 70),
-        (-9, {0: 0}, 75),
-        (0, {0: 0, 1: 65}, 65),
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([78, 1], 70),
+        ([0, -9], 75),
+        ([-9], 75),
+        ([-6, -6], 75),
+        ([-11], 70),
+        ([-15, -15], 75),
+        ([0, 65], 65),
     ],
 )
-def test_training_returns_what_its_workers_left(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, returned: int, left: dict[int, int], expected: int
+def test_training_returns_what_its_ranks_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: list[int], expected: int
 ) -> None:
     config = Config.model_validate(
         {"dump": {"url": "d"}, "student": {"model": "m"}, "train": {"output": str(tmp_path), "seed": 5}}
@@ -253,19 +284,16 @@ def test_training_returns_what_its_workers_left(
     for stale in ("rank-0", "rank-1", "rank-7", "stop"):
         (folder / stale).write_text("78\n")
 
-    def torchrun(argv: Sequence[str], env: dict[str, str], *, stop: Callable[[], None], stdout: None) -> int:
+    def together(commands: Sequence[Command], *, patience: float) -> list[int]:
         assert list(folder.iterdir()) == []
+        argv = commands[0].argv
         resolved = json.loads(Path(argv[argv.index("--config") + 1]).read_text())
         assert sorted(resolved) == ["dump", "loss", "student", "train"]
         assert resolved["train"]["seed"] == 5
-        for rank, code in left.items():
-            (folder / f"rank-{rank}").write_text(f"{code}\n")
-        stop()
-        assert (folder / "stop").exists()
-        return returned
+        return left
 
-    monkeypatch.setattr(processes, "run_torchrun", torchrun)
-    assert train_workers(config, nproc=2, nodes=Nodes()) == expected
+    monkeypatch.setattr(processes, "run_together", together)
+    assert train_workers(config, nproc=len(left), nodes=Nodes()) == expected
 
 
 def test_a_second_node_clears_its_own_ranks_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -275,7 +303,7 @@ def test_a_second_node_clears_its_own_ranks_only(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "exit").mkdir()
     for rank in range(4):
         (tmp_path / "exit" / f"rank-{rank}").write_text("75\n")
-    monkeypatch.setattr(processes, "run_torchrun", lambda *_, **__: 0)
+    monkeypatch.setattr(processes, "run_together", lambda *_, **__: [0, 0])
     assert train_workers(config, nproc=2, nodes=Nodes(2, 1, "host:1")) == 0
     assert sorted(file.name for file in (tmp_path / "exit").iterdir()) == ["rank-0", "rank-1"]
 
@@ -286,7 +314,7 @@ def test_a_second_training_touches_nothing(tmp_path: Path, monkeypatch: pytest.M
     config = Config.model_validate(
         {"dump": {"url": str(tmp_path / "dump")}, "student": {"model": "m"}, "train": {"output": str(output)}}
     )
-    monkeypatch.setattr(processes, "run_torchrun", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr(processes, "run_together", lambda *_, **__: pytest.fail("it was started"))
     (output / "exit").mkdir(parents=True)
     (output / "exit" / "rank-0").write_text("0\n")
     body = """

@@ -4,12 +4,17 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -20,6 +25,7 @@ from pipeline.prune import prune
 from pipeline.run import Steps
 from student_train.metrics import read_events
 
+TESTS = Path(__file__).parents[1]
 SUMMARY = [
     "kl_before", "kl_after", "ce_before", "ce_after", "top1_before", "top1_after", "dump_tokens_per_second",
     "train_tokens_per_second", "bytes_per_supervised_token", "train_steps", "teacher", "student", "adapter", "merged",
@@ -57,17 +63,48 @@ def corpus(path: Path, samples: range) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+AUDIT = "audit.log"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS / "support/audit"), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    ours = {"PYTHONPATH": path, "LLM_NEO_AUDIT": str(folder / AUDIT)}
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ours}
 
 
 def llm_neo(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "pipeline.cli", *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=280
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False, timeout=280
     )
     assert done.returncode == code, done.stderr[-4000:]
     return done
+
+
+@contextmanager
+def listening_elsewhere() -> Iterator[set[str]]:
+    """Processes below this one that listen on other interfaces than the loopback one, meanwhile."""
+    found: set[str] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    for open_socket in process.net_connections("inet"):
+                        if open_socket.status == psutil.CONN_LISTEN and open_socket.laddr.ip not in (
+                            "127.0.0.1",
+                            "::1",
+                        ):
+                            found.add(f"{open_socket.laddr} {' '.join(process.cmdline())}")
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +113,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     save_teacher(folder / "teacher", num_hidden_layers=4)
     prune(str(folder / "teacher"), folder / "student", layers=2)
+    # Processes of ours must not import what a user has in the working directory.
+    (folder / "pipeline.py").write_text("raise ImportError('the file of the user')\n")
     corpus(folder / "train.jsonl", range(24))
     corpus(folder / "heldout.jsonl", range(100, 108))
     (folder / "config.yaml").write_text(
@@ -95,10 +134,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(project: Path) -> Path:
     """The directory after `llm-neo run`."""
-    done = llm_neo(project, "run", "config.yaml", "--workers", "2", "--nproc", "2", "--json")
+    with listening_elsewhere() as found:
+        done = llm_neo(project, "run", "config.yaml", "--workers", "2", "--nproc", "2", "--json")
+    (project / "listening.json").write_text(json.dumps(sorted(found)))
     # With --json, nothing else is on standard output.
     assert json.loads(done.stdout) == json.loads((project / "run/summary.json").read_text())
     return project
+
+
+def test_no_class_is_unpickled_and_nobody_else_can_connect(finished: Path) -> None:
+    """Neither by the two workers of stage one nor by evaluation, the two ranks and merge."""
+    lines = (finished / AUDIT).read_text().splitlines()
+    started = [line for line in lines if line.startswith("start ")]
+    for word, processes in {"cli dump": 2, "cli evaluate": 2, "student_train.worker": 2, "cli merge": 1}.items():
+        assert len([line for line in started if word in line]) == processes, started
+    assert [line for line in lines if line not in started] == []
+    assert json.loads((finished / "listening.json").read_text()) == []
 
 
 @pytest.mark.slow
@@ -178,6 +229,7 @@ def test_a_signal_stops_training_with_a_checkpoint_and_the_same_command_goes_on(
     folder = Path(shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("run")))
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pipeline.cli",
         "train",
@@ -187,7 +239,7 @@ def test_a_signal_stops_training_with_a_checkpoint_and_the_same_command_goes_on(
         "--set",
         "train.save_steps=99",
     ]
-    process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "run/events.jsonl").is_file() or not read_events(folder / "run/events.jsonl"):
         assert time.monotonic() < deadline
@@ -206,3 +258,26 @@ def test_a_signal_stops_training_with_a_checkpoint_and_the_same_command_goes_on(
     assert [event.step for event in resumed] == [event.step for event in uninterrupted]
     for one, other in zip(resumed, uninterrupted, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_at_an_address_and_train_the_same(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("run")))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-P", "-m", "pipeline.cli", "train", "config.yaml", "--nproc", "1", "--nnodes", "2"]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(rank), "--rdzv-endpoint", endpoint],
+            cwd=folder, env=environment(folder) | {"GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        _, err = node.communicate(timeout=240)
+        assert node.returncode == 0, err[-2000:]
+    for one, other in zip(
+        read_events(folder / "run/events.jsonl"), read_events(finished / "run/events.jsonl"), strict=True
+    ):
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
