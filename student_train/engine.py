@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -182,6 +182,16 @@ class Engine:
         for key, value in exactly(tensors, shapes):
             kind, name = key.split("/", 1)
             self._set(kind, parameters[name], value.to(self._world.device))
+
+    def stray(self) -> list[str]:
+        """Trained parameters whose working copy is not their fp32 master, rounded once. Collective."""
+        found = []
+        for name, parameter in self._trained:
+            master = self._whole(MASTER, parameter)
+            with _gather([parameter]) if self._stage == 3 else nullcontext():
+                if not torch.equal(parameter.detach(), master.to(parameter.device, parameter.dtype)):
+                    found.append(name)
+        return found
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""

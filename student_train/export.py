@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from storage_schemas.errors import MismatchError, TemporaryError, UsageError
 from student_train.card import CARD, merged_card
 from student_train.evaluate import is_adapter, source_of
-from student_train.final import refuse_other_logits
+from student_train.final import refuse_other_logits, save_model
 from student_train.student import load_model
 
 PROBE_TOKENS = 16
@@ -23,7 +23,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
     """Fold an adapter into its base model, prove it, and save it with tokenizer and generation config.
 
-    The sum is made in fp32 and rounded once. What was saved is loaded again and must give the adapter's logits.
+    The sum is made in fp32, must give the adapter's logits there, and is rounded once. What was saved is loaded again
+    and must hold the rounded weights, bit for bit.
 
     Args:
         adapter_dir: directory of a peft adapter.
@@ -36,7 +37,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
     Raises:
         UsageError: `output` is not empty, or no such dtype.
         MismatchError: there is no adapter, or it does not fit its base.
-        DataError: the merged model gives other logits.
+        DataError: the merged model gives other logits, or was not saved as it is.
         TemporaryError: it cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -73,19 +74,17 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
             f"the adapter in {adapter_dir} cannot be folded into its base model", got=str(error)[:500],
             expected="finite weights, and biases only where the base model has them", fix="use it with peft, as it is",
         ) from error  # fmt: skip
-    refuse_other_logits(adapter_dir, merged(input_ids=probe, use_cache=False).logits, expected, dtype=torch.float32)
+    refuse_other_logits(adapter_dir, merged(input_ids=probe, use_cache=False).logits, expected)
 
     staged = output.with_name(f".{output.name}.staged")
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-        merged.to(wanted).save_pretrained(str(staged), safe_serialization=True)
+        save_model(staged, merged, wanted, probe)
         if generation is not None:
             generation.save_pretrained(str(staged))
         _save_tokenizer(adapter_dir, source, revision, staged)
         _save_card(adapter_dir / CARD, staged / CARD, output)
-        again = load_model(str(staged), None, dtype=wanted).eval()
-        refuse_other_logits(output, again(input_ids=probe, use_cache=False).logits, expected, dtype=wanted)
         if output.is_dir():
             output.rmdir()
         os.replace(staged, output)

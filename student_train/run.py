@@ -23,8 +23,9 @@ from student_train.world import World
 SUMMARY, FINAL = "summary.json", "final"
 PROBE_TOKENS = 64
 """Tokens of the row that the saved student is compared on, at most."""
-WEIGHTS = "student.weights"
-"""Key of the student's digest in a checkpoint's identity: known only once the student is loaded."""
+FILES, WEIGHTS = "student.files", "student.weights"
+"""Keys of what identifies the student in a checkpoint's identity, compared once it is loaded: `model_files.identity`,
+and in checkpoints of version 1 `student.weights_digest`."""
 
 
 class Summary(Section):
@@ -139,7 +140,7 @@ def agree_on_checkpoint(world: World, run: Run) -> Checkpoint | None:
 def _open_checkpoint(run: Run, step: int, *, verify: bool) -> Checkpoint:
     """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
     checkpoint = run.checkpoints.at(step)
-    known = {key: value for key, value in checkpoint.state.identity.items() if key != WEIGHTS}
+    known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, WEIGHTS)}
     refuse_other_run(known, run.identity)
     if verify and (root := consumed_root(run.dump, run.order, step)) != checkpoint.state.consumed:
         raise DataError(

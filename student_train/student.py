@@ -5,7 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from student_train.batch import TrainBatch
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.head import HeadSpec, fused_head_loss
 from student_train.losses import LossSpec
+from student_train.model_files import weight_files
 from student_train.scaling import scale_between
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,11 @@ class Student:
 
     module: Distilled
     digest: str
-    """Identity of the weights it started from."""
+    """Of a few of the weights that it started from, as checkpoints of version 1 know it."""
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Identity of the files it came from, see `model_files.identity`; on the main rank alone."""
 
 
 def load_student(
@@ -171,10 +174,11 @@ def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> 
     """A causal language model, from safetensors alone.
 
     Raises:
-        MismatchError: there is no such model, or it is quantised.
+        MismatchError: there is no such model, it is quantised, or needs code of its own.
+        DataError: a file of it is torn.
     """
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise MismatchError(
                 f"{name} is quantised",
@@ -182,7 +186,10 @@ def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> 
                 expected="weights in bf16 or fp32",
                 fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
             )
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
+        weight_files(name, revision)
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise MismatchError(
             f"the model {name} cannot be loaded",

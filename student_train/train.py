@@ -6,7 +6,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -34,7 +34,19 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.engine import Engine, join, load_weights
 from student_train.final import write_final
 from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
-from student_train.run import FINAL, SUMMARY, WEIGHTS, Run, Summary, agree_on_checkpoint, finished, open_run, stored_row
+from student_train.model_files import identity
+from student_train.run import (
+    FILES,
+    FINAL,
+    SUMMARY,
+    WEIGHTS,
+    Run,
+    Summary,
+    agree_on_checkpoint,
+    finished,
+    open_run,
+    stored_row,
+)
 from student_train.schedule import learning_rate
 from student_train.stream import Follower, Stream, consumed_root
 from student_train.student import Student, causal_of, load_student, refuse_tokenizer
@@ -103,7 +115,7 @@ def train_in(
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", train.output, done.steps)
         return done
-    learner = world.together(lambda: _load_student(run, checkpoint, check_tokenizer=world.main))
+    learner = world.together(lambda: _load_student(run, checkpoint, main=world.main))
     if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
         world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
     engine = Engine(learner.module, train, world)
@@ -117,19 +129,36 @@ def train_in(
         engine.close()
 
 
-def _load_student(run: Run, checkpoint: Checkpoint | None, *, check_tokenizer: bool) -> Student:
+def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Student:
+    """The student, on the main rank with all that identifies it."""
     initial = None
     if checkpoint is not None:
         initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))} or None
     learner = load_student(run.student, run.loss, run.train, run.dump.run, initial=initial)
+    if main:
+        learner = replace(learner, files=identity(run.student.model, run.student.revision))
     if checkpoint is not None:
-        refuse_other_run(checkpoint.state.identity, run.identity | {WEIGHTS: learner.digest})
+        known = checkpoint.state.identity
+        # Checkpoints of version 1 know a digest of some weights, and nothing of config.json.
+        own = {WEIGHTS: learner.digest} if WEIGHTS in known else {FILES: learner.files if main else known.get(FILES)}
+        refuse_other_run(known, run.identity | own)
         for _ in exactly((initial or {}).items(), {name: start.shape for name, start in learner.initial.items()}):
             pass
-    if check_tokenizer:
+    if main:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
         refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
     return learner
+
+
+def _refuse_changed_student(run: Run, learner: Student) -> None:
+    """Raise DataError if the adapter would be saved for another base than it was trained on."""
+    if (found := identity(run.student.model, run.student.revision)) != learner.files:
+        raise DataError(
+            f"the student {run.student.model} has changed since it was loaded",
+            got=found,
+            expected=learner.files,
+            fix="restore its files, then run the same command again; the checkpoint is intact",
+        )
 
 
 def _restore(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -149,7 +178,7 @@ def _save(world: World, run: Run, learner: Student, engine: Engine, step: int) -
                 step=step,
                 updates=engine.updates,
                 consumed=consumed_root(run.dump, run.order, step),
-                identity=run.identity | {WEIGHTS: learner.digest},
+                identity=run.identity | {FILES: learner.files},
             )
             initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
             run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
@@ -372,13 +401,15 @@ class _Loop:
         world, run = self._world, self._run
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         ids = world.together(lambda: stored_row(run))
-        logits = self._engine.module.eval().logits(ids.to(world.device)).float().cpu()
+        stray = self._engine.stray()
 
         def write() -> Summary | None:
             if self._trouble is not None:
                 raise self._trouble
+            assert not stray, f"working copies are not their masters: {stray}"
             if not world.main:
                 return None
+            _refuse_changed_student(run, self._learner)
             checkpoint, summary = run.checkpoints.at(run.steps), self._summary(int(peak))
             events, final = read_events(run.train.output / EVENTS), run.train.output / FINAL
             write_final(
@@ -390,7 +421,6 @@ class _Loop:
                 tokenizer=run.dump.tokenizer_files(),
                 card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
                 input_ids=ids,
-                logits=logits,
             )
             store = Store(str(run.train.output))
             store.delete(SUMMARY)  # Of an end whose checkpoint was damaged since.

@@ -1,18 +1,26 @@
 """What makes two configurations the same run."""
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.engine_jobs import train_section
-from support.tiny_student import write_dump
+from support.tiny_student import save_student, write_dump
 
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import MismatchError
+from storage_schemas.errors import DataError, MismatchError
 from student_train.checkpoint import TrainState
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.run import Run, _open_checkpoint, open_run
+from student_train.run import FILES, WEIGHTS, Run, _open_checkpoint, open_run
 from student_train.stream import consumed_root
+from student_train.student import load_model
+from student_train.train import _load_student
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,56 @@ def test_alpha_counts_by_its_value(first: float | None, then: float | None, fold
     assert _open_checkpoint(run_of(folder, alpha=then), 1, verify=True).step == 1
     with pytest.raises(MismatchError, match=r"student\.lora\.alpha"):
         _open_checkpoint(run_of(folder, alpha=9), 1, verify=True)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_another_student_is_another_run(folder: Path, tmp_path: Path, version: int) -> None:
+    """One weight, or a setting of config.json; a checkpoint of version 1 sees 64 weights of each tensor and no setting.
+    Where it lies and with what it was saved is nothing."""
+    first = save_student(tmp_path / "first")
+    student = StudentSection(model=str(first), lora=LoraSection(r=4))
+    run = open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"))
+    learner = _load_student(run, None, main=True)
+    own = {WEIGHTS: learner.digest} if version == 1 else {FILES: learner.files}
+    state = TrainState(step=0, updates=0, consumed="", identity=run.identity | own)
+    run.checkpoints.save(state, [], keep=1)
+
+    def resume(change: Callable[[Path], object]) -> None:
+        moved = shutil.copytree(first, tmp_path / f"moved-{len(list(tmp_path.iterdir()))}")
+        change(moved)
+        section = student.model_copy(update={"model": str(moved)})
+        _load_student(replace(run, student=section), run.checkpoints.at(0), main=True)
+
+    resume(lambda moved: with_config(moved, transformers_version="4.0.0", _name_or_path="elsewhere"))
+    changes = [lambda moved: with_weight(moved, 0)]
+    if version == 2:
+        changes = [lambda moved: with_weight(moved, 1), lambda moved: with_config(moved, rms_norm_eps=0.01)]
+    for change in changes:
+        with pytest.raises(MismatchError, match=r"student\.(files|weights)"):
+            resume(change)
+
+
+def with_config(folder: Path, **changes: Any) -> None:
+    """The same model with other settings."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_weight(folder: Path, place: int) -> None:
+    """The same model, but for one of 1,792 weights of a matrix."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[place] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["../mine.safetensors", "/etc/passwd", "a/b.safetensors", "pytorch_model.bin"])
+def test_index_names_files_of_the_model_only(tmp_path: Path, name: str) -> None:
+    save_student(tmp_path / "student")
+    (tmp_path / "student" / "model.safetensors").rename(tmp_path / "mine.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (tmp_path / "student" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="outside of the model"):
+        load_model(str(tmp_path / "student"), None, dtype=torch.float32)
 
 
 def test_another_variant_is_another_run(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """What users do with a trained student: evaluate it, and merge it."""
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import torch
 from dense import plain_student, rows_of
 from peft import PeftModel
 from support.engine_jobs import train_section
-from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_tokenizer, write_dump
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_llama, tiny_tokenizer, write_dump
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -20,14 +22,15 @@ from storage_schemas.config import Sampled, TopK
 from storage_schemas.errors import DataError, MismatchError, UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.shift import supervised_positions
-from student_train.adapter import plain_adapter
+from student_train import final
+from student_train.adapter import MIXER, plain_adapter
 from student_train.card import model_card
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.evaluate import evaluate
 from student_train.export import merge
-from student_train.final import load_final, refuse_other_logits, write_final
+from student_train.final import load_final, refuse_other_logits, save_model, write_final
 from student_train.metrics import Event
-from student_train.student import load_student
+from student_train.student import load_student, relative_difference
 
 IDS = torch.arange(24)[None]
 
@@ -46,11 +49,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _write_adapter(folder: Path, name: str, final: str | None = None, **extra: Any) -> None:
-    """`final-<final or name>`: an adapter with random weights, written as a run writes it."""
+def _write_adapter(
+    folder: Path,
+    name: str,
+    name_of_final: str | None = None,
+    *,
+    variant: Any = "lora",
+    precision: str = "fp32",
+    **extra: Any,
+) -> None:
+    """`final-<name_of_final or name>`: an adapter with random weights, written as a run writes it."""
     dump = Dump.open(str(folder / "top8"))
-    section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, extra=extra))
-    train = train_section(folder)
+    section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, variant=variant, extra=extra))
+    train = train_section(folder, precision=precision)
     student = load_student(section, LossSection(), train, dump.run)
     torch.manual_seed(3)
     weights = {key: torch.randn_like(p) * 0.2 for key, p in student.module.trained()}
@@ -58,9 +69,8 @@ def _write_adapter(folder: Path, name: str, final: str | None = None, **extra: A
         for key, parameter in student.module.trained():
             parameter.copy_(weights[key])
     write_final(
-        folder / f"final-{final or name}", student, section, train,
+        folder / f"final-{name_of_final or name}", student, section, train,
         weights=weights, tokenizer=dump.tokenizer_files(), card=_card(dump, section, folder, name), input_ids=IDS,
-        logits=student.module.eval().logits(IDS),
     )  # fmt: skip
 
 
@@ -217,21 +227,75 @@ def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def _with_sink(folder: Path) -> Path:
+    """A model in bf16 whose attention is as sharp as that of real models on their sinks: a unit in the last place of an
+    activation moves much of it to another token."""
+    model = tiny_llama(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 30
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
-def test_wrong_final_is_refused(folder: Path, tmp_path: Path) -> None:
-    """If what was saved has other logits than what was trained, it does not become `final/`."""
-    dump = Dump.open(str(folder / "top8"))
-    section, train = StudentSection(model=str(folder / "student"), lora=LoraSection(r=4)), train_section(tmp_path)
-    student = load_student(section, LossSection(), train, dump.run)
-    weights = {key: torch.randn_like(p) * 0.1 for key, p in student.module.trained()}
+@pytest.mark.parametrize("variant", ["lora", "pissa", "moslora"])
+def test_bf16_activations_judge_nothing(folder: Path, tmp_path: Path, variant: str) -> None:
+    """What is right is neither refused when it is saved nor when it is merged, though bf16 moves its logits by far more
+    than 5 % of the largest."""
+    shutil.copytree(folder / "top8", tmp_path / "top8")
+    sink = _with_sink(tmp_path / "sink")
+    _write_adapter(tmp_path, "sink", variant=variant, precision="bf16")
+    assert merge(tmp_path / "final-sink", tmp_path / "merged") == "bfloat16"
+    base, model = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (sink, tmp_path / "merged"))
+    adapted = PeftModel.from_pretrained(base, tmp_path / "final-sink").eval()
+    for one, other in ((adapted, model), (model, copy.deepcopy(model).float())):
+        assert relative_difference(one(input_ids=IDS).logits, other(input_ids=IDS).logits) > 0.05
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa", "moslora"])
+def test_wrong_final_is_refused(folder: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If what was saved has other logits than what was trained, it does not become `final/`: a wrong sign for PiSSA, a
+    mixer that is left out, a wrong scale."""
+
+    def wrong(model: Any, weights: Any, initial: Any) -> Any:
+        weights = {key: torch.eye(4) if key.endswith(MIXER) else value for key, value in weights.items()}
+        initial = {name: -value if ".lora_B." in name else value for name, value in initial.items()}
+        config, state = plain_adapter(model, weights, initial)
+        config.lora_alpha *= 2 if variant == "lora" else 1
+        return config, state
+
+    monkeypatch.setattr(final, "plain_adapter", wrong)
+    shutil.copytree(folder / "top8", tmp_path / "top8")
+    save_student(tmp_path / "student", seed=1, dtype=torch.bfloat16)
     with pytest.raises(DataError, match="does not give the logits"):
-        write_final(
-            tmp_path / "final", student, section, train,
-            weights=weights, tokenizer={}, card="", input_ids=IDS, logits=student.module.eval().logits(IDS),
-        )  # fmt: skip
-    assert not (tmp_path / "final").exists()
+        _write_adapter(tmp_path, "student", variant=variant, precision="bf16")
+    assert not (tmp_path / "final-student").exists()
     with pytest.raises(DataError):
-        refuse_other_logits(tmp_path, torch.tensor([torch.nan]), torch.ones(1), dtype=torch.float32)
+        refuse_other_logits(tmp_path, torch.tensor([torch.nan]), torch.ones(1))
+
+
+def test_model_that_is_saved_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single weight, or a setting."""
+    save_model(tmp_path / "right", tiny_llama(1), torch.bfloat16, IDS)
+    other = tiny_llama(1).to(torch.bfloat16)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] *= 1 + 2**-7
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda *_: other)
+    with pytest.raises(DataError, match=r"does not give the (logits|weights)"):
+        save_model(tmp_path / "weight", tiny_llama(1), torch.bfloat16, IDS)
+    monkeypatch.undo()
+    saved = LlamaForCausalLM.save_pretrained
+
+    def lossy(self: LlamaForCausalLM, folder: str, **options: Any) -> None:
+        saved(self, folder, **options)
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.01}))
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lossy)
+    with pytest.raises(DataError, match="does not give the logits"):
+        save_model(tmp_path / "setting", tiny_llama(1), torch.bfloat16, IDS)
 
 
 def test_adapter_says_where_it_belongs(folder: Path) -> None:
