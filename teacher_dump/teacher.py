@@ -22,6 +22,7 @@ from teacher_dump.batches import length_sorted_batches
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Corpus, Sample
 from teacher_dump.estimators import Entries, estimate, to_targets
+from teacher_dump.products import Float32Results, linear
 from teacher_dump.weights import ModelFiles, find_model
 
 log = logging.getLogger(__name__)
@@ -288,7 +289,7 @@ def _targets(
     sample_index, position = _coordinates(samples, positions)
     transform = LogitTransform.of(model.config, role="teacher")
     chunk = min(_chunk_tokens(model), len(hidden))
-    scratch = hidden.new_empty(chunk, head_rows(model))
+    scratch = hidden.new_empty(chunk, head_rows(model), dtype=torch.float32)
     parts: list[Entries] = []
     for start in range(0, len(hidden), chunk):
         tokens = slice(start, start + chunk)
@@ -345,17 +346,20 @@ def _hidden(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def _logits(model: Any, hidden: Tensor, transform: LogitTransform, scratch: Tensor | None = None) -> Tensor:
-    """(tokens, V) float32: the product in the model's dtype, everything after it in float32.
+    """(tokens, V) float32: the product's sums are never rounded to the model's dtype, see `products`.
 
     Memory of this size is fresh from the kernel at every allocation, and zeroing it takes a tenth of the product's
-    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows, of hidden's dtype).
+    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows, float32).
     """
     head = model.get_output_embeddings()
     logits: Tensor
     if scratch is not None and _is_plain_linear(head):
-        logits = torch.mm(hidden, head.weight.t(), out=scratch[: len(hidden)]).float()
+        logits = linear(hidden, head.weight, out=scratch)
+    elif hidden.dtype == torch.float32:
+        logits = head(hidden)
     else:
-        logits = head(hidden).float()
+        with Float32Results():
+            logits = head(hidden).float()
     if transform.scale != 1.0:
         logits.mul_(transform.scale)
     if transform.softcap is not None:

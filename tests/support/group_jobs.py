@@ -19,7 +19,7 @@ def targets(
     group = Group.join(rank, world_size, rank, device="cpu", rendezvous=rendezvous)
     found = []
     for case in cases:
-        teacher = GroupTeacher(TeacherSection(dtype="float32", **case), group)
+        teacher = GroupTeacher(TeacherSection.model_validate({"dtype": "float32"} | case), group)
         answers = []
         if group.leads:
             call = {"estimator": estimator, "temperatures": (1.0, 2.0), "logsumexp": True}

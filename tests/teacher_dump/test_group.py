@@ -75,6 +75,26 @@ def test_every_kind_of_head(tmp_path: Path) -> None:
     check(tmp_path, ["llama-tied", "qwen3", "gemma2"])
 
 
+def ties(found: list[Targets | None]) -> int:
+    """Neighbours of one token's head with the same log-prob: 16-bit logits are equal now and then, float32 ones not."""
+    lines = [targets.logprobs.reshape(len(targets), -1) for targets in found if targets is not None]
+    return sum(int((np.diff(np.sort(line, 1)) == 0).sum()) for line in lines)
+
+
+def test_bfloat16_heads_give_float32_wherever_their_weight_is(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "llama")
+    common = {"model": str(tmp_path / "llama"), "device": "cpu", "dtype": "bfloat16"}
+    cases = [common | way for way in WAYS[:2]]
+    ranks = run_ranks("support.group_jobs:targets", 2, cases=cases, batches=BATCHES, estimator=ESTIMATOR)
+    answers = {way["sharding"]: answer for way, (_, answer) in zip(WAYS, ranks[0], strict=False)}
+    place = {"sharding": "device_map", "max_memory": {"cpu": "30KB"}, "offload_folder": str(tmp_path / "offload")}
+    teachers = {"none": {}, "device_map": place}
+    for name, way in teachers.items():
+        teacher = open_teacher(TeacherSection.model_validate(common | way))
+        answers[name] = [teacher.targets(batch, **CALL) for batch in BATCHES]
+    assert {name: sum(map(ties, found)) for name, found in answers.items()} == dict.fromkeys(answers, 0)
+
+
 def test_layers_on_disk(tmp_path: Path) -> None:
     """accelerate's hooks fetch what does not fit, the head too."""
     for name in ("llama", "llama-tied"):
