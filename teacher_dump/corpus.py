@@ -18,10 +18,10 @@ from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG
 from storage_schemas.targets import I32, I64
 from teacher_dump.columns import Columns, Part, joined
 from teacher_dump.config import CorpusSection
-from teacher_dump.kept import Frozen, cache_folder, corpus_key, kept
+from teacher_dump.kept import Frozen, cache_folder, corpus_key, is_looked_up, kept
 from teacher_dump.masks import Tokens, Unusable
 from teacher_dump.pool import Pool, chunked
-from teacher_dump.sources import RawRecord, find_source, open_source, read_source
+from teacher_dump.sources import RawRecord, Records, find_source, open_source, read_source
 from teacher_dump.tokenise import NOTHING, tokenise
 
 _BATCH = 256
@@ -178,16 +178,16 @@ def freeze_corpus(
     found = [find_source(source) for source in section.sources]
     cache = cache_folder(section)
 
+    def records_of(number: int) -> Records:
+        return open_source(section.sources[number], found[number], seed=section.seed, cache=cache)
+
     def make(columns: Columns) -> None:
         digest = hashlib.sha256()
         earlier = _corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found))
         for i in range(len(earlier)):
             _hash(digest, earlier.sample(i))
         done = earlier.source_samples
-        records = [
-            open_source(source, files, seed=section.seed, cache=cache)
-            for source, files in zip(section.sources, found, strict=True)
-        ]
+        records = [opened.get(number) or records_of(number) for number in range(len(found))]
         work = partial(_tokenise_part, tokenizer=tokenizer, section=section, head_size=head_size)
         left = sum(each.used for each in records) - sum(done)
         with Pool(work, processes=_processes(section, left)) as pool:
@@ -200,7 +200,8 @@ def freeze_corpus(
         _refuse_useless(_corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found)))
         columns.finish(fingerprint=digest.hexdigest())
 
-    key = corpus_key(section, found, tokenizer, head_size=head_size)
+    opened = {number: records_of(number) for number, source in enumerate(found) if is_looked_up(source)}
+    key = corpus_key(section, found, opened, tokenizer, head_size=head_size)
     return _corpus(kept(cache / "corpora", key, make=make), len(found))
 
 

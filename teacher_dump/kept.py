@@ -21,7 +21,7 @@ from storage_schemas.rows import STATUSES
 from teacher_dump.columns import COLUMNS, JOURNAL, Arrays, Columns, mapped, read_journal, whole_parts
 from teacher_dump.config import CorpusSection
 from teacher_dump.remote import RemoteFile
-from teacher_dump.sources import Found
+from teacher_dump.sources import Found, Records
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,20 @@ def cache_folder(section: CorpusSection) -> Path:
     return Path(os.environ.get("LLM_NEO_CACHE") or Path.home() / ".cache" / "llm-neo")
 
 
-def corpus_key(section: CorpusSection, found: Sequence[Found], tokenizer: Any, *, head_size: int) -> str | None:
+def is_looked_up(found: Found) -> bool:
+    """Whether only `datasets` finds out what a source holds: on a hub, or at a URL."""
+    return (not found.files and not Path(found.path).is_dir()) or any(isinstance(file, str) for file in found.files)
+
+
+def corpus_key(
+    section: CorpusSection, found: Sequence[Found], opened: Mapping[int, Records], tokenizer: Any, *, head_size: int
+) -> str | None:
     """Hash of all that a frozen corpus depends on; None if something is not known, so that nothing can be kept.
 
-    Local files are known by path, size and modification time, remote ones by size and version. What `datasets` would
-    look up on a hub is not known before it does.
+    Local files are known by path, size and modification time, remote ones by size and version, and what `datasets`
+    looked up by what it knows of that (`opened`, by number of the source).
     """
-    files = [_identity(source) for source in found]
+    files = [opened[i].identity if i in opened else _identity(source) for i, source in enumerate(found)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if None in files or backend is None:
         return None

@@ -78,6 +78,9 @@ class Records:
     """Records that its weight leaves."""
     numbered: Iterator[tuple[int, RawRecord]]
     """(place in the split, record) of these, in order."""
+    identity: tuple[str, tuple[int, ...]] | None = None
+    """What `datasets` knows its content by: a hash of name, configuration, version, commit and split, and the bytes of
+    its files; None where it read lines."""
 
 
 def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, str, RawRecord]]:
@@ -123,10 +126,12 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
             return _json_lines(local, source, seed)
         raise _unreadable(source, error.__cause__ or error) from error
     total = len(dataset)
+    identity = (dataset._fingerprint, tuple(Path(file["filename"]).stat().st_size for file in dataset.cache_files))
     if source.weight == 1:
-        return Records(total, total, enumerate(_rows(dataset)))
+        return Records(total, total, enumerate(_rows(dataset)), identity)
     chosen = chosen_records(total, source.weight, seed=seed)
-    return Records(total, len(chosen), zip(chosen.tolist(), _rows(dataset.select(chosen)), strict=True))
+    numbered = zip(chosen.tolist(), _rows(dataset.select(chosen)), strict=True)
+    return Records(total, len(chosen), numbered, identity)
 
 
 def chosen_records(records: int, weight: float, *, seed: int) -> I64:

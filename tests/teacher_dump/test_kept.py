@@ -328,6 +328,38 @@ def test_a_directory_is_known_by_its_files(tmp_path, made):
     assert made == [1, 1]
 
 
+def prepare_hub(path: Path, cache: Path, commit: str) -> None:
+    """Leave a hub dataset as `datasets` does when it has fetched it; offline, that is where it takes it from."""
+    made = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache / "staged"))
+    folder = cache / "cache/org___name/default/0.0.0" / commit
+    folder.mkdir(parents=True)
+    for file in Path(made.cache_files[0]["filename"]).parent.iterdir():
+        (folder / file.name.replace("json-", "name-")).write_bytes(file.read_bytes())
+
+
+def test_a_hub_dataset_is_kept_by_its_commit(tmp_path, path, made):
+    plain = freeze(path)
+    made.clear()
+    options = {"cache_dir": str(tmp_path / "neo"), "sources": [SourceSection(path="org/name")]}
+    prepare_hub(path, tmp_path, "a" * 40)
+
+    def frozen(**change) -> Corpus:
+        return freeze_corpus(CorpusSection(**options | change), tiny_tokenizer(CHATML), head_size=VOCABULARY)
+
+    assert frozen().fingerprint == plain.fingerprint
+    assert_equal(frozen(), frozen())
+    assert made == [1]
+    other = frozen(sources=[SourceSection(path="org/name", split="train[2:]", weight=0.5)])
+    assert len(other) == 3
+    assert made == [1, 1]
+    write(path, RECORDS[:4], age=10)
+    prepare_hub(path, tmp_path, "b" * 40)
+    os.utime(tmp_path / "cache/org___name/default/0.0.0" / ("a" * 40), (1, 1))
+    assert len(frozen()) == 4
+    assert len(frozen()) == 4
+    assert made == [1, 1, 1]
+
+
 def test_a_dump_continues_with_the_kept_corpus(tmp_path, made):
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
