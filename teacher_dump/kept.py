@@ -12,11 +12,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from storage_schemas.errors import NeoError, TemporaryError
+from storage_schemas.hashes import SETTLED_SECONDS, file_state, this_boot
 from storage_schemas.rows import STATUSES
 from teacher_dump.columns import COLUMNS, JOURNAL, Arrays, Columns, mapped, read_journal, whole_parts
 from teacher_dump.config import CorpusSection
@@ -29,13 +30,11 @@ _MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "corpu
 """Modules whose code decides what a corpus holds."""
 _NOT_CONTENT = {"cache_dir": True, "num_proc": True, "sources": {"__all__": {"storage_options"}}}
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
-_SETTLED_SECONDS = 2.0
-"""A file that was written less than this ago may be written again without a new time."""
 
 
-def cache_folder(section: CorpusSection) -> Path:
+def cache_folder(section: CorpusSection | None = None) -> Path:
     """Where files are kept between starts."""
-    if section.cache_dir is not None:
+    if section is not None and section.cache_dir is not None:
         return Path(section.cache_dir).expanduser()
     return Path(os.environ.get("LLM_NEO_CACHE") or Path.home() / ".cache" / "llm-neo")
 
@@ -138,7 +137,7 @@ def _proven(folder: Path) -> Frozen | None:
         proof = json.loads((folder / _proof_name()).read_bytes())
         with ExitStack() as stack:
             files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
-            if {name: _seen(file) for name, file in files.items()} != proof:
+            if {name: file_state(file.fileno()) for name, file in files.items()} != proof:
                 return None
             found = Frozen(arrays=mapped(files), parts=read_journal(folder))
     except (OSError, ValueError, KeyError, TypeError):
@@ -175,26 +174,11 @@ def _write_proof(folder: Path, seen: Mapping[str, Any] | None = None) -> None:
 
 
 def _proof_name() -> str:
-    """One per start of a machine: what lies in its memory may differ from what lies on the disk."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = str(uuid.getnode())
-    return f"proven-{boot}.json"
+    return f"proven-{this_boot()}.json"
 
 
-def _see(folder: Path) -> dict[str, Any]:
-    seen = {}
-    for name in (*COLUMNS, JOURNAL):
-        with (folder / name).open("rb") as file:
-            seen[name] = _seen(file)
-    return seen
-
-
-def _seen(file: BinaryIO) -> list[int]:
-    """What changes with any write to a file; nobody can set the time of its inode."""
-    found = os.fstat(file.fileno())
-    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+def _see(folder: Path) -> dict[str, list[int]]:
+    return {name: file_state(folder / name) for name in (*COLUMNS, JOURNAL)}
 
 
 def _lock(stack: ExitStack, path: Path) -> None:
@@ -220,7 +204,7 @@ def _file_identities(files: Iterable[str | Path | RemoteFile]) -> Any:
             known.append((file.url, file.bytes, file.version))
         elif isinstance(file, Path):
             seen = file.stat()
-            if seen.st_mtime > time.time() - _SETTLED_SECONDS:
+            if seen.st_mtime > time.time() - SETTLED_SECONDS:
                 return None
             known.append((str(file.absolute()), seen.st_size, seen.st_mtime_ns))
         else:

@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from storage_schemas.errors import MismatchError
+from storage_schemas.hashes import file_sha256
+from teacher_dump.kept import cache_folder
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["consolidated*", "original/*", "onnx/*", "*/*.safetensors"]
@@ -94,8 +96,7 @@ def _sha256(path: Path) -> str:
     target = path.resolve()
     if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
         return target.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path, folder=cache_folder() / "hashes")
 
 
 def _no_model(name: str, got: str) -> MismatchError:
