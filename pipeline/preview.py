@@ -203,9 +203,9 @@ def _source(source: SourceSection, section: CorpusSection, statuses: dict[str, i
     columns: list[str] = []
     kind: str | None = None if source.format == "auto" else source.format
     form: Record | None = None
-    for where, detected, record in read_source(source, records):
+    for _, detected, record in read_source(source, records):
         if not isinstance(record, Unusable):
-            columns, kind, form = list(record), detected, normalise(record, detected, where=where)
+            columns, kind, form = list(record), detected, normalise(record, detected)
             break
     view = SourceView(
         path=source.path,

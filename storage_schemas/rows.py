@@ -22,7 +22,7 @@ TOO_LONG = "too_long"
 NONFINITE = "nonfinite"
 """The teacher's logits hold NaN or infinity."""
 INVALID_TEXT = "invalid_text"
-"""The text is not valid Unicode, or no template fits it."""
+"""The record cannot be used: not valid Unicode, of another shape than its format, or refused by the template."""
 STATUSES = (OK, EMPTY, TOO_LONG, NONFINITE, INVALID_TEXT)
 
 

@@ -122,6 +122,10 @@ class CorpusSection(Section):
     """`assistant`: only what the assistant says (or the completion) is supervised. `all`: every token but the first."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """Longer samples are cut, kept as a row without targets, or refused."""
+    max_bad_share: float = Field(0.01, ge=0.0, le=1.0)
+    """Share of a source's records that may be unusable (not valid Unicode, of another shape, refused by the template).
+    They are rows of status `invalid_text`, and the first ones are named; above it nothing is dumped. One is always
+    allowed, unless this is 0."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Which records a source of `weight` below 1 gives; a larger weight keeps those of a smaller one. Order is kept."""
     num_proc: int | None = Field(None, ge=1)

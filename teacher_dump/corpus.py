@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from teacher_dump.masks import Tokens, Unusable
 from teacher_dump.pool import Pool, chunked
 from teacher_dump.sources import RawRecord, Records, find_source, open_source, read_source
 from teacher_dump.tokenise import NOTHING, tokenise
+
+log = logging.getLogger(__name__)
 
 _BATCH = 256
 """Records that are tokenised together."""
@@ -202,7 +205,29 @@ def freeze_corpus(
 
     opened = {number: records_of(number) for number, source in enumerate(found) if is_looked_up(source)}
     key = corpus_key(section, found, opened, tokenizer, head_size=head_size)
-    return _corpus(kept(cache / "corpora", key, make=make), len(found))
+    corpus = _corpus(kept(cache / "corpora", key, make=make), len(found))
+    _refuse_bad(corpus, section)
+    return corpus
+
+
+def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
+    """Name the records that cannot be used; DataError where a source holds more of them than is allowed."""
+    first = 0
+    for source, samples, problems in zip(section.sources, corpus.source_samples, corpus.problems, strict=True):
+        bad = corpus.statuses[first : first + samples].count(INVALID_TEXT)
+        first += samples
+        share = section.max_bad_share
+        if not bad:
+            continue
+        what = f"{bad} of {samples} records of {source.path} cannot be used"
+        if bad > max(share * samples, 1 if share else 0):
+            raise DataError(
+                what,
+                got="; ".join(problems),
+                expected=f"a share of at most {share:g} (corpus.max_bad_share); one record always, unless that is 0",
+                fix="correct or drop these records, or raise corpus.max_bad_share to keep them as rows without targets",
+            )
+        log.warning("%s (status %s), such as %s", what, INVALID_TEXT, "; ".join(problems))
 
 
 def _corpus(frozen: Frozen, sources: int) -> Corpus:

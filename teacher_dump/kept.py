@@ -28,7 +28,12 @@ log = logging.getLogger(__name__)
 
 _MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "corpus", "columns")
 """Modules whose code decides what a corpus holds."""
-_NOT_CONTENT = {"cache_dir": True, "num_proc": True, "sources": {"__all__": {"storage_options"}}}
+_NOT_CONTENT: dict[str, Any] = {
+    "cache_dir": True,
+    "num_proc": True,
+    "max_bad_share": True,
+    "sources": {"__all__": {"storage_options"}},
+}
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
 
 
@@ -60,9 +65,7 @@ def corpus_key(
     code = [(Path(__file__).parent / f"{name}.py").read_text() for name in _MADE_BY]
     parts = [
         files,
-        section.model_dump(
-            mode="json", exclude={"cache_dir": True, "num_proc": True, "sources": {"__all__": {"storage_options"}}}
-        ),
+        section.model_dump(mode="json", exclude=_NOT_CONTENT),
         head_size,
         STATUSES,
         hashlib.sha256(json.dumps([tokens, code], default=str).encode()).hexdigest(),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from storage_schemas.errors import DataError
+from storage_schemas.errors import DataError, NeoError
 from teacher_dump.formats import Completion, Document, Message
 from teacher_dump.turns import Span, assistant_spans
 
@@ -40,9 +40,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """Text that cannot become a sample."""
+    """A record that cannot become a sample."""
 
     reason: str
+
+    @classmethod
+    def of(cls, error: NeoError) -> "Unusable":
+        """What an error says of one record, in one line."""
+        return cls(f"{error.what}: {error.got} ({error.fix})")
 
 
 def tokenise_conversations(
@@ -56,10 +61,11 @@ def tokenise_conversations(
         mask: `assistant`: the assistant's turns with their end-of-turn token are supervised; `all`: every token.
 
     Returns:
-        One per conversation; `Unusable` where the template refuses it or the text is not valid Unicode.
+        One per conversation; `Unusable` where the template refuses it, where the text is not valid Unicode, or where a
+        turn of the assistant cannot be located with certainty.
 
     Raises:
-        DataError: no chat template, or one whose assistant turns cannot be located.
+        DataError: no chat template, or a tokenizer that reports no offsets.
     """
     template = _chat_template(tokenizer)
     rendered = [_render(tokenizer, template, messages) for messages in conversations]
@@ -71,12 +77,14 @@ def tokenise_conversations(
         return text if isinstance(text, str) else None
 
     special = special_tokens(tokenizer)
-    spans: list[list[Span]] = []
-    for messages, text in zip(conversations, rendered, strict=True):
-        if mask == "all" or isinstance(text, Unusable):
-            spans.append([] if isinstance(text, Unusable) else [(0, len(text))])
-        else:
-            spans.append(assistant_spans(render, messages, text, special=special))
+    spans: list[list[Span]] = [[] for _ in conversations]
+    for i, (messages, text) in enumerate(zip(conversations, rendered, strict=True)):
+        if isinstance(text, Unusable):
+            continue
+        try:
+            spans[i] = [(0, len(text))] if mask == "all" else assistant_spans(render, messages, text, special=special)
+        except DataError as error:
+            rendered[i] = Unusable.of(error)
     # The template writes the special tokens itself, so the tokenizer must not add them a second time.
     return _tokenise(tokenizer, rendered, spans, add_special_tokens=False)
 

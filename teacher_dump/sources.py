@@ -2,6 +2,8 @@
 
 import glob
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -15,9 +17,11 @@ from storage_schemas.address import local_path
 from storage_schemas.errors import DataError
 from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
-from teacher_dump.formats import detect_format
+from teacher_dump.formats import FORMATS, detect_format, fitting_format
 from teacher_dump.masks import Unusable
 from teacher_dump.remote import RemoteFile, fetch, find_remote, is_remote
+
+log = logging.getLogger(__name__)
 
 _BATCH = 256
 _BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
@@ -84,20 +88,33 @@ class Records:
 
 
 def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, str, RawRecord]]:
-    """(where, format, record) of the records of a source.
+    """(where, format, record) of the records of a source; with `auto`, each record by its own columns.
 
     Raises:
-        DataError: its format is not known.
+        DataError: the format of its first record is not known.
     """
-    kind: str | None = None if source.format == "auto" else source.format
+    usual: str | None = None if source.format == "auto" else source.format
+    seen: Counter[str] = Counter()
     for number, record in records.numbered:
         where = f"{source.path}, record {number + 1}"
         if isinstance(record, Unusable):
-            yield where, kind or "text", record
+            yield where, usual or "text", record
             continue
-        if kind is None:
-            kind = detect_format(record.keys(), where=source.path)
+        if usual is None:
+            usual = detect_format(record.keys(), where=source.path)
+        kind = usual if source.format != "auto" else _kind(record, usual)
+        seen[kind] += 1
         yield where, kind, record
+    if len(seen) > 1:
+        counted = ", ".join(f"{count} {kind}" for kind, count in seen.most_common())
+        log.warning("%s holds records of several formats: %s", source.path, counted)
+
+
+def _kind(record: Mapping[str, Any], usual: str) -> str:
+    """The format of one record. Columnar files give it the columns of all others, too; these are null."""
+    if any(record.get(column) is not None for column in FORMATS[usual]):
+        return usual
+    return fitting_format({column for column, value in record.items() if value is not None}) or usual
 
 
 def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) -> Records:

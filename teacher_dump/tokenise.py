@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from storage_schemas.errors import DataError
 from teacher_dump.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
 from teacher_dump.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
 from teacher_dump.sources import RawRecord
@@ -27,18 +28,22 @@ class Tokenised:
 
 
 def tokenise(records: Sequence[tuple[str, str, RawRecord]], tokenizer: Any, *, mask: str) -> Iterator[Tokenised]:
-    """One result per (where, format, record), in order.
+    """One result per (where, format, record), in order; a record that is of no use is `Unusable` and says why.
 
     Raises:
-        DataError: a record is of another shape than its format.
+        DataError: the tokenizer cannot do what these records need, whatever they hold.
     """
-    forms = [
-        record if isinstance(record, Unusable) else normalise(record, kind, where=where)
-        for where, kind, record in records
-    ]
+    forms = [_form(record, kind) for _, kind, record in records]
     for (where, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
         given = None if isinstance(raw, Unusable) else raw.get("id")
         yield Tokenised(_content_hash(form) if given is None else str(given), tokens, where)
+
+
+def _form(record: RawRecord, kind: str) -> Record | Unusable | None:
+    try:
+        return record if isinstance(record, Unusable) else normalise(record, kind)
+    except DataError as error:
+        return Unusable.of(error)
 
 
 def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) -> Iterator[Tokens | Unusable]:

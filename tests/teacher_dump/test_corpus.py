@@ -164,10 +164,47 @@ def test_a_torn_line_is_named(tmp_path):
         freeze(path)
 
 
-def test_records_of_mixed_shape_are_named(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, {"messages": "oops"}])
-    with pytest.raises(DataError, match="record 6"):
-        freeze(path)
+ODD = [
+    ({"messages": "oops"}, "another shape"),
+    ({"messages": [{"role": "critic", "content": "x"}]}, "unknown role: 'critic'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content has another shape"),
+    ({"messages": [{"content": "no role"}]}, "unknown role: None"),
+]
+
+
+@pytest.mark.parametrize(("odd", "says"), ODD)
+def test_one_odd_record_is_a_row_with_a_status_and_is_named(tmp_path, caplog, odd, says):
+    path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, odd])
+    corpus = freeze(path)
+    assert corpus.statuses == ["ok"] * 5 + ["invalid_text"]
+    ((problem,),) = corpus.problems
+    assert problem.startswith(f"{path}, record 6: ")
+    assert says in problem
+    assert f"1 of 6 records of {path} cannot be used" in caplog.text
+    assert says in caplog.text
+    with pytest.raises(DataError, match=r"1 of 6(.|\n)*record 6(.|\n)*max_bad_share"):
+        freeze(path, max_bad_share=0)
+
+
+def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], *(odd for odd, _ in ODD)])
+    fine = write_jsonl(tmp_path / "b.jsonl", RECORDS * 100)
+    with pytest.raises(DataError, match=r"4 of 5 records(.|\n)*record 2: (.|\n)*record 5: "):
+        freeze(fine, path)
+    corpus = freeze(fine, path, max_bad_share=0.8)
+    assert corpus.statuses[-5:] == ["ok"] + ["invalid_text"] * 4
+
+
+def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path, caplog):
+    shared = [
+        {"conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "so " * i}]}
+        for i in range(1, 6)
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, *shared, {"text": "what is it"}])
+    corpus = freeze(path)
+    assert corpus.statuses == ["ok"] * 11
+    np.testing.assert_array_equal(corpus.sample(7).input_ids, corpus.sample(2).input_ids)
+    assert "several formats: 5 messages, 5 conversations, 1 text" in caplog.text
 
 
 def test_a_very_long_sample_is_cut(tmp_path):

@@ -118,7 +118,7 @@ def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path):
     records[last] = {"messages": [{"role": "nobody", "content": "x"}]}
     path = write(tmp_path / "a.jsonl", records)
     with pytest.raises(DataError, match=f"record {last + 1}:"):
-        freeze(SourceSection(path=path, weight=0.3), folder=tmp_path)
+        freeze(SourceSection(path=path, weight=0.3), folder=tmp_path, max_bad_share=0)
 
 
 @pytest.mark.parametrize(("weight", "says"), [(1.5, "answer twice"), (0, "greater than 0"), (-1, "greater than 0")])

@@ -1,12 +1,13 @@
 """The assistant's turns under the templates of well-known models: what they say is supervised, and nothing else is."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import CHATS, Chat
 
-from storage_schemas.errors import DataError
-from teacher_dump.masks import Tokens, tokenise_conversations
+from teacher_dump.masks import Tokens, Unusable, tokenise_conversations
 
 TOKENIZERS = {name: chat.tokenizer() for name, chat in CHATS.items()}
 PIECES = [
@@ -162,8 +163,11 @@ def test_thoughts_between_tool_calls_after_the_last_question_are_kept():
 def refused(template: str, messages: list[dict], says: str, name: str = "chatml") -> None:
     tokenizer = CHATS[name].tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(DataError, match=rf"located(.|\n)*{says}(.|\n)*mask: all(.|\n)*generation"):
-        tokenise_conversations(tokenizer, [messages], mask="assistant")
+    good = [{"role": "user", "content": "what"}]
+    unusable, neighbour = tokenise_conversations(tokenizer, [messages, good], mask="assistant")
+    assert isinstance(unusable, Unusable)
+    assert re.search(rf"located.*{says}.*mask: all.*generation", unusable.reason)
+    assert isinstance(neighbour, Tokens) or "odd" in neighbour.reason
     (everything,) = tokenise_conversations(tokenizer, [messages], mask="all")
     assert everything.loss_mask[1:].all()
 
