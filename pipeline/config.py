@@ -85,7 +85,11 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, defaults included; `load_config` reads it back as the same object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        # Without a teacher they are the dump's business: a default that is written down would contradict it.
+        unsaid = set() if self.teacher else {"estimator", "temperatures"} - self.model_fields_set
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude=unsaid), sort_keys=False, allow_unicode=True, width=120
+        )
 
 
 def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
@@ -104,6 +108,9 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
     if config.train is None or not config.train.distils or config.teacher is None:
         return
+    if config.loss.divergence != "forward_kl" and estimator.kind != "topk":
+        problem = f"must be forward_kl with estimator.kind {estimator.kind}: only that is unbiased on draws"
+        yield "loss.divergence", problem, config.loss.divergence
     if config.loss.temperature not in config.temperatures:
         yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
     elif config.loss.temperature != 1.0 and estimator.kind != "topk":

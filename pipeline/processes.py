@@ -32,6 +32,7 @@ from pipeline.launch import (
 )
 from storage_schemas.address import local_path
 from storage_schemas.errors import Exit
+from storage_schemas.section import explicit
 from student_train.directory import LAUNCHER, held, refuse_foreign
 from student_train.worker import EXIT_FOLDER, STOP
 
@@ -200,6 +201,12 @@ def run_directory(config: Config, nodes: Nodes, *, command: str = "train") -> It
         yield
 
 
+def stated(config: Config) -> dict[str, Any]:
+    """What the configuration says of the estimator and the temperatures; training has both from the dump."""
+    found = explicit(config.estimator, "estimator.") if "estimator" in config.model_fields_set else {}
+    return found | ({"temperatures": config.temperatures} if "temperatures" in config.model_fields_set else {})
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -232,9 +239,10 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     for file in all_left if nodes.node_rank == 0 else [folder / f"rank-{rank}" for rank in mine]:
         file.unlink(missing_ok=True)
     sections: dict[str, Any] = {"dump": config.dump, "student": student, "loss": config.loss, "train": train}
+    given = {name: section.model_dump(mode="json") for name, section in sections.items()} | {"stated": stated(config)}
     with tempfile.TemporaryDirectory() as scratch:
         resolved = Path(scratch) / "resolved.json"
-        resolved.write_text(json.dumps({name: section.model_dump(mode="json") for name, section in sections.items()}))
+        resolved.write_text(json.dumps(given))
         arguments = ["--config", str(resolved)]
         return run_ranks("student_train.worker", arguments, nproc=nproc, nodes=nodes, stdout=stdout)
 

@@ -181,7 +181,7 @@ class TrainSection(Section):
     """What that folder may hold; above it, the shards that were not used for longest go. Give it room for a block of
     units, better for the dump: then each shard is fetched once per node. Null: no limit."""
     data_wait_seconds: float = Field(600.0, gt=0.0)
-    """How long to wait for the next window of a dump that is still being written before exit 75."""
+    """How long to wait for a dump to begin, and for the next window of one that is being written, before exit 75."""
 
     @property
     def lora(self) -> bool:

@@ -5,7 +5,7 @@ import logging
 import random
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -43,9 +43,12 @@ from student_train.run import (
     Run,
     Summary,
     agree_on_checkpoint,
+    await_dump,
     finished,
     open_run,
+    refuse_untrained,
     stored_row,
+    weigh,
 )
 from student_train.schedule import learning_rate
 from student_train.stream import Follower, Stream, consumed_root
@@ -69,6 +72,7 @@ def train(
     local_rank: int,
     rendezvous: str = "env://",
     stop: Callable[[], bool] = lambda: False,
+    stated: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Train a student; one call per rank.
 
@@ -82,6 +86,8 @@ def train(
         local_rank: rank among those of this node.
         rendezvous: where the ranks meet, see `world.join`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
+        stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
+            dump's.
 
     Returns:
         The summary of the finished run, also if it was finished before.
@@ -94,7 +100,7 @@ def train(
         PeerError: another rank raised one of these.
     """
     world = join(rank, world_size, local_rank, rendezvous=rendezvous)
-    summary = train_in(world, dump, student, loss, train, stop=stop)
+    summary = train_in(world, dump, student, loss, train, stop=stop, stated=stated)
     world.close()
     return summary
 
@@ -107,9 +113,12 @@ def train_in(
     train: TrainSection,
     *,
     stop: Callable[[], bool] = lambda: False,
+    stated: Mapping[str, Any] | None = None,
 ) -> Summary:
     """`train` for ranks that have met already, and stay together afterwards."""
-    run = world.together(lambda: open_run(dump, student, loss, train))
+    await_dump(world, dump, seconds=train.data_wait_seconds, stop=stop)
+    run = world.together(lambda: open_run(dump, student, loss, train, stated or {}))
+    world.together(lambda: weigh(run) if world.main else None)
     checkpoint = agree_on_checkpoint(world, run)
     if checkpoint is not None and (done := world.together(lambda: finished(run, checkpoint.step))):
         if world.main:
@@ -399,6 +408,7 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
+        world.together(lambda: refuse_untrained(run, self._engine.updates) if world.main else None)
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         ids = world.together(lambda: stored_row(run))
         stray = self._engine.stray()

@@ -58,6 +58,8 @@ class Resolved(Section):
     student: StudentSection
     loss: LossSection
     train: TrainSection
+    stated: dict[str, Any] = {}
+    """Settings of stage one that the configuration names, see `train.train`."""
 
 
 class ExitCodes:
@@ -189,6 +191,7 @@ def run(
             local_rank=local_rank,
             rendezvous=rendezvous,
             stop=stopped,
+            stated=config.stated,
         )
     except PeerError as error:
         return int(error.exit_code)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import MAX_BYTES, Config, load_config, need
+from pipeline.processes import stated
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.errors import MismatchError, UsageError
 from storage_schemas.section import explicit
@@ -302,3 +303,26 @@ def test_heldout_config_swaps_corpus_and_url_and_nothing_else(file: Path) -> Non
 def test_a_config_made_in_python_is_checked_as_well() -> None:
     with pytest.raises(ValidationError, match="sections disagree"):
         Config.model_validate({"dump": {"url": "a"}, "heldout": {"url": "a", "sources": [{"path": "x"}]}})
+
+
+def test_a_divergence_that_draws_cannot_estimate_is_told_before_the_dump_is_paid(file: Path) -> None:
+    found = problems(file, "loss.divergence=reverse_kl", "estimator.kind=adaptive")
+    assert "loss.divergence -> must be forward_kl with estimator.kind adaptive" in found
+    assert load_config(file, ["loss.divergence=reverse_kl"])
+    assert load_config(file, ["loss.divergence=reverse_kl", "estimator.kind=adaptive", "train.arm=lora"])
+
+
+def test_a_default_estimator_is_not_written_where_the_dump_decides(tmp_path: Path) -> None:
+    """A configuration of stage two alone that states none, kept beside its results and run again, states none."""
+    file = tmp_path / "a.yaml"
+    file.write_text("dump: {url: d}\nstudent: {model: m}\ntrain: {output: o}\n")
+    config = load_config(file)
+    assert stated(config) == {}
+    file.write_text(config.to_yaml())
+    assert stated(load_config(file)) == {}
+    assert load_config(file) == config
+    config = load_config(file, ["estimator.k=8", "temperatures=[1]"])
+    file.write_text(config.to_yaml())
+    assert stated(load_config(file)) == {
+        "estimator.kind": "topk", "estimator.k": 8, "estimator.mass": 0.999, "temperatures": (1.0,)
+    }  # fmt: skip

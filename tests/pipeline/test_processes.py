@@ -288,7 +288,7 @@ def test_training_returns_what_its_ranks_left(
         assert list(folder.iterdir()) == []
         argv = commands[0].argv
         resolved = json.loads(Path(argv[argv.index("--config") + 1]).read_text())
-        assert sorted(resolved) == ["dump", "loss", "student", "train"]
+        assert sorted(resolved) == ["dump", "loss", "stated", "student", "train"]
         assert resolved["train"]["seed"] == 5
         return left
 

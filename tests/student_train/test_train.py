@@ -46,6 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.unlink()
     for name in ("growing", "stalled"):
         write_dump(folder / name, units=range(2))
+    write_dump(folder / "dump without targets", none_usable=True)
+    write_dump(folder / "unsealed dump without targets", none_usable=True, seal=False)
     return folder
 
 
@@ -88,6 +90,15 @@ def results(folder: Path) -> Results:
         "no tracker": {"train": {"report_to": ["wandb"]}, "hide": "wandb"},
         "sealed": {"train": windows},
         "following": {"train": windows, "dump": "growing", "grow": (range(2, 4), range(4, 5))},
+        "late": {"train": windows, "dump": "late dump", "grow": (range(2), range(2, 5))},
+        "no dump": {"train": {"data_wait_seconds": 0.5}, "dump": "never"},
+        "stop at no dump": {"train": {"data_wait_seconds": 60.0}, "dump": "never", "stop_after": 0},
+        "none usable": {"dump": "dump without targets"},
+        "none usable yet": {"dump": "unsealed dump without targets", "train": {"max_steps": 2}},
+        "other estimator": {"stated": {"estimator.kind": "topk", "estimator.k": 9}},
+        "other kind": {"stated": {"estimator.kind": "sampled", "estimator.draws": 9}},
+        "other temperatures": {"stated": {"temperatures": [1.0, 2.0]}},
+        "same estimator": {"stated": {"estimator.k": 8, "temperatures": [1.0]}, "train": {"max_steps": 1}},
         "stalled": {"train": windows | {"data_wait_seconds": 1.0}, "dump": "stalled"},
     }
     # The other dump differs in nothing that shows before its data is read, so it must be told by its records.
@@ -204,6 +215,13 @@ def test_damaged_checkpoint_is_passed_over(name: str, results: Results) -> None:
         ("temperature", 78, "temperature"),
         ("model", 78, "nowhere"),
         ("stalled", 75, "is not written as far"),
+        ("no dump", 75, "there is no dump at"),
+        ("stop at no dump", 75, "there is no dump at"),
+        ("none usable", 65, "nothing can be learned"),
+        ("none usable yet", 65, "nothing can be learned"),
+        ("other estimator", 78, "other settings: estimator.k\n  got:      estimator.k = 9"),
+        ("other kind", 78, "other settings: estimator.kind\n  got:      estimator.kind = sampled"),
+        ("other temperatures", 78, "other settings: temperatures"),
     ],
 )
 def test_refusals(name: str, code: int, says: str, results: Results) -> None:
@@ -250,9 +268,19 @@ def test_work_before_a_bad_shard_is_kept(results: Results) -> None:
 
 def test_following_makes_no_difference(results: Results) -> None:
     """Training while the dump is written sees the same samples at each step as training afterwards."""
-    assert codes(results, "following") == codes(results, "sealed") == [0, 0]
-    assert losses(results, "following") == losses(results, "sealed")
+    assert codes(results, "following") == codes(results, "late") == codes(results, "sealed") == [0, 0]
+    assert losses(results, "following") == losses(results, "late") == losses(results, "sealed")
     assert max(event.data_wait_seconds for event in results["following"][0]["events"]) > 0.5
+
+
+def test_a_stated_estimator_that_is_the_dumps_is_no_contradiction(results: Results) -> None:
+    assert codes(results, "same estimator") == [0, 0]
+
+
+def test_a_dump_without_a_usable_sample_leaves_nothing_trained(results: Results, folder: Path) -> None:
+    """Sealed it is refused before the student is loaded; followed, at the end."""
+    assert results["none usable"][0]["step"] is None
+    assert not (folder / "none usable yet" / "final").exists()
 
 
 def test_stalled_dump_keeps_the_work(results: Results) -> None:
@@ -272,8 +300,8 @@ def test_events_and_summary(results: Results, folder: Path) -> None:
     assert all(set(line) == names for line in lines)
     for line in lines:
         assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kl"], rel=1e-6)
-    # Warm-up over 2 of 6 steps, then a cosine: what transformers' schedule gives.
-    assert [line["learning_rate"] for line in lines][:3] == pytest.approx([0, 0.5e-2, 1e-2])
+    # Warm-up over 2 of 6 steps, then a cosine.
+    assert [line["learning_rate"] for line in lines][:3] == pytest.approx([0.5e-2, 1e-2, 1e-2])
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary["loss"] == lines[-1]["loss"]
     assert summary["supervised_tokens"] == sum(line["supervised_tokens"] for line in lines)

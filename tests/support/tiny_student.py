@@ -1,5 +1,6 @@
 """A tiny student, a tiny teacher and the teacher's dump, made in process."""
 
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def write_dump(
     exact: bool = False,
     units: range | None = None,
     bad_samples: bool = True,
+    none_usable: bool = False,
     seal: bool = True,
 ) -> RunInfo:
     """A dump of a tiny teacher's targets on random ids, with a sample without supervised tokens and a non-finite one.
@@ -78,6 +80,7 @@ def write_dump(
         exact: store log-probs unrounded.
         units: write these only, for a dump that is still growing.
         bad_samples: whether samples 3 and 7 are empty and non-finite.
+        none_usable: whether all samples are empty.
         seal: seal it, if it is complete.
     """
     tokenizer = tiny_tokenizer()
@@ -103,8 +106,10 @@ def write_dump(
     tokenizer.save_pretrained(folder)
     writer.put_tokenizer({file.name: file.read_bytes() for file in folder.iterdir()})
     teacher = tiny_llama(0).double()
+    bad = (3, 7) if bad_samples else ()
+    empty = range(samples) if none_usable else bad[:1]
     for unit in units or range(run.units):
-        writer.commit_unit(unit, [_row(i, teacher, run, bad=bad_samples) for i in run.unit_range(unit)])
+        writer.commit_unit(unit, [_row(i, teacher, run, empty=empty, nonfinite=bad[1:]) for i in run.unit_range(unit)])
     if seal:
         writer.seal()
     return run
@@ -117,16 +122,18 @@ def teacher_logits(input_ids: np.ndarray) -> torch.Tensor:
     return tiny_llama(0).double()(input_ids=ids, use_cache=False).logits[0]
 
 
-def _row(index: int, teacher: LlamaForCausalLM, run: RunInfo, *, bad: bool) -> Row:
+def _row(
+    index: int, teacher: LlamaForCausalLM, run: RunInfo, *, empty: Container[int], nonfinite: Container[int]
+) -> Row:
     rng = np.random.default_rng([7, index])
     length = int(rng.integers(3, 28))
     ids = rng.integers(0, VOCAB, length).astype(np.int32)
     mask = rng.random(length) < 0.6
     mask[0], mask[-1] = False, True
     status = OK
-    if bad and index == 3:
+    if index in empty:
         mask[:], status = False, EMPTY
-    if bad and index == 7:
+    elif index in nonfinite:
         status = NONFINITE
     targets = None
     if status == OK:

@@ -30,7 +30,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
 
     Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
-    so many steps, on the last rank; `grow` writes these units while the training runs.
+    so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -59,6 +59,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
                 LossSection(**job.get("loss", {})),
                 train,
                 stop=stop,
+                stated=job.get("stated"),
             )
         result["summary"] = summary.model_dump(mode="json")
     except NeoError as error:
