@@ -17,6 +17,11 @@ def interruptible(call: Callable[[], T]) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
+    return in_background(call).result()
+
+
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """What `call` will return, from a daemon thread: nobody has to wait for it, not even the end of the process."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -26,4 +31,4 @@ def interruptible(call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, name="request", daemon=True).start()
-    return future.result()
+    return future

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
+import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,12 +18,23 @@ import obstore
 from fsspec.utils import glob_translate
 
 from storage_schemas.errors import DataError, TemporaryError
+from storage_schemas.interrupt import in_background
 from storage_schemas.remote import object_store, persistently
+
+log = logging.getLogger(__name__)
 
 SCHEMES = ("s3", "gs", "az")
 _SETTING = "corpus.sources[] (path, storage_options)"
 _MAGIC = re.compile(r"[*?[]")
 _CHUNK = 8 * 2**20
+_PARALLEL = 8
+"""Objects that are fetched at the same time."""
+_TIDY_SECONDS = 3.0
+"""How long a failed or stopped start waits for the other fetches to remove what they began."""
+
+
+class _Ended(BaseException):
+    """Another fetch failed, or the process is to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,31 +96,62 @@ def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str],
     return sorted(found, key=lambda file: file.key)
 
 
-def fetch(file: RemoteFile, options: Mapping[str, str], cache: Path) -> Path:
-    """A local copy of an object; a copy of the same version that is there already is taken.
+def fetch(files: Sequence[RemoteFile], options: Mapping[str, str], cache: Path) -> list[Path]:
+    """Local copies of objects, some at a time; a copy of the same version that is there already is taken.
 
     Raises:
-        DataError: it is gone, or was changed meanwhile.
+        DataError: one is gone, or was changed meanwhile.
         MismatchError: access is denied.
         TemporaryError: the store does not answer, or the disk is full.
     """
+    paths: dict[int, Path] = {}
+    todo = iter(enumerate(files))
+    ended = threading.Event()
+
+    def work() -> None:
+        for place, file in todo:
+            if ended.is_set():
+                return
+            paths[place] = _fetch(file, options, cache, ended)
+
+    workers = [in_background(work) for _ in range(min(_PARALLEL, len(files)))]
+    try:
+        for worker in workers:
+            worker.result()
+    finally:
+        ended.set()
+        wait(workers, timeout=_TIDY_SECONDS)
+    return [paths[place] for place in range(len(files))]
+
+
+def _fetch(file: RemoteFile, options: Mapping[str, str], cache: Path, ended: threading.Event) -> Path:
     name = hashlib.sha256(json.dumps([file.url, file.bytes, file.version]).encode()).hexdigest()[:32]
     target = cache / "sources" / name / PurePosixPath(file.key).name
-    if target.is_file() and target.stat().st_size == file.bytes:
-        return target
+    proof = target.with_name(f"{target.name}.sha256")
+    if target.is_file() and target.stat().st_size == file.bytes and proof.is_file():
+        with target.open("rb") as copy:
+            if hashlib.file_digest(copy, "sha256").hexdigest() == proof.read_text():
+                return target
+        log.warning("%s is damaged; %s is fetched again", target, file.url)
     store = object_store(file.bucket, options, setting=_SETTING)
     part = target.with_name(f".part-{uuid.uuid4().hex}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
         with part.open("xb") as out:
 
             def download() -> None:
+                nonlocal digest
+                digest = hashlib.sha256()
                 out.seek(0)
                 out.truncate()
                 result = obstore.get(store, file.key)
                 if _version(result.meta) != file.version:
                     raise _changed(file)
                 for chunk in result.stream(_CHUNK):
+                    if ended.is_set():
+                        raise _Ended
+                    digest.update(chunk)
                     out.write(chunk)
                 out.flush()
                 os.fsync(out.fileno())
@@ -114,6 +159,7 @@ def fetch(file: RemoteFile, options: Mapping[str, str], cache: Path) -> Path:
             persistently(download, file.url, setting=_SETTING)
         if part.stat().st_size != file.bytes:
             raise _changed(file)
+        proof.write_text(digest.hexdigest())
         part.replace(target)
     except FileNotFoundError as error:
         raise _changed(file) from error

@@ -131,9 +131,8 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
         MismatchError: an object store denies access.
         TemporaryError: an object store does not answer.
     """
-    files = [
-        fetch(file, source.storage_options, cache) if isinstance(file, RemoteFile) else file for file in found.files
-    ]
+    files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
+    files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
     try:
         dataset = _load(source, found, files)
     except Exception as error:

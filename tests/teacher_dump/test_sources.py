@@ -23,6 +23,7 @@ from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.remote import object_store
+from teacher_dump import remote
 from teacher_dump.config import CorpusSection, SourceSection
 from teacher_dump.corpus import Corpus, freeze_corpus
 from teacher_dump.sources import chosen_records
@@ -259,6 +260,44 @@ def test_an_object_is_fetched_once(tmp_path, tiny):
     assert freeze(source, folder=tmp_path).fingerprint == first.fingerprint
     assert len(tiny.requests) == asked + 1, "only its head is asked for"
     assert not list((tmp_path / "neo").rglob(".part-*"))
+
+
+def test_a_damaged_copy_of_an_object_is_fetched_again(tmp_path, tiny, caplog):
+    source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
+    first = freeze(source, folder=tmp_path)
+    (copy,) = (tmp_path / "neo/sources").glob("*/a.jsonl")
+    whole = copy.read_bytes()
+    for damaged in (copy, copy.with_name("a.jsonl.sha256")):
+        data = bytearray(damaged.read_bytes())
+        data[-4] ^= 1
+        damaged.write_bytes(data)
+        caplog.clear()
+        assert freeze(source, folder=tmp_path, seed=len(data)).fingerprint == first.fingerprint
+        assert "fetched again" in caplog.text
+        assert copy.read_bytes() == whole
+
+
+def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypatch):
+    for i in range(10):
+        tiny.objects[f"{BUCKET}/parts/{i}.jsonl"] = lines_of(RECORDS[i : i + 1])
+    start = threading.Barrier(8, timeout=20)
+    original = remote.obstore.get
+    asked = iter(range(100))
+
+    def together(*arguments):
+        if next(asked) < 8:
+            start.wait()
+        return original(*arguments)
+
+    monkeypatch.setattr(remote.obstore, "get", together)
+    urls = [f"s3://{BUCKET}/parts/{i}.jsonl" for i in range(10)]
+    files = [remote.find_remote(url, options(tiny.port), wanted=lambda _: True)[0] for url in urls]
+    paths = remote.fetch(files, options(tiny.port), tmp_path)
+    assert [path.read_bytes() for path in paths] == [lines_of(RECORDS[i : i + 1]) for i in range(10)]
+    tiny.fault = lambda method, key, n: (403, b"") if key.endswith("7.jsonl") else None
+    with pytest.raises(MismatchError, match="no access"):
+        remote.fetch(files, options(tiny.port), tmp_path / "other")
+    assert not list((tmp_path / "other").rglob(".part-*"))
 
 
 def test_a_store_that_is_away_is_temporary(tmp_path, tiny, impatient):
