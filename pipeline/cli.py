@@ -17,7 +17,8 @@ from rich.console import Console
 from pipeline.config import Config, load_config, need
 from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
-from pipeline.processes import dump_group, dump_workers, run_directory, train_workers, visible_gpus
+from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
+from storage_schemas.devices import take_own_gpus, visible_gpus
 from storage_schemas.errors import Exit, NeoError, explained
 
 app = typer.Typer(
@@ -88,6 +89,8 @@ def dump(
     found = load_config(config, overrides or ())
     teacher = need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
+    if teacher.device in ("auto", "cuda"):
+        take_own_gpus(os.environ)
     placement = dump_placement(os.environ, rank, world_size)
     if nproc is not None and not teacher.grouped:
         raise typer.BadParameter(

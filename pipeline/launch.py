@@ -166,6 +166,6 @@ def thread_environment(env: Mapping[str, str], processes: int, cores: int) -> di
     return {} if "OMP_NUM_THREADS" in env else {"OMP_NUM_THREADS": str(max(1, cores // processes))}
 
 
-def device_environment(devices: Sequence[str], worker: int) -> dict[str, str]:
-    """Variables that give a worker one of the GPUs; nothing to say where there are none."""
-    return {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]} if devices else {}
+def device_environment(variable: str, devices: Sequence[str], worker: int) -> dict[str, str]:
+    """The variable, set to one of the GPUs, for a worker; nothing to say where there are none."""
+    return {variable: devices[worker % len(devices)]} if devices else {}

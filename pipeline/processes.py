@@ -7,7 +7,6 @@ all interfaces, and which turns every exit code into 1.
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pipeline.launch import (
     thread_environment,
 )
 from storage_schemas.address import local_path
+from storage_schemas.devices import gpu_variable, usable_cores, visible_gpus
 from storage_schemas.errors import Exit
 from storage_schemas.section import explicit
 from student_train.directory import LAUNCHER, held, refuse_foreign
@@ -82,16 +82,6 @@ def tell_deaths(codes: Sequence[int], names: Sequence[str]) -> None:
             sys.stderr.write(f"llm-neo: {name} was ended by {number.name}\n  why:      {why}\n")
 
 
-def visible_gpus(env: Mapping[str, str]) -> list[str]:
-    """Ids of the CUDA devices that this process may use, without importing torch."""
-    if "CUDA_VISIBLE_DEVICES" in env:
-        return [device for device in env["CUDA_VISIBLE_DEVICES"].split(",") if device.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return [str(i) for i, line in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU "))]
-
-
 def dump_workers(
     config: Path, overrides: Sequence[str], workers: int, *, node: Placement, events: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
@@ -108,7 +98,7 @@ def dump_workers(
         The exit code of all together, and, if it is 0, the sum of their summaries.
     """
     gpus = visible_gpus(os.environ)
-    threads = thread_environment(os.environ, workers, os.cpu_count() or 1)
+    threads = thread_environment(os.environ, workers, usable_cores())
     with ExitStack() as files:
         outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
         # One worker shows the progress of all, since it counts the units that anyone has committed.
@@ -116,7 +106,8 @@ def dump_workers(
         commands = []
         for local in range(workers):
             placement = Placement(node.rank * workers + local, node.world_size * workers)
-            argv, env = dump_argv(config, overrides, placement, events=events), device_environment(gpus, local)
+            argv = dump_argv(config, overrides, placement, events=events)
+            env = device_environment(gpu_variable(os.environ), gpus, local)
             commands.append(Command(argv, threads | env, outputs[local], errors[local]))
         codes = run_together(commands)
         for status, error in zip(codes, errors, strict=True):
@@ -257,7 +248,7 @@ def run_ranks(module: str, arguments: Sequence[str], *, nproc: int, nodes: Nodes
         nodes: all nodes.
         stdout: file descriptor for their standard output, if not ours.
     """
-    threads = thread_environment(os.environ, nproc, os.cpu_count() or 1)
+    threads = thread_environment(os.environ, nproc, usable_cores())
     with tempfile.TemporaryDirectory() as meeting:
         argv = rank_argv(module, arguments, rendezvous=f"file://{meeting}/ranks" if nodes.count == 1 else "env://")
         environments = [rank_environment(os.environ, local, nproc=nproc, nodes=nodes) for local in range(nproc)]

@@ -32,6 +32,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage_schemas.config import DumpSection
+from storage_schemas.devices import refuse_idle_gpus
 from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError, explained
 from storage_schemas.section import Section
 from student_train.config import LossSection, StudentSection, TrainSection
@@ -170,8 +171,10 @@ def run(
 ) -> int:
     """Train; an error becomes an exit code, and is printed by the rank that it belongs to."""
     # Here, so that a wrong configuration is told in an instant.
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
+    cpu_is_meant = os.environ.get("DS_ACCELERATOR") == "cpu"  # The engine chooses where nobody has.
     from student_train.train import train
     from student_train.world import PeerError
 
@@ -181,6 +184,8 @@ def run(
         return stop.is_set() or (rank == 0 and codes.stop_requested())
 
     try:
+        if not cpu_is_meant and not torch.cuda.is_available():
+            refuse_idle_gpus(os.environ, build=torch.__version__, fix="set DS_ACCELERATOR=cpu to train on the CPU")
         train(
             config.dump,
             config.student,

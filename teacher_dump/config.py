@@ -55,7 +55,8 @@ class TeacherSection(Section):
     batch_tokens: int = Field(16384, ge=1)
     """Token budget of a forward pass, padding included. Only speed and memory depend on it."""
     device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` …"""
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` … Where torchrun, srun or mpirun start several workers on
+    one machine, `auto` and `cuda` mean this worker's own GPU, by its local rank."""
 
     @property
     def grouped(self) -> bool:

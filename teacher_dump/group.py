@@ -20,7 +20,7 @@ from storage_schemas.errors import MismatchError
 from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
-from teacher_dump.teacher import Teacher
+from teacher_dump.teacher import Teacher, cuda_or_no_gpu
 
 _COLLECTIVE = timedelta(minutes=10)
 """How long a forward pass may take."""
@@ -49,7 +49,7 @@ class Group:
             device: `teacher.device`.
             rendezvous: `env://` (torchrun) or `file://path`.
         """
-        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        on_gpu = device.startswith("cuda") or (device == "auto" and cuda_or_no_gpu())
         if on_gpu:
             torch.cuda.set_device(local_rank)
         os.environ["LOCAL_RANK"] = str(local_rank)  # transformers and DeepSpeed take it from here alone.

@@ -1,6 +1,7 @@
 """The teacher: who it is, and its targets for a batch of samples. Logits exist for chunks of supervised tokens only."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from storage_schemas.config import Estimator
+from storage_schemas.devices import refuse_idle_gpus
 from storage_schemas.errors import MismatchError
 from storage_schemas.logits import LogitTransform
 from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo, TeacherIdentity
@@ -87,7 +89,7 @@ class Teacher:
         """Where it runs."""
         name = self.section.device
         if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+            name = "cuda" if cuda_or_no_gpu() else "cpu"
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
@@ -242,6 +244,17 @@ class Teacher:
 def forward_tokens(sample: Sample) -> int:
     """Tokens that the model must see: up to the one before the last supervised token."""
     return int(supervised_positions(sample.loss_mask).logits[-1]) + 1
+
+
+def cuda_or_no_gpu() -> bool:
+    """Whether torch can use a GPU here.
+
+    Raises:
+        MismatchError: there is one that it cannot use: nobody waits for a CPU in silence.
+    """
+    if not torch.cuda.is_available():
+        refuse_idle_gpus(os.environ, build=torch.__version__, fix="set teacher.device: cpu")
+    return torch.cuda.is_available()
 
 
 def refuse_unknown_model(model: Any) -> None:

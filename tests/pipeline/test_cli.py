@@ -1,6 +1,7 @@
 """The command line: instant help, documented exit codes, and what machines read."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -48,6 +49,15 @@ def write_dump(folder: Path, run: RunInfo, *, seal: bool = True) -> Path:
         writer.commit_unit(unit, unit_rows(run, unit))
     assert writer.seal() == seal
     return folder
+
+
+def test_a_worker_under_a_launcher_sees_its_own_gpu(call: Call, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2"), ("CUDA_VISIBLE_DEVICES", "4,6")):
+        monkeypatch.setenv(name, value)
+    for device, visible in (("cuda:1", "4,6"), ("auto", "6")):
+        sets = ("teacher.model=/nowhere", f"teacher.device={device}", "corpus={sources: [{path: x.jsonl}]}")
+        assert call("dump", str(config), *(word for each in sets for word in ("--set", each)))[0] == Exit.MISMATCH
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
 @pytest.fixture(scope="module")

@@ -143,5 +143,5 @@ def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}
     assert thread_environment({}, 16, 8) == {"OMP_NUM_THREADS": "1"}
     assert thread_environment({"OMP_NUM_THREADS": "3"}, 2, 8) == {}
-    assert device_environment([], 1) == {}
-    assert [device_environment(["4", "6"], worker)["CUDA_VISIBLE_DEVICES"] for worker in range(3)] == ["4", "6", "4"]
+    assert device_environment("A", [], 1) == {}
+    assert [device_environment("A", ["4", "6"], worker)["A"] for worker in range(3)] == ["4", "6", "4"]

@@ -25,7 +25,6 @@ from pipeline.processes import (
     run_together,
     tell_deaths,
     train_workers,
-    visible_gpus,
 )
 from storage_schemas.config import DumpSection
 from storage_schemas.errors import MismatchError, TemporaryError
@@ -70,18 +69,6 @@ def test_one_code_for_many(codes: list[int], expected: int) -> None:
     assert combined(codes) == expected
 
 
-def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert visible_gpus({}) == []
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: x)'\necho '  MIG 1g: y'\necho 'GPU 1: H100 (UUID: z)'\n")
-    tool.chmod(0o755)
-    assert visible_gpus({}) == ["0", "1"]
-
-
 def test_a_commands_object_is_found_behind_what_libraries_print() -> None:
     text = json.dumps({"a": {"b": [1, {"c": 2}]}}, indent=2)
     assert parse_output(text) == parse_output(f"[WARNING] no GPU\n{{}}\n{text}\n") == {"a": {"b": [1, {"c": 2}]}}
@@ -123,7 +110,7 @@ def test_workers_of_stage_one_are_numbered_over_all_nodes_and_summed(monkeypatch
     assert summary["tokens_here"] == 200
     assert summary["tokens_per_second"] == 200 / 5.0
     assert summary["heldout"]["tokens_here"] == 200
-    assert summary["threads"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert summary["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def test_nothing_left_to_do_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

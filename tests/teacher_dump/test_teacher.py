@@ -268,6 +268,17 @@ def test_a_missing_shard_is_named(tmp_path):
         teacher_of(tmp_path).identity()
 
 
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    teacher = teacher_of(save_teacher(tmp_path), device="auto")
+    with pytest.raises(MismatchError, match=r"(?s)GPUs that torch cannot use.*2 visible.*teacher.device: cpu"):
+        _ = teacher.device
+    assert teacher_of(tmp_path, device="cpu").device.type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert teacher_of(tmp_path, device="auto").device.type == "cpu"
+
+
 def test_an_unknown_device_is_a_clear_error(tmp_path):
     with pytest.raises(MismatchError, match=r"teacher\.device"):
         _ = teacher_of(save_teacher(tmp_path), device="warp:9").model
