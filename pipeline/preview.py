@@ -19,7 +19,6 @@ from storage_schemas.rows import OK
 from storage_schemas.section import Section
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import Corpus, freeze_corpus
-from teacher_dump.formats import Conversation, Record, normalise
 from teacher_dump.kept import cache_folder
 from teacher_dump.masks import Unusable, marks_generation
 from teacher_dump.sources import find_source, open_source, read_source
@@ -202,10 +201,9 @@ def _source(source: SourceSection, section: CorpusSection, statuses: dict[str, i
     records = open_source(source, found, seed=section.seed, cache=cache_folder(section))
     columns: list[str] = []
     kind: str | None = None if source.format == "auto" else source.format
-    form: Record | None = None
     for _, detected, record in read_source(source, records):
         if not isinstance(record, Unusable):
-            columns, kind, form = list(record), detected, normalise(record, detected)
+            columns, kind = list(record), detected
             break
     view = SourceView(
         path=source.path,
@@ -216,7 +214,7 @@ def _source(source: SourceSection, section: CorpusSection, statuses: dict[str, i
         used=records.used,
         statuses=statuses,
     )
-    return view, isinstance(form, Conversation) or kind in ("messages", "conversations", "alpaca")
+    return view, kind in ("messages", "conversations", "alpaca")
 
 
 def _sample(corpus: Corpus, index: int, tokenizer: Any, source: str) -> SampleView:

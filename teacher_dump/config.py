@@ -108,6 +108,8 @@ class SourceSection(Section):
     """Configuration name of a hub dataset."""
     weight: Annotated[float, AfterValidator(_share)] = Field(1.0, gt=0.0)
     """Share of the records that is used: `weight` x records, rounded half up, at least one; drawn by `corpus.seed`."""
+    ignore_columns: list[str] = []
+    """Columns that do not matter, among those that would be refused or warned of because they are not read."""
     storage_options: dict[str, str] = {}
     """Passed to this source's object store, as `dump.storage_options` is. Secrets belong into the environment."""
 
@@ -120,7 +122,8 @@ class CorpusSection(Section):
     max_length: int = Field(2048, ge=2)
     """Tokens per sample, at most."""
     mask: Literal["assistant", "all"] = "assistant"
-    """`assistant`: only what the assistant says (or the completion) is supervised. `all`: every token but the first."""
+    """`assistant`: only what the assistant says (or the completion) is supervised. `all`: every token but the first,
+    whatever a record's own masks or weights say."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """Longer samples are cut, kept as a row without targets, or refused."""
     max_bad_share: float = Field(0.01, ge=0.0, le=1.0)

@@ -1,7 +1,8 @@
 """Shapes of a training record, and the few forms that they are all brought into."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from storage_schemas.errors import DataError
@@ -19,8 +20,38 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """Format -> the columns that it needs. `auto` takes the first that fits, in this order."""
 
+_MASKS = ("loss_mask", "labels", "completion_mask", "assistant_masks")
+"""Columns of tokenised records that say what is supervised."""
+_CONVERSATION = {"system", "tools", "chat_template_kwargs"}
+_READ: dict[str, set[str]] = {
+    "messages": _CONVERSATION,
+    "conversations": _CONVERSATION,
+    "alpaca": {"input", *_CONVERSATION},
+    "prompt_completion": set(),
+    "text": set(),
+    "tokens": {*_MASKS, "attention_mask", "position_ids"},
+}
+"""Columns that a format reads beside those that it needs."""
+_DECIDES = {
+    "system", "tools", "functions", "chat_template_kwargs", "history", "documents", "chosen", "rejected", "seq_lengths",
+    "image", "images", "video", "videos", "audio", "audios", "loss_mask", "completion_mask", "assistant_masks",
+    "input_ids",
+}  # fmt: skip
+"""Columns that decide what a sample is; where they are not read, another sample than the intended one would result."""
+_METADATA = {
+    "id", "idx", "index", "uuid", "source", "source_id", "dataset", "subset", "split", "category", "task",
+    "topic", "tags", "language", "lang", "score", "quality", "difficulty", "url", "timestamp", "date", "created",
+    "model", "license", "title", "meta", "metadata", "prompt", "prompt_id", "conversation_id", "text", "label",
+    "length", "num_turns", "num_tokens", "token_type_ids",
+}  # fmt: skip
+"""Columns that nobody expects to be read."""
+_UNREADABLE = {"image", "images", "video", "videos", "audio", "audios", "documents", "train_detail", "refusal"}
+"""Keys of a message that decide what is said, and that no text teacher is asked with."""
+_WEIGHTS = ("weight", "train", "training", "loss")
+"""Keys of a message that say whether it is supervised (OpenAI, axolotl, ms-swift)."""
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -40,6 +71,12 @@ class Conversation:
     """Turns for a chat template."""
 
     messages: list[Message]
+    tools: list[Any] | None = None
+    """Definitions of the tools that the assistant may call."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the chat template, such as `enable_thinking`."""
+    silent: tuple[int, ...] = ()
+    """Places of the assistant's messages that are not supervised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +109,13 @@ Record = Conversation | Completion | Document | Pretokenised
 def fitting_format(columns: Collection[str]) -> str | None:
     """The first format whose columns are all there, if there is one."""
     return next((name for name, needed in FORMATS.items() if all(column in columns for column in needed)), None)
+
+
+def unread_columns(record: Mapping[str, Any], kind: str) -> tuple[set[str], set[str]]:
+    """Columns with something in them that format `kind` does not read: (those that decide a sample, unknown ones)."""
+    filled = {name for name, value in record.items() if value is not None and value not in ("", [], {})}
+    left = filled - _READ[kind] - set(FORMATS[kind])
+    return left & _DECIDES, left - _DECIDES - _METADATA
 
 
 def detect_format(columns: Collection[str], *, where: str) -> str:
@@ -109,7 +153,7 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
             messages = _messages(record[kind])
             if record.get("system") and messages and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
-            return Conversation(messages) if messages else None
+            return _conversation(messages, record)
         case "alpaca":
             return _alpaca(record)
         case "prompt_completion":
@@ -125,6 +169,13 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
             raise ValueError(f"unknown format {kind!r}")
 
 
+def _conversation(messages: list[Message], record: Mapping[str, Any]) -> Conversation | None:
+    tools = _parsed(record.get("tools"), "tools", list)
+    options = _parsed(record.get("chat_template_kwargs"), "chat_template_kwargs", dict)
+    silent = tuple(i for i, message in enumerate(messages) if not message.pop(_SUPERVISED, True))
+    return Conversation(messages, tools or None, options or {}, silent) if messages else None
+
+
 def _messages(value: Any) -> list[Message]:
     if value is None:
         return []
@@ -135,7 +186,14 @@ def _messages(value: Any) -> list[Message]:
 
 def _message(message: Mapping[str, Any]) -> Message:
     # Columnar files give every message the keys of all messages; absent ones come as None.
-    present = {key: value for key, value in message.items() if value is not None}
+    present: Message = _without_nulls(message)
+    if unreadable := [key for key in sorted(_UNREADABLE & present.keys()) if present[key]]:
+        raise DataError(
+            "a message holds what a text teacher cannot be asked",
+            got=", ".join(unreadable),
+            expected="text, tool calls and their results",
+            fix="drop the record, or the key if it does not matter",
+        )
     speaker = present.pop("role", present.pop("from", None))
     if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
         raise DataError(
@@ -144,10 +202,56 @@ def _message(message: Mapping[str, Any]) -> Message:
             expected=", ".join(sorted(_ROLES)),
             fix="rename the role, or drop the record",
         )
+    role = _ROLES[speaker.lower()]
+    for name in _WEIGHTS:
+        weight = present.pop(name, None)
+        if weight not in (None, 0, 1) or (weight and name != "weight" and role != "assistant"):
+            raise _shape(f"`{name}` of a message", weight, "0 or 1, and 1 for the assistant's messages only")
+        if weight == 0 and role == "assistant":
+            present[_SUPERVISED] = False
+    if call := present.pop("function_call", None):
+        present["tool_calls"] = [*present.get("tool_calls", []), {"type": "function", "function": call}]
+    present["tool_calls"] = [_call(each) for each in _parsed(present.get("tool_calls"), "tool_calls", list) or []]
+    if not present["tool_calls"]:
+        del present["tool_calls"]
     content = present.pop("content", present.pop("value", None))
     # Templates tell a message that only calls tools by its lack of content.
     text = None if content is None and present.get("tool_calls") else _text(content, "content")
-    return present | {"role": _ROLES[speaker.lower()], "content": text}
+    return present | {"role": role, "content": text}
+
+
+_SUPERVISED = "\0supervised"
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as a mapping: templates encode them themselves."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise _shape("a tool call", call, "{type: function, function: {name, arguments}}")
+    arguments = _parsed(inner.get("arguments"), "arguments of a tool call", dict)
+    changed = inner | {"arguments": arguments or {}}
+    return call | {"function": changed} if "function" in call else changed
+
+
+def _parsed(value: Any, name: str, kind: type) -> Any:
+    """A list or a mapping, or the same as JSON text, without keys that only other records have; None without it."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _shape(name, value, f"valid JSON, or a {kind.__name__}") from None
+    else:
+        value = _without_nulls(value or None)
+    if value is not None and not isinstance(value, kind):
+        raise _shape(name, value, f"a {kind.__name__}, or one as JSON text")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columnar files give every struct the keys of all structs; absent ones come as None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _alpaca(record: Mapping[str, Any]) -> Conversation | None:
@@ -158,18 +262,62 @@ def _alpaca(record: Mapping[str, Any]) -> Conversation | None:
         return None
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     question = f"{instruction}\n\n{context}" if context else instruction
-    return Conversation([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}])
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    return _conversation(messages, record)
 
 
 def _tokens(record: Mapping[str, Any]) -> Pretokenised | None:
-    input_ids, loss_mask = record["input_ids"], record.get("loss_mask")
-    if not input_ids:
+    ids = record["input_ids"]
+    if not ids:
         return None
-    if not isinstance(input_ids, list) or not all(isinstance(token, int) for token in input_ids):
-        raise _shape("input_ids", input_ids, "a list of integers")
-    if loss_mask is not None and (not isinstance(loss_mask, list) or len(loss_mask) != len(input_ids)):
-        raise _shape("loss_mask", loss_mask, f"a list of {len(input_ids)} booleans, one per token")
-    return Pretokenised(input_ids, loss_mask)
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise _shape("input_ids", ids, "a list of integers")
+    given = {name: record[name] for name in ("attention_mask", "position_ids", *_MASKS) if record.get(name) is not None}
+    for name, values in given.items():
+        allowed = None if name in ("labels", "position_ids") else (0, 1)
+        if (
+            not isinstance(values, list)
+            or len(values) != len(ids)
+            or not all(isinstance(value, int) and (allowed is None or value in allowed) for value in values)
+        ):
+            kind = "integers" if allowed is None else "booleans"
+            raise _shape(name, values, f"a list of {len(ids)} {kind}, one per token")
+    attended = given.pop("attention_mask", [1] * len(ids))
+    if not any(attended):
+        return None
+    first, last = attended.index(1), len(ids) - attended[::-1].index(1)
+    if not all(attended[first:last]):
+        raise _disagree("attention_mask has holes", "0 for padding at the beginning or the end only")
+    places = given.pop("position_ids", None)
+    if places is not None and places[first:last] != [*range(places[first], places[first] + last - first)]:
+        raise _disagree("position_ids start again", "one sample per record, not packed ones")
+    masks = {name: _mask(name, values, ids) for name, values in given.items()}
+    for name, mask in masks.items():
+        if any(mask[:first]) or any(mask[last:]):
+            raise _disagree(
+                f"{name} supervises what attention_mask calls padding", "supervised tokens that are attended to"
+            )
+        for other, values in masks.items():
+            # Nothing precedes token 0, so it is never supervised and tools differ on it.
+            if [*map(bool, mask[first + 1 : last])] != [*map(bool, values[first + 1 : last])]:
+                raise _disagree(f"{name} and {other} differ", "masks that say the same, or only one of them")
+    return Pretokenised(ids[first:last], next(iter(masks.values()))[first:last] if masks else None)
+
+
+def _mask(name: str, values: list[int], ids: list[int]) -> list[Any]:
+    if name != "labels":
+        return values
+    for label, token in zip(values, ids, strict=True):
+        if label not in (-100, token):
+            raise _disagree(
+                f"label {label} stands at token {token}", "labels that repeat input_ids or are -100, not shifted"
+            )
+    return [label != -100 for label in values]
+
+
+def _disagree(got: str, expected: str) -> DataError:
+    fix = "correct the record, or give input_ids and loss_mask only"
+    return DataError("what a tokenised record says of its tokens disagrees", got=got, expected=expected, fix=fix)
 
 
 def _text(value: Any, name: str) -> str:

@@ -4,9 +4,12 @@ A template with `{% generation %}` marks the assistant's text itself; for any ot
 full text is tokenised once, and a span covers every token that overlaps it.
 """
 
+import json
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,14 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from storage_schemas.errors import DataError, NeoError
-from teacher_dump.formats import Completion, Document, Message
+from teacher_dump.formats import Completion, Conversation, Document, Message
 from teacher_dump.turns import Span, assistant_spans
 
+log = logging.getLogger(__name__)
+
+_ALWAYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id"}
+"""Keys of a message that a template may leave out for good reasons."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -51,13 +59,13 @@ class Unusable:
 
 
 def tokenise_conversations(
-    tokenizer: Any, conversations: Sequence[list[Message]], *, mask: str
+    tokenizer: Any, conversations: Sequence[Conversation], *, mask: str
 ) -> list[Tokens | Unusable]:
     """Render and tokenise conversations.
 
     Args:
         tokenizer: fast tokenizer with a chat template.
-        conversations: messages with `role` and `content`.
+        conversations: messages with `role` and `content`, and what else the template is given.
         mask: `assistant`: the assistant's turns with their end-of-turn token are supervised; `all`: every token.
 
     Returns:
@@ -68,21 +76,30 @@ def tokenise_conversations(
         DataError: no chat template, or a tokenizer that reports no offsets.
     """
     template = _chat_template(tokenizer)
-    rendered = [_render(tokenizer, template, messages) for messages in conversations]
-    if mask == "assistant" and marks_generation(template):
-        return _by_generation_marks(tokenizer, template, conversations, rendered)
-
-    def render(messages: list[Message], prompt: bool) -> str | None:
-        text = _render(tokenizer, template, messages, add_generation_prompt=prompt)
-        return text if isinstance(text, str) else None
-
+    conversations = [_acceptable(tokenizer, template, conversation) for conversation in conversations]
+    rendered = [_render(tokenizer, template, conversation, conversation.messages) for conversation in conversations]
+    for conversation in conversations:
+        _warn_of_unread(template, conversation)
     special = special_tokens(tokenizer)
+    if mask == "assistant" and marks_generation(template):
+        return [
+            text if isinstance(text, Unusable) else _by_generation_marks(tokenizer, template, conversation, special)
+            for conversation, text in zip(conversations, rendered, strict=True)
+        ]
     spans: list[list[Span]] = [[] for _ in conversations]
-    for i, (messages, text) in enumerate(zip(conversations, rendered, strict=True)):
+    for i, (each, text) in enumerate(zip(conversations, rendered, strict=True)):
         if isinstance(text, Unusable):
             continue
+        if mask == "all":
+            spans[i] = [(0, len(text))]
+            continue
+
+        def render(messages: list[Message], prompt: bool, each: Conversation = each) -> str | None:
+            text = _render(tokenizer, template, each, messages, add_generation_prompt=prompt)
+            return text if isinstance(text, str) else None
+
         try:
-            spans[i] = [(0, len(text))] if mask == "all" else assistant_spans(render, messages, text, special=special)
+            spans[i] = assistant_spans(render, each.messages, text, special=special, silent=each.silent)
         except DataError as error:
             rendered[i] = Unusable.of(error)
     # The template writes the special tokens itself, so the tokenizer must not add them a second time.
@@ -146,33 +163,96 @@ def _chat_template(tokenizer: Any) -> str:
 
 
 def _render(
-    tokenizer: Any, template: str, messages: list[Message], *, add_generation_prompt: bool = False
+    tokenizer: Any,
+    template: str,
+    conversation: Conversation,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
 ) -> str | Unusable:
     try:
         text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=conversation.tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **conversation.options,
         )
     except (TemplateError, TypeError, ValueError) as error:
         return Unusable(f"the chat template refuses it: {error}")
     return valid_text(str(text))
 
 
+def _acceptable(tokenizer: Any, template: str, conversation: Conversation) -> Conversation:
+    """The conversation, its calls' arguments as JSON text if the template takes nothing else (DeepSeek)."""
+    if not any(message.get("tool_calls") for message in conversation.messages):
+        return conversation
+    if isinstance(_render(tokenizer, template, conversation, conversation.messages), str):
+        return conversation
+    messages = [
+        message | {"tool_calls": [_written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in conversation.messages
+    ]
+    other = replace(conversation, messages=messages)
+    return other if isinstance(_render(tokenizer, template, other, messages), str) else conversation
+
+
+def _written(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return call | {"function": _written(call["function"])}
+    return call | {"arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
+
+
+def _warn_of_unread(template: str, conversation: Conversation) -> None:
+    """Say once what a record holds and the template has no place for."""
+    given = {"tools"} if conversation.tools else set()
+    given |= conversation.options.keys()
+    for message in conversation.messages:
+        given |= message.keys() - _ALWAYS
+    for name in given:
+        # transformers gives a template that reads one of these the others, too.
+        if not any(each in template for each in (_THOUGHTS if name in _THOUGHTS else (name,))):
+            _warn_once(f"the chat template does not read `{name}`; records that have it are rendered without")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
+
+
 def _by_generation_marks(
-    tokenizer: Any, template: str, conversations: Sequence[list[Message]], rendered: Sequence[str | Unusable]
-) -> list[Tokens | Unusable]:
-    usable = [messages for messages, text in zip(conversations, rendered, strict=True) if isinstance(text, str)]
-    if not usable:
-        return [text for text in rendered if isinstance(text, Unusable)]
+    tokenizer: Any, template: str, conversation: Conversation, special: set[str]
+) -> Tokens | Unusable:
     encoded = tokenizer.apply_chat_template(
-        usable,
+        conversation.messages,
+        tools=conversation.tools,
         chat_template=template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"verbose": False},
+        **conversation.options,
     )
-    tokens = iter(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
-    return [text if isinstance(text, Unusable) else _tokens(*next(tokens)) for text in rendered]
+    ids, mask = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], bool)
+    stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
+    starts = np.flatnonzero(mask & ~np.insert(mask[:-1], 0, False))
+    if len(stops) and stops[-1] < len(ids):
+        last, after = tokenizer.convert_ids_to_tokens(ids[stops[-1] - 1 : stops[-1] + 1].tolist())
+        if after in special and last not in special:
+            _warn_once(f"the chat template's {{% generation %}} leaves out {after}: a student does not learn to stop")
+    if conversation.silent:
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if len(starts) != len(turns):
+            return Unusable(
+                f"the template marks {len(starts)} stretches for {len(turns)} turns, and some have weight 0"
+            )
+        for i, start, stop in zip(turns, starts, stops, strict=True):
+            if i in conversation.silent:
+                mask[start:stop] = False
+    return _tokens(ids, mask)
 
 
 def _tokenise(

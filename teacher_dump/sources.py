@@ -17,7 +17,7 @@ from storage_schemas.address import local_path
 from storage_schemas.errors import DataError
 from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
-from teacher_dump.formats import FORMATS, detect_format, fitting_format
+from teacher_dump.formats import FORMATS, detect_format, fitting_format, unread_columns
 from teacher_dump.masks import Unusable
 from teacher_dump.remote import RemoteFile, fetch, find_remote, is_remote
 
@@ -95,6 +95,7 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
     """
     usual: str | None = None if source.format == "auto" else source.format
     seen: Counter[str] = Counter()
+    unknown: set[str] = set()
     for number, record in records.numbered:
         where = f"{source.path}, record {number + 1}"
         if isinstance(record, Unusable):
@@ -104,10 +105,25 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
             usual = detect_format(record.keys(), where=source.path)
         kind = usual if source.format != "auto" else _kind(record, usual)
         seen[kind] += 1
+        decisive, odd = unread_columns(record, kind)
+        if decisive - set(source.ignore_columns):
+            raise _unread(source, kind, decisive, where)
+        if odd := odd - set(source.ignore_columns) - unknown:
+            unknown |= odd
+            log.warning("%s: columns that format `%s` does not read: %s", where, kind, ", ".join(sorted(odd)))
         yield where, kind, record
     if len(seen) > 1:
         counted = ", ".join(f"{count} {kind}" for kind, count in seen.most_common())
         log.warning("%s holds records of several formats: %s", source.path, counted)
+
+
+def _unread(source: SourceSection, kind: str, columns: set[str], where: str) -> DataError:
+    return DataError(
+        f"{where}: a column decides what the sample is, and format `{kind}` does not read it",
+        got=", ".join(sorted(columns)),
+        expected="columns that are read, or that do not matter",
+        fix="convert the records, or name the column in ignore_columns of this source",
+    )
 
 
 def _kind(record: Mapping[str, Any], usual: str) -> str:

@@ -53,8 +53,7 @@ def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) 
     documents = [form for form in forms if isinstance(form, Document)]
     results: dict[type, Iterator[Tokens | Unusable]] = {}
     if conversations:
-        messages = [form.messages for form in conversations]
-        results[Conversation] = iter(tokenise_conversations(tokenizer, messages, mask=mask))
+        results[Conversation] = iter(tokenise_conversations(tokenizer, conversations, mask=mask))
     if completions:
         results[Completion] = iter(tokenise_completions(tokenizer, completions, mask=mask))
     if documents:
@@ -86,8 +85,8 @@ def _content_hash(form: Record | Unusable | None) -> str:
             content: Any = None
         case Unusable(reason):
             content = reason
-        case Conversation(messages):
-            content = messages
+        case Conversation(messages, tools, options, silent):
+            content = [messages, tools, options, silent] if tools or options or silent else messages
         case Completion(prompt, completion):
             content = [prompt, completion]
         case Document(text):

@@ -20,7 +20,9 @@ Render = Callable[[list[Message], bool], str | None]
 """(messages, add_generation_prompt) -> text; None where the template refuses them."""
 
 
-def assistant_spans(render: Render, messages: list[Message], text: str, *, special: Collection[str]) -> list[Span]:
+def assistant_spans(
+    render: Render, messages: list[Message], text: str, *, special: Collection[str], silent: Collection[int] = ()
+) -> list[Span]:
     """Spans of the assistant's turns in `text`, the rendering of `messages`.
 
     A turn begins where the generation prompt ends, which is where the model would begin to write, and includes its
@@ -33,6 +35,7 @@ def assistant_spans(render: Render, messages: list[Message], text: str, *, speci
         messages: with `role` and `content`.
         text: their rendering.
         special: the tokenizer's special tokens, as text.
+        silent: places of messages that are not asked for.
 
     Raises:
         DataError: a turn cannot be located with certainty.
@@ -40,7 +43,7 @@ def assistant_spans(render: Render, messages: list[Message], text: str, *, speci
     return [
         _turn(render, messages, i, text, special)
         for i, message in enumerate(messages)
-        if message["role"] == "assistant" and i > 0
+        if message["role"] == "assistant" and i > 0 and i not in silent
     ]
 
 

@@ -256,3 +256,13 @@ def test_a_stated_format_is_not_guessed(tmp_path):
     assert freeze(path, format="text").statuses == ["ok", "ok"]
     with pytest.raises(DataError, match="alpaca"):
         freeze(path, format="alpaca")
+
+
+def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_once(tmp_path, caplog):
+    odd = [record | {"mood": "good", "images": None if i else ["a.png"]} for i, record in enumerate(RECORDS)]
+    path = write_jsonl(tmp_path / "a.jsonl", odd)
+    with pytest.raises(DataError, match=r"record 1: a column decides(.|\n)*images(.|\n)*ignore_columns"):
+        freeze(path)
+    section = CorpusSection(sources=[SourceSection(path=str(path), ignore_columns=["images"])])
+    assert freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY).statuses == ["ok"] * 5
+    assert caplog.text.count("does not read: mood") == 1

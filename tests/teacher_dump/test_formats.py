@@ -1,9 +1,19 @@
 """Every record format, its detection, and the records that do not fit."""
 
+import json
+
 import pytest
 
 from storage_schemas.errors import DataError
-from teacher_dump.formats import Completion, Conversation, Document, Pretokenised, detect_format, normalise
+from teacher_dump.formats import (
+    Completion,
+    Conversation,
+    Document,
+    Pretokenised,
+    detect_format,
+    normalise,
+    unread_columns,
+)
 
 QUESTION = {"role": "user", "content": "why"}
 ANSWER = {"role": "assistant", "content": "because"}
@@ -108,3 +118,117 @@ def test_records_with_nothing_to_learn_are_empty(record, kind):
 def test_records_of_another_shape_say_what_is_wrong(record, kind, says):
     with pytest.raises(DataError, match=says):
         normalise(record, kind)
+
+
+SUPERVISED = [
+    {"loss_mask": [0, 0, 1, 1]},
+    {"labels": [-100, -100, 7, 8]},
+    {"completion_mask": [0, 0, 1, 1]},
+    {"assistant_masks": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 1]},
+    {"labels": [-100, -100, 7, 8], "completion_mask": [0, 0, 1, 1], "position_ids": [0, 1, 2, 3]},
+]
+
+
+@pytest.mark.parametrize("given", SUPERVISED)
+def test_every_usual_mask_of_tokenised_records_is_honoured(given):
+    found = normalise({"input_ids": [5, 6, 7, 8], **given}, "tokens")
+    assert found == Pretokenised([5, 6, 7, 8], [0, 0, 1, 1])
+    left, right = {}, {}
+    for name, values in ({"attention_mask": [1] * 4} | given).items():
+        padding = -100 if name == "labels" else 0
+        left[name], right[name] = [padding] * 2 + values, values + [padding] * 2
+    assert normalise({"input_ids": [0, 0, 5, 6, 7, 8], **left}, "tokens") == found
+    assert normalise({"input_ids": [5, 6, 7, 8, 0, 0], **right}, "tokens") == found
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"labels": [-100, 7, 8, -100]}, "label 7 stands at token 6"),
+        ({"labels": [5, 6, 7]}, "4 integers"),
+        ({"labels": [-100, -100, 7, 8], "loss_mask": [0, 1, 1, 1]}, "labels and loss_mask differ|loss_mask and labels"),
+        ({"attention_mask": [1, 0, 1, 1]}, "holes"),
+        ({"attention_mask": [1, 1, 1, 0], "loss_mask": [0, 0, 1, 1]}, "loss_mask supervises"),
+        ({"attention_mask": [1, 2, 1, 1]}, "4 booleans"),
+        ({"position_ids": [0, 1, 0, 1]}, "start again"),
+    ],
+)
+def test_masks_that_contradict_are_refused_by_name(given, says):
+    with pytest.raises(DataError, match=says):
+        normalise({"input_ids": [5, 6, 7, 8], **given}, "tokens")
+
+
+def test_a_record_of_padding_only_is_empty():
+    assert normalise({"input_ids": [0, 0], "attention_mask": [0, 0]}, "tokens") is None
+
+
+def called(arguments, **keys):
+    return {"type": "function", "function": {"name": "look", "arguments": arguments}, **keys}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"tool_calls": [called({"city": "Paris"})]},
+        {"tool_calls": [called('{"city": "Paris"}')]},
+        {"tool_calls": [called({"city": "Paris", "a": None, "b": None}, id=None)], "content": None},
+        {"function_call": {"name": "look", "arguments": '{"city": "Paris"}'}, "content": None},
+    ],
+)
+def test_every_usual_form_of_a_tool_call_is_the_same_one(message):
+    found = normalise({"messages": [QUESTION, {"role": "assistant", **message}]}, "messages")
+    expected = {"role": "assistant", "content": None, "tool_calls": [called({"city": "Paris"})]}
+    assert found == Conversation([QUESTION, expected])
+
+
+def test_tools_and_options_are_read_as_lists_mappings_and_json_text():
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"city": {"type": "string"}}}}]
+    padded = [{"type": "function", "function": tools[0]["function"] | {"description": None}, "other": None}]
+    expected = Conversation([QUESTION, ANSWER], tools, {"enable_thinking": False})
+    for given in (tools, padded, json.dumps(tools)):
+        for options in ({"enable_thinking": False, "other": None}, '{"enable_thinking": false}'):
+            record = {"messages": [QUESTION, ANSWER], "tools": given, "chat_template_kwargs": options}
+            assert normalise(record, "messages") == expected
+    assert normalise({"messages": [QUESTION, ANSWER], "tools": [], "chat_template_kwargs": None}, "messages") == (
+        Conversation([QUESTION, ANSWER])
+    )
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "training", "loss"])
+def test_a_turn_of_weight_0_is_not_supervised(name):
+    record = {"messages": [QUESTION, ANSWER | {name: 0}, QUESTION, ANSWER | {name: 1}]}
+    assert normalise(record, "messages") == Conversation([QUESTION, ANSWER, QUESTION, ANSWER], silent=(1,))
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"weight": 0.5}, "weight"),
+        ({"role": "user", "train": True}, "assistant's messages only"),
+        ({"tool_calls": [called("{oops")]}, "arguments of a tool call"),
+        ({"tool_calls": ["look"]}, "a tool call"),
+        ({"function_call": "look()"}, "a tool call"),
+        ({"images": ["a.png"]}, "images"),
+        ({"refusal": "no"}, "refusal"),
+    ],
+)
+def test_keys_of_a_message_that_are_not_understood_are_refused(message, says):
+    with pytest.raises(DataError, match=says):
+        normalise({"messages": [QUESTION, ANSWER | message]}, "messages")
+
+
+def test_other_names_of_roles():
+    found = normalise(
+        {"messages": [{"role": "developer", "content": "x"}, {"role": "function", "content": "y"}]}, "messages"
+    )
+    assert [message["role"] for message in found.messages] == ["system", "tool"]
+
+
+def test_columns_that_are_not_read():
+    record = {"messages": [QUESTION], "prompt": "x", "images": [], "tools": ["a"], "functions": "[]", "mood": "good"}
+    assert unread_columns(record, "messages") == ({"functions"}, {"mood"})
+    assert unread_columns({"text": "x", "tools": "[1]", "input_ids": [1]}, "text") == ({"tools", "input_ids"}, set())
+    assert unread_columns({"instruction": "x", "output": "y", "input": "z", "history": [["a", "b"]]}, "alpaca") == (
+        {"history"},
+        set(),
+    )

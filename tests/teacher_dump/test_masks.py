@@ -12,15 +12,19 @@ from support.tiny_teachers import (
 )
 
 from storage_schemas.errors import DataError
-from teacher_dump.formats import Completion, Document
+from teacher_dump import masks
+from teacher_dump.formats import Completion, Conversation, Document
 from teacher_dump.masks import (
     Tokens,
     Unusable,
     covered,
     tokenise_completions,
-    tokenise_conversations,
     tokenise_documents,
 )
+
+
+def tokenise_conversations(tokenizer, conversations, *, mask):
+    return masks.tokenise_conversations(tokenizer, [Conversation(messages) for messages in conversations], mask=mask)
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -190,3 +194,47 @@ def _adds_bos(tokenizer):
     return TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
     )
+
+
+TOOLS = "{% for tool in tools or [] %}{{ tool.name }}|{% endfor %}{% if quiet %}{{ 'quiet ' }}{% endif %}"
+QUIET = [Conversation(turns("what is it", "the answer", "how", "so"), [{"name": "it"}], {"quiet": True}, silent=(1,))]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
+def test_tools_options_and_weights_reach_the_template_and_the_mask(template):
+    tokenizer = tiny_tokenizer(TOOLS + template)
+    (found,) = masks.tokenise_conversations(tokenizer, QUIET, mask="assistant")
+    assert text(tokenizer, found).startswith("it|quiet <|im_start|>user\nwhat is it")
+    assert supervised_text(tokenizer, found) == "so<|im_end|>"
+
+
+def test_what_the_template_does_not_read_is_named(caplog):
+    masks._warn_once.cache_clear()
+    masks.tokenise_conversations(tiny_tokenizer(CHATML), QUIET * 3, mask="assistant")
+    assert sorted(record.args or record.message for record in caplog.records) == [
+        "the chat template does not read `quiet`; records that have it are rendered without",
+        "the chat template does not read `tools`; records that have it are rendered without",
+    ]
+
+
+def test_a_template_that_takes_arguments_as_text_only_gets_text():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name + call.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template)
+    call = {"type": "function", "function": {"name": "it", "arguments": {"a": 1}}}
+    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (tokens,) = masks.tokenise_conversations(tokenizer, [Conversation(messages)], mask="assistant")
+    assert supervised_text(tokenizer, tokens) == 'it{"a": 1}<|im_end|>'
+
+
+def test_marks_that_leave_out_the_end_of_a_turn_are_told(caplog):
+    masks._warn_once.cache_clear()
+    end = "{% endgeneration %}"
+    template = CHATML_GENERATION.replace("+ '<|im_end|>' }}" + end, "}}" + end + "{{ '<|im_end|>' }}")
+    tokenizer = tiny_tokenizer(template)
+    (tokens,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
+    assert supervised_text(tokenizer, tokens) == "the answer"
+    assert "leaves out <|im_end|>" in caplog.text

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import CHATS, Chat
 
-from teacher_dump.masks import Tokens, Unusable, tokenise_conversations
+from teacher_dump import masks
+from teacher_dump.formats import Conversation
+from teacher_dump.masks import Tokens, Unusable
+
+
+def tokenise_conversations(tokenizer, conversations, *, mask):
+    return masks.tokenise_conversations(tokenizer, [Conversation(messages) for messages in conversations], mask=mask)
+
 
 TOKENIZERS = {name: chat.tokenizer() for name, chat in CHATS.items()}
 PIECES = [
