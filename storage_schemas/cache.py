@@ -1,5 +1,6 @@
 """Shards that were fetched from an object store, on this node's disk, for all processes of the node."""
 
+import errno
 import fcntl
 import os
 import time
@@ -7,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage_schemas.errors import TemporaryError
+from storage_schemas.errors import MismatchError, TemporaryError
 
 _SUFFIX = ".parquet"
+_NEVER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Errors that another try will not mend."""
 
 
 class ShardCache:
@@ -31,7 +34,8 @@ class ShardCache:
             fetch: gets it, proven, if it is not here; once for all processes of the node that ask meanwhile.
 
         Raises:
-            TemporaryError: the folder cannot be used.
+            MismatchError: the folder cannot be written to.
+            TemporaryError: its disk is full or fails.
         """
         cached = self._folder / f"{sha256}{_SUFFIX}"
         try:
@@ -49,6 +53,13 @@ class ShardCache:
                 self._shrink(keep=cached)
                 return data
         except OSError as error:
+            if error.errno in _NEVER:
+                raise MismatchError(
+                    f"the shard cache {self._folder} cannot be written to",
+                    got=f"{error.strerror}: {error.filename}",
+                    expected="a directory that can be written to, or the name of a new one",
+                    fix="correct train.cache_dir",
+                ) from error
             raise TemporaryError(
                 f"the shard cache {self._folder} cannot be used",
                 got=f"{type(error).__name__}: {error}",

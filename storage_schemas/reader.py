@@ -27,8 +27,12 @@ from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.footer import claimed_values
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
 from storage_schemas.run_info import RunInfo
-from storage_schemas.store import Store
+from storage_schemas.store import Store, missing
 
+TOKENIZER_BYTES = 2**30
+"""The largest file of a tokenizer that is read."""
+MANIFEST_BYTES, MANIFEST_BYTES_PER_UNIT = 2**20, 4096
+"""The largest manifest that is read; an ordinary one has 57 bytes per unit."""
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, MemoryError, NotImplementedError, pa.ArrowException)
 """What reading a damaged or hostile Parquet file may raise."""
 
@@ -66,8 +70,8 @@ class Dump:
             MismatchError: it has another format version.
         """
         store = Store(url, options=options)
-        data = store.get_if_present(RUN)
-        if data is None:
+        run = store.parsed(RUN, lambda data: RunInfo.from_json(data, url=url))
+        if run is None:
             raise DataError(
                 f"there is no dump at {url}",
                 got="no run.json",
@@ -75,7 +79,7 @@ class Dump:
                 fix="check dump.url, or start stage one first",
             )
         cache = None if cache_dir is None else ShardCache(cache_dir, limit=cache_bytes)
-        return cls(store, RunInfo.from_json(data, url=url), cache=cache)
+        return cls(store, run, cache=cache)
 
     @property
     def fingerprint(self) -> str:
@@ -84,9 +88,8 @@ class Dump:
 
     def seal(self) -> Seal | None:
         """The seal, or None while the dump is being written."""
-        if self._seal is None and (data := self.store.get_if_present(SEAL)) is not None:
-            name = f"{self.store.url}/{SEAL}"
-            seal = Seal.from_json(data, name=name)
+        name = f"{self.store.url}/{SEAL}"
+        if self._seal is None and (seal := self.store.parsed(SEAL, lambda data: Seal.from_json(data, name=name))):
             if seal.fingerprint != self.fingerprint or seal.units != self.run.units:
                 raise DataError(
                     f"{name} belongs to another dump",
@@ -106,15 +109,20 @@ class Dump:
         seal = self.seal()
         if seal is not None:
             if self._manifest is None:
-                data = self.store.get(seal.manifest)
-                self._manifest = read_manifest(data, seal=seal, run=self.run, name=f"{self.store.url}/{seal.manifest}")
+                name = f"{self.store.url}/{seal.manifest}"
+                self._manifest = self.store.parsed(
+                    seal.manifest,
+                    lambda data: read_manifest(data, seal=seal, run=self.run, name=name),
+                    limit=MANIFEST_BYTES + MANIFEST_BYTES_PER_UNIT * seal.units,
+                )
+                if self._manifest is None:
+                    raise missing(self.store.url, seal.manifest)
             return self._manifest
-        else:
-            listed = {unit_of_record(key) for key, _ in self.store.list("commits")}
-            new = [unit for unit in range(self.run.units) if unit in listed and unit not in self._records]
-            self.store.settle("commits")
-            for unit, data in zip(new, self.store.get_many([record_key(unit) for unit in new]), strict=True):
-                self._records[unit] = parse_record(data, unit, self.run, url=self.store.url)
+        listed = {unit_of_record(key) for key, _ in self.store.list("commits")}
+        new = sorted(u for u in listed if u is not None and u < self.run.units and u not in self._records)
+        self.store.settle("commits")
+        for record in self.store.parsed_many([record_key(unit) for unit in new], self._parse_record):
+            self._records[record.unit] = record
         return self._records
 
     def record(self, unit: int) -> CommitRecord | None:
@@ -122,13 +130,19 @@ class Dump:
         if unit not in self._records:
             if self._seal is not None:
                 return self.records().get(unit)
-            data = self.store.get_if_present(record_key(unit))
-            if data is None:
+            key = record_key(unit)
+            record = self.store.parsed(key, lambda data: self._parse_record(key, data))
+            if record is None:
                 return None
             # Its name may be visible before it is durable: a power loss must not undo what was trained on.
             self.store.settle("commits")
-            self._records[unit] = parse_record(data, unit, self.run, url=self.store.url)
+            self._records[unit] = record
         return self._records[unit]
+
+    def _parse_record(self, key: str, data: bytes) -> CommitRecord:
+        unit = unit_of_record(key)
+        assert unit is not None
+        return parse_record(data, unit, self.run, url=self.store.url)
 
     def unit_rows(self, unit: int) -> int:
         """Rows of `unit`, known before its data exists."""
@@ -157,24 +171,31 @@ class Dump:
             TemporaryError: stage one has not written all of it yet.
             DataError: a file is not the one that was written.
         """
-        hashes = self._tokenizer_hashes()
-        files = {name: self.store.get(f"tokenizer/{name}") for name in sorted(hashes)}
-        for name, data in files.items():
-            if (digest := hashlib.sha256(data).hexdigest()) != hashes[name]:
-                raise DataError(
-                    f"{self.store.url}/tokenizer/{name} is not the file that was written",
-                    got=f"sha256 {digest}",
-                    expected=f"sha256 {hashes[name]}",
-                    fix="restore the file: it is one of the teacher's tokenizer",
-                )
-        return files
+        found: dict[str, bytes] = {}
+        for name, sha256 in sorted(self._tokenizer_hashes().items()):
+
+            def proven_file(data: bytes, name: str = name, sha256: str = sha256) -> bytes:
+                if (digest := hashlib.sha256(data).hexdigest()) != sha256:
+                    raise DataError(
+                        f"{self.store.url}/tokenizer/{name} is not the file that was written",
+                        got=f"sha256 {digest}",
+                        expected=f"sha256 {sha256}",
+                        fix="restore the file: it is one of the teacher's tokenizer",
+                    )
+                return data
+
+            data = self.store.parsed(f"tokenizer/{name}", proven_file, limit=TOKENIZER_BYTES)
+            if data is None:
+                raise missing(self.store.url, f"tokenizer/{name}")
+            found[name] = data
+        return found
 
     def _tokenizer_hashes(self) -> Mapping[str, str]:
         seal = self.seal()
         if seal is not None:
             return seal.tokenizer
-        data = self.store.get_if_present(TOKENIZER)
-        if data is None:
+        record = self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.run, url=self.store.url))
+        if record is None:
             raise TemporaryError(
                 f"the tokenizer of {self.store.url} is not complete yet",
                 got=f"no {TOKENIZER}",
@@ -182,7 +203,7 @@ class Dump:
                 fix="run the same command again when `llm-neo dump` has come to its first unit",
             )
         self.store.settle("tokenizer")
-        return parse_tokenizer(data, self.run, url=self.store.url).files
+        return record.files
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file, through the node's cache for object stores."""
@@ -195,10 +216,11 @@ class Dump:
         )
 
     def _download(self, record: CommitRecord) -> bytes:
-        data = self.store.get(record.file)
-        if self.store.root is None and not _is_proven(data, record):
-            data = self.store.get(record.file)  # It may have been damaged on its way: once more.
-        return proven(data, record, name=f"{self.store.url}/{record.file}")
+        name = f"{self.store.url}/{record.file}"
+        data = self.store.parsed(record.file, lambda data: proven(data, record, name=name), limit=record.bytes)
+        if data is None:
+            raise missing(self.store.url, record.file)
+        return data
 
 
 def _is_proven(data: bytes, record: CommitRecord) -> bool:
@@ -212,7 +234,9 @@ def proven(data: bytes, record: CommitRecord, *, name: str) -> bytes:
             f"{name} is not the file that was committed",
             got=f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}",
             expected=f"{record.bytes} bytes, sha256 {record.sha256}",
-            fix="the file is torn, corrupt or was replaced: restore it, or delete the dump and dump again",
+            fix="the file is torn, corrupt or was replaced: restore it; or, while no `llm-neo dump` runs, delete it, "
+            f"{record_key(record.unit)}, {SEAL} and manifest-*.parquet, and run the same `llm-neo dump` again: it "
+            "computes this unit alone",
         )
     return data
 

@@ -57,11 +57,11 @@ class CorpusIdentity(Section):
 
     fingerprint: str
     """Hash over every sample's id, status, token ids and loss mask, in order."""
-    samples: int = Field(ge=1)
+    samples: int = Field(ge=1, le=10**12)
     """Number of samples N; sample indices are 0 ... N - 1."""
     mask: str
     """Which tokens are supervised."""
-    max_length: int
+    max_length: int = Field(lt=2**31)
     """Tokens per sample, at most."""
     too_long: str
     """What happened to longer samples."""
@@ -102,7 +102,7 @@ class RunInfo(_Identity):
     """The tokenizer."""
     corpus: CorpusIdentity
     """The samples."""
-    samples_per_unit: int = Field(ge=1)
+    samples_per_unit: int = Field(ge=1, lt=2**31)
     """Unit u holds samples [u * samples_per_unit, (u + 1) * samples_per_unit)."""
     estimator: Estimator
     """How targets were chosen."""

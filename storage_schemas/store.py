@@ -107,9 +107,7 @@ class Store:
         """
         data = self.get_if_present(key, limit=limit)
         if data is None:
-            raise DataError(
-                f"{self.url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`"
-            )
+            raise missing(self.url, key)
         return data
 
     def get_if_present(self, key: str, *, limit: int | None = None) -> bytes | None:
@@ -147,11 +145,37 @@ class Store:
                 fix="the dump was not written by this project; do not use it",
             )
 
-    def get_many(self, keys: Sequence[str]) -> Iterator[bytes]:
-        """All bytes of each of `keys`, JSON files, in order, with many requests in flight; errors as in `get`."""
+    def parsed(self, key: str, parse: Callable[[bytes], T], *, limit: int = JSON_BYTES) -> T | None:
+        """What `parse` makes of `key`, or None if there is no such key.
+
+        What an object store sent may have been damaged on its way: bytes that `parse` refuses are fetched once more.
+
+        Raises:
+            NeoError: as `parse` and `get`.
+        """
+        data = self.get_if_present(key, limit=limit)
+        if data is None:
+            return None
+        try:
+            return parse(data)
+        except NeoError:
+            again = None if self.root is not None else self.get_if_present(key, limit=limit)
+            if again is None or again == data:
+                raise
+            return parse(again)
+
+    def parsed_many(self, keys: Sequence[str], parse: Callable[[str, bytes], T]) -> Iterator[T]:
+        """What `parse` makes of each of `keys`, in order, with many requests in flight; errors as in `parsed`."""
+
+        def one(key: str) -> T:
+            found = self.parsed(key, lambda data: parse(key, data))
+            if found is None:
+                raise missing(self.url, key)
+            return found
+
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             for start in range(0, len(keys), 1024):
-                yield from pool.map(lambda key: self.get(key, limit=JSON_BYTES), keys[start : start + 1024])
+                yield from pool.map(one, keys[start : start + 1024])
 
     def size(self, key: str) -> int | None:
         """Size of `key` in bytes, or None if there is no such key."""
@@ -337,6 +361,11 @@ def _check(key: str) -> None:
             expected=KEY.pattern,
             fix="the record that names it was not written by this project; do not use this dump",
         )
+
+
+def missing(url: str, key: str) -> DataError:
+    """What a reader says about a file that has to be there."""
+    return DataError(f"{url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`")
 
 
 def _fsync_directory(path: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -32,7 +32,7 @@ from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.reader import parse_unit
 from storage_schemas.rows import Row, UnitRows, rows_to_unit
 from storage_schemas.run_info import RunInfo
-from storage_schemas.store import Store
+from storage_schemas.store import Store, missing
 from storage_schemas.targets import Targets
 
 
@@ -51,13 +51,18 @@ class DumpWriter:
                 the condition of a conditional write.
         """
         store = Store(url, options=options)
-        present = store.get_if_present(RUN)
-        if present is None:
+
+        def present() -> RunInfo | None:
+            return store.parsed(RUN, lambda data: RunInfo.from_json(data, url=url))
+
+        begun = present()
+        if begun is None:
             store.probe()
             if store.put_new(RUN, run.to_json()):
                 return cls(store, run)
-            present = store.get(RUN)
-        begun = RunInfo.from_json(present, url=url)
+            begun = present()
+        if begun is None:
+            raise missing(url, RUN)
         begun.refuse_other(run, url=url)
         return cls(store, begun)
 
@@ -88,8 +93,7 @@ class DumpWriter:
         return self._tokenizer() is not None
 
     def _tokenizer(self) -> TokenizerRecord | None:
-        data = self.store.get_if_present(TOKENIZER)
-        return None if data is None else parse_tokenizer(data, self.run, url=self.store.url)
+        return self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.run, url=self.store.url))
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
@@ -128,7 +132,7 @@ class DumpWriter:
         return record
 
     def clean(self) -> int:
-        """Remove what killed and losing attempts left; how many files.
+        """Remove what killed and losing attempts left, also after the seal; how many files.
 
         No clock decides: a data file goes when its unit's commit record names another one. So nothing that a stopped
         worker could still commit is ever removed, and this may run beside any number of workers.
@@ -140,10 +144,9 @@ class DumpWriter:
             if unit in committed:
                 files[unit].append(key)
         orphans = [key for key, _ in self.store.list("probe")]
-        for unit, keys in files.items():
-            if len(keys) > 1:
-                winner = parse_record(self.store.get(record_key(unit)), unit, self.run, url=self.store.url).file
-                orphans += [key for key in keys if key != winner]
+        crowded = [unit for unit, keys in files.items() if len(keys) > 1]
+        for record in self._records(crowded):
+            orphans += [key for key in files[record.unit] if key != record.file]
         removed = sum(self._delete(key) for key in orphans)
 
         def decided(key: str) -> bool:
@@ -155,12 +158,12 @@ class DumpWriter:
     def seal(self) -> bool:
         """Write the seal if every unit is committed; True if the dump is sealed now."""
         if self.store.size(SEAL) is not None:
+            self.clean()  # A worker that was stopped before the seal may have put a file after it, and died.
             return True
         if len(self.committed()) < self.run.units:
             return False
         self.store.settle("commits")
-        contents = self.store.get_many([record_key(unit) for unit in range(self.run.units)])
-        records = {unit: parse_record(data, unit, self.run, url=self.store.url) for unit, data in enumerate(contents)}
+        records = {record.unit: record for record in self._records(range(self.run.units))}
         manifest = manifest_bytes(records)
         tokenizer = self._tokenizer()
         seal = Seal(
@@ -177,6 +180,14 @@ class DumpWriter:
         self.store.put_new(SEAL, seal.to_json())
         self.clean()
         return True
+
+    def _records(self, units: Iterable[int]) -> Iterator[CommitRecord]:
+        def parse(key: str, data: bytes) -> CommitRecord:
+            unit = unit_of_record(key)
+            assert unit is not None
+            return parse_record(data, unit, self.run, url=self.store.url)
+
+        return self.store.parsed_many([record_key(unit) for unit in units], parse)
 
     def _delete(self, key: str) -> bool:
         """Delete an orphan, as far as this worker may: it needs no right to delete."""

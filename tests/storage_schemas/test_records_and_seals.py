@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from support.dumps import make_dump, run_info, unit_rows
 
-from storage_schemas.commit import CommitRecord, Seal, manifest_bytes, record_key
+from storage_schemas.commit import CommitRecord, Seal, data_key, manifest_bytes, record_key
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.run_info import canonical_json
+from storage_schemas.store import Store
 from storage_schemas.verify import verify
+from storage_schemas.writer import DumpWriter
 
 RECORDS: dict[str, Callable[[dict[str, object]], object]] = {
     "path traversal": lambda r: r.update(file="../../etc/passwd"),
@@ -60,12 +62,17 @@ def test_hostile_commit_records(case: str, checksum: str, tmp_path: Path, monkey
     path.write_bytes(canonical_json(content))
     opened: list[str] = []
     dump = Dump.open(str(tmp_path))
-    real = dump.store.get
-    monkeypatch.setattr(dump.store, "get", lambda key: opened.append(key) or real(key))
+    real = dump.store.get_if_present
+
+    def get(key: str, **limits: int) -> bytes | None:
+        opened.append(key)
+        return real(key, **limits)
+
+    monkeypatch.setattr(dump.store, "get_if_present", get)
     with pytest.raises(DataError, match=r"unit-00000000\.json") as caught:
         dump.read_unit(0)
     assert caught.value.fix
-    assert opened == [], "nothing that a bad record names is read"
+    assert opened == [record_key(0)], "nothing that a bad record names is read"
     assert not verify(str(tmp_path)).ok
 
 
@@ -203,7 +210,8 @@ def test_verify_names_the_damage(case: str, tmp_path: Path) -> None:
     report = verify(str(tmp_path), progress=lambda *counts: seen.append(counts))
     assert not report.ok
     assert any(re.search(message, error) for error in report.errors), report.errors
-    assert seen == [(1, 3), (2, 3), (3, 3)], "one damage hides no other unit"
+    units = 2 if case == "missing record" else 3
+    assert seen == [(i + 1, units) for i in range(units)], "one damage hides no other unit"
 
 
 def test_verify_reports_sums(tmp_path: Path) -> None:
@@ -228,3 +236,59 @@ def test_a_record_that_was_replaced_after_the_seal_is_found(tmp_path: Path) -> N
     path.write_bytes(record.model_copy(update={"mean_entropy": 0.0}).to_json())
     assert run.units == 3
     assert any("differs from the manifest" in error for error in verify(str(tmp_path)).errors)
+
+
+def test_counts_that_nothing_can_hold_are_refused_and_no_list_of_them_is_made(tmp_path: Path) -> None:
+    run = make_dump(tmp_path, run_info(samples=10), seal=False)
+
+    def claim(samples: int) -> None:
+        corpus = run.corpus.model_copy(update={"samples": samples})
+        (tmp_path / "run.json").write_bytes(run.model_copy(update={"corpus": corpus}).to_json())
+
+    for samples in (10**18, 2**70):
+        claim(samples)
+        with pytest.raises(DataError, match="samples"):
+            Dump.open(str(tmp_path))
+    claim(10**12)
+    with pytest.raises(DataError, match="belongs elsewhere"):
+        Dump.open(str(tmp_path)).records()
+    report = verify(str(tmp_path))
+    assert "249999999981 more units: not committed yet" in report.errors
+    assert len(report.errors) < 30
+
+
+def test_an_orphan_of_a_sealed_dump_is_named_and_goes_with_a_rerun(tmp_path: Path) -> None:
+    """A worker that was stopped before its put, continued after the seal and then died."""
+    run = make_dump(tmp_path)
+    orphan = data_key(1, "f" * 32)
+    foreign = tmp_path / "data" / "notes.txt"
+    foreign.write_text("of somebody else")
+    Store(str(tmp_path)).put_new(orphan, b"the late worker's")
+    (error,) = verify(str(tmp_path)).errors
+    assert orphan in error
+    assert DumpWriter.open(str(tmp_path), run).seal()
+    assert verify(str(tmp_path)).ok
+    assert foreign.exists()
+    assert len(list((tmp_path / "data").glob("unit-*"))) == 3
+
+
+def test_the_remedy_for_one_corrupt_unit_makes_the_dump_whole(tmp_path: Path) -> None:
+    run = make_dump(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    record = Dump.open(str(tmp_path)).record(1)
+    assert record is not None
+    (tmp_path / record.file).write_bytes(b"damaged")
+    with pytest.raises(DataError) as caught:
+        Dump.open(str(tmp_path)).read_unit(1)
+    named = re.search(r"delete it, (\S+), (\S+) and (\S+), and run the same", str(caught.value.fix))
+    assert named is not None
+    for path in (record.file, named[1], named[2], named[3]):
+        (found,) = tmp_path.glob(path)
+        found.unlink()
+    writer = DumpWriter.open(str(tmp_path), run)
+    assert writer.committed() == {0, 2}
+    assert writer.commit_unit(1, unit_rows(run, 1)) is not None
+    assert writer.seal()
+    assert verify(str(tmp_path)).ok
+    changed = {path.name for path, data in before.items() if path.read_bytes() != data}
+    assert changed <= {"unit-00000001.json", "SEALED.json"}

@@ -285,8 +285,39 @@ def test_a_download_that_was_damaged_is_repeated_once(tiny: TinyS3, tmp_path: Pa
 def test_a_cache_that_cannot_be_used_says_so(tiny: TinyS3, tmp_path: Path) -> None:
     make_dump(URL, options=options(tiny.port))
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TemporaryError, match="cache"):
+    with pytest.raises(MismatchError, match=r"cache(.|\n)*train.cache_dir"):
         Dump.open(URL, options=options(tiny.port), cache_dir=tmp_path / "file").read_unit(0)
+
+
+DOWNLOADS = [
+    "run.json",
+    "SEALED.json",
+    "manifest",
+    "tokenizer/tokenizer.json",
+    "TOKENIZER.json",
+    "commits/unit-00000001",
+]
+
+
+@pytest.mark.parametrize("file", DOWNLOADS)
+def test_every_file_that_was_damaged_on_its_way_is_fetched_once_more(file: str, tiny: TinyS3) -> None:
+    run = make_dump(URL, options=options(tiny.port), seal=file not in ("TOKENIZER.json", "commits/unit-00000001"))
+    tiny.requests.clear()
+    tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key and n == 1 else None
+    dump = Dump.open(URL, options=options(tiny.port))
+    assert len(dump.records()) == run.units
+    assert dump.tokenizer_files() == TOKENIZER
+    fetched = [key for method, key in tiny.requests if f"/{file}" in key]
+    assert len(fetched) >= 2
+    tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key else None
+    with pytest.raises(DataError):
+        read_all(tiny)
+
+
+def read_all(tiny: TinyS3) -> None:
+    dump = Dump.open(URL, options=options(tiny.port))
+    dump.records()
+    dump.tokenizer_files()
 
 
 def test_a_follower_asks_once_per_record(tiny: TinyS3) -> None:

@@ -25,7 +25,7 @@ from storage_schemas.store import Store
 requests = []
 for name in ("get_if_present", "size", "list"):
     ask = getattr(Store, name)
-    setattr(Store, name, lambda self, key, ask=ask: requests.append(key) or ask(self, key))
+    setattr(Store, name, lambda self, key, ask=ask, **limit: requests.append(key) or ask(self, key, **limit))
 start = time.process_time()
 dump = Dump.open(sys.argv[1])
 assert dump.sealed()

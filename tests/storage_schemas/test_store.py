@@ -262,9 +262,9 @@ def test_many_keys_come_back_in_order(tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     for key in keys:
         (tmp_path / key).write_text(key)
-    assert list(files.get_many(keys)) == [key.encode() for key in keys]
+    assert list(files.parsed_many(keys, lambda key, data: (key, data))) == [(key, key.encode()) for key in keys]
     with pytest.raises(DataError, match="many/99"):
-        list(files.get_many([*keys, "many/99"]))
+        list(files.parsed_many([*keys, "many/99"], lambda key, data: data))
     assert threading.active_count() < 40
 
 
