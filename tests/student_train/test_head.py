@@ -13,6 +13,8 @@ from student_train.batch import SparseTargets
 from student_train.head import HeadLoss, HeadSpec, fused_head_loss
 from student_train.losses import LossSpec, token_losses
 
+pytestmark = pytest.mark.exact
+
 N, HIDDEN, VOCAB = 11, 8, 29
 SIZES = [1, 4, 7, 2, 7, 21, 3, 5, 6, 7, 4]
 VARIANTS = {

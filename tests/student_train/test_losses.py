@@ -15,6 +15,8 @@ from reference import (
 from storage_schemas.errors import MismatchError
 from student_train.losses import LossSpec, refuse_unsupported, student_entries, token_losses, top1_agreement
 
+pytestmark = pytest.mark.exact
+
 N, VOCAB = 6, 23
 SIZES = [1, 4, 7, 2, 7, 22]
 

@@ -11,6 +11,7 @@ import torch
 from dense import plain_student
 from peft import PeftModel
 from support.distributed import run_ranks
+from support.rounding import FORWARD, update_excess
 from support.tiny_student import save_student, tiny_tokenizer, write_dump
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -135,6 +136,12 @@ def largest_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str,
     return max(float((found[key] - value).abs().max()) for key, value in expected.items())
 
 
+def excess(found: Mapping[str, torch.Tensor], results: Results) -> float:
+    """Of a run that went on from "half", over rounding, against the one that was never stopped."""
+    whole, half = results["zero2 whole"][0]["state"], results["half"][0]["state"]
+    return update_excess(found, whole, first=half, rate=1e-2, steps=3)
+
+
 @pytest.mark.parametrize("name", [name for name, _, _ in SAME])
 def test_resumed_run_is_the_uninterrupted_one(name: str, results: Results) -> None:
     """2N steps = N + resume + N, bit for bit, in every loss, weight and moment."""
@@ -151,9 +158,9 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, results: Results) -> No
 
 @pytest.mark.parametrize("stage", [name for name, _ in OTHER])
 def test_resume_at_another_stage(stage: str, results: Results) -> None:
-    """fp32: losses within 1e-6, parameters within 1e-4."""
-    assert losses(results, f"stage {stage}") == pytest.approx(losses(results, "zero2 whole"), abs=1e-6)
-    assert largest_difference(results[f"stage {stage}"][0]["state"], results["zero2 whole"][0]["state"]) < 1e-4
+    """fp32: losses and parameters within what rounding explains."""
+    assert losses(results, f"stage {stage}") == pytest.approx(losses(results, "zero2 whole"), rel=FORWARD)
+    assert excess(results[f"stage {stage}"][0]["state"], results) < 1
 
 
 @pytest.mark.parametrize(
@@ -168,8 +175,8 @@ def test_resume_at_another_world_size(ranks: int, stage: int, results: Results, 
     }  # fmt: skip
     found = run_ranks("support.train_jobs:run_trainings", ranks, jobs=[job])[0][0]
     assert found["code"] == 0, found["message"]
-    assert [e.loss for e in found["events"]] == pytest.approx(losses(results, "zero2 whole"), abs=1e-6)
-    assert largest_difference(found["state"], results["zero2 whole"][0]["state"]) < 1e-4
+    assert [e.loss for e in found["events"]] == pytest.approx(losses(results, "zero2 whole"), rel=FORWARD)
+    assert excess(found["state"], results) < 1
 
 
 def test_finished_run_does_nothing(results: Results) -> None:
@@ -326,7 +333,7 @@ def test_final_adapter_is_the_trained_one(results: Results, folder: Path) -> Non
     final = folder / "zero2 whole" / "final"
     found = PeftModel.from_pretrained(base, final).eval()(input_ids=ids).logits
     assert float((expected - before).abs().max()) > 0.1
-    assert float((found - expected).abs().max()) < 1e-5
+    assert float((found - expected).abs().max() / expected.abs().max()) < FORWARD
     config = json.loads((final / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "student")
     assert (final / "tokenizer.json").read_bytes() == (folder / "dump" / "tokenizer" / "tokenizer.json").read_bytes()

@@ -5,12 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rounding import BELOW_16
 
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.targets import Targets, decode
 from teacher_dump.draws import uniforms
 from teacher_dump.estimators import estimate, to_targets
 from teacher_dump.selection import draw_from_weights, largest
+
+pytestmark = pytest.mark.exact
 
 VOCABULARIES = [7, 64, 333, 5000]
 
@@ -60,14 +63,14 @@ def test_topk_equals_its_definition_at_every_temperature(vocabulary, k, mass):
         head = head_by_definition(exact[i], k_min=1, k_max=k, mass=mass)
         np.testing.assert_array_equal(token.ids, head)
         assert token.head_size[0] == len(head)
-        np.testing.assert_allclose(token.logprobs, exact[i, head], atol=2e-6)
+        np.testing.assert_allclose(token.logprobs, exact[i, head], atol=BELOW_16)
         for j, temperature in enumerate(temperatures):
             tempered = log_softmax64(logits, temperature)[i]
             rest = np.delete(tempered, head)
             expected = np.logaddexp.reduce(rest) if len(rest) else -np.inf
-            np.testing.assert_allclose(token.tail_logprob[0, j], expected, atol=3e-6)
+            np.testing.assert_allclose(token.tail_logprob[0, j], expected, atol=BELOW_16)
             scaled = logits[i].double().numpy() / temperature
-            np.testing.assert_allclose(token.logsumexp[0, j], np.logaddexp.reduce(scaled), atol=3e-6)
+            np.testing.assert_allclose(token.logsumexp[0, j], np.logaddexp.reduce(scaled), atol=BELOW_16)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -92,8 +95,8 @@ def test_adaptive_head_and_draws_equal_their_definition(vocabulary):
         np.testing.assert_array_equal(token.ids[size:], drawn)
         np.testing.assert_array_equal(token.counts[size:], counts)
         np.testing.assert_array_equal(token.counts[:size], 0)
-        np.testing.assert_allclose(token.logprobs, exact[i, token.ids], atol=4e-6)
-        np.testing.assert_allclose(token.tail_logprob[0, 0], np.log(tail.sum()), atol=3e-6)
+        np.testing.assert_allclose(token.logprobs, exact[i, token.ids], atol=BELOW_16)
+        np.testing.assert_allclose(token.tail_logprob[0, 0], np.log(tail.sum()), atol=BELOW_16)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -109,7 +112,7 @@ def test_sampled_draws_equal_their_definition(vocabulary):
         np.testing.assert_array_equal(token.counts, counts)
         assert token.head_size[0] == 0
         np.testing.assert_array_equal(token.tail_logprob, 0.0)
-        np.testing.assert_allclose(token.logprobs, exact[i, drawn], atol=4e-6)
+        np.testing.assert_allclose(token.logprobs, exact[i, drawn], atol=BELOW_16)
         np.testing.assert_allclose(token.logsumexp[0, 1], np.logaddexp.reduce(logits[i].double().numpy() / 2))
 
 

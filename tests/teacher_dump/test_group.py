@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from support.distributed import environment, run_ranks
+from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 
 from storage_schemas.config import TopK
@@ -46,7 +47,7 @@ def assert_close(found: list[Targets | None], expected: list[Targets | None]) ->
         assert there is not None
         np.testing.assert_array_equal(here.ids, there.ids)
         for name in ("logprobs", "tail_logprob", "logsumexp"):
-            np.testing.assert_allclose(getattr(here, name), getattr(there, name), atol=2e-5)
+            np.testing.assert_allclose(getattr(here, name), getattr(there, name), atol=LOGPROB)
 
 
 def check(folder: Path, architectures: list[str]) -> None:

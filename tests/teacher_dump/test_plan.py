@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.dump_checks import WORDS
+from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 
 from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
@@ -172,7 +173,7 @@ def test_cut_heads_are_those_of_the_estimator(place, tmp_path, estimator):
     np.testing.assert_array_equal(found.offsets, expected.offsets)
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.head_size, expected.head_size)
-    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=LOGPROB)
     np.testing.assert_allclose(found.tail_logprob, expected.tail_logprob, atol=2e-4)
 
 

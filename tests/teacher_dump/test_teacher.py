@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.rounding import LOGPROB
 from support.tiny_teachers import ARCHITECTURES, VOCABULARY, save_teacher, tiny_model
 
 from storage_schemas.config import Adaptive, TopK
@@ -14,6 +15,8 @@ from teacher_dump import teacher as teacher_module
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
 from teacher_dump.teacher import Teacher
+
+pytestmark = pytest.mark.exact
 
 EVERYTHING = TopK(k=VOCABULARY, mass=1.0)
 
@@ -71,8 +74,8 @@ def test_targets_do_not_depend_on_the_batch(name, tmp_path):
         (alone,) = ask(teacher, [sample], estimator)
         np.testing.assert_array_equal(there.ids, alone.ids)
         np.testing.assert_array_equal(there.counts, alone.counts)
-        np.testing.assert_allclose(there.logprobs, alone.logprobs, atol=1e-4)
-        np.testing.assert_allclose(there.tail_logprob, alone.tail_logprob, atol=1e-4)
+        np.testing.assert_allclose(there.logprobs, alone.logprobs, atol=LOGPROB)
+        np.testing.assert_allclose(there.tail_logprob, alone.tail_logprob, atol=LOGPROB)
 
 
 def test_chunks_of_the_head_change_nothing(tmp_path, monkeypatch):
@@ -82,7 +85,7 @@ def test_chunks_of_the_head_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(teacher_module._CHUNK_BYTES, "cpu", 16 * 4 * VOCABULARY)
     for a, b in zip(whole, ask(teacher, samples, TopK(k=5)), strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=LOGPROB)
 
 
 def test_no_tensor_of_batch_times_sequence_times_vocabulary_exists(tmp_path, monkeypatch):
@@ -156,7 +159,7 @@ def test_a_sample_with_nonfinite_logits_leaves_the_others_of_its_batch_alone(tmp
     good, bad, also_good = ask(teacher, samples)
     assert bad is None
     for targets, sample in [(good, samples[0]), (also_good, samples[2])]:
-        np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=1e-5)
+        np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=LOGPROB)
     samples[1].loss_mask[10:] = False
     assert ask(teacher, samples)[1] is not None, "logits before the broken token are finite"
 
@@ -236,7 +239,7 @@ def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path):
     assert [[len(sample.input_ids) for sample in batch] for batch in batches] == [[40, 30, 18], [17, 12]]
     for batch in batches:
         for sample, targets in zip(batch, ask(teacher, batch), strict=True):
-            np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=1e-4)
+            np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=LOGPROB)
     mixed = ask(teacher, samples)[0].logprobs
     assert np.abs(mixed - ask(teacher, [samples[0]])[0].logprobs).max() > 1e-2, "the factors of this model do nothing"
 
