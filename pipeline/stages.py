@@ -57,6 +57,7 @@ def run_dumps(
                 corpus=need(part.corpus, "corpus", "dump"),
                 estimator=part.estimator,
                 temperatures=part.temperatures,
+                heldout=config.heldout_config().corpus if part.heldout else None,
                 rank=placement.rank,
                 world_size=placement.world_size,
                 events=events,

@@ -25,6 +25,7 @@ from teacher_dump.backends import opened
 from teacher_dump.commits import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
+from teacher_dump.heldout import refuse_shared
 from teacher_dump.progress import DumpProgress, EventLog
 from teacher_dump.stop import StopRequest, stoppable
 from teacher_dump.teacher import Teacher
@@ -77,6 +78,7 @@ def run_dump(
     corpus: CorpusSection,
     estimator: Estimator,
     temperatures: Sequence[float] = (1.0,),
+    heldout: CorpusSection | None = None,
     rank: int = 0,
     world_size: int = 1,
     events: Path | None = None,
@@ -90,6 +92,7 @@ def run_dump(
         corpus: what is distilled on.
         estimator: how targets are chosen.
         temperatures: of the stored tail masses; the first is 1.
+        heldout: samples that shall not be those of the corpus.
         rank: which worker this is.
         world_size: how many there are; it may differ from call to call.
         events: file that one JSON object per event is appended to.
@@ -106,6 +109,9 @@ def run_dump(
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)
+        if heldout is not None:
+            others = freeze_corpus(heldout, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
+            refuse_shared(samples, others)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
         if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from storage_schemas import faults
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.targets import decode
 from storage_schemas.verify import verify
@@ -331,3 +331,12 @@ def test_how_the_tokenizer_was_loaded_is_not_part_of_it(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_held_out_samples_that_are_the_corpus_are_refused_before_anything_is_written(
+    tmp_path, corpus_file, model_folder
+):
+    job = sections(tmp_path / "dump", corpus_file, model_folder)
+    with pytest.raises(DataError, match="held-out samples are the training corpus"):
+        run_dump(**job, heldout=job["corpus"])
+    assert not (tmp_path / "dump").exists()

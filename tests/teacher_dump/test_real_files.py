@@ -31,7 +31,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def freeze(path: Path, *, tokenizer=None, head_size=VOCABULARY, **options) -> Corpus:
-    section = CorpusSection(sources=[SourceSection(path=str(path))], **{"max_length": 200_000} | options)
+    section = CorpusSection(
+        sources=[SourceSection(path=str(path))], **{"max_length": 200_000, "max_bad_share": 0.1} | options
+    )
     return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), head_size=head_size)
 
 
@@ -135,7 +137,9 @@ def test_a_dump_of_it_has_every_sample_and_is_proven(tmp_path, spoilt, too_long)
     summary = run_dump(
         dump=DumpSection(url=url, samples_per_unit=16),
         teacher=TeacherSection(model=str(teacher), dtype="float32", device="cpu"),
-        corpus=CorpusSection(sources=[SourceSection(path=str(path))], max_length=limit, too_long=too_long),
+        corpus=CorpusSection(
+            sources=[SourceSection(path=str(path))], max_length=limit, too_long=too_long, max_bad_share=0.1
+        ),
         estimator=TopK(k=4),
     )
     rows = rows_of(tmp_path / "dump")
