@@ -15,11 +15,9 @@ MONITORS = ("csv_monitor", "tensorboard", "wandb")
 
 TUNABLE = (
     *MONITORS,
-    "activation_checkpointing",
     "aio",
     "comms_logger",
     "communication_data_type",
-    "compile",
     "data_types",
     "disable_python_gc",
     "dump_state",
@@ -33,6 +31,8 @@ TUNABLE = (
 """Top-level keys of DeepSpeed that change speed, memory or logs, and that nothing here decides."""
 
 REFUSED = {
+    "activation_checkpointing": "train.gradient_checkpointing recomputes activations, without DeepSpeed",
+    "compile": "nothing here asks DeepSpeed to compile, and its deepcompile takes no accumulation without boundaries",
     "amp": "train.precision chooses the dtype",
     "fp16": "train.precision offers bf16 and fp32; fp16 needs a loss scale, which exact resume does not carry",
     "torch_autocast": "train.precision chooses the dtype",
@@ -63,6 +63,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
     """
     claims = _claims(train)
     _refuse_unknown(train.deepspeed, claims)
+    _refuse_impossible(train)
     for path, value in _leaves(train.deepspeed):
         claimed, field = claims.get(path, (value, ""))
         if value not in (claimed, AUTO):
@@ -79,6 +80,27 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
     # DeepSpeed would insist on micro-batch size * world size, which the global batch need not be a multiple of.
     del config["train_batch_size"]
     return config
+
+
+def _refuse_impossible(train: TrainSection) -> None:
+    """Refuse what DeepSpeed would meet with an assertion, or with gradients that are coarser than asked for."""
+    given = dict(_leaves(train.deepspeed))
+    accumulation, overlap = "data_types.grad_accum_dtype", "zero_optimization.overlap_comm"
+    allowed = (None, AUTO, "fp32", *(["bf16"] if train.precision == "bf16" else []))
+    if given.get(accumulation) not in allowed:
+        raise MismatchError(
+            f"train.deepspeed.{accumulation} does not go with train.precision {train.precision}",
+            got=given[accumulation],
+            expected="fp32, or with train.precision bf16 also bf16",
+            fix=f"remove train.deepspeed.{accumulation}",
+        )
+    if given.get(overlap) is True and train.zero_stage < 2:
+        raise MismatchError(
+            f"train.deepspeed.{overlap} needs ZeRO stage 2 or 3: below, gradients are reduced once per step",
+            got=f"train.zero_stage = {train.zero_stage}",
+            expected="train.zero_stage = 2 or 3",
+            fix=f"remove train.deepspeed.{overlap}, or raise train.zero_stage",
+        )
 
 
 def monitors(train: TrainSection) -> dict[str, Mapping[str, Any]]:
@@ -113,7 +135,11 @@ def _preset(train: TrainSection) -> dict[str, Any]:
     if train.zero_stage == 3:
         # Adapters are small: gathering them one by one costs more than keeping them whole.
         zero |= {"stage3_param_persistence_threshold": 100_000}
-    return {"zero_optimization": zero if train.zero_stage else {}, "steps_per_print": None}
+    preset: dict[str, Any] = {"zero_optimization": zero if train.zero_stage else {}, "steps_per_print": None}
+    if train.precision == "bf16":
+        # Micro-batches add up: in bf16, whose steps are 2^-8 of the sum, small terms would be lost.
+        preset["data_types"] = {"grad_accum_dtype": "fp32"}
+    return preset
 
 
 def _refuse_unknown(given: Mapping[str, Any], claims: Mapping[str, Any]) -> None:

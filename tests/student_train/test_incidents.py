@@ -17,7 +17,9 @@ SAMPLE: list[tuple[int, Bad]] = [
     (2, ("loss", math.nan, 0)), (2, ("gradient", math.inf, 1)),
     (3, ("loss", -math.inf, 1)), (3, ("gradient", math.nan, 0)),
 ]  # fmt: skip
-"""(ZeRO stage, what goes wrong) of the ordinary tests"""
+"""(ZeRO stage, what goes wrong) of the ordinary tests, in fp32"""
+SAMPLE_BF16: list[tuple[int, Bad]] = [(1, ("loss", math.nan, 1)), (1, ("gradient", math.inf, 0))]
+"""In bf16: there stage 1 is another optimizer of DeepSpeed."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def same(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
 
 def test_is_refused_and_forgotten(folder: Path) -> None:
     """NaN and infinities, in the loss or in nothing but a gradient, on one of two ranks, at each ZeRO stage."""
-    check(folder, 2, [({"zero_stage": stage}, bad) for stage, bad in SAMPLE])
+    what: list[tuple[dict[str, Any], Bad]] = [({"zero_stage": stage}, bad) for stage, bad in SAMPLE]
+    check(folder, 2, what + [({"zero_stage": stage, "precision": "bf16"}, bad) for stage, bad in SAMPLE_BF16])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import run_ranks
+from support.engine_jobs import gradients, norm
 from support.tiny_student import save_student, write_dump
 
 from storage_schemas.errors import MismatchError
@@ -50,6 +51,29 @@ def test_bf16_state_is_restored_exactly_elsewhere(ranks: int, folder: Path) -> N
         assert all(restored["last"][key].equal(value) for key, value in state.items())
         for (loss, *_), (reference, *_) in zip(trained["steps"], expected, strict=True):
             assert loss == pytest.approx(reference, rel=DRIFT)
+
+
+def test_gradients_of_many_micro_batches_are_as_good_as_of_one(folder: Path) -> None:
+    """256 micro-batches of one sample against 4 of 64, by their distance to fp32: what a bf16 sum would lose is kept.
+
+    Each term is rounded in its own forward and backward pass, 2 % here. A sum in bf16 adds its own rounding with every
+    term, and loses those below 2^-9 of it.
+    """
+    size, bf16 = {"global_batch_size": 256, "max_grad_norm": 0.0}, {"data_types": {"grad_accum_dtype": "bf16"}}
+    trains = [{"precision": "fp32", "zero_stage": 2, "micro_batch_size": 64}]
+    trains += [
+        {"precision": "bf16", "zero_stage": stage, "micro_batch_size": micro, "deepspeed": more}
+        for stage, micro, more in [(2, 64, {}), (1, 1, {}), (2, 1, {}), (3, 1, {}), (2, 1, bf16)]
+    ]
+    cases = [case(folder, 2) | {"train": size | train} for train in trains]
+    reference, *found = [
+        gradients(result["first"]) for result in run_ranks(FUNCTION, 1, dump=str(folder / "dump"), cases=cases)[0]
+    ]
+    off = [norm({k: g[k] - reference[k] for k in reference}) / norm(reference) for g in found]
+    assert 0.001 < off[0] < 0.04, off
+    for many in off[1:4]:
+        assert many < 1.05 * off[0], off
+    assert off[4] > 1.5 * off[0], off
 
 
 def test_a_quantised_student_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ def test_a_configuration_for_the_trainer_is_taken() -> None:
         ({"fp16": {"enabled": True}}, ("train.deepspeed.fp16", "train.precision")),
         ({"wall_clock_brakedown": True}, ("wall_clock_brakedown", "did you mean `wall_clock_breakdown`?")),
         ({"zzz": 1}, ("zzz", "one of ")),
+        ({"compile": {"deepcompile": True}}, ("train.deepspeed.compile", "nothing here asks DeepSpeed to compile")),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, ("activation_checkpoi", "gradient_checkpointing")),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, ("data_types.grad_accum_dtype", "train.precision bf16")),
     ],
 )
 def test_contradiction_names_both_sides(given: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -95,6 +98,31 @@ def test_contradiction_names_both_sides(given: dict[str, Any], names: tuple[str,
         deepspeed_config(section(zero_stage=2, deepspeed=given))
     for name in names:
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "says"),
+    [
+        (0, {"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype does not go with"),
+        (2, {"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype does not go with"),
+        (0, {"zero_optimization": {"overlap_comm": True}}, "overlap_comm needs ZeRO stage 2 or 3"),
+        (1, {"zero_optimization": {"overlap_comm": True}}, "overlap_comm needs ZeRO stage 2 or 3"),
+    ],
+)
+def test_what_deepspeed_would_meet_with_an_assertion(stage: int, given: dict[str, Any], says: str) -> None:
+    """Or with gradients of fp32 weights in bf16."""
+    with pytest.raises(MismatchError, match=says):
+        deepspeed_config(section(zero_stage=stage, precision="fp32", deepspeed=given))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_are_added_up_in_fp32(stage: int) -> None:
+    """Unless the user says otherwise; and what is allowed is handed on."""
+    assert deepspeed_config(section(zero_stage=stage))["data_types"]["grad_accum_dtype"] == "fp32"
+    own = {"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"overlap_comm": stage > 1}}
+    found = deepspeed_config(section(zero_stage=stage, deepspeed=own))
+    assert found["data_types"]["grad_accum_dtype"] == "bf16"
+    assert found["zero_optimization"]["overlap_comm"] is (stage > 1)
 
 
 def test_every_refusal_has_a_reason() -> None:
