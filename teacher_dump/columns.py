@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.errors import TemporaryError
+from teacher_dump.pool import cores
 
 COLUMNS = {
     "offsets": np.int64,
@@ -197,7 +198,7 @@ def whole_parts(folder: Path) -> list[dict[str, Any]]:
         return bool(_hash(rest, blocks) == line["sha256"])
 
     try:
-        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(8, cores())) as pool:
             good = pool.map(lambda pair: whole(*pair), zip(starts[:-1], lines, strict=True))
             return [line for line, _ in takewhile(lambda pair: pair[1], zip(lines, good, strict=True))]
     finally:

@@ -133,8 +133,8 @@ class CorpusSection(Section):
     seed: int = Field(0, ge=0, lt=2**64)
     """Which records a source of `weight` below 1 gives; a larger weight keeps those of a smaller one. Order is kept."""
     num_proc: int | None = Field(None, ge=1)
-    """Processes that tokenise. Null: one per core that this process may use, but one alone for each 20,000 records.
-    Only speed depends on it."""
+    """Processes that tokenise. Null: one per core that this process may use, but at most one per 5,000 records. Only
+    speed depends on it."""
     cache_dir: Located | None = None
     """Where fetched files and the tokenised corpus are kept; default: `$LLM_NEO_CACHE`, else `~/.cache/llm-neo`."""
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from teacher_dump.columns import Columns, Part, joined
 from teacher_dump.config import CorpusSection
 from teacher_dump.kept import Frozen, cache_folder, corpus_key, is_looked_up, kept
 from teacher_dump.masks import Tokens, Unusable
-from teacher_dump.pool import Pool, chunked
+from teacher_dump.pool import Pool, chunked, cores
 from teacher_dump.sources import RawRecord, Records, find_source, open_source, read_source
 from teacher_dump.tokenise import NOTHING, tokenise
 
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _BATCH = 256
 """Records that are tokenised together."""
-_PER_PROCESS = 20_000
+_PER_PROCESS = 5_000
 """Records that are worth the start of another process."""
 _PART_TOKENS, _PART_SAMPLES, _PART_SECONDS = 2**22, 2**16, 30.0
 """What is kept at once; an interrupted start loses one part."""
@@ -252,8 +251,7 @@ def _corpus(frozen: Frozen, sources: int) -> Corpus:
 
 def _processes(section: CorpusSection, records: int) -> int:
     """How many processes tokenise so many records."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return section.num_proc or max(1, min(cores, records // _PER_PROCESS))
+    return section.num_proc or max(1, min(cores(), records // _PER_PROCESS))
 
 
 def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
