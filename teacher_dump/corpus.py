@@ -155,6 +155,13 @@ class Corpus:
         return int(self.offsets[samples.stop] - self.offsets[samples.start])
 
     @property
+    def truncated(self) -> int:
+        """Samples that were cut to the longest allowed length."""
+        starts = range(0, len(self), _STRIDE)
+        cut = (np.diff(self.offsets[i : i + _STRIDE + 1]) < self.lengths[i : i + _STRIDE] for i in starts)
+        return sum(map(np.count_nonzero, cut)) - self.statuses.count(TOO_LONG)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         starts = range(0, len(self), _STRIDE)
@@ -206,6 +213,10 @@ def freeze_corpus(
     key = corpus_key(section, found, opened, tokenizer, head_size=head_size)
     corpus = _corpus(kept(cache / "corpora", key, make=make), len(found))
     _refuse_bad(corpus, section)
+    if corpus.truncated:
+        log.warning(
+            "%d of %d samples are cut to corpus.max_length %d", corpus.truncated, len(corpus), section.max_length
+        )
     return corpus
 
 

@@ -63,6 +63,8 @@ class DumpSummary(Section):
     """Mean probability inside the heads; null without supervised tokens."""
     statuses: dict[str, int]
     """Rows per status, in all."""
+    truncated: int
+    """Samples that were cut to `corpus.max_length`, in all."""
     tokens_here: int
     """Tokens that this call sent through the teacher, without padding."""
     seconds: float
@@ -303,6 +305,7 @@ def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
         bytes_per_supervised_token=sums["bytes"] / supervised if supervised else None,
         mean_kept_mass=mean_per_token(records, "mean_kept_mass"),
         statuses=count_statuses(records),
+        truncated=worker.corpus.truncated,
         **sums,
         tokens_here=worker.tokens,
         seconds=worker.seconds,

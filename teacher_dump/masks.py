@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from storage_schemas.errors import DataError, NeoError
 from teacher_dump.formats import Completion, Conversation, Document, Message
-from teacher_dump.turns import Span, assistant_spans
+from teacher_dump.turns import Span, Special, assistant_spans, next_turn
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,12 @@ def tokenise_conversations(
             return text if isinstance(text, str) else None
 
         try:
-            spans[i] = assistant_spans(render, each.messages, text, special=special, silent=each.silent)
+            beside = Special(special, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+            spans[i] = assistant_spans(render, each.messages, text, special=beside, silent=each.silent)
+            if spans[i] and spans[i][-1][1] == len(text):
+                # GLM-4.5's turns end where the next one begins; the last one would teach no end.
+                text += next_turn(render, each.messages, text, beside)
+                rendered[i], spans[i][-1] = text, (spans[i][-1][0], len(text))
         except DataError as error:
             rendered[i] = Unusable.of(error)
     # The template writes the special tokens itself, so the tokenizer must not add them a second time.
@@ -108,13 +113,7 @@ def tokenise_conversations(
 
 def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask: str) -> list[Tokens | Unusable]:
     """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised."""
-    eos = tokenizer.eos_token or ""
-    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
-        eos = ""  # The tokenizer appends it by itself.
-    texts: list[str | Unusable] = []
-    for record in records:
-        text = record.prompt + record.completion
-        texts.append(valid_text(text if text.endswith(eos) else text + eos))
+    texts = [valid_text(text) for text in _ended(tokenizer, [record.prompt + record.completion for record in records])]
     spans = [
         [(0 if mask == "all" else len(record.prompt), len(text) if isinstance(text, str) else 0)]
         for record, text in zip(records, texts, strict=True)
@@ -123,10 +122,18 @@ def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask:
 
 
 def tokenise_documents(tokenizer: Any, records: Sequence[Document]) -> list[Tokens | Unusable]:
-    """Plain texts; every token but the first is supervised."""
-    texts = [valid_text(record.text) for record in records]
+    """Plain texts with an end-of-text token; every token but the first is supervised."""
+    texts = [valid_text(text) for text in _ended(tokenizer, [record.text for record in records])]
     spans = [[(0, len(text) if isinstance(text, str) else 0)] for text in texts]
     return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
+
+
+def _ended(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Texts with an end-of-text token; empty ones, and those of a tokenizer that appends it by itself, as they are."""
+    eos = tokenizer.eos_token or ""
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        eos = ""
+    return [text + eos if text and not text.endswith(eos) else text for text in texts]
 
 
 def marks_generation(template: str) -> bool:

@@ -9,6 +9,7 @@ rendering; where that does not fit, there is an error and no guess.
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from storage_schemas.errors import DataError
@@ -20,13 +21,24 @@ Render = Callable[[list[Message], bool], str | None]
 """(messages, add_generation_prompt) -> text; None where the template refuses them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A tokenizer's special tokens, as text."""
+
+    tokens: Collection[str]
+    bos: str = ""
+    eos: str = ""
+
+
 def assistant_spans(
-    render: Render, messages: list[Message], text: str, *, special: Collection[str], silent: Collection[int] = ()
+    render: Render, messages: list[Message], text: str, *, special: Special, silent: Collection[int] = ()
 ) -> list[Span]:
     """Spans of the assistant's turns in `text`, the rendering of `messages`.
 
     A turn begins where the generation prompt ends, which is where the model would begin to write, and includes its
-    end-of-turn token with the white space before it. Where history is rendered without the generation prompt's own
+    end-of-turn token with the white space before it: the first special token, or the tokenizer's end of text if that
+    follows at once; where turns have no end of their own, the next one's first token, at which generation stops. Where
+    history is rendered without the generation prompt's own
     opening (such as `<think>`), it begins with the answer. Tool calls belong to the turn. A turn that nothing precedes
     answers nothing and is not in the list.
 
@@ -34,7 +46,7 @@ def assistant_spans(
         render: the chat template.
         messages: with `role` and `content`.
         text: their rendering.
-        special: the tokenizer's special tokens, as text.
+        special: the tokenizer's special tokens.
         silent: places of messages that are not asked for.
 
     Raises:
@@ -47,10 +59,10 @@ def assistant_spans(
     ]
 
 
-def _turn(render: Render, messages: list[Message], i: int, text: str, special: Collection[str]) -> Span:
+def _turn(render: Render, messages: list[Message], i: int, text: str, special: Special) -> Span:
     mark = _mark(messages, text)
     calls = messages[i].get("tool_calls")
-    if calls and any(token in json.dumps(calls, ensure_ascii=False, default=str) for token in special):
+    if calls and any(token in json.dumps(calls, ensure_ascii=False, default=str) for token in special.tokens):
         raise _lost(messages, i, "a special token inside its tool calls")
     marked = _with_mark(messages, i, mark)
     before, after = _cut(render(marked, False), mark, messages, i)
@@ -85,22 +97,44 @@ def _start(render: Render, messages: list[Message], i: int, text: str, before: s
     return len(before)
 
 
-def _end_of_turn(after: str, alone: str, special: Collection[str], *, run: bool) -> str:
-    """What ends a turn: up to the first special token that follows it here and where nothing comes after it.
+def next_turn(render: Render, messages: list[Message], text: str, special: Special) -> str:
+    """The special token that another turn would begin with if the last one has no end of its own, else nothing."""
+    if messages[-1]["role"] != "assistant" or any(token and text.rstrip().endswith(token) for token in special.tokens):
+        return ""
+    longer = render([*messages, {"role": "user", "content": _mark(messages, text)}], False)
+    if longer is None or not longer.startswith(text):
+        return ""
+    return _beginning(longer[len(text) :], special)
+
+
+def _beginning(after: str, special: Special) -> str:
+    end = _special_end(after, 0, {token for token in special.tokens if token != special.bos}, anywhere=False)
+    return after[:end] if end else ""
+
+
+def _end_of_turn(after: str, alone: str, special: Special, *, run: bool) -> str:
+    """What ends a turn: up to a special token that follows it here and where nothing comes after it.
 
     Args:
         after: what follows the turn in this conversation.
         alone: what follows it when it is the last one; without a special token there, all of it but white space.
-        special: special tokens.
-        run: take those that follow immediately, too: tool calls are closed by several.
+        special: special tokens; those that follow at once are taken as far as the end of text, if that is among them.
+        run: take all that follow at once: tool calls are closed by several.
     """
-    end = _special_end(alone, 0, special, anywhere=True)
+    end = _special_end(alone, 0, special.tokens, anywhere=True)
     if end is None:
         written = alone.rstrip()
+        if not alone:
+            return _beginning(after, special)
         return written if after.startswith(written) else ""
-    while run and (further := _special_end(alone, end, special, anywhere=False)) and after.startswith(alone[:further]):
-        end = further
-    return alone[:end] if after.startswith(alone[:end]) else ""
+    stops = [end]
+    while further := _special_end(alone, stops[-1], special.tokens, anywhere=False):
+        stops.append(further)
+    stops = [stop for stop in stops if after.startswith(alone[:stop])]
+    if not stops:
+        return ""
+    ended = next((stop for stop in stops if special.eos and alone[:stop].endswith(special.eos)), stops[0])
+    return alone[: stops[-1] if run else ended]
 
 
 def _special_end(text: str, start: int, special: Collection[str], *, anywhere: bool) -> int | None:

@@ -150,6 +150,18 @@ _VICUNA = (
     "{{ ' USER: ' + message['content'] + ' ' }}{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+_COHERE_2 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}{% if message.role == 'assistant' %}"
+    "{{ '<|CHATBOT_TOKEN|><|START_RESPONSE|>' + message.content + '<|END_RESPONSE|>' }}{% else %}"
+    "{{ '<|' + message.role | upper + '_TOKEN|>' + message.content }}{% endif %}{{ '<|END_OF_TURN_TOKEN|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+GLM_45 = (
+    "{{ '[gMASK]<sop>' }}{% for message in messages %}{{ '<|' + message.role + '|>' }}"
+    "{% if message.role == 'assistant' %}{{ '\n' + message.content | trim }}{% else %}{{ '\n' + message.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""No turn has an end of its own: generation stops at the token that the next one begins with."""
 _NO_END = (
     "{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -240,5 +252,11 @@ CHATS = {
         turn=lambda c, _: c.split("</think>")[-1] + _DS_EOS,
     ),
     "vicuna": Chat(template=_VICUNA, special="<s> </s>", turn=lambda c, _: f" {c}</s>"),
+    "cohere-2": Chat(
+        template=_COHERE_2,
+        special="<BOS_TOKEN> <|END_OF_TURN_TOKEN|> <|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
+        "<|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|>",
+        turn=lambda c, _: f"<|START_RESPONSE|>{c}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    ),
     "no-end": Chat(template=_NO_END, special="<s> </s>", turn=lambda c, _: c),
 }

@@ -101,18 +101,21 @@ def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path):
     assert repeated.sample_ids == ["7", "7"]
 
 
-def test_over_long_samples(tmp_path):
+def test_over_long_samples(tmp_path, caplog):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     whole = freeze(path)
     limit = len(whole.sample(2).input_ids)
     assert len(whole.sample(3).input_ids) > limit
     cut = freeze(path, max_length=limit)
     assert cut.statuses == ["ok"] * 5
+    assert (whole.truncated, cut.truncated) == (0, 2)
+    assert f"2 of 5 samples are cut to corpus.max_length {limit}" in caplog.text
     np.testing.assert_array_equal(cut.sample(4).input_ids, whole.sample(4).input_ids[:limit])
     np.testing.assert_array_equal(cut.sample(2).input_ids, whole.sample(2).input_ids)
     dropped = freeze(path, max_length=limit, too_long="drop")
     assert dropped.statuses == ["ok", "ok", "ok", "too_long", "too_long"]
     assert dropped.longest == limit
+    assert dropped.truncated == 0
     with pytest.raises(DataError, match=rf"record 4(.|\n)*at most {limit}"):
         freeze(path, max_length=limit, too_long="error")
 

@@ -172,8 +172,12 @@ def test_completions_supervise_the_completion_and_end_the_text():
     assert everything.loss_mask[1:].all()
 
 
-def test_documents_supervise_everything_but_the_first_token():
-    tokens, empty = tokenise_documents(tiny_tokenizer(None), [Document("what is the answer"), Document("")])
+def test_documents_supervise_everything_but_the_first_token_and_end():
+    tokenizer = tiny_tokenizer(None)
+    tokens, ended, empty = tokenise_documents(
+        tokenizer, [Document("what is the answer"), Document("what is the answer</s>"), Document("")]
+    )
+    assert text(tokenizer, tokens) == text(tokenizer, ended) == "what is the answer</s>"
     assert not tokens.loss_mask[0]
     assert tokens.loss_mask[1:].all()
     assert len(empty.input_ids) == 0

@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.chat_templates import CHATS, Chat
+from support.chat_templates import CHATS, GLM_45, Chat
 
 from teacher_dump import masks
 from teacher_dump.formats import Conversation
@@ -235,3 +235,14 @@ def test_an_answer_that_repeats_the_opening_of_the_generation_prompt_is_whole():
 def test_the_end_of_a_text_after_the_end_of_a_turn_is_not_the_assistants():
     ended = CHATS["llama-3"].template + "{% if not add_generation_prompt %}{{ '<|eom_id|>' }}{% endif %}"
     assert with_template("llama-3", ended, PLAIN[:2]) == "the answer<|eot_id|>"
+
+
+def test_turns_without_an_end_of_their_own_end_where_the_next_one_begins():
+    """As GLM-4.5, whose generation stops at the next role."""
+    special = "[gMASK] <|endoftext|> <sop> <|user|> <|assistant|> <|system|>"
+    tokenizer = Chat(template=GLM_45, special=special, turn=lambda c, _: c).tokenizer()
+    good, asks = tokenise_conversations(tokenizer, [PLAIN[:2] + PLAIN[4:], PLAIN[:3]], mask="assistant")
+    assert tokenizer.decode(good.input_ids[good.loss_mask]) == "\nthe answer<|user|>\nso<|user|>"
+    assert tokenizer.decode(good.input_ids).endswith("so<|user|>")
+    assert tokenizer.decode(asks.input_ids[asks.loss_mask]) == "\nthe answer<|user|>"
+    assert tokenizer.decode(asks.input_ids).endswith("how")
