@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -151,7 +151,8 @@ class Columns:
     def close(self) -> None:
         """Close the files; what is mapped stays."""
         for file in (*self._files.values(), *([self._journal] if self._journal else [])):
-            file.close()
+            with suppress(OSError):  # What found no room was told; it is tried once more here.
+                file.close()
 
     @property
     def _ends(self) -> dict[str, int]:

@@ -108,23 +108,27 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
             folder.mkdir(parents=True, exist_ok=True)
             if keeps:
                 _lock(stack, folder / f"{key}.lock")
+                part.mkdir(exist_ok=True)
         except (OSError, NotImplementedError) as error:
             log.warning("nothing is kept in %s between starts: %s", folder, error)
             scratch, keeps = None, False
         if key is not None and target.is_dir() and (found := _proven(target) or _prove(target)):
+            shutil.rmtree(part, ignore_errors=True)
             return found
         if not keeps:
             return _made(None, scratch, make)
-        part.mkdir(exist_ok=True)
         try:
             found = _made(part, None, make)
         except NeoError as error:
             if not isinstance(error, TemporaryError):
                 shutil.rmtree(part, ignore_errors=True)
             raise
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-        _write_proof(target)
+        try:
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+            _write_proof(target)
+        except OSError as error:
+            log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
         return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import threading
 import time
@@ -16,7 +17,7 @@ from support.dump_checks import assert_each_sample_once, files_of, sections, wri
 from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, save_teacher, tiny_tokenizer
 
 from pipeline.preview import load_tokenizer, preview
-from storage_schemas.errors import DataError
+from storage_schemas.errors import DataError, TemporaryError
 from teacher_dump import corpus as corpus_module
 from teacher_dump import kept as kept_module
 from teacher_dump.columns import COLUMNS, JOURNAL, Columns, Part
@@ -255,6 +256,21 @@ def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, secon
     assert corpus.sample(len(corpus) - 1).sample_id == "xx"
     assert time.monotonic() - started < seconds
     assert private_bytes() - before < 40e6
+
+
+@pytest.mark.parametrize("key", ["key", None])
+def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path, key):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(TemporaryError, match=r"cannot be written(.|\n)*corpus\.cache_dir"):
+            kept(tmp_path, key, make=lambda columns: fill(columns, parts=20, samples=2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    there: list[int] = []
+    found = kept(tmp_path, key, make=lambda columns: (there.append(len(columns.parts)), fill(columns, parts=1))[1])
+    assert there == [4 if key else 0]
+    assert len(found.arrays["statuses"]) == 2000 * there[0] + 4
 
 
 def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch):
