@@ -35,6 +35,9 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configu
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
 ]
+Base = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where an adapter's base model lies, if not where the adapter says.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
 StoreOptions = Annotated[
@@ -191,6 +194,8 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="One that the dump was made with.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate no more than the first N samples.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Evaluate on what a growing dump has already.")] = False,
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model with the teacher on a dump: KL, cross-entropy, top-1 agreement per supervised token."""
@@ -204,6 +209,8 @@ def evaluate(
         batch_tokens=batch_tokens,
         device=device,
         limit=limit,
+        partial=partial,
+        base=base,
     )
     _print(found, as_json)
 
@@ -215,12 +222,13 @@ def merge(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the model to.")],
     dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as the base model's.")] = None,
+    base: Base = None,
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.export import merge as merge_adapter
     from student_train.serving import AdapterFacts, serving_commands
 
-    saved_as = merge_adapter(adapter, out, dtype=dtype)
+    saved_as = merge_adapter(adapter, out, dtype=dtype, base=base)
     typer.echo(f"{out} is a plain model in {saved_as}.\n{serving_commands(AdapterFacts.of(adapter), out, saved_as)}")
 
 

@@ -1,7 +1,6 @@
 """Depth pruning: a student that is its teacher with fewer layers, as in the Minitron students of the LLM-Neo paper."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage_schemas.errors import DataError, MismatchError, UsageError
+from storage_schemas.publish import publishing
 from storage_schemas.section import Section
 
 RECORD = "pruning.json"
@@ -102,14 +102,8 @@ def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None 
     if out.exists():
         _refuse_other(out, pruning)
         return pruning
-    # The final name appears only when everything is in place.
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        _write_model(source, partial, config, pruning)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with publishing(out, setting="OUT") as staged:
+        _write_model(source, staged, config, pruning)
     return pruning
 
 

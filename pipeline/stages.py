@@ -75,6 +75,8 @@ def run_evaluation(
     batch_tokens: int,
     device: str,
     limit: int | None,
+    partial: bool,
+    base: Path | None,
 ) -> dict[str, Any]:
     """Compare a model with the teacher on a dump."""
     from student_train.evaluate import evaluate
@@ -88,6 +90,8 @@ def run_evaluation(
             batch_tokens=batch_tokens,
             device=device,
             limit=limit,
+            partial=partial,
+            base=base,
             progress=progress,
         )
     return found.model_dump(mode="json")

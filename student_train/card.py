@@ -25,10 +25,11 @@ _USE = "## Use"
 _FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 _USE_ADAPTER = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, {folder})
+model.generation_config = GenerationConfig.from_pretrained({folder})  # stops at the learned end of turn
 tokenizer = AutoTokenizer.from_pretrained({folder})
 ```"""
 _USE_MODEL = """```python

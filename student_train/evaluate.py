@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.section import Section
@@ -15,9 +14,8 @@ from student_train.batch import collate
 from student_train.config import StudentSection
 from student_train.head import HeadSpec
 from student_train.losses import LossSpec
+from student_train.saved import is_adapter, load_adapter, source_of
 from student_train.student import Distilled, causal_of, load_model, refuse_tokenizer, refuse_unknown_head
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 class EvalResult(Section):
@@ -32,6 +30,10 @@ class EvalResult(Section):
     """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
     supervised_tokens: int
     """Tokens that were evaluated."""
+    samples: int
+    """Samples that they are of, those without supervised tokens included."""
+    dump_samples: int
+    """Samples that the dump has or will have."""
 
 
 def evaluate(
@@ -42,28 +44,42 @@ def evaluate(
     batch_tokens: int = 8192,
     device: str = "auto",
     limit: int | None = None,
+    partial: bool = False,
+    base: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Compare a model with the teacher's stored targets.
 
     Args:
         model: a model's directory or hub id, or the directory of a peft adapter, which names its base.
-        dump: any dump of the same tokenizer; units that are not committed yet are left out.
+        dump: any dump of the same tokenizer.
         temperature: one that the dump was made with.
         batch_tokens: tokens of a batch with its padding, at most, unless one sample is longer.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         limit: evaluate no more than the first samples.
+        partial: leave out units that are not committed yet.
+        base: where an adapter's base model lies, if not where the adapter says.
         progress: called with (samples done, samples in all).
 
     Raises:
         MismatchError: another tokenizer, a temperature that the dump does not have, or no such model or device.
-        DataError: a unit is damaged, or nothing is supervised.
+        DataError: a unit or the model is damaged, or nothing is supervised.
+        TemporaryError: not all of the samples are there yet, and `partial` is not set.
     """
     index = dump.run.temperature_index(temperature)
+    total = min(dump.run.corpus.samples, limit or dump.run.corpus.samples)
+    samples = _samples(dump, total)
+    if samples < total and not partial:
+        raise TemporaryError(
+            f"the dump {dump.store.url} is not complete yet",
+            got=f"{samples} of {total} samples",
+            expected="all of them",
+            fix="let stage one finish, or give --partial (in Python `partial=True`) to evaluate on what there is",
+        )
     where = _device(device)
-    student = load_any(model, device=where)
+    source, revision = source_of(model, base)
+    student = _load(model, source, revision, device=where)
     causal = causal_of(student)
-    source, revision = source_of(model)
     rows = causal.get_output_embeddings().weight.shape[0]
     refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)
     valid = min(rows, dump.run.teacher.head_size)
@@ -72,7 +88,6 @@ def evaluate(
     refuse_unknown_head(module)
     module.to(where)
 
-    total = min(dump.run.corpus.samples, limit or dump.run.corpus.samples)
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for done, batches in _batches(dump, total, batch_tokens):
         for batch_rows in batches:
@@ -92,40 +107,20 @@ def evaluate(
     _, ce, divergence, agreement = (sums / tokens).tolist()
     exact_head = dump.run.estimator.kind != "sampled"
     return EvalResult(
-        kl_mean=divergence, ce=ce, top1_agreement=agreement if exact_head else None, supervised_tokens=tokens
+        kl_mean=divergence,
+        ce=ce,
+        top1_agreement=agreement if exact_head else None,
+        supervised_tokens=tokens,
+        samples=samples,
+        dump_samples=dump.run.corpus.samples,
     )
 
 
-def load_any(model: str | Path, *, device: torch.device) -> Any:
+def _load(model: str | Path, source: str, revision: str | None, *, device: torch.device) -> Any:
     """A model, or an adapter on its base, ready to be run on a device: in fp32 on a CPU, else as it is stored."""
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-    source, revision = source_of(model)
     base = load_model(source, revision, dtype=dtype)
-    return PeftModel.from_pretrained(base, str(model)).eval() if is_adapter(model) else base.eval()
-
-
-def is_adapter(model: str | Path) -> bool:
-    """Whether this is the directory of a peft adapter."""
-    return (Path(model) / ADAPTER_CONFIG).is_file()
-
-
-def source_of(model: str | Path) -> tuple[str, str | None]:
-    """(directory or hub id, revision) of the model itself, which for an adapter is its base.
-
-    Raises:
-        MismatchError: the adapter does not say what it belongs to.
-    """
-    if not is_adapter(model):
-        return str(model), None
-    config = PeftConfig.from_pretrained(str(model))
-    if not config.base_model_name_or_path:
-        raise MismatchError(
-            f"the adapter in {model} does not name its base model",
-            got="base_model_name_or_path: null",
-            expected="a directory or hub id",
-            fix=f"set it in {Path(model) / ADAPTER_CONFIG}",
-        )
-    return config.base_model_name_or_path, config.revision
+    return load_adapter(base, Path(model)) if is_adapter(model) else base.eval()
 
 
 def _device(name: str) -> torch.device:
@@ -142,6 +137,12 @@ def _device(name: str) -> torch.device:
             fix="choose another device",
         ) from error
     return device
+
+
+def _samples(dump: Dump, total: int) -> int:
+    """How many of the first `total` samples are there."""
+    spans = (dump.run.unit_range(unit) for unit in range(dump.run.units) if dump.sealed() or dump.record(unit))
+    return sum(max(0, min(span.stop, total) - span.start) for span in spans)
 
 
 def _batches(dump: Dump, total: int, batch_tokens: int) -> Iterator[tuple[int, list[list[Row]]]]:

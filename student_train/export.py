@@ -1,17 +1,19 @@
 """From an adapter to a model that needs no peft."""
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoTokenizer
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
 
-from storage_schemas.errors import MismatchError, TemporaryError, UsageError
+from storage_schemas.errors import MismatchError, UsageError
+from storage_schemas.publish import publishing
 from student_train.card import CARD, merged_card
-from student_train.evaluate import is_adapter, source_of
 from student_train.final import refuse_other_logits, save_model
+from student_train.model_files import TOKENIZER
+from student_train.saved import is_adapter, load_adapter, source_of
+from student_train.stopping import GENERATION, generation_of, tokenizer_in
 from student_train.student import load_model
 
 PROBE_TOKENS = 16
@@ -20,7 +22,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @torch.no_grad()
-def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
+def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path | None = None) -> str:
     """Fold an adapter into its base model, prove it, and save it with tokenizer and generation config.
 
     The sum is made in fp32, must give the adapter's logits there, and is rounded once. What was saved is loaded again
@@ -30,6 +32,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
         adapter_dir: directory of a peft adapter.
         output: directory of the model; it must not exist, or be empty.
         dtype: `bfloat16`, `float16` or `float32`; None: as the base model is stored.
+        base: where the base model lies, if not where the adapter says.
 
     Returns:
         The dtype that it was saved in, as above.
@@ -37,7 +40,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
     Raises:
         UsageError: `output` is not empty, or no such dtype.
         MismatchError: there is no adapter, or it does not fit its base.
-        DataError: the merged model gives other logits, or was not saved as it is.
+        DataError: the adapter is damaged; the merged model gives other logits, or was not saved as it is.
         TemporaryError: it cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -52,20 +55,13 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
             f"{adapter_dir} is not an adapter", got="no adapter_config.json", expected="the `final/` of an adapter run",
             fix="give the directory of a peft adapter; the arms sft and kd save whole models",
         )  # fmt: skip
-    source, revision = source_of(adapter_dir)
+    source, revision = source_of(adapter_dir, base)
     stored = load_model(source, revision, dtype="auto").dtype
     wanted = stored if dtype is None else DTYPES[dtype]
 
-    base = load_model(source, revision, dtype=torch.float32)
-    generation = getattr(base, "generation_config", None)
-    try:
-        adapted = PeftModel.from_pretrained(base, str(adapter_dir)).eval()
-    except (RuntimeError, ValueError) as error:
-        raise MismatchError(
-            f"the adapter in {adapter_dir} does not fit its base model", got=str(error)[:500], expected=source,
-            fix="correct base_model_name_or_path in adapter_config.json",
-        ) from error  # fmt: skip
-    probe = torch.arange(PROBE_TOKENS)[None] * 7 % base.get_input_embeddings().weight.shape[0]
+    whole = load_model(source, revision, dtype=torch.float32)
+    adapted = load_adapter(whole, adapter_dir)
+    probe = torch.arange(PROBE_TOKENS)[None] * 7 % whole.get_input_embeddings().weight.shape[0]
     expected = adapted(input_ids=probe, use_cache=False).logits
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -76,22 +72,13 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None) -> str:
         ) from error  # fmt: skip
     refuse_other_logits(adapter_dir, merged(input_ids=probe, use_cache=False).logits, expected)
 
-    staged = output.with_name(f".{output.name}.staged")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        save_model(staged, merged, wanted, probe)
-        if generation is not None:
-            generation.save_pretrained(str(staged))
-        _save_tokenizer(adapter_dir, source, revision, staged)
+    with publishing(output, setting="OUT") as staged:
+        _copy_tokenizer(adapter_dir, source, revision, staged)
+        own = adapter_dir / GENERATION
+        if own.is_file():
+            merged.generation_config = GenerationConfig.from_pretrained(str(adapter_dir))
+        save_model(staged, merged, wanted, probe, generation_of(merged, tokenizer_in(staged), {}))
         _save_card(adapter_dir / CARD, staged / CARD, output)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(staged, output)
-    except OSError as error:
-        raise TemporaryError(
-            f"cannot write {output}", got=str(error), fix="free space, then run the same command again"
-        ) from error
     return str(wanted).removeprefix("torch.")
 
 
@@ -102,8 +89,11 @@ def _save_card(own: Path, target: Path, output: Path) -> None:
         target.write_text(card, encoding="utf-8")
 
 
-def _save_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder: Path) -> None:
-    """The adapter's own tokenizer, else its base's."""
-    own = (adapter_dir / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter_dir) if own else source, revision=None if own else revision)
-    tokenizer.save_pretrained(str(folder))
+def _copy_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder: Path) -> None:
+    """The adapter's own tokenizer, else its base's, file by file."""
+    where = adapter_dir
+    if not (adapter_dir / "tokenizer_config.json").is_file():
+        hub = not Path(source).is_dir()
+        where = Path(snapshot_download(source, revision=revision, allow_patterns=list(TOKENIZER)) if hub else source)
+    for file in {file for pattern in TOKENIZER for file in where.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, folder / file.name)

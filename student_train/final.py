@@ -1,28 +1,25 @@
 """What a run leaves behind: a plain peft adapter, or a model for the full arms, proven by loading it again."""
 
-import logging
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
-from storage_schemas.errors import DataError, TemporaryError
+from storage_schemas.errors import DataError
+from storage_schemas.publish import publishing
 from student_train.adapter import attach, plain_adapter
 from student_train.card import CARD
 from student_train.config import StudentSection, TrainSection
+from student_train.saved import ADAPTER_WEIGHTS, load_adapter, write_record
 from student_train.scaling import scale_between
+from student_train.stopping import GENERATION, generation_of, tokenizer_in
 from student_train.student import DTYPES, Student, load_model, relative_difference, write_files
 
-log = logging.getLogger(__name__)
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOLERANCE = 1e-4
 """By how much two ways to the same logits may differ in fp32 on one CPU, relative to the largest of them. They add the
 same numbers in another order, so that they differ by units in the last place (2^-24) and what the model makes of these.
@@ -40,7 +37,8 @@ def write_final(
     tokenizer: Mapping[str, bytes],
     card: str,
     input_ids: Int64[Tensor, "1 seq"],
-) -> None:
+    ends: Mapping[int, int],
+) -> str:
     """Write, load again, compare in fp32 on the CPU, and only then give it its name. One rank does this alone.
 
     Args:
@@ -52,41 +50,32 @@ def write_final(
         tokenizer: the dump's tokenizer files.
         card: the model card.
         input_ids: tokens of one stored row.
+        ends: how many supervised spans each token ends, see `stopping.span_ends`.
+
+    Returns:
+        Hash of the record of what was written.
 
     Raises:
         DataError: what was written does not give the same logits.
-        TemporaryError: it cannot be written.
+        TemporaryError: it cannot be written now. MismatchError: not ever.
     """
-    staged = folder.with_name(f"{folder.name}.staged")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        with torch.no_grad():
-            if train.lora:
-                _save_adapter(staged, student, section, weights)
-                expected = _trained_logits(student, section, train, weights, input_ids)
-                found = load_final(staged, section, train)(input_ids=input_ids, use_cache=False).logits
-                refuse_other_logits(staged, found, expected)
-            else:
-                _save_whole(staged, section, train, weights, input_ids)
+    with publishing(folder, setting="train.output") as staged, torch.no_grad():
         write_files(staged, tokenizer)
+        if train.lora:
+            _save_adapter(staged, student, section, weights)
+            expected = _trained_logits(student, section, train, weights, input_ids)
+            base = load_model(section.model, section.revision, dtype=torch.float32)
+            generation_of(base, tokenizer_in(staged), ends).to_json_file(str(staged / GENERATION))
+            found = load_adapter(base, staged)(input_ids=input_ids, use_cache=False).logits
+            refuse_other_logits(staged, found, expected)
+        else:
+            model = load_model(section.model, section.revision, dtype=torch.float32)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+            generation = generation_of(model, tokenizer_in(staged), ends)
+            save_model(staged, model, DTYPES[train.precision], input_ids, generation)
         (staged / CARD).write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staged, folder)
-    except OSError as error:
-        raise TemporaryError(
-            f"cannot write {folder}",
-            got=str(error),
-            fix="free space or repair the file system, then run the same command again; the checkpoint is intact",
-        ) from error
-
-
-def load_final(folder: Path, section: StudentSection, train: TrainSection) -> Any:
-    """The student anew, in fp32, from what was saved."""
-    if not train.lora:
-        return load_model(str(folder), None, dtype=torch.float32).eval()
-    base = load_model(section.model, section.revision, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+        return write_record(staged, (student.files or None) if train.lora else None)
 
 
 def refuse_other_logits(what: Path, found: Tensor, expected: Tensor) -> None:
@@ -97,7 +86,9 @@ def refuse_other_logits(what: Path, found: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def save_model(folder: Path, model: Any, dtype: torch.dtype, input_ids: Int64[Tensor, "1 seq"]) -> None:
+def save_model(
+    folder: Path, model: Any, dtype: torch.dtype, input_ids: Int64[Tensor, "1 seq"], generation: GenerationConfig
+) -> None:
     """Save a model, and prove that what was saved has its weights, rounded once, and with these its logits.
 
     Args:
@@ -105,6 +96,7 @@ def save_model(folder: Path, model: Any, dtype: torch.dtype, input_ids: Int64[Te
         model: in fp32; in `dtype` afterwards.
         dtype: of the files.
         input_ids: tokens to compare the logits on, in fp32.
+        generation: how it is used; the config's special tokens become the same.
 
     Raises:
         DataError: a weight differs in one bit, or a setting was lost.
@@ -112,7 +104,10 @@ def save_model(folder: Path, model: Any, dtype: torch.dtype, input_ids: Int64[Te
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.to(dtype) if tensor.is_floating_point() else tensor)
     expected = model.eval()(input_ids=input_ids, use_cache=False).logits
+    model.config.eos_token_id, model.config.pad_token_id = generation.eos_token_id, generation.pad_token_id
+    model.generation_config = GenerationConfig()  # transformers does not save all that it loads.
     model.to(dtype).save_pretrained(str(folder), safe_serialization=True)
+    generation.to_json_file(str(folder / GENERATION))
     again = load_model(str(folder), None, dtype=torch.float32).eval()
     own, found = model.state_dict(), again.state_dict()
     different = [name for name in sorted({*own, *found}) if not _equal(own.get(name), found.get(name))]
@@ -162,16 +157,3 @@ def _save_adapter(folder: Path, student: Student, section: StudentSection, weigh
     found = load_file(folder / ADAPTER_WEIGHTS)
     if found.keys() != state.keys() or not all(torch.equal(found[name], value) for name, value in state.items()):
         raise _not_the_same(folder / ADAPTER_WEIGHTS, "weights", "others", f"{len(state)} equal tensors")
-
-
-def _save_whole(
-    folder: Path,
-    section: StudentSection,
-    train: TrainSection,
-    weights: Mapping[str, Tensor],
-    input_ids: Int64[Tensor, "1 seq"],
-) -> None:
-    model = load_model(section.model, section.revision, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
-    save_model(folder, model, DTYPES[train.precision], input_ids)

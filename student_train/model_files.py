@@ -16,6 +16,11 @@ from storage_schemas.run_info import canonical_json, parse_json
 
 UNTOLD = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what a model was saved."""
+TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja",
+    "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json",
+)  # fmt: skip
+"""Names of a tokenizer's files."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -64,6 +69,14 @@ def identity(model: str, revision: str | None) -> dict[str, str]:
         hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
     return {name: hashlib.sha256(canonical_json(value)).hexdigest() for name, value in
             (("config", told), ("weights", hashes))}  # fmt: skip
+
+
+def has_tokenizer(model: str, revision: str | None) -> bool:
+    """Whether a model brings files of a tokenizer, whole or not."""
+    folder = Path(model)
+    if folder.is_dir():
+        return any(True for pattern in TOKENIZER for _ in folder.glob(pattern))
+    return any(_find(model, name, revision) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
 
 
 def sha256(path: Path) -> str:

@@ -1,8 +1,9 @@
 """A run: what it is made of, what decides its result, and what its directory already holds."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from storage_schemas.commit import RUN
 from storage_schemas.config import DumpSection
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK
+from storage_schemas.rows import OK, Row
 from storage_schemas.run_info import RunInfo, parse_json, validated
 from storage_schemas.section import Section
 from storage_schemas.store import Store
@@ -21,6 +22,7 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.losses import refuse_unsupported
 from student_train.metrics import EVENTS, refuse_missing_trackers
 from student_train.order import Order
+from student_train.saved import read_record
 from student_train.stream import consumed_root
 from student_train.world import World, exit_code
 
@@ -73,6 +75,8 @@ class Summary(Section):
     """Where training began."""
     final: str
     """Path of the adapter, or of the model for the full arms."""
+    final_record: str | None = None
+    """sha256 of its llm-neo.json; null for runs from before there was one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,12 +270,32 @@ def finished(run: Run, step: int) -> Summary | None:
     return validated(Summary, found, name=SUMMARY)
 
 
-def stored_row(run: Run) -> torch.Tensor:
-    """(1, seq) tokens of the first usable sample that was trained on."""
+def intact(run: Run) -> bool:
+    """Whether `final/` of a finished run still is what was written; if not, a warning says what has changed."""
+    done = finished(run, run.steps)
+    try:
+        if done is None or (record := read_record(run.train.output / FINAL)) is None:
+            # Without a record it is from before there was one, or it was emptied.
+            return done is not None and done.final_record is None and any((run.train.output / FINAL).iterdir())
+        return done.final_record in (None, hashlib.sha256(record.sealed()).hexdigest())
+    except DataError as error:
+        log.warning("`final/` is damaged and is written again from the last checkpoint: %s", error)
+        return False
+
+
+def stored_rows(run: Run) -> list[Row]:
+    """The first usable sample that was trained on, and then the others of its unit."""
     for step in range(run.steps):
         for sample in run.order.step_samples(step):
             unit, place = divmod(int(sample), run.dump.run.samples_per_unit)
-            row = run.dump.read_unit(unit).row(place)
-            if row.status == OK:
-                return torch.from_numpy(row.input_ids[:PROBE_TOKENS].astype("int64"))[None]
-    return torch.zeros(1, 1, dtype=torch.int64)
+            rows = run.dump.read_unit(unit)
+            if rows.status[place] == OK:
+                return [rows.row(i) for i in (place, *range(len(rows))) if rows.status[i] == OK]
+    return []
+
+
+def probe_of(rows: Sequence[Row]) -> torch.Tensor:
+    """(1, seq) tokens of the first of some rows."""
+    if not rows:
+        return torch.zeros(1, 1, dtype=torch.int64)
+    return torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None]

@@ -23,7 +23,7 @@ from student_train.batch import TrainBatch
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.head import HeadSpec, fused_head_loss
 from student_train.losses import LossSpec
-from student_train.model_files import weight_files
+from student_train.model_files import has_tokenizer, weight_files
 from student_train.scaling import scale_between
 
 log = logging.getLogger(__name__)
@@ -278,19 +278,31 @@ def refuse_tokenizer(student: StudentSection, files: Mapping[str, bytes], *, hea
     """Raise MismatchError unless the student's tokenizer gives the dump's ids the same meaning.
 
     Args:
-        student: a model without a tokenizer of its own is accepted, with a warning.
+        student: a model without tokenizer files of its own is accepted, with a warning.
         files: the dump's tokenizer files.
         head_rows: rows of the student's head.
     """
-    try:
-        ours = AutoTokenizer.from_pretrained(student.model, revision=student.revision).get_vocab()
-    except Exception:
+    if not has_tokenizer(student.model, student.revision):
         log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", student.model)
         return
+    ours = _vocabulary(student.model, student.revision, "correct it, or remove it from the student's directory")
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files)
-        theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+        theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
+
+
+def _vocabulary(model: str, revision: str | None, fix: str) -> dict[str, int]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        return dict(tokenizer.get_vocab())
+    except Exception as error:  # The tokenizers library raises nothing more exact.
+        raise MismatchError(
+            f"the tokenizer in {model} cannot be loaded",
+            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
+            expected="a tokenizer of transformers, without code of its own",
+            fix=fix,
+        ) from error
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -45,12 +45,15 @@ from student_train.run import (
     agree_on_checkpoint,
     await_dump,
     finished,
+    intact,
     open_run,
+    probe_of,
     refuse_untrained,
-    stored_row,
+    stored_rows,
     weigh,
 )
 from student_train.schedule import learning_rate
+from student_train.stopping import span_ends
 from student_train.stream import Follower, Stream, consumed_root
 from student_train.student import Student, causal_of, load_student, refuse_tokenizer
 from student_train.world import PeerError, World, exit_code
@@ -120,7 +123,10 @@ def train_in(
     run = world.together(lambda: open_run(dump, student, loss, train, stated or {}))
     world.together(lambda: weigh(run) if world.main else None)
     checkpoint = agree_on_checkpoint(world, run)
-    if checkpoint is not None and (done := world.together(lambda: finished(run, checkpoint.step))):
+    whole, done = world.together(lambda: world.main and intact(run)), None
+    if checkpoint is not None and world.gather([whole])[0][0]:
+        done = world.together(lambda: finished(run, checkpoint.step))
+    if done is not None:
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", train.output, done.steps)
         return done
@@ -410,7 +416,7 @@ class _Loop:
         world, run = self._world, self._run
         world.together(lambda: refuse_untrained(run, self._engine.updates) if world.main else None)
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
-        ids = world.together(lambda: stored_row(run))
+        rows = world.together(lambda: stored_rows(run))
         stray = self._engine.stray()
 
         def write() -> Summary | None:
@@ -422,7 +428,7 @@ class _Loop:
             _refuse_changed_student(run, self._learner)
             checkpoint, summary = run.checkpoints.at(run.steps), self._summary(int(peak))
             events, final = read_events(run.train.output / EVENTS), run.train.output / FINAL
-            write_final(
+            record = write_final(
                 final,
                 self._learner,
                 run.student,
@@ -430,8 +436,10 @@ class _Loop:
                 weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
                 tokenizer=run.dump.tokenizer_files(),
                 card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
-                input_ids=ids,
+                input_ids=probe_of(rows),
+                ends=span_ends(rows),
             )
+            summary = summary.model_copy(update={"final_record": record})
             store = Store(str(run.train.output))
             store.delete(SUMMARY)  # Of an end whose checkpoint was damaged since.
             store.put_new(SUMMARY, canonical_json(summary.model_dump(mode="json"), indent=2))

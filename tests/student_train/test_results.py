@@ -1,9 +1,11 @@
 """What users do with a trained student: evaluate it, and merge it."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ import pytest
 import torch
 from dense import plain_student, rows_of
 from peft import PeftModel
+from safetensors import SafetensorError
 from support.engine_jobs import train_section
 from support.rounding import FORWARD
 from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_llama, tiny_tokenizer, write_dump
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from pipeline.cli import app
 from storage_schemas.config import Sampled, TopK
-from storage_schemas.errors import DataError, MismatchError, UsageError
+from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
 from storage_schemas.reader import Dump
+from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
 from student_train import final
 from student_train.adapter import MIXER, plain_adapter
@@ -29,9 +33,12 @@ from student_train.card import model_card
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.evaluate import evaluate
 from student_train.export import merge
-from student_train.final import load_final, refuse_other_logits, save_model, write_final
+from student_train.final import refuse_other_logits, save_model, write_final
 from student_train.metrics import Event
-from student_train.student import load_student, relative_difference
+from student_train.model_files import identity
+from student_train.saved import load_adapter
+from student_train.stopping import span_ends
+from student_train.student import load_model, load_student, relative_difference
 
 IDS = torch.arange(24)[None]
 
@@ -55,7 +62,10 @@ def _write_adapter(
     name: str,
     name_of_final: str | None = None,
     *,
+    files: bool = False,
+    tokenizer: Mapping[str, bytes] | None = None,
     variant: Any = "lora",
+    ends: Mapping[int, int] | None = None,
     precision: str = "fp32",
     **extra: Any,
 ) -> None:
@@ -64,6 +74,8 @@ def _write_adapter(
     section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, variant=variant, extra=extra))
     train = train_section(folder, precision=precision)
     student = load_student(section, LossSection(), train, dump.run)
+    if files:
+        student = dataclasses.replace(student, files=identity(section.model, None))
     torch.manual_seed(3)
     weights = {key: torch.randn_like(p) * 0.2 for key, p in student.module.trained()}
     with torch.no_grad():
@@ -71,7 +83,8 @@ def _write_adapter(
             parameter.copy_(weights[key])
     write_final(
         folder / f"final-{name_of_final or name}", student, section, train,
-        weights=weights, tokenizer=dump.tokenizer_files(), card=_card(dump, section, folder, name), input_ids=IDS,
+        weights=weights, tokenizer=tokenizer or dump.tokenizer_files(), ends=ends or {}, input_ids=IDS,
+        card=_card(dump, section, folder, name),
     )  # fmt: skip
 
 
@@ -167,7 +180,7 @@ def test_evaluation_refuses(folder: Path, tmp_path: Path) -> None:
         evaluate(folder / "student", dump, device="tpu9")
     write_dump(tmp_path / "empty", units=range(4, 5))
     with pytest.raises(DataError, match="no supervised tokens"):
-        evaluate(folder / "student", Dump.open(str(tmp_path / "empty")), limit=3)
+        evaluate(folder / "student", Dump.open(str(tmp_path / "empty")), limit=3, partial=True)
 
 
 @torch.no_grad()
@@ -277,15 +290,171 @@ def test_wrong_final_is_refused(folder: Path, tmp_path: Path, variant: str, monk
         refuse_other_logits(tmp_path, torch.tensor([torch.nan]), torch.ones(1))
 
 
+@torch.no_grad()
+def test_it_stops_where_it_was_taught_to(folder: Path, tmp_path: Path) -> None:
+    """A base that ends with token 1, a template whose turns end with another special token: the merged model stops
+    there, and its config, generation config and tokenizer agree. A token that is not special ends nothing."""
+    prompt, length = torch.tensor([[3, 8]]), 24
+    for name in ("top8", "student"):
+        shutil.copytree(folder / name, tmp_path / name)
+    _write_adapter(tmp_path, "student")
+    merge(tmp_path / "final-student", tmp_path / "plain")
+    free = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").generate(
+        prompt, max_new_tokens=length, do_sample=False, eos_token_id=None
+    )
+    end = next(i for i in free[0, 4:].tolist() if i != 1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"w{end}"]})
+    tokenizer.save_pretrained(tmp_path / "own")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "own").iterdir()}
+    _write_adapter(tmp_path, "student", "taught", ends={end: 9, 17: 11}, tokenizer=files)
+    merge(tmp_path / "final-taught", tmp_path / "taught")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
+    said = model.generate(prompt, max_new_tokens=length, do_sample=False)[0].tolist()
+    assert said == free[0, : free[0].tolist().index(end, 2) + 1].tolist()
+    assert len(said) < len(free[0])
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [end, 1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "taught").eos_token_id in model.config.eos_token_id
+    assert json.loads((tmp_path / "final-taught" / "generation_config.json").read_text())["eos_token_id"] == [end, 1]
+
+
+def test_ends_of_supervised_spans_are_counted() -> None:
+    mask = np.array([0, 1, 1, 0, 0, 1, 1], dtype=bool)
+    row = Row(
+        sample_index=0, sample_id="", status=OK, input_ids=np.arange(7, dtype=np.int32), loss_mask=mask, targets=None
+    )
+    assert span_ends([row, row]) == {2: 2, 6: 2}
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "gone", "record", "checksum"])
+def test_damaged_final_is_refused(folder: Path, tmp_path: Path, damage: str) -> None:
+    """By evaluation and merging, with the file's name; the card is the user's, and a foreign adapter has no record."""
+    final = shutil.copytree(folder / "final-student", tmp_path / "final")
+    (final / "README.md").write_text("mine")
+    dump = Dump.open(str(folder / "top8"))
+    evaluate(final, dump, limit=2)
+    names = {"weights": "adapter_model.safetensors", "config": "adapter_config.json", "gone": "tokenizer.json"}
+    file = final / names.get(damage, "llm-neo.json")
+    data = bytearray(file.read_bytes())
+    match damage:
+        case "gone":
+            file.unlink()
+        case "config":
+            file.write_bytes(data.replace(b'"lora_alpha": 8', b'"lora_alpha": 9'))
+        case "weights":
+            data[-2] ^= 64
+            file.write_bytes(data)
+        case "record":
+            file.write_bytes(data.replace(b"adapter_model", b"adapter_muddle"))
+        case "checksum":
+            file.write_bytes(data[:-9])
+    for work in (lambda: evaluate(final, dump, limit=2), lambda: merge(final, tmp_path / "merged")):
+        with pytest.raises(DataError, match=file.name):
+            work()
+    assert not (tmp_path / "merged").exists()
+    (final / "llm-neo.json").unlink()
+    if damage == "config":
+        evaluate(final, dump, limit=2)
+
+
+def test_torn_files_are_named(folder: Path, tmp_path: Path) -> None:
+    """65 for what is torn, 78 for weights that could run code; never a traceback."""
+    final = shutil.copytree(folder / "final-student", tmp_path / "final")
+    (final / "llm-neo.json").unlink()
+    dump = Dump.open(str(folder / "top8"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        data = (final / name).read_bytes()
+        (final / name).write_bytes(data[: len(data) // 2])
+        for work in (lambda: evaluate(final, dump), lambda: merge(final, tmp_path / "merged")):
+            with pytest.raises(DataError, match=name):
+                work()
+        (final / name).write_bytes(data)
+    (final / "adapter_model.safetensors").rename(final / "adapter_model.bin")
+    with pytest.raises(MismatchError, match=r"no adapter_model\.safetensors"):
+        evaluate(final, dump)
+    student = shutil.copytree(folder / "student", tmp_path / "student")
+    (student / "model.safetensors").write_bytes((student / "model.safetensors").read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"model\.safetensors is torn"):
+        evaluate(student, dump)
+
+
+def test_base_that_moved(folder: Path, tmp_path: Path) -> None:
+    """`--base` says where it lies now; another model there is refused, if the run has recorded what it was."""
+    for name in ("top8", "student"):
+        shutil.copytree(folder / name, tmp_path / name)
+    _write_adapter(tmp_path, "student", files=True)
+    (tmp_path / "student").rename(tmp_path / "moved")
+    dump, final = Dump.open(str(folder / "top8")), tmp_path / "final-student"
+    with pytest.raises(MismatchError, match="--base DIR"):
+        evaluate(final, dump)
+    assert evaluate(final, dump, base=tmp_path / "moved", limit=3).supervised_tokens
+    done = CliRunner().invoke(app, ["merge", str(final), str(tmp_path / "out"), "--base", str(tmp_path / "moved")])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(MismatchError, match="is not the model that the adapter"):
+        merge(final, tmp_path / "other", base=folder / "teacher")
+
+
+def test_growing_dump_is_evaluated_on_request_only(folder: Path, tmp_path: Path) -> None:
+    """And then the result says of how many samples it is. What `limit` asks for may be there already."""
+    write_dump(tmp_path / "growing", units=range(2))
+    dump = Dump.open(str(tmp_path / "growing"))
+    with pytest.raises(TemporaryError, match="10 of 24 samples"):
+        evaluate(folder / "student", dump)
+    found = evaluate(folder / "student", dump, partial=True)
+    assert (found.samples, found.dump_samples) == (10, 24)
+    assert evaluate(folder / "student", dump, limit=10) == found
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OSError(28, "No space left"), TemporaryError), (OSError(30, "Read-only file system"), MismatchError),
+     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), TemporaryError)],
+)  # fmt: skip
+def test_what_cannot_be_written(
+    folder: Path, tmp_path: Path, error: Exception, kind: type[NeoError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name and with a code that says whether to try again; nothing is left behind."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    (tmp_path / "file").touch()
+    with pytest.raises(MismatchError, match="file/merged"):
+        merge(folder / "final-student", tmp_path / "file" / "merged")
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(kind, match=r"cannot write .*merged"):
+        merge(folder / "final-student", tmp_path / "merged")
+    monkeypatch.undo()
+    for name in ("top8", "student"):
+        shutil.copytree(folder / name, tmp_path / name)
+    monkeypatch.setattr(final, "save_file", full)
+    with pytest.raises(kind, match=r"cannot write .*final-student"):
+        _write_adapter(tmp_path, "student")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "top8", "student"}
+
+
+def test_final_that_is_a_link_is_replaced(folder: Path, tmp_path: Path) -> None:
+    """The link, not what lies behind it."""
+    for name in ("top8", "student"):
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "final-student").symlink_to(tmp_path / "mine")
+    _write_adapter(tmp_path, "student")
+    assert (tmp_path / "final-student" / "adapter_config.json").is_file()
+    assert not (tmp_path / "final-student").is_symlink()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
 def test_model_that_is_saved_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single weight, or a setting."""
-    save_model(tmp_path / "right", tiny_llama(1), torch.bfloat16, IDS)
+    save_model(tmp_path / "right", tiny_llama(1), torch.bfloat16, IDS, GenerationConfig())
     other = tiny_llama(1).to(torch.bfloat16)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 5] *= 1 + 2**-7
     monkeypatch.setattr(LlamaForCausalLM, "to", lambda *_: other)
     with pytest.raises(DataError, match=r"does not give the (logits|weights)"):
-        save_model(tmp_path / "weight", tiny_llama(1), torch.bfloat16, IDS)
+        save_model(tmp_path / "weight", tiny_llama(1), torch.bfloat16, IDS, GenerationConfig())
     monkeypatch.undo()
     saved = LlamaForCausalLM.save_pretrained
 
@@ -296,7 +465,7 @@ def test_model_that_is_saved_otherwise_is_refused(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lossy)
     with pytest.raises(DataError, match="does not give the logits"):
-        save_model(tmp_path / "setting", tiny_llama(1), torch.bfloat16, IDS)
+        save_model(tmp_path / "setting", tiny_llama(1), torch.bfloat16, IDS, GenerationConfig())
 
 
 def test_adapter_says_where_it_belongs(folder: Path) -> None:
@@ -304,8 +473,8 @@ def test_adapter_says_where_it_belongs(folder: Path) -> None:
     config = json.loads((folder / "final-student" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((folder / "student").resolve())
     assert config["inference_mode"] is True
-    section = StudentSection(model=str(folder / "student"))
-    model = load_final(folder / "final-student", section, train_section(folder))
+    base = load_model(str(folder / "student"), None, dtype=torch.float32)
+    model = load_adapter(base, folder / "final-student")
     plain_config, state = plain_adapter(model, {k: p for k, p in model.named_parameters() if "lora_" in k}, {})
     assert plain_config.r == 4
     assert {str(tensor.dtype) for tensor in state.values()} == {"torch.float32"}

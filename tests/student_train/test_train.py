@@ -70,6 +70,8 @@ def results(folder: Path) -> Results:
     jobs |= {
         "again": {"output": "zero2 whole"},
         "no summary": {"copy": "zero2 whole", "spoil": "no summary"},
+        "emptied": {"copy": "zero2 whole", "spoil": "empty final"},
+        "changed": {"copy": "zero2 whole", "spoil": "change final"},
         "flipped": {"copy": "zero2 whole", "spoil": "flip newest"},
         "torn": {"copy": "zero2 whole", "spoil": "tear newest"},
         "none valid": {"copy": "zero2 whole", "spoil": "no commits"},
@@ -188,14 +190,17 @@ def test_finished_run_does_nothing(results: Results) -> None:
     assert again["events"] == whole["events"]
 
 
-def test_interrupted_final_is_written_again(results: Results, folder: Path) -> None:
-    """Without its summary a run is not finished, and what lies in `final/` is not trusted."""
-    assert codes(results, "no summary") == [0, 0]
-    assert results["no summary"][0]["summary"]["steps"] == 6
+@pytest.mark.parametrize("name", ["no summary", "emptied", "changed"])
+def test_interrupted_or_damaged_final_is_written_again(name: str, results: Results, folder: Path) -> None:
+    """Without its summary a run is not finished, and what lies in `final/` is not trusted without proof."""
+    assert codes(results, name) == [0, 0]
+    assert results[name][0]["summary"]["steps"] == 6
     found, expected = (
-        (folder / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("no summary", "zero2 whole")
+        {file.name: file.read_bytes() for file in (folder / run / "final").iterdir() if file.name != "README.md"}
+        for run in (name, "zero2 whole")
     )
     assert found == expected
+    assert "adapter_model.safetensors" in found
 
 
 @pytest.mark.parametrize("name", ["flipped", "torn"])

@@ -99,6 +99,14 @@ def spoil(output: Path, how: str) -> None:
                 (step / "COMMIT.json").unlink()
         case "no checkpoints":
             shutil.rmtree(output / "checkpoints")
+        case "empty final":
+            for file in (output / "final").iterdir():
+                file.unlink()
+        case "change final":  # One bit of the weights.
+            file = output / "final" / "adapter_model.safetensors"
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 64
+            file.write_bytes(data)
         case "no summary":  # Killed after the last checkpoint, while it wrote `final/`.
             (output / "summary.json").unlink()
             (output / "final" / "adapter_model.safetensors").write_bytes(b"half")

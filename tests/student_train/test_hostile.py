@@ -1,0 +1,71 @@
+"""Code that a model or a dump brings with it never runs, whatever is answered on standard input."""
+
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_student import VOCAB, save_student, tiny_tokenizer
+
+from storage_schemas.errors import MismatchError
+from student_train.config import StudentSection
+from student_train.student import load_model, refuse_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def yes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`yes |`, and a place of its own for modules that are fetched."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def hostile(folder: Path, marker: Path, file: str, auto_map: dict[str, Any], **changes: Any) -> None:
+    """A directory whose `file` asks for code that leaves a marker."""
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    content = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(content | {"auto_map": auto_map}))
+
+
+def test_code_of_a_dump(tmp_path: Path) -> None:
+    """In its tokenizer."""
+    student, dump, marker = save_student(tmp_path / "student"), tmp_path / "dump", tmp_path / "marker"
+    tiny_tokenizer().save_pretrained(dump)
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    hostile(dump, marker, "tokenizer_config.json", auto_map, tokenizer_class="EvilTokenizer")
+    files = {file.name: file.read_bytes() for file in dump.iterdir()}
+    with pytest.raises(MismatchError, match="cannot be loaded"):
+        refuse_tokenizer(StudentSection(model=str(student)), files, head_rows=VOCAB)
+    assert not marker.exists()
+
+
+def test_code_of_a_student(tmp_path: Path) -> None:
+    """In its config, and in its tokenizer."""
+    student, marker = save_student(tmp_path / "student"), tmp_path / "marker"
+    files = {file.name: file.read_bytes() for file in student.glob("token*")}
+    auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    hostile(student, marker, "config.json", auto_map, model_type="evil")
+    with pytest.raises(MismatchError, match="cannot be loaded"):
+        load_model(str(student), None, dtype=torch.float32)
+    hostile(student, marker, "tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
+    with pytest.raises(MismatchError, match="cannot be loaded"):
+        refuse_tokenizer(StudentSection(model=str(student)), files, head_rows=VOCAB)
+    assert not marker.exists()
+
+
+def test_damaged_tokenizer_is_not_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A student without a tokenizer is taken at its word; one whose tokenizer has lost its last byte is refused."""
+    student = save_student(tmp_path / "student")
+    files = {file.name: file.read_bytes() for file in student.glob("token*")}
+    section = StudentSection(model=str(student))
+    (student / "tokenizer.json").write_bytes(files["tokenizer.json"][:-1])
+    with pytest.raises(MismatchError, match=r"tokenizer in .* cannot be loaded"):
+        refuse_tokenizer(section, files, head_rows=VOCAB)
+    for name in files:
+        (student / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        refuse_tokenizer(section, files, head_rows=VOCAB)
+    assert "has no tokenizer" in caplog.text
