@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from storage_schemas.errors import DataError
+from storage_schemas.hashes import file_state
 from storage_schemas.run_info import canonical_json, parse_json
 
 UNTOLD = ("_name_or_path", "transformers_version")
@@ -85,8 +86,7 @@ def sha256(path: Path) -> str:
     target = path.resolve()
     if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
         return target.name
-    stat = target.stat()
-    return _sha256(target, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _sha256(target, *file_state(target))
 
 
 @lru_cache

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of(folder: Path, **lora: Any) -> Run:
     """A run of that adapter."""
     student = StudentSection(model="any", lora=LoraSection(r=4, **lora))
-    return open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(folder / "run"))
+    return open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(folder / "run"), {})
 
 
 @pytest.mark.parametrize(("first", "then"), [(None, 8), (8.0, None), (None, None), (7.5, 7.5)])
@@ -54,7 +54,7 @@ def test_another_student_is_another_run(folder: Path, tmp_path: Path, version: i
     Where it lies and with what it was saved is nothing."""
     first = save_student(tmp_path / "first")
     student = StudentSection(model=str(first), lora=LoraSection(r=4))
-    run = open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"))
+    run = open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"), {})
     learner = _load_student(run, None, main=True)
     own = {WEIGHTS: learner.digest} if version == 1 else {FILES: learner.files}
     state = TrainState(step=0, updates=0, consumed="", identity=run.identity | own)
