@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from storage_schemas.errors import MismatchError
+from storage_schemas.masking import masked
 
 UNSAID = object()
 """In place of a value that says nothing about the fault."""
@@ -40,7 +41,7 @@ def report(path: str | Path, set_paths: Collection[str], problems: Sequence[Prob
 
 
 def _short(value: object) -> str:
-    text = "null" if value is None else repr(value)
+    text = "null" if value is None else masked(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

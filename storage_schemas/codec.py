@@ -14,7 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows, columns_to_unit, concatenate_units, unit_to_table
+from storage_schemas.rows import (
+    FIRST_SCHEMA,
+    SCHEMA,
+    UnitRows,
+    columns_to_unit,
+    concatenate_units,
+    in_head,
+    unit_to_table,
+)
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -26,6 +34,8 @@ DICTIONARY_STEP = 3 * 2.0**-6
 byte each in a dictionary, which zstd then brings near their entropy. On finer grids byte planes are smaller."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
+_NO_TAIL = -100.0
+"""Log of a mass that is as good as none."""
 _CELLS = 2**18
 """Entries that are decoded at a time, padding included: tens of MB, for short heads and whole vocabularies alike."""
 _LEAF = "{}.list.element.list.element"
@@ -79,10 +89,37 @@ def _ladder(coarsest: float) -> Iterator[float]:
 
 def round_logprobs(logprobs: F32, step: float) -> F32:
     """Log-probs on the grid that `round_targets` describes."""
+    return _to_grid(logprobs, _grid(logprobs, step))
+
+
+def _grid(logprobs: F32, step: float) -> F32:
     _, exponent = np.frexp(logprobs)
     # 2^octave <= |x| < 2^(octave + 1), and 0 below 1.
     octave = np.maximum(exponent - 1, 0)
-    return _to_grid(logprobs, np.ldexp(np.float32(step), octave - 1))
+    grid: F32 = np.ldexp(np.float32(step), octave - 1)
+    return grid
+
+
+def worst_mass_error(targets: Targets, step: float) -> float:
+    """How far a token's probability, head and tail together at T = 1, is from 1 beyond what rounding explains.
+
+    Half a grid step in a log-prob changes p by at most p (e^(grid / 2) - 1), and 9 significant bits change log M by at
+    most |log M| / 2^9.
+    """
+    worst = 0.0
+    for start, stop in _slices(targets):
+        part = targets.slice(start, stop)
+        head = in_head(part.offsets, part.head_size)
+        token = np.repeat(np.arange(len(part)), part.head_size)
+        logprobs = part.logprobs[head]
+        p = np.exp(logprobs.astype(np.float64))
+        tail = np.maximum(part.tail_logprob[:, 0].astype(np.float64), _NO_TAIL)
+        tail_mass = np.exp(tail)
+        mass = np.bincount(token, p, len(part)) + tail_mass
+        rounding = np.bincount(token, p * np.expm1(_grid(logprobs, step) / 2.0), len(part))
+        rounding = rounding + tail_mass * np.expm1(-tail / 2**9)
+        worst = max(worst, float((np.abs(mass - 1.0) - rounding).max(initial=0.0)))
+    return worst
 
 
 def fidelity(exact: Targets, stored: Targets, *, temperatures: tuple[float, ...]) -> tuple[float, ...]:

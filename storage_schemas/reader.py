@@ -319,8 +319,16 @@ def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
     lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
     if not (np.isfinite(lowest) and highest <= 1e-3):
         raise ValueError("a log-prob is not finite or above 0")
-    if np.isnan(targets.tail_logprob).any() or np.any(targets.tail_logprob > 1e-3):
+    # A writer rounds towards nothing that is above 0; and what the head is scaled to, 1 - M, may not vanish.
+    if np.isnan(targets.tail_logprob).any() or np.any(targets.tail_logprob > 0):
         raise ValueError("a tail mass is NaN or above 1")
+    if np.any((targets.tail_logprob == 0) & (targets.head_size > 0)[:, None]):
+        raise ValueError("a token has a head that holds nothing")
+    if len(targets) and not targets.lengths.all():
+        raise ValueError("a token has no entry")
+    longest_sample = int(np.diff(unit.token_offsets).max(initial=0))
+    if longest_sample > run.corpus.max_length:
+        raise ValueError(f"a sample has {longest_sample} tokens, the corpus at most {run.corpus.max_length}")
     longest = int(targets.lengths.max(initial=0))
     if longest > run.max_entries:
         raise ValueError(f"a token has {longest} entries, the estimator chooses at most {run.max_entries}")

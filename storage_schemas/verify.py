@@ -1,9 +1,11 @@
 """Prove a dump without the teacher: every record, every file, every value, and that they add up."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
 from storage_schemas.commit import (
     CommitRecord,
     count_statuses,
@@ -16,8 +18,15 @@ from storage_schemas.commit import (
 )
 from storage_schemas.errors import DataError, NeoError
 from storage_schemas.reader import Dump
+from storage_schemas.rows import UnitRows
+from storage_schemas.run_info import RunInfo
 from storage_schemas.section import Section
 
+_MEAN_ERROR = 2.0**-21
+"""Relative error of a mean. Its terms are products of two float32, each of which may differ by one unit in the last
+place (2^-23) on another machine's exponential; all terms of an entropy have one sign."""
+_MASS_ERROR = 1e-3
+"""What the teacher's float32 softmax may miss 1 by, as in the limit of a single log-prob."""
 _WINDOW = 1024
 """Units that are handed to the threads at a time."""
 _NAMED = 16
@@ -43,6 +52,9 @@ class VerifyReport(Section):
     """Bytes of their data files."""
     errors: list[str]
     """Every problem, one line each."""
+    orphans: list[str] = []
+    """Data files of a sealed dump that no commit record names. This project's readers pass them by, but tools that read
+    all of data/ do not; `llm-neo dump` removes them, with the right to delete."""
 
 
 def verify(
@@ -96,8 +108,9 @@ def verify(
                 if progress is not None:
                     progress(done, len(units))
     errors += _absent(units, dump.run.units, sealed=sealed)
+    orphans: list[str] = []
     try:
-        errors += _orphans(dump, records) if sealed else []
+        orphans = _orphans(dump, records) if sealed else []
     except NeoError as error:
         errors.append(_line("data", error))
 
@@ -109,7 +122,14 @@ def verify(
         for name, value in expected.items():
             if getattr(seal, name) != value:
                 errors.append(f"SEALED.json: {name} is {getattr(seal, name)}, the units give {value}")
-    return VerifyReport(ok=not errors, sealed=seal is not None, units=len(records), errors=errors, **_sums(records))
+    return VerifyReport(
+        ok=not errors,
+        sealed=seal is not None,
+        units=len(records),
+        errors=errors,
+        orphans=orphans,
+        **_sums(records),
+    )
 
 
 def _absent(units: Sequence[int], expected: int, *, sealed: bool) -> list[str]:
@@ -124,8 +144,7 @@ def _absent(units: Sequence[int], expected: int, *, sealed: bool) -> list[str]:
 def _orphans(dump: Dump, records: Mapping[int, CommitRecord]) -> list[str]:
     """Data files that no record names: other tools read all of data/ as it is."""
     named = {record.file for record in records.values()}
-    found = sorted(key for key, _ in dump.store.list("data") if key not in named and unit_of_data(key) in records)
-    return [f"{key}: named by no commit record | to do: run `llm-neo dump` again, which removes it" for key in found]
+    return sorted(key for key, _ in dump.store.list("data") if key not in named and unit_of_data(key) in records)
 
 
 def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
@@ -136,8 +155,33 @@ def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
         raise DataError("its commit record is missing")
     if sealed and dump.record(unit) != record:
         raise DataError("its commit record differs from the manifest's")
-    dump.read_unit(unit)
+    if wrong := list(_contradictions(dump.read_unit(unit), record, dump.run)):
+        raise DataError(f"its commit record and its data disagree: {'; '.join(wrong)}")
     return record
+
+
+def _contradictions(unit: UnitRows, record: CommitRecord, run: RunInfo) -> Iterator[str]:
+    """What a record says that its unit's rows do not: every statistic is computed again."""
+    targets = unit.targets
+    exact = {
+        "statuses": (record.statuses, dict(sorted(Counter(unit.status).items()))),
+        "max_id": (record.max_id, int(targets.ids.max(initial=-1))),
+    }
+    means = {
+        "mean_kept_mass": (record.mean_kept_mass, mean_kept_mass(targets)),
+        "mean_entropy": (record.mean_entropy, mean_entropy(targets)),
+    }
+    yield from (f"{name} is {got}, the rows give {here}" for name, (got, here) in exact.items() if got != here)
+    for name, (got, here) in means.items():
+        # NaN must not pass.
+        if not abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)):
+            yield f"{name} is {got}, the rows give {here}"
+    if not all(-_MEAN_ERROR <= value <= run.max_kl for value in record.fidelity):
+        yield f"fidelity is {record.fidelity}, the gate {run.max_kl}"
+    if not 0.0 <= record.logprob_step <= run.logprob_step:
+        yield f"logprob_step is {record.logprob_step}, the coarsest allowed {run.logprob_step}"
+    if (error := worst_mass_error(targets, record.logprob_step)) > _MASS_ERROR:
+        yield f"a token's head and tail hold 1 +- {error:.3g}, beyond rounding"
 
 
 def _belongs(key: str, dump: Dump) -> bool:

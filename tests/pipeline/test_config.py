@@ -326,3 +326,11 @@ def test_a_default_estimator_is_not_written_where_the_dump_decides(tmp_path: Pat
     assert stated(load_config(file)) == {
         "estimator.kind": "topk", "estimator.k": 8, "estimator.mass": 0.999, "temperatures": (1.0,)
     }  # fmt: skip
+
+
+def test_a_password_in_a_url_is_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("dump:\n  url: s3://user:canary/pass@bucket/x\n")
+    with pytest.raises(MismatchError, match=r"dump\.url(.|\n)*credentials") as caught:
+        load_config(file)
+    assert "canary" not in str(caught.value)

@@ -17,7 +17,7 @@ from storage_schemas.targets import concatenate
 from storage_schemas.writer import DumpWriter
 from teacher_dump.dump import run_dump
 
-KEYS = {"ok", "sealed", "units", "rows", "supervised_tokens", "bytes", "errors"}
+KEYS = {"ok", "sealed", "units", "rows", "supervised_tokens", "bytes", "errors", "orphans"}
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,21 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import make_dump, run_info, unit_rows
+from support.dumps import make_dump, metadata_of, replace_unit, run_info, unit_rows
+from support.poison import good_unit
 
+from storage_schemas import codec
 from storage_schemas.commit import CommitRecord, Seal, data_key, manifest_bytes, record_key
+from storage_schemas.config import Adaptive, Estimator, TopK
 from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.run_info import canonical_json
 from storage_schemas.store import Store
+from storage_schemas.targets import decode
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 
@@ -226,6 +231,7 @@ def test_verify_reports_sums(tmp_path: Path) -> None:
         "supervised_tokens": sum(len(row.targets) for row in rows if row.targets is not None),
         "bytes": sum(path.stat().st_size for path in (tmp_path / "data").iterdir()),
         "errors": [],
+        "orphans": [],
     }
 
 
@@ -264,10 +270,11 @@ def test_an_orphan_of_a_sealed_dump_is_named_and_goes_with_a_rerun(tmp_path: Pat
     foreign = tmp_path / "data" / "notes.txt"
     foreign.write_text("of somebody else")
     Store(str(tmp_path)).put_new(orphan, b"the late worker's")
-    (error,) = verify(str(tmp_path)).errors
-    assert orphan in error
+    assert verify(str(tmp_path)).orphans == [orphan]
     assert DumpWriter.open(str(tmp_path), run).seal()
-    assert verify(str(tmp_path)).ok
+    report = verify(str(tmp_path))
+    assert report.ok
+    assert report.orphans == []
     assert foreign.exists()
     assert len(list((tmp_path / "data").glob("unit-*"))) == 3
 
@@ -292,3 +299,65 @@ def test_the_remedy_for_one_corrupt_unit_makes_the_dump_whole(tmp_path: Path) ->
     assert verify(str(tmp_path)).ok
     changed = {path.name for path, data in before.items() if path.read_bytes() != data}
     assert changed <= {"unit-00000001.json", "SEALED.json"}
+
+
+FORGED: dict[str, tuple[dict[str, object], str]] = {
+    "statuses": ({"statuses": {"ok": 1000, "<b>": -996}}, "statuses is"),
+    "max_id": ({"max_id": 3}, "max_id is 3"),
+    "kept mass": ({"mean_kept_mass": 7.0}, "mean_kept_mass is 7"),
+    "a little kept mass": ({"mean_kept_mass": 0.9}, "mean_kept_mass is 0.9"),
+    "entropy": ({"mean_entropy": 0.5}, "mean_entropy is 0.5"),
+    "fidelity": ({"fidelity": (5.0,)}, "fidelity is"),
+    "fidelity below 0": ({"fidelity": (-1.0,)}, "fidelity is"),
+    "grid": ({"logprob_step": 1.0}, "logprob_step is 1.0"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_verify_compares_every_field_of_a_record_with_the_data(case: str, tmp_path: Path) -> None:
+    """The record's own checksum is right."""
+    claims, says = FORGED[case]
+    make_dump(tmp_path, seal=False)
+    path = tmp_path / record_key(0)
+    record = CommitRecord.from_json(path.read_bytes(), name="record")
+    path.write_bytes(record.model_copy(update=claims).to_json())
+    (error,) = [line for line in verify(str(tmp_path)).errors if line.startswith("unit 0")]
+    assert says in error
+
+
+@pytest.mark.parametrize("case", ["all log-probs 0", "heads that hold too little", "a longer sample", "no entries"])
+def test_verify_sees_what_no_teacher_says(case: str, tmp_path: Path) -> None:
+    """Hashes and statistics agree with the data."""
+    run = make_dump(tmp_path, seal=False)
+    unit = good_unit(run)
+    targets, longest = unit.targets, int(np.diff(unit.token_offsets).max())
+    if case == "all log-probs 0":
+        targets.logprobs[:] = 0.0
+    elif case == "heads that hold too little":
+        targets.logprobs[:] -= 1.0
+    elif case == "a longer sample":
+        run = run.model_copy(update={"corpus": run.corpus.model_copy(update={"max_length": longest - 1})})
+        (tmp_path / "run.json").write_bytes(run.to_json())
+    else:
+        targets.offsets[1] = 0
+        targets.head_size[:2] = (0, 16)
+    changes = {
+        "mean_kept_mass": codec.mean_kept_mass(targets), "mean_entropy": codec.mean_entropy(targets),
+        "max_id": int(targets.ids.max()), "fingerprint": run.fingerprint,
+    }  # fmt: skip
+    replace_unit(tmp_path, run, 0, codec.encode(unit, metadata_of(run, 0)), **changes)
+    (error,) = [line for line in verify(str(tmp_path)).errors if line.startswith("unit 0")]
+    says = {"a longer sample": f"tokens, the corpus at most {longest - 1}", "no entries": "no entry"}
+    assert says.get(case, "hold 1 +-") in error
+
+
+@pytest.mark.parametrize("estimator", [TopK(k=1), Adaptive(kind="adaptive", k_max=2, tail_draws=2)])
+def test_what_verify_accepts_decodes_to_finite_numbers(estimator: Estimator, tmp_path: Path) -> None:
+    run = run_info(estimator=estimator)
+    make_dump(tmp_path, run)
+    report = verify(str(tmp_path))
+    assert report.ok, report.errors
+    for unit in range(run.units):
+        decoded = decode(Dump.open(str(tmp_path)).read_unit(unit).targets)
+        assert np.isfinite(decoded.logprobs).all()
+        assert np.isfinite(decoded.weights).all()

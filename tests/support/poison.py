@@ -31,6 +31,8 @@ POISON = {
     "log-prob above 0": {"logprobs": put(1.0)},
     "NaN tail": {"tail_logprob": put(np.nan)},
     "tail above 1": {"tail_logprob": put(0.5)},
+    "tail a little above 1": {"tail_logprob": put(5e-4)},
+    "a head that holds nothing": {"tail_logprob": put(0.0)},
     "infinite logsumexp": {"logsumexp": put(np.inf)},
     "NaN logsumexp": {"logsumexp": put(np.nan)},
     "negative id": {"ids": put(-1)},
