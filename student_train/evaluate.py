@@ -15,7 +15,14 @@ from student_train.config import StudentSection
 from student_train.head import HeadSpec
 from student_train.losses import LossSpec
 from student_train.saved import is_adapter, load_adapter, source_of
-from student_train.student import Distilled, causal_of, load_model, refuse_tokenizer, refuse_unknown_head
+from student_train.student import (
+    Distilled,
+    causal_of,
+    load_model,
+    refuse_long_rows,
+    refuse_tokenizer,
+    refuse_unknown_head,
+)
 
 
 class EvalResult(Section):
@@ -79,6 +86,7 @@ def evaluate(
     where = _device(device)
     source, revision = source_of(model, base)
     student = _load(model, source, revision, device=where)
+    refuse_long_rows(student, dump.run.corpus.max_length)
     causal = causal_of(student)
     rows = causal.get_output_embeddings().weight.shape[0]
     refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)

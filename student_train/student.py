@@ -224,6 +224,32 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def refuse_long_rows(student: nn.Module, longest: int) -> None:
+    """Raise MismatchError if rows may be longer than a table of learned positions, and warn beyond a trained length.
+
+    Args:
+        student: the model, or an adapter around it.
+        longest: tokens of a row, at most: the dump's `corpus.max_length`.
+    """
+    causal = causal_of(student)
+    known = getattr(causal.config, "max_position_embeddings", None)
+    if not known or longest <= known:
+        return
+    others = (m for m in causal.modules() if isinstance(m, nn.Embedding) and m is not causal.get_input_embeddings())
+    # OPT's table has two rows more than it has positions.
+    if any(known <= table.num_embeddings <= known + 2 for table in others):
+        raise MismatchError(
+            f"{type(causal).__name__} has learned positions, and fewer than the dump's rows may have tokens",
+            got=f"rows of up to {longest} tokens (corpus.max_length of the dump)",
+            expected=f"at most {known}",
+            fix=f"dump with corpus.max_length: {known}, or choose another student",
+        )
+    log.warning(
+        "rows may have %d tokens (corpus.max_length of the dump), and the student was made for %d positions",
+        longest, known,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def refuse_unknown_head(module: Distilled) -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""

@@ -55,7 +55,7 @@ from student_train.run import (
 from student_train.schedule import learning_rate
 from student_train.stopping import span_ends
 from student_train.stream import Follower, Stream, consumed_root
-from student_train.student import Student, causal_of, load_student, refuse_tokenizer
+from student_train.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
 from student_train.world import PeerError, World, exit_code
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Stu
             pass
     if main:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
+        refuse_long_rows(learner.module.student, run.dump.run.corpus.max_length)
         refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
     return learner
 

@@ -18,11 +18,18 @@ from safetensors import SafetensorError
 from support.engine_jobs import train_section
 from support.rounding import FORWARD
 from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_llama, tiny_tokenizer, write_dump
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from storage_schemas.config import Sampled, TopK
+from storage_schemas.config import DumpSection, Sampled, TopK
 from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
@@ -36,9 +43,11 @@ from student_train.export import merge
 from student_train.final import refuse_other_logits, save_model, write_final
 from student_train.metrics import Event
 from student_train.model_files import identity
+from student_train.run import open_run
 from student_train.saved import load_adapter
 from student_train.stopping import span_ends
-from student_train.student import load_model, load_student, relative_difference
+from student_train.student import load_model, load_student, refuse_long_rows, relative_difference
+from student_train.train import _load_student
 
 IDS = torch.arange(24)[None]
 
@@ -392,6 +401,35 @@ def test_base_that_moved(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     with pytest.raises(MismatchError, match="is not the model that the adapter"):
         merge(final, tmp_path / "other", base=folder / "teacher")
+
+
+@pytest.mark.parametrize(("positions", "refused"), [(63, True), (64, False)])
+def test_learned_positions_end_somewhere(folder: Path, tmp_path: Path, positions: int, refused: bool) -> None:
+    """Told by the dump's longest row, which may have 64 tokens, and not by an index error in the middle."""
+    config = GPT2Config(vocab_size=VOCAB, n_positions=positions, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    dump = Dump.open(str(folder / "top8"))
+    if not refused:
+        assert evaluate(tmp_path / "gpt2", dump, limit=2).supervised_tokens
+        return
+    with pytest.raises(MismatchError, match=r"rows of up to 64 tokens[^$]*at most 63"):
+        evaluate(tmp_path / "gpt2", dump)
+    run = open_run(
+        DumpSection(url=str(folder / "top8")), StudentSection(model=str(tmp_path / "gpt2"), lora=LoraSection(r=4)),
+        LossSection(), train_section(tmp_path / "run"), {},
+    )  # fmt: skip
+    with pytest.raises(MismatchError, match="learned positions"):
+        _load_student(run, None, main=True)
+
+
+def test_rotary_positions_are_warned_about(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama(1)
+    refuse_long_rows(model, 128)
+    assert not caplog.text
+    refuse_long_rows(model, 129)
+    assert "129 tokens" in caplog.text
+    assert "128 positions" in caplog.text
 
 
 def test_growing_dump_is_evaluated_on_request_only(folder: Path, tmp_path: Path) -> None:
