@@ -111,6 +111,11 @@ def fitting_format(columns: Collection[str]) -> str | None:
     return next((name for name, needed in FORMATS.items() if all(column in columns for column in needed)), None)
 
 
+def is_read(column: str) -> bool:
+    """Whether a format reads a column of this name."""
+    return any(column in FORMATS[kind] or column in _READ[kind] for kind in FORMATS)
+
+
 def unread_columns(record: Mapping[str, Any], kind: str) -> tuple[set[str], set[str]]:
     """Columns with something in them that format `kind` does not read: (those that decide a sample, unknown ones)."""
     filled = {name for name, value in record.items() if value is not None and value not in ("", [], {})}

@@ -1,8 +1,10 @@
 """Records of one source, read through `datasets`."""
 
 import glob
+import io
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 
 from storage_schemas.address import local_path
 from storage_schemas.errors import DataError
 from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
-from teacher_dump.formats import FORMATS, detect_format, fitting_format, unread_columns
+from teacher_dump.formats import FORMATS, detect_format, fitting_format, is_read, unread_columns
 from teacher_dump.masks import Unusable
 from teacher_dump.remote import RemoteFile, fetch, find_remote, is_remote
 
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 _BATCH = 256
 _BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_TIMES = re.compile(r"'(timestamp|date|time)")
 RawRecord = Mapping[str, Any] | Unusable
 
 
@@ -58,6 +62,13 @@ def find_source(source: SourceSection) -> Found:
         return Found(builder, source.path, [source.path] if builder else ())
     if path.exists():
         builder = _builder(path.name) if path.is_file() else None
+        if path.is_file() and builder is None:
+            raise DataError(
+                f"a source of the corpus is of a kind that is not read: {source.path}",
+                got=f"a file that ends in {path.suffix}" if path.suffix else "a file without a suffix",
+                expected=f"{', '.join(_BUILDERS)}, each also with {', '.join(_COMPRESSED)}, or a directory",
+                fix="convert the file to JSONL or Parquet, or give it its suffix",
+            )
         return Found(builder, str(path), [path] if builder else ())
     files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     if files:
@@ -149,14 +160,18 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     """
     files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
     files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
+    local = [file for file in files if isinstance(file, Path)]
+    by_line = found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train"
     try:
         dataset = _load(source, found, files)
     except Exception as error:
         # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
-        local = [file for file in files if isinstance(file, Path) and file.suffix in _BUILDERS]
-        if found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train":
+        if by_line:
             return _json_lines(local, source, seed)
         raise _unreadable(source, error.__cause__ or error) from error
+    # Arrow takes text for times where all of a column looks like it.
+    if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if is_read(name)):
+        return _json_lines(local, source, seed)
     total = len(dataset)
     identity = (dataset._fingerprint, tuple(Path(file["filename"]).stat().st_size for file in dataset.cache_files))
     if source.weight == 1:
@@ -251,8 +266,9 @@ def _json_lines(paths: Sequence[Path], source: SourceSection, seed: int) -> Reco
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """(where, line) of every line with something on it."""
     for path in paths:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            # zstandard's reader knows no lines.
+            for number, line in enumerate(io.BufferedReader(file), 1):
                 if line.strip():
                     yield f"{path}, line {number}", line
 

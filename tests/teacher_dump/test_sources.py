@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import obstore
 import pyarrow as pa
@@ -319,3 +320,44 @@ def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path):
         with pytest.raises(TemporaryError, match="SIGTERM"), stoppable():
             freeze(source, folder=tmp_path)
     assert time.monotonic() - asked < 5
+
+
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_compressed_files_are_read_whole_and_by_line(tmp_path, suffix):
+    plain = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)), folder=tmp_path)
+    for name, records in (("b", RECORDS), ("c", [*RECORDS, {"id": "bad", "text": "\ud800"}])):
+        path = f"{tmp_path}/{name}.jsonl{suffix}"
+        with fsspec.open(path, "wb", compression=PACKED[suffix]) as file:
+            file.write(lines_of(records))
+        found = freeze(SourceSection(path=path), folder=tmp_path)
+        assert found.statuses[:10] == ["ok"] * 10
+        np.testing.assert_array_equal(found.input_ids, plain.input_ids)
+    assert found.statuses[10:] == ["invalid_text"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "when", "completion": "2024-01-01"},
+        {"messages": [{"role": "user", "content": "when"}, {"role": "assistant", "content": "2024-01-01"}]},
+    ],
+)
+def test_text_that_looks_like_a_date_stays_text(tmp_path, record):
+    path = write(tmp_path / "a.jsonl", [record, record])
+    mixed = write(tmp_path / "b.jsonl", [record, {"id": "x", "prompt": "what", "completion": "it"}, record])
+    dates, others = (
+        freeze(SourceSection(path=path), folder=tmp_path),
+        freeze(SourceSection(path=mixed), folder=tmp_path),
+    )
+    np.testing.assert_array_equal(dates.sample(1).input_ids, others.sample(2).input_ids)
+    assert dates.statuses == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.arrow", "a"])
+def test_a_file_of_another_kind_is_told_which_ones_are_read(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.ndjson, \.parquet"):
+        freeze(SourceSection(path=str(tmp_path / name)), folder=tmp_path)
