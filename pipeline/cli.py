@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 
 from pipeline.config import Config, load_config, need
+from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
@@ -130,7 +132,7 @@ def preview(
     from pipeline import preview as view
 
     found = load_config(config, overrides or ())
-    found = found.heldout_config() if heldout else found
+    found = found.heldout_config("preview --heldout") if heldout else found
     teacher, corpus = need(found.teacher, "teacher", "preview"), need(found.corpus, "corpus", "preview")
     tokenizer, head_size = view.load_tokenizer(teacher)
     whole, shown = view.preview(corpus, tokenizer, head_size=head_size, row=row, samples=samples)
@@ -345,18 +347,22 @@ def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
     kept = need(config.train, "train", "train").output / "config.yaml"
     with run_directory(config, nodes):
         if nodes.node_rank == 0 and not kept.exists():
-            write_whole(kept, config.to_yaml())
+            write_whole(kept, config.to_yaml(), private=True)
         code = train_workers(config, nproc=nproc, nodes=nodes)
         # Not before: a start that is refused must not replace what the results in this directory were made with.
         if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
-            write_whole(kept, config.to_yaml())
+            write_whole(kept, config.to_yaml(), private=True)
     return code
 
 
 def _pairs(texts: list[str] | None) -> dict[str, str]:
-    for text in texts or ():
-        if "=" not in text:
-            raise typer.BadParameter(f"{text!r} is not of the form KEY=VALUE", param_hint="--store")
+    for number, text in enumerate(texts or (), 1):
+        key, equals, value = text.partition("=")
+        # Nothing of it is shown: it may be a secret.
+        if not equals or not re.fullmatch(r"\w+", key):
+            raise typer.BadParameter(f"the one with number {number} is not of the form KEY=VALUE", param_hint="--store")
+        if is_secret_option(key) or has_secret(value):
+            raise typer.BadParameter(f"{key} holds a secret; {instead(key)}", param_hint="--store")
     return dict(text.split("=", 1) for text in texts or ())
 
 
@@ -372,7 +378,11 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: errors become messages and exit codes."""
     # A scheduler's SIGTERM is an interruption like any other, unless a command knows better.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    words = sys.argv[1:] if arguments is None else arguments
+    goes_on = words[:1] in (["dump"], ["train"], ["run"])
+    stopped = "interrupted; run the same command again to continue" if goes_on else "stopped"
     try:
         app(arguments)
         code: int = Exit.DONE
@@ -381,11 +391,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # What Typer says when the command line is wrong (2), and after an interruption (130).
         code = {2: Exit.USAGE, 130: Exit.TEMPORARY}.get(code, code)
         if code == Exit.TEMPORARY and left.code == 130:
-            _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
+            _complain(stopped, Exit.TEMPORARY)
     except NeoError as error:
         code = _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        code = _complain("interrupted; run the same command again to continue", Exit.TEMPORARY)
+        code = _complain(stopped, Exit.TEMPORARY)
     except BaseException as error:  # Rust's panics are no Exceptions.
         told = explained(error)
         if told is None:

@@ -3,8 +3,10 @@
 Relative paths in a configuration mean relative to the working directory of the command.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.problems import Problem, explain, report
+from pipeline.credentials import secrets_in
+from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK
 from storage_schemas.errors import MismatchError, UsageError
 from storage_schemas.section import Section
@@ -21,6 +24,9 @@ from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vl
 
 MAX_BYTES = 1 << 20
 """Largest configuration file that is read."""
+
+MAX_VALUES = 50_000
+"""Values of a configuration file at most."""
 
 T = TypeVar("T")
 
@@ -68,13 +74,13 @@ class Config(Section):
             raise PydanticCustomError("sections_disagree", "the sections disagree", {"problems": problems})
         return self
 
-    def heldout_config(self) -> "Config":
+    def heldout_config(self, command: str = "dump") -> "Config":
         """The same configuration with the held-out samples in place of the training corpus.
 
         Raises:
             MismatchError: no `heldout`, or no `corpus` whose mask and lengths would apply.
         """
-        heldout, corpus = need(self.heldout, "heldout", "dump"), need(self.corpus, "corpus", "dump")
+        heldout, corpus = need(self.heldout, "heldout", command), need(self.corpus, "corpus", command)
         return self.model_copy(
             update={
                 "dump": self.dump.model_copy(update={"url": heldout.url}),
@@ -156,21 +162,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     parsed = [parse_override(text) for text in overrides]
     set_paths = {".".join(override.path) for override in parsed}
     data = read_yaml(path)
+    written = copy.deepcopy(data)
+    known = {key[-1] for kind in ("topk", "adaptive", "sampled") for key in keys(Config, kind)}
     problems: list[Problem] = []
     for override in parsed:
         problems += _apply(data, override)
+    # First, and alone: what is said about other faults may show what stands beside them.
+    secrets = [*secrets_in(data, known), *secrets_in({".".join(path): value for path, value in parsed}, known)]
+    if secrets:
+        found = [Problem(dotted, "a secret must not stand here", UNSAID, fix) for dotted, fix in secrets]
+        raise report(path, set_paths, found, written)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
         problems += [problem for details in error.errors() for problem in explain(details, data, Config)]
-        raise report(path, set_paths, problems) from None
+        raise report(path, set_paths, problems, written) from None
     if problems:
-        raise report(path, set_paths, problems)
+        raise report(path, set_paths, problems, written)
     return config
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 wants a dot in it)."""
+    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 wants a dot in it).
+
+    Aliases that stand for more than `MAX_VALUES` values are refused: a few hundred bytes of them fill any memory.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if _size(node, {}) > MAX_VALUES:
+            problem = f"more than {MAX_VALUES:,} values once its aliases are written out"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark if node else None)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -187,6 +210,45 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def _parse(text: str | bytes) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is none. The message says where, and shows nothing of the text.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = error.problem or error.context or "not YAML"
+        # What follows a stray * or ! may be a password.
+        problem = re.sub(r"'.*'", "", problem, flags=re.DOTALL) if re.search("alias|tag", problem) else problem
+        raise ValueError(where + problem.strip()) from None
+    except yaml.YAMLError as error:
+        raise ValueError(getattr(error, "reason", None) or "not YAML") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError("a number or date that cannot be read, or not UTF-8") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values a document has once its aliases are written out."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES  # Of an alias to what it stands in.
+        children = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -206,9 +268,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise MismatchError(f"{path} is too large for a configuration", got="> 1 MiB", expected="<= 1 MiB", fix=fix)
     try:
-        data = yaml.load(raw, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MismatchError(f"{path} is not a valid YAML file", got=" ".join(str(error).split()), fix=fix) from None
+        data = _parse(raw)
+    except ValueError as error:
+        raise MismatchError(f"{path} is not a valid YAML file", got=error, fix=fix) from None
     if not isinstance(data, dict):
         kind = "an empty file" if data is None else type(data).__name__
         raise MismatchError(f"{path} is not a configuration", got=kind, expected="a mapping of sections", fix=fix)
@@ -224,13 +286,16 @@ def parse_override(text: str) -> Override:
     dotted, equals, value = text.partition("=")
     path = tuple(part.strip() for part in dotted.split("."))
     expected = "--set section.field=VALUE, where VALUE is YAML"
+    # Of what cannot be understood no value is shown: it may be a secret.
+    shown = "--set " + (re.match(r"[\w.]*", dotted) or [""])[0]
     if not equals or not all(path):
-        raise UsageError("an override that cannot be understood", got=f"--set {text}", expected=expected)
+        raise UsageError("an override that cannot be understood", got=f"{shown}...", expected=expected)
     try:
-        return Override(path, yaml.load(value, Loader=_Loader))
-    except yaml.YAMLError as error:
-        got = f"--set {text} ({' '.join(str(error).split())})"
-        raise UsageError("an override whose value is not YAML", got=got, expected=expected) from None
+        return Override(path, _parse(value))
+    except ValueError as error:
+        raise UsageError(
+            "an override whose value is not YAML", got=f"{shown}=...: {error}", expected=expected
+        ) from None
 
 
 def _apply(data: dict[str, Any], override: Override) -> list[Problem]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from storage_schemas.errors import UsageError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old or the new content."""
+def write_whole(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file whole: a reader sees the old or the new content. Private: its owner alone may read it."""
     staged = path.with_name(f".{path.name}.staged")
+    staged.unlink(missing_ok=True)
+    staged.touch(0o600 if private else 0o666)
     staged.write_text(text, encoding="utf-8")
     os.replace(staged, path)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -13,6 +14,27 @@ from pydantic_core import ErrorDetails
 from storage_schemas.errors import MismatchError
 from storage_schemas.masking import masked
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
+_REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = 40
+_REPR.maxlevel = 4
+_ELSEWHERE = {
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size, which says it for all ranks",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "train.output",
+    "model_name_or_path": "teacher.model or student.model",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "rank": "student.lora.r",
+    "lora_r": "student.lora.r",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "top_k": "estimator.k",
+    "max_seq_length": "corpus.max_length",
+    "torch_dtype": "teacher.dtype or train.precision",
+}
+"""What other trainers call a setting -> what it is here."""
 UNSAID = object()
 """In place of a value that says nothing about the fault."""
 
@@ -26,11 +48,26 @@ class Problem(NamedTuple):
     hint: str | None = None
 
 
-def report(path: str | Path, set_paths: Collection[str], problems: Sequence[Problem]) -> MismatchError:
-    """One error that lists every problem where it stands: in the file, or on the command line."""
+def report(
+    path: str | Path, set_paths: Collection[str], problems: Sequence[Problem], written: Any = None
+) -> MismatchError:
+    """One error that lists every problem where it stands: in the file, or on the command line.
+
+    Args:
+        path: the file.
+        set_paths: what the command line sets.
+        problems: all of them.
+        written: what the file itself holds.
+    """
     lines = []
     for problem in problems:
-        by_hand = any(problem.path == p or problem.path.startswith(f"{p}.") for p in set_paths)
+        by_hand = any(
+            problem.path == p
+            or problem.path.startswith(f"{p}.")
+            # A section that only the command line has made.
+            or (p.startswith(f"{problem.path}.") and not _holds(written, problem.path.split(".")))
+            for p in set_paths
+        )
         line = f"  {'--set' if by_hand else path}: {problem.path} -> {problem.text}"
         if problem.got is not UNSAID:
             line += f", got {_short(problem.got)}"
@@ -40,8 +77,17 @@ def report(path: str | Path, set_paths: Collection[str], problems: Sequence[Prob
     return MismatchError("\n".join([f"the configuration has {count}", *lines]))
 
 
+def _holds(data: Any, path: Sequence[str]) -> bool:
+    for part in path:
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
 def _short(value: object) -> str:
-    text = "null" if value is None else masked(repr(value))
+    """A value for a message: no secret, and nothing large is printed to be cut afterwards."""
+    text = masked("null" if value is None else _REPR.repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -58,14 +104,16 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
             # The input of this error is the value of a key that should not be there: it says nothing about the fault.
             yield Problem(dotted, "unknown key", UNSAID, _similar_key(parts, data, model))
         case "missing":
-            yield Problem(dotted, "missing, but required")
+            inner = list(_models(model.model_fields[dotted].annotation)) if len(parts) == 1 else []
+            needed = [name for member in inner for name, field in member.model_fields.items() if field.is_required()]
+            yield Problem(".".join([dotted, *needed[:1]]), "missing, but required")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-            hint = _similar(str(details["input"]), allowed)
+            hint = _similar(_short(details["input"]).strip("'"), allowed)
             yield Problem(dotted, f"must be {context['expected']}", details["input"], hint)
         case "union_tag_invalid":
             allowed = re.findall(r"'([^']*)'", context["expected_tags"])
-            hint = _similar(str(context["tag"]), allowed)
+            hint = _similar(_short(context["tag"]).strip("'"), allowed)
             yield Problem(f"{dotted}.kind", f"must be one of {', '.join(allowed)}", context["tag"], hint)
         case "model_type" | "model_attributes_type" | "dict_type":
             yield Problem(dotted, "must be a section, that is a mapping", details["input"])
@@ -74,6 +122,7 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
             yield Problem(dotted, details["msg"].removeprefix("Value error, "), got)
         case _:
             text = details["msg"].replace("Input should be", "must be", 1).partition(" for <class")[0]
+            text = text.replace("a valid tuple", "a list").replace("a valid list", "a list")
             yield Problem(dotted, text[:1].lower() + text[1:], details["input"])
 
 
@@ -102,7 +151,9 @@ def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str
     estimator = data.get("estimator")
     chosen = estimator.get("kind", "topk") if isinstance(estimator, dict) else "topk"
     section, name = tuple(part for part in parts[:-1] if not part.isdecimal()), parts[-1]
-    known = list(dict.fromkeys(_keys(model, chosen)))
+    if name in _ELSEWHERE:
+        return f"did you mean {_ELSEWHERE[name]}?"
+    known = list(dict.fromkeys(keys(model, chosen)))
     siblings = {path[-1]: (*parts[:-1], path[-1]) for path in known if path[:-1] == section}
     elsewhere = {path[-1]: path for path in known}
     for choices in (siblings, {n: p for n, p in elsewhere.items() if n == name}, elsewhere):
@@ -112,14 +163,14 @@ def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str
     return f"known here: {', '.join(siblings)}" if siblings else None
 
 
-def _keys(model: type[BaseModel], estimator_kind: object) -> Iterator[tuple[str, ...]]:
+def keys(model: type[BaseModel], estimator_kind: object) -> Iterator[tuple[str, ...]]:
     """Every dotted path that a configuration can have, without list indices; of the estimators, the chosen one's."""
     for name, field in model.model_fields.items():
         yield (name,)
         for member in _models(field.annotation):
             kind = member.model_fields.get("kind")
             if kind is None or estimator_kind in get_args(kind.annotation):
-                yield from ((name, *rest) for rest in _keys(member, estimator_kind))
+                yield from ((name, *rest) for rest in keys(member, estimator_kind))
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

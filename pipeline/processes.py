@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import Config, need
+from pipeline.files import write_whole
 from pipeline.launch import (
     Nodes,
     Placement,
@@ -233,7 +234,7 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     given = {name: section.model_dump(mode="json") for name, section in sections.items()} | {"stated": stated(config)}
     with tempfile.TemporaryDirectory() as scratch:
         resolved = Path(scratch) / "resolved.json"
-        resolved.write_text(json.dumps(given))
+        write_whole(resolved, json.dumps(given), private=True)
         arguments = ["--config", str(resolved)]
         return run_ranks("student_train.worker", arguments, nproc=nproc, nodes=nodes, stdout=stdout)
 

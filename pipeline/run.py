@@ -84,7 +84,7 @@ def run_pipeline(
 
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
     _check("train", train_workers(config, nproc=nproc, nodes=Nodes(), stdout=2 if console.stderr else None))
-    write_whole(train.output / "config.yaml", config.to_yaml())
+    write_whole(train.output / "config.yaml", config.to_yaml(), private=True)
     trained = json.loads((train.output / "summary.json").read_text())
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
@@ -112,7 +112,7 @@ def run_pipeline(
         "merged": str(merged if train.lora else final),
         "report": str(train.output / "report.md"),
     }
-    write_whole(Path(summary["report"]), report(config, summary, dumped))
+    write_whole(Path(summary["report"]), report(config, summary, dumped), private=True)
     write_whole(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
     console.print(result_table(summary))
     console.print(f"report: {summary['report']}", soft_wrap=True, highlight=False)

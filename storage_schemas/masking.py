@@ -9,7 +9,7 @@ _MASK = "***"
 _SHORTEST = 6
 """Shorter values are no secrets, and masking them would garble the text."""
 _SECRET = re.compile(
-    r"secret|token|passw|credential|signature|(account|access|api|private|shared|sas|storage).?key|_sas$", re.I
+    r"secret|token|passw|credential|signature|(account|access|api|private|shared|sas|storage|customer).?key|_sas$", re.I
 )
 _PLACE = re.compile(r"(file|path|uri|url|endpoint|dir|application_credentials|parallelism)$", re.I)
 """Names that say where a secret lies, or what it is called in a setting that holds none."""

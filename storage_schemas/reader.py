@@ -76,7 +76,7 @@ class Dump:
                 f"there is no dump at {url}",
                 got="no run.json",
                 expected="a dump made by `llm-neo dump`",
-                fix="check dump.url, or start stage one first",
+                fix="check the URL, or start stage one first",
             )
         cache = None if cache_dir is None else ShardCache(cache_dir, limit=cache_bytes)
         return cls(store, run, cache=cache)

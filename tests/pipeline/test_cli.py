@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,32 @@ def test_prune_says_which_layers_stay(call: Call, tmp_path: Path) -> None:
     code, _, err = call("prune", str(tmp_path / "teacher"), str(tmp_path / "student"), "--layers", "2")
     assert code == Exit.MISMATCH
     assert "another pruned model" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_quiet_from_the_first_moment(number: signal.Signals, tmp_path: Path) -> None:
+    """While the interpreter itself starts, Python answers; from our first line on, we do."""
+    script = """
+import signal, sys
+from pipeline import entry
+found, before = [], signal.signal
+def told(number, handler):
+    found.append(before(number, handler))
+    if len(found) == 2:
+        print("up", flush=True)
+signal.signal, sys.argv = told, ["llm-neo", "plan", "c.yaml"]
+entry.main()
+"""
+    for delay in (0.1, 0.25, 0.5):
+        job = subprocess.Popen(
+            [sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert job.stdout is not None
+        assert job.stdout.readline() == "up\n"
+        time.sleep(delay)
+        job.send_signal(number)
+        _, err = job.communicate(timeout=60)
+        assert "Traceback" not in err
+        if job.returncode != 64:  # It was faster: there is no such file.
+            assert job.returncode == 75
+            assert err == "llm-neo: stopped\n"

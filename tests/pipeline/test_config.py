@@ -1,6 +1,7 @@
 """The configuration: every bound refuses, every problem is listed at once, overrides reach everywhere."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,7 @@ def test_an_override_into_a_value_or_beyond_a_list_is_a_problem(file: Path) -> N
         ("", "got:      an empty file"),
         ("- a", "got:      list"),
         ("dump: 3", "dump -> must be a section"),
-        ("train: {output: x}", "dump -> missing, but required"),
+        ("train: {output: x}", "dump.url -> missing, but required"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(file: Path, text: str, complaint: str) -> None:
@@ -334,3 +335,50 @@ def test_a_password_in_a_url_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"dump\.url(.|\n)*credentials") as caught:
         load_config(file)
     assert "canary" not in str(caught.value)
+
+
+def test_hostile_files_are_told_in_an_instant(file: Path) -> None:
+    """Aliases that stand for more than any memory, brackets, numbers and characters that nobody writes by hand."""
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    merges = "a0: &a0 {x: 1}\n"
+    merges += "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12))
+    for text, complaint in {
+        bomb: "aliases",
+        merges: "aliases",
+        "a: &a [*a]": "aliases",
+        "a: " + "[" * 20_000: "nested too deeply",
+        "a: " + "9" * 5_000: "a number",
+        "dump: {url: '\0'}": "not a valid YAML file",
+        'dump: {url: "a\\0b"}': "NUL",
+        "dump: {url: " + "x" * 900_000 + ": 1}": "YAML",
+        "dump: 2001-99-99": "date",
+    }.items():
+        file.write_text(text)
+        started = time.monotonic()
+        message = problems(file)
+        assert complaint in message
+        assert len(message) < 2_000
+        assert time.monotonic() - started < 10
+    for value in ("[" * 20_000, "9" * 5_000, "*x"):
+        with pytest.raises(UsageError, match="not YAML"):
+            load_config(file, [f"dump.url={value}"])
+
+
+def test_a_long_value_is_cut_before_it_is_printed(file: Path) -> None:
+    file.write_text("x: &x " + "y" * 400_000 + "\ndump: {url: a}\nloss: [" + ", ".join(["*x"] * 40_000) + "]\n")
+    started = time.monotonic()
+    assert len(problems(file)) < 500
+    assert time.monotonic() - started < 10
+
+
+def test_a_section_that_only_the_command_line_makes_is_blamed_on_it(file: Path) -> None:
+    assert "--set: estimater -> unknown key; did you mean estimator?" in problems(file, "estimater.k=5")
+    file.write_text(FULL + "estimater: {k: 5}\n")
+    assert f"{file}: estimater -> unknown key" in problems(file, "estimater.k=6")
+
+
+def test_names_of_other_trainers_are_translated(file: Path) -> None:
+    assert "did you mean train.micro_batch_size?" in problems(file, "train.per_device_train_batch_size=3")
+    assert "did you mean student.lora.r?" in problems(file, "student.lora.rank=8")
+    assert "must be a list" in problems(file, "temperatures=2")
