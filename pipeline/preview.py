@@ -15,15 +15,17 @@ from transformers import AutoConfig, AutoTokenizer
 from pipeline.show import counts
 from pipeline.terminal import facts_table
 from storage_schemas.errors import MismatchError, UsageError
-from storage_schemas.rows import OK
+from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
 from storage_schemas.section import Section
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus import Corpus, freeze_corpus
+from teacher_dump.corpus import Corpus, allowed_bad, freeze_corpus
+from teacher_dump.formats import unread_columns
 from teacher_dump.kept import cache_folder
 from teacher_dump.masks import Unusable, marks_generation
 from teacher_dump.sources import find_source, open_source, read_source
 
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+_ENDS = 3
 _SHOWN = 600
 """Characters of one stretch of a sample that are shown at its beginning and at its end."""
 
@@ -38,12 +40,18 @@ class SourceView(Section):
     """As configured, or as found in the first record; null without records."""
     columns: list[str]
     """Of the first record."""
+    unread: list[str]
+    """Those that its format does not read and nobody knows."""
     records: int
     """In its split."""
     used: int
     """What its weight leaves of them."""
     statuses: dict[str, int]
     """Samples per status."""
+    problems: list[str]
+    """The first records that cannot be used: where each is, and why."""
+    refused: bool
+    """Whether they are more than `corpus.max_bad_share`, so that nothing would be dumped."""
 
 
 class Preview(Section):
@@ -66,6 +74,10 @@ class Preview(Section):
     """Samples that begin with it twice."""
     ends_with_eos: int
     """Samples whose last token is the tokenizer's end-of-text token."""
+    ends: dict[str, int]
+    """What supervised stretches end with, as text, the most frequent first: how many."""
+    empty: dict[str, int]
+    """Why nothing is supervised, of samples with status `empty`."""
     tokens: int
     supervised_tokens: int
     supervised_share: float | None
@@ -120,7 +132,7 @@ def preview(
     """Freeze the corpus as `dump` would, and look at it.
 
     Args:
-        section: where `too_long: error` would stop `dump`, samples are counted as too long here.
+        section: where `too_long: error` or `max_bad_share` would stop `dump`, samples are counted here.
         tokenizer: the teacher's.
         head_size: rows of its LM head.
         row: show this sample; None: show `samples` of the usable ones, evenly spaced.
@@ -130,7 +142,9 @@ def preview(
         UsageError: there is no such row.
         DataError: the corpus cannot be used.
     """
-    lenient = section.model_copy(update={"too_long": "drop"}) if section.too_long == "error" else section
+    lenient = section.model_copy(
+        update={"too_long": "drop" if section.too_long == "error" else section.too_long, "max_bad_share": 1.0}
+    )
     corpus = freeze_corpus(lenient, tokenizer, head_size=head_size)
     if row is not None and row >= len(corpus):
         raise UsageError("no such row in this corpus", got=row, expected=f"0 to {len(corpus) - 1}")
@@ -139,8 +153,8 @@ def preview(
     chosen = [row] if row is not None else spaced.tolist()
     edges = np.concatenate([[0], np.cumsum(corpus.source_samples)])
     sources, templated = [], False
-    for source, first, last in zip(section.sources, edges[:-1], edges[1:], strict=True):
-        view, conversation = _source(source, section, corpus.statuses[first:last].counts())
+    for source, first, last, problems in zip(section.sources, edges[:-1], edges[1:], corpus.problems, strict=True):
+        view, conversation = _source(source, section, corpus.statuses[first:last].counts(), problems)
         sources.append(view)
         templated |= conversation
     paths = [source.path for source in section.sources]
@@ -175,6 +189,8 @@ def _whole(
         begins_with_bos=0 if bos is None else int((first == bos).sum()),
         doubled_bos=0 if bos is None else int(twice.sum()),
         ends_with_eos=0 if eos is None else int((corpus.input_ids[stops[filled] - 1] == eos).sum()),
+        ends=_ends(corpus, tokenizer),
+        empty=_empty(corpus),
         tokens=int(tokens.sum()),
         supervised_tokens=int(supervised.sum()),
         supervised_share=float(supervised.sum() / tokens.sum()) if tokens.sum() else None,
@@ -183,6 +199,27 @@ def _whole(
         lengths=_quantiles(corpus.lengths),
         supervised_lengths=_quantiles(supervised),
     )
+
+
+def _ends(corpus: Corpus, tokenizer: Any) -> dict[str, int]:
+    """The last tokens of supervised stretches, and how many stretches each ends."""
+    follows = np.append(corpus.loss_mask[1:], False)
+    follows[corpus.offsets[1:][corpus.offsets[1:] > 0] - 1] = False
+    ids, counts = np.unique(corpus.input_ids[corpus.loss_mask & ~follows], return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:_ENDS].tolist()
+    return {_decode(tokenizer, [int(ids[i])]): int(counts[i]) for i in most}
+
+
+def _empty(corpus: Corpus) -> dict[str, int]:
+    """Why nothing of a sample is supervised, where it can be told."""
+    empty = corpus.statuses.are(EMPTY)
+    kept = np.diff(corpus.offsets)
+    found = {
+        "without content": int((empty & (corpus.lengths == 0)).sum()),
+        "cut before an answer begins": int((empty & (kept < corpus.lengths)).sum()),
+        "without an answer that is supervised": int((empty & (kept > 0) & (kept == corpus.lengths)).sum()),
+    }
+    return {reason: count for reason, count in found.items() if count}
 
 
 def _body(corpus: Corpus, index: int) -> bytes:
@@ -195,24 +232,30 @@ def _quantiles(values: Any) -> dict[str, int]:
     return {name: int(np.quantile(values, q, method="inverted_cdf")) for name, q in _QUANTILES.items()}
 
 
-def _source(source: SourceSection, section: CorpusSection, statuses: dict[str, int]) -> tuple[SourceView, bool]:
+def _source(
+    source: SourceSection, section: CorpusSection, statuses: dict[str, int], problems: list[str]
+) -> tuple[SourceView, bool]:
     """What its first record says, and whether that goes through the chat template."""
     found = find_source(source)
     records = open_source(source, found, seed=section.seed, cache=cache_folder(section))
-    columns: list[str] = []
+    columns, unread = [], list[str]()
     kind: str | None = None if source.format == "auto" else source.format
     for _, detected, record in read_source(source, records):
         if not isinstance(record, Unusable):
             columns, kind = list(record), detected
+            unread = sorted(unread_columns(record, detected)[1] - set(source.ignore_columns))
             break
     view = SourceView(
         path=source.path,
         files=len(found.files) if found.builder else None,
         format=kind,
         columns=columns,
+        unread=unread,
         records=records.total,
         used=records.used,
         statuses=statuses,
+        problems=problems,
+        refused=statuses.get(INVALID_TEXT, 0) > allowed_bad(sum(statuses.values()), section.max_bad_share),
     )
     return view, kind in ("messages", "conversations", "alpaca")
 
@@ -255,6 +298,11 @@ def _sources(found: Preview) -> list[RenderableType]:
         parts.append(Text(f"source {i}: {source.path}", style="bold"))
         parts.append(Text(f"  format {source.format or 'unknown'}; columns {', '.join(source.columns) or '(none)'}"))
         parts.append(Text(f"  {source.records:,} records{files}{used}: {counts(source.statuses)}"))
+        if source.unread:
+            parts.append(Text(f"  not read, and not known: {', '.join(source.unread)}", style="yellow"))
+        parts += [Text(f"  cannot be used: {problem}", style="yellow") for problem in source.problems]
+        if source.refused:
+            parts.append(Text("  `dump` refuses this: more than corpus.max_bad_share cannot be used", style="red"))
     return parts
 
 
@@ -269,7 +317,9 @@ def _totals(found: Preview) -> Table:
         "samples": f"{found.samples:,} ({counts(found.statuses)}), {found.duplicates:,} duplicates",
         "mask": f"{found.mask}: {how[found.template]}",
         "begin of text": f"{found.begins_with_bos:,} samples begin with it, {found.doubled_bos:,} of them twice",
-        "end of text": f"{found.ends_with_eos:,} samples end with it",
+        "end of turn": "supervised text ends with "
+        + (", ".join(f"{end!r} {count:,} times" for end, count in found.ends.items()) or "nothing"),
+        "empty": ", ".join(f"{count:,} {reason}" for reason, count in found.empty.items()) or "no sample",
         "tokens": f"{found.tokens:,}, {found.supervised_tokens:,} of them supervised{share}",
         "per sample": ", ".join(f"{name} {value:,}" for name, value in found.lengths.items()),
         "supervised": ", ".join(f"{name} {value:,}" for name, value in found.supervised_lengths.items()),

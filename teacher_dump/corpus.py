@@ -220,6 +220,11 @@ def freeze_corpus(
     return corpus
 
 
+def allowed_bad(samples: int, share: float) -> float:
+    """How many records of a source may be unusable."""
+    return max(share * samples, 1 if share else 0)
+
+
 def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
     """Name the records that cannot be used; DataError where a source holds more of them than is allowed."""
     first = 0
@@ -230,7 +235,7 @@ def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
         if not bad:
             continue
         what = f"{bad} of {samples} records of {source.path} cannot be used"
-        if bad > max(share * samples, 1 if share else 0):
+        if bad > allowed_bad(samples, share):
             raise DataError(
                 what,
                 got="; ".join(problems),

@@ -173,3 +173,31 @@ def test_what_cannot_be_shown_is_told(config, call):
     code, _, err = call("preview", config, "--set", "teacher.model=/nowhere")
     assert code == Exit.MISMATCH
     assert "teacher.model" in err
+
+
+def test_ends_of_turns_empty_samples_and_records_that_cannot_be_used_are_explained(config, call, tmp_path):
+    long = chat("what is it " * 60, "so")
+    odd = [{"messages": [{"role": "critic", "content": "x"}]}, {"messages": "oops"}]
+    records = [*RECORDS, long, {"messages": []}, *odd]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record | {"mood": "good"}) + "\n" for record in records))
+    found = json.loads(call("preview", config, "--json")[1])
+    assert found["ends"] == {"<|im_end|>": 4, "</s>": 2, " the": 1}, "one answer is cut"
+    assert found["empty"] == {
+        "without content": 1, "cut before an answer begins": 1, "without an answer that is supervised": 1,
+    }  # fmt: skip
+    chats = found["sources"][0]
+    assert (chats["unread"], chats["refused"], chats["statuses"]["invalid_text"]) == (["mood"], True, 2)
+    assert "record 9: a message has an unknown role: 'critic'" in chats["problems"][0]
+    code, out, _ = call("preview", config)
+    assert code == Exit.DONE
+    for said in (
+        "'<|im_end|>' 4 times",
+        "1 cut before an answer begins",
+        "not known: mood",
+        "record 10: ",
+        "refuses this",
+    ):
+        assert said in out
+    assert not json.loads(call("preview", config, "--json", "--set", "corpus.max_bad_share=0.2")[1])["sources"][0][
+        "refused"
+    ]
