@@ -269,3 +269,31 @@ def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_o
     section = CorpusSection(sources=[SourceSection(path=str(path), ignore_columns=["images"])])
     assert freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY).statuses == ["ok"] * 5
     assert caplog.text.count("does not read: mood") == 1
+
+
+def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path):
+    """Columnar files give each tool and each call the keys of all others, as nulls."""
+    given = [("get", {"city": "it"}), ("mul", {"a": 1, "b": 2})]
+    records = [
+        {
+            "tools": [{"type": "function", "function": {"name": name, "parameters": dict.fromkeys(arguments, "x")}}],
+            "messages": [
+                {"role": "user", "content": "what"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            ],
+        }
+        for name, arguments in given
+    ]
+    template = (
+        "{% for tool in tools %}{{ tool.function | tojson }}{% endfor %}{% for m in messages %}<|im_start|>"
+        "{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    lines = freeze(write_jsonl(tmp_path / "a.jsonl", records), tokenizer=tokenizer)
+    columns = freeze(tmp_path / "a.parquet", tokenizer=tokenizer)
+    np.testing.assert_array_equal(columns.input_ids, lines.input_ids)
+    assert columns.fingerprint == lines.fingerprint
+    assert supervised(columns, 0, tokenizer) == '{"name": "get", "arguments": {"city": "it"}}<|im_end|>'
+    assert "null" not in tokenizer.decode(columns.input_ids)
