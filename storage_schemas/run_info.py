@@ -116,6 +116,9 @@ class RunInfo(_Identity):
     """Fidelity gate in nats."""
     engine: EngineIdentity
     """The software."""
+    masked_from: int | None = Field(None, ge=1, lt=2**31)
+    """Logits of ids from here on, rows of the head that the tokenizer lacks, were masked before anything was computed;
+    absent: of none, because there are none or because the first writers did not."""
     made_by: MadeBy | None = None
     """No part of the identity, nor of the fingerprint; absent in dumps of the first writers, whose `teacher` and
     `engine` say it."""

@@ -109,6 +109,7 @@ def run_dump(
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
     with opened(teacher) as teacher, stoppable() as stop:
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
+        refuse_wider_than_vocabulary(estimator, teacher)
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)
         if heldout is not None:
@@ -163,7 +164,21 @@ def run_info(
         max_kl=dump.max_kl,
         engine=teacher.engine,
         made_by=teacher.made_by(),
+        **({} if teacher.masked_from is None else {"masked_from": teacher.masked_from}),
     )
+
+
+def refuse_wider_than_vocabulary(estimator: Estimator, teacher: Teacher) -> None:
+    """Raise MismatchError if a head shall have more entries than there are ids."""
+    ids = teacher.masked_from or teacher.head_size
+    wanted = {name: value for name, value in estimator.model_dump().items() if name in ("k", "k_min", "k_max")}
+    if too_many := {f"estimator.{name}": value for name, value in wanted.items() if value > ids}:
+        raise MismatchError(
+            "the estimator asks for more entries than the teacher's vocabulary has",
+            got=", ".join(f"{name} = {value}" for name, value in too_many.items()),
+            expected=f"at most {ids}",
+            fix="lower it; 64 holds nearly all of the probability of most tokens, `llm-neo plan` says how much",
+        )
 
 
 def refuse_too_long(corpus: Corpus, teacher: Teacher) -> None:
@@ -267,7 +282,11 @@ class Worker:
     def _ask(self, batch: Sequence[Sample]) -> list[Targets | None]:
         run = self.writer.run
         return self.teacher.targets(
-            batch, estimator=run.estimator, temperatures=run.temperatures, logsumexp=run.logsumexp
+            batch,
+            estimator=run.estimator,
+            temperatures=run.temperatures,
+            logsumexp=run.logsumexp,
+            masked_from=run.masked_from,
         )
 
     def _look(self) -> None:

@@ -93,7 +93,13 @@ class GroupTeacher(Teacher):
         return torch.device("cuda", self.group.local_rank) if self.group.on_gpu else torch.device("cpu")
 
     def targets(
-        self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+        self,
+        samples: Sequence[Sample],
+        *,
+        estimator: Estimator,
+        temperatures: Sequence[float],
+        logsumexp: bool,
+        masked_from: int | None = None,
     ) -> list[Targets | None]:
         """As `Teacher.targets`, with every process of the group.
 
@@ -103,6 +109,7 @@ class GroupTeacher(Teacher):
         """
         _ = self.model
         call: dict[str, Any] = {"estimator": estimator, "temperatures": temperatures, "logsumexp": logsumexp}
+        call["masked_from"] = masked_from
         if self.group.leads:
             self.group.send((samples, call))
         try:

@@ -19,7 +19,7 @@ from storage_schemas.targets import Targets, concatenate
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus import Sample, freeze_corpus
-from teacher_dump.dump import refuse_too_long, row_of, run_info
+from teacher_dump.dump import refuse_too_long, refuse_wider_than_vocabulary, row_of, run_info
 from teacher_dump.plan import Bytes, Pilot, Plan, UnitSize, choose_pilot, make_plan
 from teacher_dump.teacher import Teacher
 
@@ -60,6 +60,7 @@ def plan_dump(
         MismatchError: the teacher cannot be loaded, or a sample is too long for it.
         DataError: the corpus cannot be used.
     """
+    refuse_wider_than_vocabulary(estimator, teacher)
     frozen = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
     refuse_too_long(frozen, teacher)
     run = run_info(dump, teacher, corpus, frozen, estimator=estimator, temperatures=temperatures)
@@ -105,7 +106,13 @@ def _ask(
     widest = TopK(k=max(*WIDTHS, *(each.k for each in estimators if isinstance(each, TopK))), mass=1.0)
     # The first pass on a device is slow; the smallest batch takes that upon itself.
     if batches:
-        teacher.targets(batches[-1][-1:], estimator=widest, temperatures=run.temperatures, logsumexp=True)
+        teacher.targets(
+            batches[-1][-1:],
+            estimator=widest,
+            temperatures=run.temperatures,
+            logsumexp=True,
+            masked_from=run.masked_from,
+        )
     found: list[tuple[Estimator, dict[int, Targets]]] = []
     wide: dict[int, Targets] = {}
     seconds = 0.0
@@ -116,7 +123,11 @@ def _ask(
         started = time.monotonic()
         for i, batch in enumerate(batches):
             answers = teacher.targets(
-                batch, estimator=each if draws else widest, temperatures=temperatures, logsumexp=True
+                batch,
+                estimator=each if draws else widest,
+                temperatures=temperatures,
+                logsumexp=True,
+                masked_from=run.masked_from,
             )
             results |= {s.sample_index: t for s, t in zip(batch, answers, strict=True) if t is not None}
             if progress is not None:

@@ -116,7 +116,13 @@ def recompute(
     results: dict[int, Compared] = {}
     done = 0
     for batch in teacher.batches([_sample(row) for row in picked.values()]):
-        found = teacher.targets(batch, estimator=run.estimator, temperatures=run.temperatures, logsumexp=run.logsumexp)
+        found = teacher.targets(
+            batch,
+            estimator=run.estimator,
+            temperatures=run.temperatures,
+            logsumexp=run.logsumexp,
+            masked_from=run.masked_from,
+        )
         for sample, exact in zip(batch, found, strict=True):
             stored = picked[sample.sample_index].targets
             if exact is None or stored is None:

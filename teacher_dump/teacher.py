@@ -70,6 +70,12 @@ class Teacher:
         """Rows of the LM head."""
         return int(self.config.get_text_config().vocab_size)
 
+    @cached_property
+    def masked_from(self) -> int | None:
+        """The first row of the LM head from which on the tokenizer has no ids; None if it has one for the last row."""
+        known = max(self.tokenizer.get_vocab().values()) + 1
+        return known if known < self.head_size else None
+
     @property
     def positions(self) -> int | None:
         """Tokens that it can see at most; None if nothing in its config limits them."""
@@ -170,7 +176,13 @@ class Teacher:
         return [[samples[place] for place in places] for places in cuts]
 
     def targets(
-        self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+        self,
+        samples: Sequence[Sample],
+        *,
+        estimator: Estimator,
+        temperatures: Sequence[float],
+        logsumexp: bool,
+        masked_from: int | None = None,
     ) -> list[Targets | None]:
         """Targets of each sample's supervised tokens, in order; None where its logits are not finite.
 
@@ -181,29 +193,26 @@ class Teacher:
             estimator: how targets are chosen.
             temperatures: of the stored tail masses; the first is 1.
             logsumexp: whether to keep the logsumexp of the raw logits.
+            masked_from: ids from here on have no probability; None: all rows of the head have.
 
         Raises:
             MismatchError: a single sample does not fit into the device's memory.
         """
+        call: dict[str, Any] = {"estimator": estimator, "temperatures": temperatures, "logsumexp": logsumexp}
+        call["masked_from"] = masked_from
         padded = len(samples) * max(forward_tokens(sample) for sample in samples)
         if len(samples) == 1 or self._fits is None or padded <= self._fits:
             try:
-                return self.compute(samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
+                return self.compute(samples, **call)
             except torch.OutOfMemoryError as error:
                 message = str(error).strip().splitlines()[0]
             self._refuse_or_halve(samples, padded, message)
         half = (len(samples) + 1) // 2
-        return [
-            found
-            for part in (samples[:half], samples[half:])
-            for found in self.targets(part, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
-        ]
+        return [found for part in (samples[:half], samples[half:]) for found in self.targets(part, **call)]
 
-    def compute(
-        self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
-    ) -> list[Targets | None]:
+    def compute(self, samples: Sequence[Sample], **call: Any) -> list[Targets | None]:
         """`targets` in one batch, whether it fits or not."""
-        return _targets(self.model, samples, estimator=estimator, temperatures=temperatures, logsumexp=logsumexp)
+        return _targets(self.model, samples, **call)
 
     @cached_property
     def _identity(self) -> TeacherIdentity:
@@ -295,7 +304,13 @@ def _relative_difference(got: Tensor, expected: Tensor) -> float:
 
 @torch.inference_mode()
 def _targets(
-    model: Any, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+    model: Any,
+    samples: Sequence[Sample],
+    *,
+    estimator: Estimator,
+    temperatures: Sequence[float],
+    logsumexp: bool,
+    masked_from: int | None,
 ) -> list[Targets | None]:
     positions = [supervised_positions(sample.loss_mask) for sample in samples]
     hidden = _supervised_hidden(model, samples, positions)
@@ -307,6 +322,8 @@ def _targets(
     for start in range(0, len(hidden), chunk):
         tokens = slice(start, start + chunk)
         logits = _logits(model, hidden[tokens], transform, scratch)
+        if masked_from is not None:
+            logits[:, masked_from:] = -torch.inf
         parts.append(
             estimate(
                 logits,

@@ -133,7 +133,11 @@ class VllmTeacher(Teacher):
             self._open(run.max_entries, run.corpus.max_length)
             return
         samples = check_samples(corpus, self.section.vllm_check_samples)
-        settings = _Settings(estimator=run.estimator, temperatures=run.temperatures, logsumexp=run.logsumexp)
+        settings = _Settings(
+            estimator=run.estimator,
+            temperatures=run.temperatures,
+            logsumexp=run.logsumexp,
+        )
         # The reference comes first and leaves: the engine takes the memory that it finds free.
         expected = _reference(self.section, samples, settings)
         self._open(run.max_entries, run.corpus.max_length)
@@ -154,7 +158,13 @@ class VllmTeacher(Teacher):
         _release_memory()
 
     def targets(
-        self, samples: Sequence[Sample], *, estimator: Estimator, temperatures: Sequence[float], logsumexp: bool
+        self,
+        samples: Sequence[Sample],
+        *,
+        estimator: Estimator,
+        temperatures: Sequence[float],
+        logsumexp: bool,
+        masked_from: int | None = None,
     ) -> list[Targets | None]:
         """Targets of each sample's supervised tokens, in order; None where its log-probs are not numbers.
 
@@ -171,7 +181,9 @@ class VllmTeacher(Teacher):
         found: list[Targets | None] = []
         for answer, place in zip(answers, places, strict=True):
             ids, logprobs = ranked(answer, place, k)
-            targets, finite = topk_targets(ids, logprobs, mass=estimator.mass, vocabulary=self.head_size)
+            targets, finite = topk_targets(
+                ids, logprobs, mass=estimator.mass, vocabulary=self.head_size, masked_from=masked_from
+            )
             found.append(targets if finite.all() else None)
         return found
 

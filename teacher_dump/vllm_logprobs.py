@@ -54,7 +54,9 @@ def ranked(prompt_logprobs: Any, tokens: I64, k: int) -> tuple[I64, F64]:
     return found_ids, found
 
 
-def topk_targets(ids: I64, logprobs: F64, *, mass: float, vocabulary: int) -> tuple[Targets, Bool]:
+def topk_targets(
+    ids: I64, logprobs: F64, *, mass: float, vocabulary: int, masked_from: int | None = None
+) -> tuple[Targets, Bool]:
     """Targets of n tokens from their K largest entries, as `estimators.topk` makes them from all logits.
 
     What lies outside the K largest is 1 - sum, taken in float64. It is noise below TAIL_NOISE; there it is taken for
@@ -66,6 +68,8 @@ def topk_targets(ids: I64, logprobs: F64, *, mass: float, vocabulary: int) -> tu
         logprobs: (n, K) natural logs, normalised over the whole vocabulary.
         mass: the head ends once it holds this much; 1.0: never early.
         vocabulary: entries of the distribution, at least K.
+        masked_from: ids from here on shall have no probability. Those among the K are left out, and what remains is
+            divided by its sum; those that are not among them stay in the tail, unknown.
 
     Returns:
         The targets and, per token, whether its log-probs were numbers; if not, its target means nothing.
@@ -76,14 +80,24 @@ def topk_targets(ids: I64, logprobs: F64, *, mass: float, vocabulary: int) -> tu
     order = np.lexsort((ids, -logprobs), axis=1)
     ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
     p = np.exp(logprobs)
+    smallest = p[:, -1]
+    rest = np.clip(1.0 - p.sum(axis=1), np.minimum(smallest, TAIL_NOISE), None)
+    rest = np.minimum(rest, (vocabulary - k) * smallest)
+    if masked_from is not None:
+        masked = ids >= masked_from
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kept = np.log1p(-np.where(masked, p, 0.0).sum(axis=1))
+            logprobs = np.where(masked, -np.inf, logprobs - kept[:, None])
+            # The largest first again, those without probability last.
+            order = np.argsort(-logprobs, axis=1, kind="stable")
+            ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+            p, rest = np.exp(logprobs), rest / np.exp(kept)
+        finite &= np.isfinite(kept) & ~masked.all(axis=1)
     before = np.pad(np.cumsum(p[:, :-1], axis=1), ((0, 0), (1, 0)))
     inside = before < mass if mass < 1.0 else np.ones_like(p, dtype=bool)
     inside[:, 0] = True
     inside &= logprobs > -np.inf
     left_out = np.where(inside, 0.0, p).sum(axis=1)
-    smallest = p[:, -1]
-    rest = np.clip(1.0 - p.sum(axis=1), np.minimum(smallest, TAIL_NOISE), None)
-    rest = np.minimum(rest, (vocabulary - k) * smallest)
     with np.errstate(divide="ignore"):
         tail = np.minimum(np.log(left_out + rest), 0.0)
 

@@ -102,6 +102,8 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["what is the answer to the question, and how is the other one"] * 4, trainer)
+    # So little text gives fewer merges: without these the head would have rows that the tokenizer has no ids for.
+    tokenizer.add_tokens([f"<|unused-{i}|>" for i in range(VOCABULARY - tokenizer.get_vocab_size())])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=_SPECIAL[2:]
     )

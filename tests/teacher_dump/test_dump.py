@@ -35,6 +35,7 @@ from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import freeze_corpus
 from teacher_dump.dump import run_dump, tokenizer_files
+from teacher_dump.recompute import recompute
 from teacher_dump.teacher import Teacher
 
 
@@ -236,6 +237,41 @@ def test_targets_do_not_depend_on_the_batches(tmp_path, corpus_file, model_folde
                 np.testing.assert_array_equal(a.targets.ids, b.targets.ids)
                 np.testing.assert_allclose(a.targets.logprobs, b.targets.logprobs, atol=LOGPROB)
                 np.testing.assert_allclose(a.targets.tail_logprob, b.targets.tail_logprob, atol=LOGPROB)
+
+
+PADDED = VOCABULARY + 64
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [TopK(k=VOCABULARY, mass=1.0), Adaptive(kind="adaptive", mass=0.3, k_max=4), Sampled(kind="sampled", draws=200)],
+)
+def test_ids_that_the_tokenizer_lacks_have_no_probability(tmp_path, corpus_file, estimator):
+    """Many heads are padded; a student with a smaller one stops at such an id in mid-run."""
+    folder = save_teacher(tmp_path / "teacher", vocab_size=PADDED)
+    section = sections(tmp_path / "dump", corpus_file, folder, logprob_step=0.0) | {"estimator": estimator}
+    run_dump(**section)
+    dump = Dump.open(str(tmp_path / "dump"))
+    assert (dump.run.masked_from, dump.run.teacher.head_size) == (VOCABULARY, PADDED)
+    assert max(record.max_id for record in dump.records().values()) < VOCABULARY
+    model = tiny_model("llama", vocab_size=PADDED)
+    for row in rows_of(tmp_path / "dump"):
+        if row.targets is not None:
+            every = exact_logprobs(model, row)[:, :VOCABULARY]
+            assert np.exp(every).sum(1).max() < 0.95, "the padded rows of this model have no weight to lose"
+            exact = every - np.logaddexp.reduce(every, axis=1, keepdims=True)
+            tokens = np.repeat(np.arange(len(exact)), row.targets.lengths)
+            np.testing.assert_allclose(row.targets.logprobs, exact[tokens, row.targets.ids], atol=1e-4)
+    report = recompute(dump, Teacher(section["teacher"]), rows=SAMPLES)
+    assert report.errors == []
+
+
+def test_heads_wider_than_the_vocabulary_are_refused_before_anything_is_read(tmp_path, model_folder):
+    for estimator in (TopK(k=VOCABULARY + 1), Adaptive(kind="adaptive", k_max=1_000_000)):
+        section = sections(tmp_path / "dump", tmp_path / "no-such-file", model_folder) | {"estimator": estimator}
+        with pytest.raises(MismatchError, match=rf"more entries(.|\n)*at most {VOCABULARY}"):
+            run_dump(**section)
+    assert not (tmp_path / "dump").exists()
 
 
 def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpus_file, model_folder):

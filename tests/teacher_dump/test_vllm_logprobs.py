@@ -196,3 +196,22 @@ def test_of_equal_entries_the_lowest_id_comes_first_whatever_the_order_of_the_an
     assert targets.ids.tolist() == [2, 9]
     targets, _ = topk_targets(ids, logprobs, mass=0.6, vocabulary=3)
     assert targets.ids.tolist() == [2, 5, 2, 9]
+
+
+@pytest.mark.parametrize("k", [40, 12])
+def test_ids_that_the_tokenizer_lacks_are_dropped(k):
+    """With all entries known, as if they had been masked; else what is not named of them stays in the tail."""
+    logits = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)) * 3
+    every = logits.double().log_softmax(1).numpy()
+    ids = np.argsort(-every, axis=1)[:, :k]
+    found, finite = topk_targets(ids, np.take_along_axis(every, ids, 1), mass=0.9, vocabulary=40, masked_from=30)
+    logits[:, 30:] = -torch.inf
+    exact, _ = to_targets([topk(logits, k=40, mass=0.9, temperatures=(1.0,))], logsumexp=False)
+    assert finite.all()
+    assert found.ids.max() < 30
+    if k == 40:
+        np.testing.assert_array_equal(found.ids, exact.ids)
+        np.testing.assert_allclose(found.logprobs, exact.logprobs, atol=1e-5)
+        np.testing.assert_allclose(found.tail_logprob, exact.tail_logprob, atol=1e-4)
+    heads = np.add.reduceat(np.exp(found.logprobs.astype(np.float64)), found.offsets[:-1])
+    np.testing.assert_allclose(heads + np.exp(found.tail_logprob[:, 0]), 1.0, atol=1e-5)
