@@ -308,13 +308,13 @@ def refuse_tokenizer(student: StudentSection, files: Mapping[str, bytes], *, hea
         files: the dump's tokenizer files.
         head_rows: rows of the student's head.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), files)
+        theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
     if not has_tokenizer(student.model, student.revision):
         log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", student.model)
         return
     ours = _vocabulary(student.model, student.revision, "correct it, or remove it from the student's directory")
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), files)
-        theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
 
 
