@@ -34,6 +34,8 @@ DICTIONARY_STEP = 3 * 2.0**-6
 byte each in a dictionary, which zstd then brings near their entropy. On finer grids byte planes are smaller."""
 FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
+STRINGS = ("sample_id", "status")
+"""Columns of strings."""
 _NO_TAIL = -100.0
 """Log of a mass that is as good as none."""
 _CELLS = 2**18
@@ -194,9 +196,26 @@ def encode(unit: UnitRows, metadata: dict[str, str], *, step: float = 0.0) -> by
     return sink.getvalue()
 
 
-def open_parquet(data: bytes) -> pq.ParquetFile:
-    """The file's footer; pages are checked against their checksums when read."""
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, arrow_extensions_enabled=False)
+def open_parquet(data: bytes, *, checked: pq.ParquetFile | None = None) -> pq.ParquetFile:
+    """The file's footer; pages are checked against their checksums when read.
+
+    Args:
+        data: the whole file.
+        checked: the same file, opened before, whose schema is the format's. Now its strings come as dictionaries, in
+            which a long one that many rows share takes memory once.
+    """
+    return pq.ParquetFile(
+        pa.BufferReader(data),
+        metadata=None if checked is None else checked.metadata,
+        read_dictionary=None if checked is None else list(STRINGS),
+        page_checksum_verification=True,
+        arrow_extensions_enabled=False,
+    )
+
+
+def string_limit(rows: int, tokens: int) -> int:
+    """Bytes that the ids of a unit, or its statuses, may have: 4 KiB per row, or as much as the text itself."""
+    return 2**16 + 2**12 * rows + 2**4 * tokens
 
 
 def refuse_other_schema(file: pq.ParquetFile) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 _MAGIC = b"PAR1"
 _DEPTH = 16
 """Nesting of a footer, at most; it needs 7."""
+_BOUNDED = {0, 2, 8}
+"""Encodings of strings, plain and dictionary, that pyarrow reads as a dictionary without unfolding them."""
 _COLUMN_ELSEWHERE = {1, 8, 9}
 """Fields of a column chunk that say it lies in another file or is encrypted."""
 
@@ -24,13 +26,46 @@ def claimed_values(data: bytes, levels: Sequence[tuple[int, int]]) -> list[int]:
     Raises:
         ValueError: the footer is torn, or a column chunk is none that pyarrow can describe.
     """
+    try:
+        return _totals(_footer(data), levels)
+    except (AttributeError, TypeError) as error:
+        raise ValueError("the footer holds other types than Parquet's") from error
+
+
+def string_bytes(data: bytes, column: int) -> int:
+    """Decompressed bytes of a column of strings, as its page headers have them: what pyarrow goes by.
+
+    Read as a dictionary, the column takes no more memory than that.
+
+    Raises:
+        ValueError: the pages are torn, or encoded so that they unfold to more.
+    """
+    total = 0
+    try:
+        for group in _footer(data).get(4, []):
+            about = group[1][column][3]
+            at = min(offset for offset in (about.get(11), about[9]) if offset)
+            end = at + about[7]
+            while at < end:
+                header = _Thrift(data, at)
+                page = header.struct()
+                values = page.get(5) or page.get(8) or {}
+                if values and values.get(4 if 8 in page else 2) not in _BOUNDED:
+                    raise ValueError(f"column {column} has an encoding that strings may not have")
+                if page[2] < 0 or page[3] < 0:
+                    raise ValueError(f"column {column} has a page of negative size")
+                total += page[2]
+                at = header.at + page[3]
+    except (AttributeError, TypeError, LookupError) as error:
+        raise ValueError("a page header holds other types than Parquet's") from error
+    return total
+
+
+def _footer(data: bytes) -> dict[int, Any]:
     size = int.from_bytes(data[-8:-4], "little")
     if data[-4:] != _MAGIC or not 0 < size <= len(data) - 12:
         raise ValueError("no Parquet footer")
-    try:
-        return _totals(_Thrift(data[-8 - size : -8]).struct(), levels)
-    except (AttributeError, TypeError) as error:
-        raise ValueError("the footer holds other types than Parquet's") from error
+    return _Thrift(data[-8 - size : -8]).struct()
 
 
 def _totals(footer: dict[int, Any], levels: Sequence[tuple[int, int]]) -> list[int]:
@@ -54,8 +89,8 @@ def _totals(footer: dict[int, Any], levels: Sequence[tuple[int, int]]) -> list[i
 class _Thrift:
     """Structures of the Thrift compact protocol as {field: value}."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self._data, self.at = data, at
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         found: dict[int, Any] = {}
@@ -86,10 +121,10 @@ class _Thrift:
         raise ValueError(f"type {kind} in the footer")
 
     def _take(self, size: int) -> bytes:
-        piece = self._data[self._at : self._at + size]
+        piece = self._data[self.at : self.at + size]
         if len(piece) != size:
             raise ValueError("the footer is torn")
-        self._at += size
+        self.at += size
         return piece
 
     def _unsigned(self) -> int:

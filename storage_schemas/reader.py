@@ -24,7 +24,7 @@ from storage_schemas.commit import (
     unit_of_record,
 )
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.footer import claimed_values
+from storage_schemas.footer import claimed_values, string_bytes
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
 from storage_schemas.run_info import RunInfo
 from storage_schemas.store import Store, missing
@@ -252,7 +252,10 @@ def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) ->
         file = codec.open_parquet(data)
         _check_footer(file, data, record, run, name=name)
         unit = codec.decode_file(
-            file, temperatures=len(run.temperatures), draws=run.estimator.kind != "topk", logsumexp=run.logsumexp
+            codec.open_parquet(data, checked=file),
+            temperatures=len(run.temperatures),
+            draws=run.estimator.kind != "topk",
+            logsumexp=run.logsumexp,
         )
         _check_values(unit, record, run)
     except _UNREADABLE as error:
@@ -289,6 +292,10 @@ def _check_footer(file: pq.ParquetFile, data: bytes, record: CommitRecord, run: 
         limit = limits.get(column, 0) + record.rows + targets
         if values > limit:
             raise ValueError(f"column {column} claims {values} values, expected at most {limit}")
+    most = codec.string_limit(record.rows, tokens)
+    for column in codec.STRINGS:
+        if (size := string_bytes(data, SCHEMA.get_field_index(column))) > most:
+            raise ValueError(f"column {column} has {size} bytes, expected at most {most}")
 
 
 def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:

@@ -250,8 +250,8 @@ def columns_to_unit(arrays: Mapping[str, pa.Array], *, temperatures: int, draws:
             raise ValueError(f"{name} disagrees in length with its neighbours")
     return UnitRows(
         sample_index=arrays["sample_index"].to_numpy(),
-        sample_id=arrays["sample_id"].to_pylist(),
-        status=arrays["status"].to_pylist(),
+        sample_id=_texts(arrays["sample_id"]),
+        status=_texts(arrays["status"]),
         token_offsets=token_offsets,
         input_ids=input_ids,
         loss_mask=loss_mask,
@@ -309,6 +309,14 @@ def _drawn(targets: Targets) -> tuple[I64, I32]:
     assert targets.counts is not None
     drawn = ~in_head(targets.offsets, targets.head_size)
     return _offsets(targets.lengths - targets.head_size), targets.counts[drawn]
+
+
+def _texts(array: pa.Array) -> list[str]:
+    """Each row's text; of a dictionary, rows with one text share it."""
+    if not isinstance(array, pa.DictionaryArray):
+        return list(array.to_pylist())
+    texts = array.dictionary.to_pylist()
+    return [texts[i] for i in array.indices.to_pylist()]
 
 
 def _one_level(array: pa.ListArray) -> tuple[I64, Any]:

@@ -202,6 +202,17 @@ class DumpWriter:
         flat = rows_to_unit(
             rows, temperatures=len(run.temperatures), draws=run.estimator.kind != "topk", logsumexp=run.logsumexp
         )
+        ids, most = (
+            sum(len(row.sample_id.encode()) + 4 for row in rows),
+            codec.string_limit(len(rows), len(flat.input_ids)),
+        )
+        if ids > most:
+            raise DataError(
+                f"the ids of the samples of unit {unit} are too long",
+                got=f"{ids} bytes",
+                expected=f"at most {most}",
+                fix="shorten the ids of the corpus, or leave them out: then a hash of the content is used",
+            )
         rounded = codec.round_targets(
             flat.targets, temperatures=run.temperatures, coarsest=run.logprob_step, max_kl=run.max_kl
         )

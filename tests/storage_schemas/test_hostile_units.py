@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import make_dump, metadata_of, replace_unit, run_info
+from support.dumps import make_dump, metadata_of, replace_unit, run_info, unit_rows
 from support.poison import POISON, good_unit
 
 from storage_schemas import codec
@@ -18,6 +18,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows
 from storage_schemas.run_info import RunInfo
 from storage_schemas.verify import verify
+from storage_schemas.writer import DumpWriter
 
 ESTIMATORS = [TopK(k=8), Adaptive(kind="adaptive", k_max=6, tail_draws=4), Sampled(kind="sampled", draws=12)]
 
@@ -318,3 +319,54 @@ def test_the_smallest_bomb_is_refused_before_it_unfolds(
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(MismatchError if version is None else DataError):
         Dump.open(str(tmp_path)).read_unit(0)
+
+
+def string_bomb(run: RunInfo, size: int, **settings: object) -> bytes:
+    """A few KB that hold one id of `size` bytes for every row."""
+    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(run), metadata_of(run, 0))))
+    ids = pa.array(["x" * size] * len(table), pa.string())
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_arrays([table["sample_index"], ids, *table.columns[2:]], schema=SCHEMA)
+    table = table.replace_schema_metadata(metadata_of(run, 0))
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **settings)
+    return sink.getvalue().to_pybytes()
+
+
+WRITERS: dict[str, dict[str, object]] = {
+    "plain": {"use_dictionary": False},
+    "dictionary": {"use_dictionary": ["sample_id"]},
+    "data pages of version 2": {"use_dictionary": ["sample_id"], "data_page_version": "2.0"},
+    "lengths apart": {"use_dictionary": False, "column_encoding": {"sample_id": "DELTA_LENGTH_BYTE_ARRAY"}},
+    "shared prefixes": {"use_dictionary": False, "column_encoding": {"sample_id": "DELTA_BYTE_ARRAY"}},
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_ids_that_unfold_are_refused_before_they_do(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, run, 0, string_bomb(run, 40, **WRITERS[writer]))
+    if writer not in ("shared prefixes", "lengths apart"):
+        assert Dump.open(str(tmp_path)).read_unit(0).sample_id == ["x" * 40] * 4
+    data = string_bomb(run, 2**22, **WRITERS[writer])
+    assert len(data) < 20_000
+    replace_unit(tmp_path, run, 0, data)
+    monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match=r"sample_id has|encoding that strings may not have"):
+        Dump.open(str(tmp_path)).read_unit(0)
+
+
+def test_rows_that_share_a_long_id_share_its_memory(tmp_path: Path) -> None:
+    run = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, run, 0, string_bomb(run, 60_000, use_dictionary=["sample_id"]))
+    ids = Dump.open(str(tmp_path)).read_unit(0).sample_id
+    assert ids == ["x" * 60_000] * 4
+    assert len({id(text) for text in ids}) == 1
+
+
+def test_ids_that_no_reader_would_take_are_not_written(tmp_path: Path) -> None:
+    run = run_info()
+    rows = [replace(row, sample_id="x" * 10**5) for row in unit_rows(run, 0)]
+    with pytest.raises(DataError, match="ids of the samples of unit 0 are too long"):
+        DumpWriter.open(str(tmp_path), run).commit_unit(0, rows)
