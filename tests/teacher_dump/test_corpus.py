@@ -286,8 +286,8 @@ def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path):
     ]
     template = (
         "{% for tool in tools %}{{ tool.function | tojson }}{% endfor %}{% for m in messages %}<|im_start|>"
-        "{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
-        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}"
+        "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = tiny_tokenizer(template)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
