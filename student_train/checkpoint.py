@@ -42,6 +42,17 @@ FILE_BYTES = 1 << 30
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
+class Extension(Section):
+    """A run went on under other settings, see `train.extend`."""
+
+    step: int
+    """Steps that were done by then."""
+    before: dict[str, Any]
+    """The settings that have changed: dotted name -> value until then."""
+    after: dict[str, Any]
+    """Their values from then on."""
+
+
 class TrainState(Section):
     """All that is needed to go on, apart from tensors. The world size is not part of it."""
 
@@ -55,6 +66,8 @@ class TrainState(Section):
     """Hash over the units that were trained on, see `stream.consumed_root`."""
     identity: dict[str, Any]
     """What must be equal for a resumed run to be the same run: dotted name -> value."""
+    extended: tuple[Extension, ...] = ()
+    """Where the run went on under other settings."""
 
 
 class FileRecord(Section):
@@ -255,7 +268,8 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             f"the checkpoint is of another run: {', '.join(different)}",
             got="; ".join(f"{key} = {json.dumps(wanted.get(key))}" for key in different),
             expected="; ".join(f"{key} = {json.dumps(found.get(key))}" for key in different),
-            fix="restore these settings, or choose another train.output",
+            fix="restore these settings, or choose another train.output; "
+            "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
         )
 
 

@@ -168,6 +168,10 @@ class TrainSection(Section):
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto`: go on if the run directory has a checkpoint. `must`: exit 66 without one. `never`: refuse a used
     directory."""
+    extend: bool = False
+    """Let a run go on from its newest checkpoint under changed settings: more epochs or steps, another learning rate,
+    schedule, precision, optimizer or loss. The schedule is then that of the new total, from the next step on; what has
+    changed is logged, and kept in checkpoints and summary. What decides the order of samples stays."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []

@@ -323,5 +323,6 @@ def _not_finite(what: str) -> DataError:
         f"the {what} is not finite; the step was not applied",
         got="NaN or infinity",
         expected="a finite number on every rank",
-        fix="lower train.learning_rate or train.max_grad_norm, or use fp32; the last checkpoint is intact",
+        fix="lower train.learning_rate or train.max_grad_norm, or use fp32; the last checkpoint is intact, and goes on "
+        "under these settings with train.extend: true",
     )

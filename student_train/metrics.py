@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,6 +29,8 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 class Event(Section):
     """One line of events.jsonl: the steps since the line before."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     step: int
     """Optimizer steps done."""
@@ -132,7 +135,7 @@ class EventLog:
         """
         self._path = path
         try:
-            kept = [line for line in _lines(path) if line["step"] <= after]
+            kept = [event.model_dump() for event in read_events(path) if event.step <= after]
             staged = path.with_suffix(".staged")
             staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(staged, path)
@@ -154,20 +157,16 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events of a run; a torn last line, of a run that is being written or was killed, is left out."""
-    return [Event.model_validate(line) for line in _lines(path)]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
+    """All events of a run. A line that is torn or damaged is left out with a warning: it decides nothing."""
     if not path.is_file():
         return []
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            found.append(json.loads(text))
-        except ValueError:
-            log.warning("a torn line in %s is left out", path)
-    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
+            found.append(Event.model_validate(json.loads(text)))
+        except (ValueError, RecursionError):
+            log.warning("line %d of %s is torn or damaged, and is left out", number, path)
+    return found
 
 
 class Bar:

@@ -17,7 +17,7 @@ from storage_schemas.rows import OK, Row
 from storage_schemas.run_info import RunInfo, parse_json, validated
 from storage_schemas.section import Section
 from storage_schemas.store import Store
-from student_train.checkpoint import Checkpoint, Checkpoints, choose, refuse_other_run
+from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState, choose, refuse_other_run
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.losses import refuse_unsupported
 from student_train.metrics import EVENTS, refuse_missing_trackers
@@ -31,6 +31,14 @@ log = logging.getLogger(__name__)
 SUMMARY, FINAL = "summary.json", "final"
 LOOK_SECONDS = 2.0
 """Between two looks for a dump that has not begun."""
+EXTENDABLE = {
+    f"train.{name}"
+    for name in (
+        "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
+        "adam_epsilon", "max_grad_norm", "precision",
+    )
+}  # fmt: skip
+"""What `train.extend` may change, beside the loss: neither the samples of a step nor what is trained."""
 PROBE_TOKENS = 64
 """Tokens of the row that the saved student is compared on, at most."""
 FILES, WEIGHTS = "student.files", "student.weights"
@@ -77,6 +85,8 @@ class Summary(Section):
     """Path of the adapter, or of the model for the full arms."""
     final_record: str | None = None
     """sha256 of its llm-neo.json; null for runs from before there was one."""
+    extended: tuple[Extension, ...] = ()
+    """Where the run went on under other settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +101,7 @@ class Run:
     student: StudentSection
     loss: LossSection
     train: TrainSection
+    extended: tuple[Extension, ...] = ()
 
 
 def await_dump(world: World, section: DumpSection, *, seconds: float, stop: Callable[[], bool]) -> None:
@@ -241,6 +252,8 @@ def agree_on_checkpoint(world: World, run: Run) -> Checkpoint | None:
     output = run.train.output
     used = any((output / name).exists() for name in (EVENTS, FINAL, SUMMARY))
     chosen = world.together(lambda: choose(run.checkpoints, resume=run.train.resume, used=used) if world.main else None)
+    if chosen is not None and run.checkpoints.steps() == [0] and run.train.resume == "auto":
+        chosen = None  # Nothing has been trained that could be lost: the record of the start is made anew.
     step = int(world.gather([-1 if chosen is None else chosen.step])[0][0])
     return world.together(lambda: _open_checkpoint(run, step, verify=world.main) if step >= 0 else None)
 
@@ -249,7 +262,15 @@ def _open_checkpoint(run: Run, step: int, *, verify: bool) -> Checkpoint:
     """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
     checkpoint = run.checkpoints.at(step)
     known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, WEIGHTS)}
-    refuse_other_run(known, run.identity)
+    changes = extension(run, checkpoint.state)
+    refuse_other_run(known | (changes.after if changes else {}), run.identity)
+    if step > run.steps:
+        raise MismatchError(
+            f"training has done {step} steps already",
+            got=f"{run.steps} steps in all",
+            expected=f"at least {step}",
+            fix="raise train.max_steps or train.epochs",
+        )
     if verify and (root := consumed_root(run.dump, run.order, step)) != checkpoint.state.consumed:
         raise DataError(
             "the dump has changed since the checkpoint was written",
@@ -260,6 +281,15 @@ def _open_checkpoint(run: Run, step: int, *, verify: bool) -> Checkpoint:
     return checkpoint
 
 
+def extension(run: Run, state: TrainState) -> Extension | None:
+    """What `train.extend` lets a run change on the way, where the configuration and the checkpoint differ in it."""
+    wanted = {key: value for key, value in run.identity.items() if key in EXTENDABLE or key.startswith("loss.")}
+    changed = {key: value for key, value in wanted.items() if key in state.identity and state.identity[key] != value}
+    if not changed or not run.train.extend:
+        return None
+    return Extension(step=state.step, before={key: state.identity[key] for key in changed}, after=changed)
+
+
 def finished(run: Run, step: int) -> Summary | None:
     """The summary, if the run is done."""
     data = Store(str(run.train.output)).get_if_present(SUMMARY)
@@ -267,7 +297,8 @@ def finished(run: Run, step: int) -> Summary | None:
         return None
     # Evaluation adds fields of its own.
     found = {name: value for name, value in parse_json(data, name=SUMMARY).items() if name in Summary.model_fields}
-    return validated(Summary, found, name=SUMMARY)
+    summary = validated(Summary, found, name=SUMMARY)
+    return summary if summary.steps == run.steps else None  # Else it is of the time before the run was extended.
 
 
 def intact(run: Run) -> bool:

@@ -44,6 +44,7 @@ from student_train.run import (
     Summary,
     agree_on_checkpoint,
     await_dump,
+    extension,
     finished,
     intact,
     open_run,
@@ -130,6 +131,13 @@ def train_in(
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", train.output, done.steps)
         return done
+    if checkpoint is not None:
+        changes = extension(run, checkpoint.state)
+        run = replace(run, extended=checkpoint.state.extended + ((changes,) if changes else ()))
+        if changes and world.main:
+            log.info(
+                "from step %d on under other settings: %s; until then: %s", changes.step, changes.after, changes.before
+            )
     learner = world.together(lambda: _load_student(run, checkpoint, main=world.main))
     if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
         world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
@@ -156,7 +164,7 @@ def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Stu
         known = checkpoint.state.identity
         # Checkpoints of version 1 know a digest of some weights, and nothing of config.json.
         own = {WEIGHTS: learner.digest} if WEIGHTS in known else {FILES: learner.files if main else known.get(FILES)}
-        refuse_other_run(known, run.identity | own)
+        refuse_other_run({key: known.get(key) for key in own}, own)
         for _ in exactly((initial or {}).items(), {name: start.shape for name, start in learner.initial.items()}):
             pass
     if main:
@@ -195,6 +203,7 @@ def _save(world: World, run: Run, learner: Student, engine: Engine, step: int) -
                 updates=engine.updates,
                 consumed=consumed_root(run.dump, run.order, step),
                 identity=run.identity | {FILES: learner.files},
+                extended=run.extended,
             )
             initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
             run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
@@ -474,4 +483,5 @@ class _Loop:
             fingerprint=run.dump.fingerprint,
             student=run.student.model,
             final=str(run.train.output / FINAL),
+            extended=run.extended,
         )

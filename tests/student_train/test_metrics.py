@@ -83,6 +83,25 @@ def test_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [EVENTS]
 
 
+def test_a_damaged_line_costs_that_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One flipped bit in a key or a number ended every later start with 70; and what is not finite was logged so."""
+    path = tmp_path / EVENTS
+    log = EventLog(path, after=0)
+    for step in range(1, 7):
+        log.write(event(step, grad_norm=float("inf") if step == 5 else 0.3))
+    log.close()
+    lines = path.read_text().splitlines()
+    lines[0] = lines[0].replace('"loss"', '"lnss"')
+    lines[1] = lines[1].replace("1.5", '"1.5 or so"')
+    lines[2] = "[" * 50_000
+    lines[3] = lines[3].replace('"step": 4', '"step": "x"')
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert [(e.step, e.grad_norm) for e in read_events(path)] == [(5, float("inf")), (6, 0.3)]
+    assert caplog.text.count("is torn or damaged") == 4
+    EventLog(path, after=6).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 6]
+
+
 def test_lines_can_be_followed(tmp_path: Path) -> None:
     """Each is there as soon as it is written."""
     log = EventLog(tmp_path / EVENTS, after=0)

@@ -57,6 +57,7 @@ def results(folder: Path) -> Results:
     """All trainings on two ranks, in one pair of processes."""
     windows = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
     monitor = {"enabled": True, "output_path": str(folder / "logs"), "job_name": "run"}
+    flat = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     (folder / "logs").mkdir()
     (folder / "logs" / "a file").touch()
     jobs: dict[str, dict[str, Any]] = {}
@@ -93,7 +94,18 @@ def results(folder: Path) -> Results:
         "no tracker": {"train": {"report_to": ["wandb"]}, "hide": "wandb"},
         "sealed": {"train": windows},
         "following": {"train": windows, "dump": "growing", "grow": (range(2, 4), range(4, 5))},
-        "late": {"train": windows, "dump": "late dump", "grow": (range(2), range(2, 5))},
+        "longer": {"copy": "zero2 whole", "train": {"max_steps": 9, "extend": True}},
+        "longer again": {"output": "longer", "train": {"max_steps": 9, "extend": True}},
+        "longer, unsaid": {"copy": "zero2 whole", "train": {"max_steps": 9}},
+        "shorter": {"copy": "zero2 whole", "train": {"max_steps": 2, "extend": True}},
+        "other order": {"copy": "half", "train": {"seed": 5, "extend": True}},
+        "in one go": {"train": flat | {"max_steps": 5}},
+        "first part": {"train": flat | {"max_steps": 3}},
+        "extended": {"copy": "first part", "train": flat | {"max_steps": 5, "extend": True}},
+        "other rate, said": {"copy": "half", "train": {"learning_rate": 1e-3, "precision": "bf16", "extend": True}},
+        "not finite": {"train": {"learning_rate": 1e20}},
+        "advice taken": {"output": "not finite", "train": {"max_steps": 1, "max_grad_norm": 0.5}},
+        "late": {"train": windows, "dump": "late dump", "arrive": str(folder / "dump")},
         "no dump": {"train": {"data_wait_seconds": 0.5}, "dump": "never"},
         "stop at no dump": {"train": {"data_wait_seconds": 60.0}, "dump": "never", "stop_after": 0},
         "none usable": {"dump": "dump without targets"},
@@ -227,6 +239,10 @@ def test_damaged_checkpoint_is_passed_over(name: str, results: Results) -> None:
         ("temperature", 78, "temperature"),
         ("model", 78, "nowhere"),
         ("stalled", 75, "is not written as far"),
+        ("longer, unsaid", 78, "train.extend: true"),
+        ("shorter", 78, "has done 6 steps already"),
+        ("other order", 78, "train.seed = 5"),
+        ("not finite", 65, "is not finite"),
         ("no dump", 75, "there is no dump at"),
         ("stop at no dump", 75, "there is no dump at"),
         ("none usable", 65, "nothing can be learned"),
@@ -283,6 +299,37 @@ def test_following_makes_no_difference(results: Results) -> None:
     assert codes(results, "following") == codes(results, "late") == codes(results, "sealed") == [0, 0]
     assert losses(results, "following") == losses(results, "late") == losses(results, "sealed")
     assert max(event.data_wait_seconds for event in results["following"][0]["events"]) > 0.5
+
+
+def test_a_finished_run_is_extended(results: Results) -> None:
+    """With what has changed on record; and then it is finished, and the same command does nothing."""
+    found, whole = results["longer"][0]["summary"], results["zero2 whole"][0]
+    assert (found["steps"], found["resumed_from"]) == (9, 6)
+    assert found["extended"] == [{"step": 6, "before": {"train.max_steps": 6}, "after": {"train.max_steps": 9}}]
+    assert losses(results, "longer")[:6] == losses(results, "zero2 whole")
+    assert found["supervised_tokens"] > whole["summary"]["supervised_tokens"]
+    assert results["longer again"][0]["summary"] == found
+
+
+def test_an_extended_run_is_the_longer_one(results: Results) -> None:
+    """Bit for bit, where the schedule of the steps that were done does not depend on their number."""
+    assert codes(results, "first part") == codes(results, "extended") == [0, 0]
+    assert losses(results, "extended") == losses(results, "in one go")
+    assert largest_difference(results["extended"][0]["state"], results["in one go"][0]["state"]) == 0
+
+
+def test_optimisation_may_change_on_the_way(results: Results) -> None:
+    assert codes(results, "other rate, said") == [0, 0]
+    assert set(results["other rate, said"][0]["summary"]["extended"][0]["after"]) == {
+        "train.learning_rate",
+        "train.precision",
+    }
+
+
+def test_where_nothing_was_trained_settings_may_change(results: Results) -> None:
+    """What the message about a loss that is not finite advises can be done."""
+    assert codes(results, "advice taken") == [0, 0]
+    assert results["advice taken"][0]["summary"]["resumed_from"] is None
 
 
 def test_a_stated_estimator_that_is_the_dumps_is_no_contradiction(results: Results) -> None:

@@ -30,7 +30,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
 
     Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
-    so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains.
+    so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains;
+    `arrive` is a dump that is copied to `dump` while it waits.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -47,6 +48,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
 
     if world.main and job.get("grow"):
         threading.Thread(target=_grow, args=(Path(job["dump"]), job["grow"]), daemon=True).start()
+    if world.main and job.get("arrive"):
+        threading.Thread(target=_arrive, args=(job["arrive"], Path(job["dump"])), daemon=True).start()
     result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
     began = time.monotonic()
     installed = mock.patch.object(metrics, "find_spec", lambda name: None if name == job.get("hide") else name)
@@ -110,6 +113,13 @@ def spoil(output: Path, how: str) -> None:
         case "no summary":  # Killed after the last checkpoint, while it wrote `final/`.
             (output / "summary.json").unlink()
             (output / "final" / "adapter_model.safetensors").write_bytes(b"half")
+
+
+def _arrive(source: str, url: Path) -> None:
+    time.sleep(1.5)
+    staged = url.with_name(f".{url.name}")
+    shutil.copytree(source, staged)
+    staged.rename(url)
 
 
 def _grow(url: Path, units: tuple[range, ...]) -> None:
