@@ -21,12 +21,14 @@ def convert(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     dequantise = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=dequantise)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=dequantise, trust_remote_code=False
+    )
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    refuse_lossy_tokenizer(gguf, AutoTokenizer.from_pretrained(partial))
+    refuse_lossy_tokenizer(gguf, AutoTokenizer.from_pretrained(partial, trust_remote_code=False))
     os.rename(partial, out)
 
 

@@ -114,8 +114,8 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     """
     place = {} if Path(teacher.model).is_dir() else {"revision": teacher.revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher.model, **place)
-        head = AutoConfig.from_pretrained(teacher.model, **place).get_text_config().vocab_size
+        tokenizer = AutoTokenizer.from_pretrained(teacher.model, trust_remote_code=False, **place)
+        head = AutoConfig.from_pretrained(teacher.model, trust_remote_code=False, **place).get_text_config().vocab_size
     except (OSError, ValueError, KeyError) as error:
         raise MismatchError(
             f"the tokenizer of the teacher {teacher.model} cannot be loaded",

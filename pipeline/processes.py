@@ -166,7 +166,7 @@ def parse_output(text: str) -> dict[str, Any]:
 def _sum(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the workers did, as one: they ran at the same time."""
     total = dict(summaries[0])
-    for name in ("units_done_here", "tokens_here"):
+    for name in ("units_done_here", "units_lost_here", "tokens_here"):
         total[name] = sum(summary[name] for summary in summaries)
     total["seconds"] = max(summary["seconds"] for summary in summaries)
     total["tokens_per_second"] = total["tokens_here"] / total["seconds"] if total["tokens_here"] else None

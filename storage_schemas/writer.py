@@ -50,19 +50,27 @@ class DumpWriter:
             MismatchError: the dump at `url` differs from `run` in some field (each is named), or the store ignores
                 the condition of a conditional write.
         """
+        if joined := cls.join(url, run, options=options):
+            return joined
         store = Store(url, options=options)
+        store.probe()
+        if store.put_new(RUN, run.to_json()):
+            return cls(store, run)
+        if joined := cls.join(url, run, options=options):
+            return joined
+        raise missing(url, RUN)
 
-        def present() -> RunInfo | None:
-            return store.parsed(RUN, lambda data: RunInfo.from_json(data, url=url))
+    @classmethod
+    def join(cls, url: str, run: RunInfo, *, options: Mapping[str, str] | None = None) -> "DumpWriter | None":
+        """The dump that is there, or None.
 
-        begun = present()
+        Raises:
+            MismatchError: it differs from `run` in some field.
+        """
+        store = Store(url, options=options)
+        begun = store.parsed(RUN, lambda data: RunInfo.from_json(data, url=url))
         if begun is None:
-            store.probe()
-            if store.put_new(RUN, run.to_json()):
-                return cls(store, run)
-            begun = present()
-        if begun is None:
-            raise missing(url, RUN)
+            return None
         begun.refuse_other(run, url=url)
         return cls(store, begun)
 

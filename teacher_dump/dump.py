@@ -3,21 +3,27 @@
 import hashlib
 import json
 import logging
+import os
+import random
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from storage_schemas.commit import count_statuses, mean_per_token, totals
+from storage_schemas.commit import RUN, count_statuses, mean_per_token, totals
 from storage_schemas.config import DumpSection, Estimator
-from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from storage_schemas.run_info import CorpusIdentity, RunInfo, TokenizerIdentity
 from storage_schemas.section import Section
+from storage_schemas.store import Store
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
@@ -35,7 +41,7 @@ log = logging.getLogger(__name__)
 _LOADED_HOW = ("local_files_only", "is_local")
 """What transformers writes among a tokenizer's settings and changes with HF_HUB_OFFLINE: workers would disagree."""
 _LOOK_SECONDS = 10.0
-"""How often a worker looks what others have committed."""
+"""A worker looks again what others have committed so long after it has seen the last answer."""
 
 
 class DumpSummary(Section):
@@ -49,6 +55,8 @@ class DumpSummary(Section):
     """Units in all; all are committed."""
     units_done_here: int
     """Units that this call committed."""
+    units_lost_here: int
+    """Units that this call computed and another worker committed first."""
     rows: int
     """Samples in all."""
     tokens: int
@@ -110,12 +118,19 @@ def run_dump(
     with opened(teacher) as teacher, stoppable() as stop:
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
         refuse_wider_than_vocabulary(estimator, teacher)
+        # What can be refused is refused before hours go by, and before anything is written.
+        begun = Store(dump.url, options=dump.storage_options).get_if_present(RUN)
+        teacher.refuse_unloadable()
+        if begun is None:
+            refuse_unusable(dump)
         samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
         refuse_too_long(samples, teacher)
         if heldout is not None:
             others = freeze_corpus(heldout, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
             refuse_shared(samples, others)
         run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
+        if DumpWriter.join(dump.url, run, options=dump.storage_options) is None:
+            teacher.start(samples, run)  # No dump is known by weights that do not load.
         writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
         if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.
             writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
@@ -128,6 +143,22 @@ def run_dump(
         finally:
             log_events.close()
     return summary
+
+
+def refuse_unusable(dump: DumpSection) -> None:
+    """Raise MismatchError if no dump can be begun at the URL. Of a local directory nothing is created."""
+    store = Store(dump.url, options=dump.storage_options)
+    if store.root is None:
+        store.probe()
+        return
+    there = next(path for path in (store.root.absolute(), *store.root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise MismatchError(
+            f"{dump.url} cannot be written to",
+            got=f"{there} is {'read-only' if there.is_dir() else 'no directory'}",
+            expected="a directory, or a place where one can be made",
+            fix="correct dump.url, or the permissions",
+        )
 
 
 def run_info(
@@ -223,7 +254,7 @@ class Worker:
     ) -> None:
         self.writer, self.teacher, self.corpus, self.stop = writer, teacher, corpus, stop
         self.rank, self.world_size = rank, world_size
-        self.units_done_here = self.tokens = 0
+        self.units_done_here = self.units_lost_here = self.tokens = 0
         self.seconds = 0.0
         self._committed: set[int] = set()
         """Units that are committed, as far as was seen."""
@@ -231,6 +262,8 @@ class Worker:
         """Tokens that went through the teacher here, by unit."""
         self._tokens_left = 0
         self._looked = 0.0
+        self._listing: Future[set[int]] | None = None
+        """What is asked for and not seen yet."""
 
     def run(self, events: EventLog, console: Console | None) -> None:
         """Take units until none is left, then seal; without open units, the weights are not loaded.
@@ -239,25 +272,44 @@ class Worker:
             TemporaryError: the dump is not complete at the end.
         """
         run = self.writer.run
-        self._look()
+        self._see(self.writer.committed())
         events.write("start", world_size=self.world_size, units=run.units, done=len(self._committed))
         if len(self._committed) < run.units:
             self.teacher.start(self.corpus, run)
             progress = DumpProgress(units=run.units, world_size=self.world_size, events=events, console=console)
             with progress, Committer(self.writer) as commits:
-                for unit in unit_order(run.units, rank=self.rank, world_size=self.world_size):
-                    self._take(unit, commits, progress)
+                self._take_all(commits, progress)
                 commits.close()
-                self._look()
+                self._see(self.writer.committed())
                 self._report(commits, progress)
                 progress.finish()
             self.units_done_here, self.tokens, self.seconds = len(commits.won), progress.tokens, progress.seconds
+            self.units_lost_here += len(commits.lost)
         if not self.writer.seal():
             raise TemporaryError(
                 f"{self.writer.store.url} is not complete",
                 got=f"{len(self.writer.committed())} of {run.units} units",
                 fix="run the same command again",
             )
+
+    def _take_all(self, commits: Committer, progress: DumpProgress) -> None:
+        """Go through the units, and on from another place among them after meeting somebody.
+
+        Workers that do not know of each other, both rank 0 of 1, would otherwise do the same work to the end.
+        """
+        units = deque(unit_order(self.writer.run.units, rank=self.rank, world_size=self.world_size))
+        met = 0
+        while units:
+            self._take(units.popleft(), commits, progress)
+            lost = self.units_lost_here + len(commits.lost)
+            if lost > met and units:
+                if not met:
+                    log.warning(
+                        "another worker commits the same units; give each its --rank and --world-size, so that none "
+                        "is computed twice"
+                    )
+                met = lost
+                units.rotate(random.Random().randint(1, len(units)))
 
     def _take(self, unit: int, commits: Committer, progress: DumpProgress) -> None:
         """Compute a unit and hand it to the committing thread, unless somebody else commits it first."""
@@ -269,14 +321,15 @@ class Worker:
         for batch in self.teacher.batches(usable):
             self.stop.check()
             commits.check()
-            if time.monotonic() - self._looked > _LOOK_SECONDS:
-                self._look()
-                if unit in self._committed:
-                    return
+            self._look()
+            if unit in self._committed:
+                self.units_lost_here += bool(found)
+                return
             found |= zip((sample.sample_index for sample in batch), self._ask(batch), strict=True)
             tokens = sum(len(sample.input_ids) for sample in batch)
             self._computed[unit] = self._computed.get(unit, 0) + tokens
             self._report(commits, progress, tokens=tokens)
+        refuse_nonfinite(unit, [found[sample.sample_index] is None for sample in usable], self.teacher)
         commits.commit(unit, [row_of(sample, found.get(sample.sample_index)) for sample in samples])
 
     def _ask(self, batch: Sequence[Sample]) -> list[Targets | None]:
@@ -290,10 +343,19 @@ class Worker:
         )
 
     def _look(self) -> None:
-        """See what is committed by now, by anybody."""
+        """See what others have committed, from time to time. A thread asks: of many units it takes seconds."""
+        if self._listing is None:
+            if time.monotonic() - self._looked > _LOOK_SECONDS:
+                self._listing = Future()
+                # A daemon, since a store that does not answer must not keep the process.
+                threading.Thread(target=_answer, args=(self._listing, self.writer.committed), daemon=True).start()
+        elif self._listing.done():
+            listing, self._listing = self._listing, None
+            self._see(listing.result())
+
+    def _see(self, committed: set[int]) -> None:
         run = self.writer.run
-        self._looked = time.monotonic()
-        self._committed = self.writer.committed()
+        self._looked, self._committed = time.monotonic(), committed
         starts = np.minimum(np.arange(run.units + 1) * run.samples_per_unit, len(self.corpus))
         tokens = np.diff(self.corpus.offsets[starts])
         done = np.fromiter(self._committed, np.int64, len(self._committed))
@@ -310,6 +372,24 @@ class Worker:
         )
 
 
+def _answer(question: "Future[set[int]]", work: Callable[[], set[int]]) -> None:
+    try:
+        question.set_result(work())
+    except BaseException as error:
+        question.set_exception(error)
+
+
+def refuse_nonfinite(unit: int, nonfinite: Sequence[bool], teacher: Teacher) -> None:
+    """Raise DataError if a teacher has nothing finite to say: to all samples of a unit, or to most of many."""
+    if (len(nonfinite) > 1 and all(nonfinite)) or sum(nonfinite) > max(8, len(nonfinite) // 2):
+        raise DataError(
+            f"the teacher {teacher.section.model} gives logits that are not finite",
+            got=f"{sum(nonfinite)} of {len(nonfinite)} samples of unit {unit}, in {teacher.section.dtype}",
+            expected="finite logits for nearly all samples",
+            fix="set teacher.dtype to bfloat16 or float32 (float16 overflows in some models), or mend its weights",
+        )
+
+
 def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
     """Totals of a sealed dump, from its manifest."""
     found = Dump.open(dump.url, options=dump.storage_options)
@@ -321,6 +401,7 @@ def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
         fingerprint=worker.writer.run.fingerprint,
         units=len(records),
         units_done_here=worker.units_done_here,
+        units_lost_here=worker.units_lost_here,
         bytes_per_supervised_token=sums["bytes"] / supervised if supervised else None,
         mean_kept_mass=mean_per_token(records, "mean_kept_mass"),
         statuses=count_statuses(records),

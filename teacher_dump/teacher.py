@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from storage_schemas.config import Estimator
 from storage_schemas.devices import refuse_idle_gpus
-from storage_schemas.errors import MismatchError
+from storage_schemas.errors import MismatchError, explained
 from storage_schemas.logits import LogitTransform
 from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
@@ -33,6 +34,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Value of `teacher.dtype` -> torch's."""
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits that exist at a time: little memory, and enough to keep the matrix product busy."""
+_MEMORY_ADVICE = (
+    "load it in bfloat16 (teacher.dtype), spread it over several devices (teacher.sharding: device_map, tensor or "
+    "zero3), or use a larger one"
+)
 _PROBE = 8
 """Tokens of each sequence that a freshly loaded model is checked with."""
 _TOLERANCE = 0.02
@@ -109,7 +114,15 @@ class Teacher:
     @cached_property
     def model(self) -> Any:
         """The model with its weights, on its device or devices."""
-        model = self.load_model()
+        try:
+            return self._checked(self.load_model())
+        except (RuntimeError, MemoryError) as error:
+            if (known := explained(error, memory=_MEMORY_ADVICE)) is None:
+                raise
+            raise known from error
+
+    def _checked(self, model: Any) -> Any:
+        """A freshly loaded model, which is refused unless its targets can be computed."""
         model.eval().requires_grad_(False)
         rows = head_rows(model)
         if rows != self.head_size:
@@ -121,6 +134,25 @@ class Teacher:
             )
         refuse_unknown_model(model)
         return model
+
+    def refuse_unloadable(self) -> None:
+        """Raise what loading the weights would end in, as far as it can be known without.
+
+        Raises:
+            MismatchError: no such model, not a causal one, or packages or the device for it are missing.
+            DataError: a file is torn.
+        """
+        self.files.refuse_torn()
+        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise self._unloadable(ValueError(f"{type(self.config).__name__} belongs to no causal language model"))
+        if (quantised := getattr(self.config, "quantization_config", None)) is not None:
+            try:
+                AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment(device_map=None)
+            except ImportError as error:
+                raise self._unloadable(error) from error
+            except (ValueError, RuntimeError) as error:  # May depend on where the weights will be.
+                log.debug("%s", error)
+        _ = self.device
 
     def load_model(self) -> Any:
         """The weights, from safetensors alone."""
@@ -224,16 +256,19 @@ class Teacher:
         )
 
     def from_pretrained(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained` on its files; what fails is a MismatchError."""
+        """`kind.from_pretrained` on its files, none of whose code is run; what fails is a NeoError."""
         try:
-            return kind.from_pretrained(self.files.folder, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise MismatchError(
-                f"the teacher {self.section.model} cannot be loaded",
-                got=str(error).strip().splitlines()[0][:300],
-                expected="a causal language model that the installed transformers knows, with its tokenizer",
-                fix="correct teacher.model",
-            ) from error
+            return kind.from_pretrained(self.files.folder, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError) as error:
+            raise explained(error, memory=_MEMORY_ADVICE) or self._unloadable(error) from error
+
+    def _unloadable(self, error: Exception) -> MismatchError:
+        return MismatchError(
+            f"the teacher {self.section.model} cannot be loaded",
+            got=" ".join(str(error).split())[:300] or type(error).__name__,
+            expected="a causal language model that the installed transformers knows, with its tokenizer",
+            fix="install what is missing" if isinstance(error, ImportError) else "correct teacher.model",
+        )
 
     def _refuse_or_halve(self, samples: Sequence[Sample], padded: int, message: str) -> None:
         if self.device.type == "cuda":
@@ -371,7 +406,17 @@ def _input_device(model: Any) -> torch.device:
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:
     """(batch, seq, hidden) final hidden states, without a key-value cache."""
-    states: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    body = model.get_decoder()
+    if body is model:  # Llama 4 and ModernBERT's decoder name themselves.
+        body = getattr(model, "model", model)
+    if body is model:
+        raise MismatchError(
+            f"the body of {type(model).__name__} is not found",
+            got="get_decoder() gives the whole model",
+            expected="a body that gives hidden states, and a head",
+            fix="choose another teacher",
+        )
+    states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return states
 
 

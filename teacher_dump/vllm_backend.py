@@ -123,6 +123,11 @@ class VllmTeacher(Teacher):
                 fix="change these fields, or set teacher.backend: transformers",
             )
 
+    def refuse_unloadable(self) -> None:
+        """As `Teacher.refuse_unloadable`; which models and quantisations it runs, vLLM says itself."""
+        self.files.refuse_torn()
+        _ = self.config
+
     def start(self, corpus: Corpus, run: RunInfo) -> None:
         """Start the engine, and compare it with transformers on samples of the corpus.
 
@@ -321,11 +326,25 @@ def _shown(figures: Agreement | None) -> str:
 
 
 def _reference(section: TeacherSection, samples: Sequence[Sample], settings: "_Settings") -> list[Targets | None]:
-    """What transformers makes of the samples, by a teacher that is gone afterwards."""
-    teacher = Teacher(section.model_copy(update={"backend": "transformers", "vllm": {}}))
+    """What transformers makes of the samples, by a teacher that is gone afterwards.
+
+    vLLM may spread a teacher that is larger than one device; here its layers go to all devices, and what does not fit
+    there to the host's memory and disk.
+
+    Raises:
+        MismatchError: transformers cannot run it here.
+    """
+    teacher = Teacher(section.model_copy(update={"backend": "transformers", "vllm": {}, "sharding": "device_map"}))
     found: dict[int, Targets | None] = {}
-    for batch in teacher.batches(samples):
-        found |= zip((sample.sample_index for sample in batch), teacher.targets(batch, **settings), strict=True)
+    try:
+        for batch in teacher.batches(samples):
+            found |= zip((sample.sample_index for sample in batch), teacher.targets(batch, **settings), strict=True)
+    except MismatchError as error:
+        raise MismatchError(
+            f"transformers cannot run {section.model} here, so vLLM cannot be compared with it",
+            got=f"{error.what}: {error.got}",
+            fix=f"{error.fix}; or set teacher.vllm_check_samples to 0, which trusts vLLM",
+        ) from error
     del teacher
     _release_memory()
     return [found[sample.sample_index] for sample in samples]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.errors import DataError, MismatchError
 from storage_schemas.hashes import file_sha256
 from teacher_dump.kept import cache_folder
 
@@ -46,19 +47,38 @@ class ModelFiles:
         with ThreadPoolExecutor(4) as pool:
             return dict(zip((path.name for path in self.weights), pool.map(_sha256, self.weights), strict=True))
 
+    def refuse_torn(self) -> None:
+        """Raise DataError if a weight file is not whole: its header says how long it is."""
+        for path in self.weights:
+            try:
+                with safe_open(path, framework="np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, error, "a whole safetensors file") from error
+
 
 def find_model(name: str, revision: str | None) -> ModelFiles:
     """The files of a directory or of a hub model, fetched if need be.
 
     Raises:
         MismatchError: no such model, or one without safetensors.
+        DataError: its index of weight files is damaged.
     """
     folder, commit = Path(name), None
     if not folder.is_dir():
+        tried = f"{folder.absolute()} is no directory"
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+            fix = "correct teacher.model; a relative path begins where the command is run"
+            raise _no_model(name, f"{tried}, and this is no hub id", fix=fix)
         try:
             found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
         except (OSError, ValueError) as error:
-            raise _no_model(name, str(error).strip().splitlines()[0][:300]) from error
+            why = str(error).strip().splitlines()[0][:300]
+            fix = (
+                "correct the path or hub id, or teacher.revision; without network, download it first "
+                f"(`hf download {name}`) and set HF_HOME to where it lies"
+            )
+            raise _no_model(name, f"{tried}; from the hub: {why}", fix=fix) from error
         folder = Path(found)
         commit = folder.name
     elif revision is not None:
@@ -74,11 +94,15 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
 
 
 def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+    names = ["model.safetensors"]
     if (folder / _INDEX).is_file():
-        content = json.loads((folder / _INDEX).read_bytes())
-        names = sorted(set(content["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values()))
+            strange = [file for file in names if Path(file).name != file]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(folder / _INDEX, error, "an index of weight files") from error
+        if strange:
+            raise _no_model(name, f"{_INDEX} leads to {strange[0]}, out of the directory")
     missing = [file for file in names if not (folder / file).is_file()]
     if missing:
         raise _no_model(name, f"no {', '.join(missing[:5])}")
@@ -99,10 +123,19 @@ def _sha256(path: Path) -> str:
     return file_sha256(path, folder=cache_folder() / "hashes")
 
 
-def _no_model(name: str, got: str) -> MismatchError:
+def _damaged(path: Path, error: Exception, expected: str) -> DataError:
+    return DataError(
+        f"{path} is damaged",
+        got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        expected=expected,
+        fix="fetch or copy the file again",
+    )
+
+
+def _no_model(name: str, got: str, *, fix: str | None = None) -> MismatchError:
     return MismatchError(
         f"the teacher {name} cannot be loaded",
         got=got,
         expected="a directory or hub id with config.json, a tokenizer and *.safetensors",
-        fix="correct teacher.model or teacher.revision; convert other weight formats to safetensors first",
+        fix=fix or "correct teacher.model or teacher.revision; convert other weight formats to safetensors first",
     )

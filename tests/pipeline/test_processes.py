@@ -78,7 +78,10 @@ def python(body: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(body)]
 
 
-SUMMARY = {"units": 4, "units_done_here": 2, "tokens_here": 100, "seconds": 2.0, "tokens_per_second": 50.0}
+SUMMARY = {
+    "units": 4, "units_done_here": 2, "units_lost_here": 0,
+    "tokens_here": 100, "seconds": 2.0, "tokens_per_second": 50.0,
+}  # fmt: skip
 
 
 def fake_worker(monkeypatch: pytest.MonkeyPatch, body: str) -> list[Placement]:

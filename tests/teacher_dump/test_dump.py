@@ -274,6 +274,67 @@ def test_heads_wider_than_the_vocabulary_are_refused_before_anything_is_read(tmp
     assert not (tmp_path / "dump").exists()
 
 
+def test_a_teacher_that_gives_only_nan_makes_no_dump(tmp_path, corpus_file):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    folder = tmp_path / "teacher"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(DataError, match="not finite") as caught:
+        run_dump(**sections(tmp_path / "dump", corpus_file, folder))
+    assert "of unit 0" in str(caught.value)
+    assert not (tmp_path / "dump" / "commits").exists()
+    assert not (tmp_path / "dump" / "SEALED.json").exists()
+
+
+def test_a_torn_teacher_leaves_no_mark_on_the_dump(tmp_path, corpus_file):
+    """The repaired one is not another teacher: run.json is written once the weights have loaded."""
+    folder = save_teacher(tmp_path / "teacher")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
+        run_dump(**sections(tmp_path / "dump", corpus_file, folder))
+    assert not (tmp_path / "dump").exists()
+    weights.write_bytes(whole)
+    assert run_dump(**sections(tmp_path / "dump", corpus_file, folder)).units == UNITS
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "nowhere/at/all"}, MismatchError, "is no directory"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack"}},
+            MismatchError,
+            "compressed",
+        ),
+        ({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}, MismatchError, "causal"),
+        ({"weight_map": {"lm_head.weight": "../other.safetensors"}}, MismatchError, "out of the directory"),
+    ],
+)
+def test_a_teacher_that_cannot_be_run_is_refused_before_the_corpus_is_read(tmp_path, change, error, words, monkeypatch):
+    """The corpus is a file that is not there, which nobody gets to see."""
+    folder = save_teacher(tmp_path / "teacher")
+    if "weight_map" in change:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(change))
+    elif "model" not in change:
+        config = json.loads((folder / "config.json").read_text())
+        if "auto_map" in change:
+            (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+            config["model_type"] = "evil"
+        (folder / "config.json").write_text(json.dumps(config | change))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    job = sections(tmp_path / "dump", tmp_path / "no-corpus.jsonl", folder)
+    if "model" in change:
+        job["teacher"] = job["teacher"].model_copy(update=change)
+    with pytest.raises(error, match=words):
+        run_dump(**job)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "dump").exists()
+
+
 def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpus_file, model_folder):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     section = sections(tmp_path, corpus_file, model_folder)["corpus"]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.dump_checks import UNITS, assert_each_sample_once, files_of, sections, write_corpus
+from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_of, sections, write_corpus
 from support.dump_jobs import Workers
 from support.tiny_teachers import save_teacher
 
@@ -113,6 +113,23 @@ def test_two_workers_share_the_units(tmp_path, corpus_file, model_folder, worker
     shares = [json.loads((tmp_path / str(rank)).read_text())["units_done_here"] for rank in range(2)]
     assert sum(shares) == UNITS
     assert min(shares) >= 1
+
+
+def test_workers_that_do_not_know_of_each_other_share_the_units(tmp_path, corpus_file, model_folder, workers):
+    """Both rank 0 of 1: after the first meeting each goes its own way, and both say what was computed twice."""
+    jobs = [
+        job_of(tmp_path / "dump", corpus_file, model_folder, delay=0.3, summary=str(tmp_path / str(number)))
+        for number in range(2)
+    ]
+    for job in jobs:
+        job["dump"]["samples_per_unit"] = 1
+    started = [workers.start(job) for job in jobs]
+    assert [workers.wait(pid) for pid in started] == [0, 0]
+    found = [json.loads((tmp_path / str(number)).read_text()) for number in range(2)]
+    done, lost = ([one[f"units_{what}_here"] for one in found] for what in ("done", "lost"))
+    assert sum(done) == SAMPLES
+    assert min(done) >= 1
+    assert sum(lost) <= SAMPLES // 2
 
 
 def test_a_worker_killed_beside_another_is_covered_by_it(tmp_path, corpus_file, model_folder, workers):
