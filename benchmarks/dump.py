@@ -25,6 +25,7 @@ import torch
 
 import teacher_dump.teacher
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
+from storage_schemas.run_info import Recipe
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
 from teacher_dump.dump import run_dump
@@ -207,7 +208,7 @@ def peak_memory(name: str, side: str) -> int:
     if side == "bare":
         forward_all(teacher, batch, MEMORY_TOKENS)
     else:
-        teacher.targets(batch, estimator=TopK(), temperatures=(1.0,), logsumexp=True)
+        teacher.targets(batch, Recipe(estimator=TopK(), logsumexp=True))
     done.set()
     watcher.join()
     return peak - base

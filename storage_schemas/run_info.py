@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
@@ -91,6 +92,20 @@ class MadeBy(Section):
     """Of the engine and of libraries, by name."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What is kept of the logits of a supervised token."""
+
+    estimator: Estimator
+    """How targets are chosen."""
+    temperatures: Sequence[float] = (1.0,)
+    """Of the stored tail masses; the first is 1."""
+    logsumexp: bool = False
+    """Whether to keep the logsumexp of the raw logits."""
+    masked_from: int | None = None
+    """Ids from here on have no probability; None: all rows of the head have."""
+
+
 class RunInfo(_Identity):
     """Everything that determines the content of a dump, and a note on what made it."""
 
@@ -154,6 +169,16 @@ class RunInfo(_Identity):
             except ValueError:
                 found["engine"]["arguments"] = arguments
         return found
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is kept of the teacher's logits."""
+        return Recipe(
+            estimator=self.estimator,
+            temperatures=self.temperatures,
+            logsumexp=self.logsumexp,
+            masked_from=self.masked_from,
+        )
 
     @property
     def units(self) -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from teacher_dump.corpus import Corpus, Sample, freeze_corpus
 from teacher_dump.heldout import refuse_shared
 from teacher_dump.progress import DumpProgress, EventLog
 from teacher_dump.stop import StopRequest, stoppable
-from teacher_dump.teacher import Teacher
+from teacher_dump.teacher import PendingTargets, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +264,8 @@ class Worker:
         self._looked = 0.0
         self._listing: Future[set[int]] | None = None
         """What is asked for and not seen yet."""
+        self._collector = ThreadPoolExecutor(1, "targets")
+        """Waits for the targets of one batch while the next one goes through the teacher."""
 
     def run(self, events: EventLog, console: Console | None) -> None:
         """Take units until none is left, then seal; without open units, the weights are not loaded.
@@ -318,29 +320,25 @@ class Worker:
         samples = [self.corpus.sample(index) for index in self.writer.run.unit_range(unit)]
         usable = [sample for sample in samples if sample.status == OK]
         found: dict[int, Targets | None] = {}
+        waiting: Future[dict[int, Targets | None]] | None = None
         for batch in self.teacher.batches(usable):
             self.stop.check()
             commits.check()
             self._look()
             if unit in self._committed:
-                self.units_lost_here += bool(found)
+                self.units_lost_here += waiting is not None
                 return
-            found |= zip((sample.sample_index for sample in batch), self._ask(batch), strict=True)
+            pending = self.teacher.launch(batch, self.writer.run.recipe)
+            if waiting is not None:
+                found |= waiting.result()
+            waiting = self._collector.submit(_by_sample, batch, pending)
             tokens = sum(len(sample.input_ids) for sample in batch)
             self._computed[unit] = self._computed.get(unit, 0) + tokens
             self._report(commits, progress, tokens=tokens)
+        if waiting is not None:
+            found |= waiting.result()
         refuse_nonfinite(unit, [found[sample.sample_index] is None for sample in usable], self.teacher)
         commits.commit(unit, [row_of(sample, found.get(sample.sample_index)) for sample in samples])
-
-    def _ask(self, batch: Sequence[Sample]) -> list[Targets | None]:
-        run = self.writer.run
-        return self.teacher.targets(
-            batch,
-            estimator=run.estimator,
-            temperatures=run.temperatures,
-            logsumexp=run.logsumexp,
-            masked_from=run.masked_from,
-        )
 
     def _look(self) -> None:
         """See what others have committed, from time to time. A thread asks: of many units it takes seconds."""
@@ -370,6 +368,10 @@ class Worker:
             tokens_left=self._tokens_left,
             records=commits.won,
         )
+
+
+def _by_sample(batch: Sequence[Sample], pending: PendingTargets) -> dict[int, Targets | None]:
+    return dict(zip((sample.sample_index for sample in batch), pending(), strict=True))
 
 
 def _answer(question: "Future[set[int]]", work: Callable[[], set[int]]) -> None:

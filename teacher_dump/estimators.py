@@ -5,8 +5,8 @@ taken over the tail itself, with the head masked: 1 - sum(head) is noise where t
 the lowest id, so that equal logits give equal targets on every device.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def estimate(
     if isinstance(estimator, TopK):
         return topk(logits, k=estimator.k, mass=estimator.mass, temperatures=temperatures)
     u = uniforms(estimator.seed, sample_index, position, draws=draws_per_token(estimator))
-    u_device = torch.from_numpy(u).to(logits.device)
+    u_device = on_device(u, logits.device)
     if isinstance(estimator, Sampled):
         return sampled(logits, u_device, temperatures=temperatures)
     return adaptive(
@@ -158,7 +158,7 @@ def adaptive(
 def sampled(logits: Tensor, u: Tensor, *, temperatures: Sequence[float]) -> Entries:
     """Independent draws from p, one per column of `u` (n, draws), float64 in [0, 1). Overwrites the logits."""
     top = logits.amax(1).double()
-    logsumexp = _log_sums(logits, top, temperatures) + top[:, None] / logits.new_tensor(temperatures).double()
+    logsumexp = _log_sums(logits, top, temperatures) + top[:, None] * _inverse(temperatures, logits.device)
     drawn, weights = draw_from_weights(logits, u)
     ids, logprobs, counts = _merged(drawn, (weights.log() + (top - logsumexp[:, 0])[:, None]).float())
     return Entries(
@@ -173,20 +173,38 @@ def sampled(logits: Tensor, u: Tensor, *, temperatures: Sequence[float]) -> Entr
     )
 
 
-def to_targets(parts: Sequence[Entries], *, logsumexp: bool) -> tuple[Targets, npt.NDArray[np.bool_]]:
-    """Targets of all tokens of `parts` and, per token, whether its logits were finite; moved to the CPU together."""
-    filled = _stacked([part.filled for part in parts])
-    counts = [part.counts for part in parts if part.counts is not None]
-    targets = Targets(
-        offsets=np.concatenate([[0], np.cumsum(filled.sum(1), dtype=np.int64)]),
-        ids=_stacked([part.ids for part in parts])[filled],
-        logprobs=_stacked([part.logprobs for part in parts])[filled],
-        head_size=_stacked([part.head_size for part in parts]),
-        counts=_stacked(counts)[filled] if counts else None,
-        tail_logprob=_stacked([part.tail_logprob for part in parts]),
-        logsumexp=_stacked([part.logsumexp for part in parts]) if logsumexp else None,
-    )
-    return targets, _stacked([part.finite for part in parts])
+def gather(parts: Sequence[Entries], *, logsumexp: bool) -> Callable[[], tuple[Targets, npt.NDArray[np.bool_]]]:
+    """Begin to copy the entries of all tokens of `parts` to the CPU.
+
+    Returns:
+        What waits for the copies and gives the targets and, per token, whether its logits were finite.
+    """
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Entries)}
+    if not logsumexp:
+        del columns["logsumexp"]
+    if columns["counts"][0] is None:
+        del columns["counts"]
+    # To pinned memory: a GPU copies while it computes what comes next.
+    copies = {name: torch.cat(column).to("cpu", non_blocking=True) for name, column in columns.items()}
+    device = parts[0].ids.device
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def gathered() -> tuple[Targets, npt.NDArray[np.bool_]]:
+        if copied is not None:
+            copied.synchronize()
+        arrays: dict[str, Any] = {name: copy.numpy() for name, copy in copies.items()}
+        filled, finite = arrays.pop("filled"), arrays.pop("finite")
+        arrays |= {name: arrays[name][filled] for name in ("ids", "logprobs", "counts") if name in arrays}
+        offsets = np.concatenate([[0], np.cumsum(filled.sum(1), dtype=np.int64)])
+        return Targets(offsets=offsets, **({"counts": None, "logsumexp": None} | arrays)), finite
+
+    return gathered
+
+
+def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor with the array's values. From pinned memory, so that nobody waits for what a GPU has yet to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _head(logits: Tensor, *, k_min: int, k_max: int, mass: float, temperatures: Sequence[float]) -> _Head:
@@ -197,7 +215,7 @@ def _head(logits: Tensor, *, k_min: int, k_max: int, mass: float, temperatures: 
     rest_top = values[:, k].double() if k < vocabulary else values.new_full((n,), -torch.inf, dtype=torch.float64)
     values, ids = values[:, :k].double(), ids[:, :k]
     logits.scatter_(1, ids, -torch.inf)
-    scale = 1.0 / torch.tensor(temperatures, dtype=torch.float64, device=logits.device)
+    scale = _inverse(temperatures, logits.device)
     rest = _log_sums(logits, rest_top, temperatures) + rest_top[:, None] * scale
     everything = torch.cat([values[:, None, :] * scale[:, None], rest[:, :, None]], 2)
     logsumexp = everything.logsumexp(2)
@@ -222,11 +240,16 @@ def _log_sums(logits: Tensor, top: Tensor, temperatures: Sequence[float]) -> Ten
 
 def _tail(head: _Head, temperatures: Sequence[float]) -> Tensor:
     """(n, temperatures) log of the mass outside the head: log-sum-exp of what the head left out and of the rest."""
-    scale = 1.0 / torch.tensor(temperatures, dtype=torch.float64, device=head.values.device)
+    scale = _inverse(temperatures, head.values.device)
     outside = head.values.masked_fill(head.inside, -torch.inf)
     parts = torch.cat([outside[:, None, :] * scale[:, None], head.rest[:, :, None]], 2)
     # Rounding may not push a log-mass above 0.
     return (parts.logsumexp(2) - head.logsumexp).clamp_max(0.0)
+
+
+def _inverse(temperatures: Sequence[float], device: torch.device) -> Tensor:
+    """(temperatures,) float64 1 / T."""
+    return on_device(1.0 / np.array(temperatures, np.float64), device)
 
 
 def _by_id(head: _Head) -> tuple[Tensor, Tensor]:
@@ -249,7 +272,3 @@ def _merged(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     place = first.cumsum(1) - 1
     counts = torch.zeros_like(ids).scatter_add_(1, place, torch.ones_like(ids))
     return ids.scatter(1, place, ids).int(), logprobs.scatter(1, place, logprobs), counts.int()
-
-
-def _stacked(columns: Sequence[Tensor]) -> Any:
-    return torch.cat(list(columns)).cpu().numpy()

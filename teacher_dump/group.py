@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
-from storage_schemas.config import Estimator
 from storage_schemas.errors import MismatchError
-from storage_schemas.targets import Targets
+from storage_schemas.run_info import Recipe
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
-from teacher_dump.teacher import Teacher, cuda_or_no_gpu
+from teacher_dump.teacher import PendingTargets, Teacher, cuda_or_no_gpu, launch
 
 _COLLECTIVE = timedelta(minutes=10)
 """How long a forward pass may take."""
@@ -92,28 +91,18 @@ class GroupTeacher(Teacher):
         """Where this process's share runs."""
         return torch.device("cuda", self.group.local_rank) if self.group.on_gpu else torch.device("cpu")
 
-    def targets(
-        self,
-        samples: Sequence[Sample],
-        *,
-        estimator: Estimator,
-        temperatures: Sequence[float],
-        logsumexp: bool,
-        masked_from: int | None = None,
-    ) -> list[Targets | None]:
-        """As `Teacher.targets`, with every process of the group.
+    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+        """As `Teacher.launch`, with every process of the group.
 
         Raises:
             MismatchError: the batch does not fit into a device's memory. It is not halved: the other processes may be
                 in the middle of it.
         """
         _ = self.model
-        call: dict[str, Any] = {"estimator": estimator, "temperatures": temperatures, "logsumexp": logsumexp}
-        call["masked_from"] = masked_from
         if self.group.leads:
-            self.group.send((samples, call))
+            self.group.send((samples, recipe))
         try:
-            return self.compute(samples, **call)
+            return launch(self.model, samples, recipe)
         except torch.OutOfMemoryError as error:
             raise MismatchError(
                 f"a batch does not fit into the memory of {self.device}",
@@ -125,16 +114,16 @@ class GroupTeacher(Teacher):
     def follow(self) -> None:
         """Run what the leader sends, until it has nothing more to send."""
         while (message := self.group.receive()) is not None:
-            samples, call = message
+            samples, recipe = message
             if samples:
-                self.targets(samples, **call)
+                self.launch(samples, recipe)
             else:
                 _ = self.model
 
     def load_model(self) -> Any:
         """This process's share of the weights. Collective."""
         if self.group.leads:
-            self.group.send(((), {}))
+            self.group.send(((), None))
         if self.section.sharding == "tensor":
             # Without tp_size, transformers takes the plan and spreads nothing.
             return self.read_weights(distributed_config=DistributedConfig(tp_size=self.group.size, tp_plan="auto"))

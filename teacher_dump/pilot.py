@@ -106,29 +106,18 @@ def _ask(
     widest = TopK(k=max(*WIDTHS, *(each.k for each in estimators if isinstance(each, TopK))), mass=1.0)
     # The first pass on a device is slow; the smallest batch takes that upon itself.
     if batches:
-        teacher.targets(
-            batches[-1][-1:],
-            estimator=widest,
-            temperatures=run.temperatures,
-            logsumexp=True,
-            masked_from=run.masked_from,
-        )
+        teacher.targets(batches[-1][-1:], replace(run.recipe, estimator=widest, logsumexp=True))
     found: list[tuple[Estimator, dict[int, Targets]]] = []
     wide: dict[int, Targets] = {}
     seconds = 0.0
     for place, each in enumerate(estimators):
         draws = each.kind != "topk"
         temperatures = run.temperatures[:1] if draws else run.temperatures
+        recipe = replace(run.recipe, estimator=each if draws else widest, temperatures=temperatures, logsumexp=True)
         results: dict[int, Targets] = {}
         started = time.monotonic()
         for i, batch in enumerate(batches):
-            answers = teacher.targets(
-                batch,
-                estimator=each if draws else widest,
-                temperatures=temperatures,
-                logsumexp=True,
-                masked_from=run.masked_from,
-            )
+            answers = teacher.targets(batch, recipe)
             results |= {s.sample_index: t for s, t in zip(batch, answers, strict=True) if t is not None}
             if progress is not None:
                 progress(place * len(batches) + i + 1, len(estimators) * len(batches))

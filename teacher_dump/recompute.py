@@ -116,13 +116,7 @@ def recompute(
     results: dict[int, Compared] = {}
     done = 0
     for batch in teacher.batches([_sample(row) for row in picked.values()]):
-        found = teacher.targets(
-            batch,
-            estimator=run.estimator,
-            temperatures=run.temperatures,
-            logsumexp=run.logsumexp,
-            masked_from=run.masked_from,
-        )
+        found = teacher.targets(batch, run.recipe)
         for sample, exact in zip(batch, found, strict=True):
             stored = picked[sample.sample_index].targets
             if exact is None or stored is None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -18,13 +18,13 @@ from storage_schemas.config import Estimator
 from storage_schemas.devices import refuse_idle_gpus
 from storage_schemas.errors import MismatchError, explained
 from storage_schemas.logits import LogitTransform
-from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo, TeacherIdentity
+from storage_schemas.run_info import EngineIdentity, MadeBy, Recipe, RunInfo, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
 from teacher_dump.batches import length_sorted_batches
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Corpus, Sample
-from teacher_dump.estimators import Entries, estimate, to_targets
+from teacher_dump.estimators import Entries, estimate, gather, on_device
 from teacher_dump.products import Float32Results, linear
 from teacher_dump.weights import ModelFiles, find_model
 
@@ -40,6 +40,8 @@ _MEMORY_ADVICE = (
 )
 _PROBE = 8
 """Tokens of each sequence that a freshly loaded model is checked with."""
+PendingTargets = Callable[[], list[Targets | None]]
+"""Call it to wait for the targets of a batch."""
 _TOLERANCE = 0.02
 """Of the largest value: what bfloat16 may differ by between two ways to the same number."""
 
@@ -207,44 +209,36 @@ class Teacher:
         cuts = length_sorted_batches(lengths, budget=self.section.batch_tokens, apart_at=self.short_context)
         return [[samples[place] for place in places] for places in cuts]
 
-    def targets(
-        self,
-        samples: Sequence[Sample],
-        *,
-        estimator: Estimator,
-        temperatures: Sequence[float],
-        logsumexp: bool,
-        masked_from: int | None = None,
-    ) -> list[Targets | None]:
-        """Targets of each sample's supervised tokens, in order; None where its logits are not finite.
+    def targets(self, samples: Sequence[Sample], recipe: Recipe) -> list[Targets | None]:
+        """What `launch` promises."""
+        return self.launch(samples, recipe)()
+
+    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+        """Send samples through the model. A GPU is still at work when this returns, and the next batch may follow.
 
         A batch that does not fit into the GPU's memory is halved, and so are later ones of its size.
 
         Args:
             samples: each with at least one supervised token; they go through the model together, padded.
-            estimator: how targets are chosen.
-            temperatures: of the stored tail masses; the first is 1.
-            logsumexp: whether to keep the logsumexp of the raw logits.
-            masked_from: ids from here on have no probability; None: all rows of the head have.
+            recipe: what is kept of the logits.
+
+        Returns:
+            What waits for the targets of each sample's supervised tokens, in order; None where its logits are not
+            finite. Any thread may call it.
 
         Raises:
             MismatchError: a single sample does not fit into the device's memory.
         """
-        call: dict[str, Any] = {"estimator": estimator, "temperatures": temperatures, "logsumexp": logsumexp}
-        call["masked_from"] = masked_from
         padded = len(samples) * max(forward_tokens(sample) for sample in samples)
         if len(samples) == 1 or self._fits is None or padded <= self._fits:
             try:
-                return self.compute(samples, **call)
+                return launch(self.model, samples, recipe)
             except torch.OutOfMemoryError as error:
                 message = str(error).strip().splitlines()[0]
             self._refuse_or_halve(samples, padded, message)
         half = (len(samples) + 1) // 2
-        return [found for part in (samples[:half], samples[half:]) for found in self.targets(part, **call)]
-
-    def compute(self, samples: Sequence[Sample], **call: Any) -> list[Targets | None]:
-        """`targets` in one batch, whether it fits or not."""
-        return _targets(self.model, samples, **call)
+        parts = [self.launch(part, recipe) for part in (samples[:half], samples[half:])]
+        return lambda: [found for part in parts for found in part()]
 
     @cached_property
     def _identity(self) -> TeacherIdentity:
@@ -338,15 +332,7 @@ def _relative_difference(got: Tensor, expected: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _targets(
-    model: Any,
-    samples: Sequence[Sample],
-    *,
-    estimator: Estimator,
-    temperatures: Sequence[float],
-    logsumexp: bool,
-    masked_from: int | None,
-) -> list[Targets | None]:
+def launch(model: Any, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
     positions = [supervised_positions(sample.loss_mask) for sample in samples]
     hidden = _supervised_hidden(model, samples, positions)
     sample_index, position = _coordinates(samples, positions)
@@ -357,21 +343,26 @@ def _targets(
     for start in range(0, len(hidden), chunk):
         tokens = slice(start, start + chunk)
         logits = _logits(model, hidden[tokens], transform, scratch)
-        if masked_from is not None:
-            logits[:, masked_from:] = -torch.inf
+        if recipe.masked_from is not None:
+            logits[:, recipe.masked_from :] = -torch.inf
         parts.append(
             estimate(
                 logits,
-                estimator,
-                temperatures=temperatures,
+                recipe.estimator,
+                temperatures=recipe.temperatures,
                 sample_index=sample_index[tokens],
                 position=position[tokens],
             )
         )
-    targets, finite = to_targets(parts, logsumexp=logsumexp)
-    stops = np.cumsum([len(place.tokens) for place in positions])
-    spans = zip([0, *stops[:-1]], stops, strict=True)
-    return [targets.slice(int(a), int(b)) if finite[a:b].all() else None for a, b in spans]
+    gathered = gather(parts, logsumexp=recipe.logsumexp)
+    stops = np.cumsum([len(place.tokens) for place in positions]).tolist()
+
+    def targets() -> list[Targets | None]:
+        found, finite = gathered()
+        spans = zip([0, *stops[:-1]], stops, strict=True)
+        return [found.slice(start, stop) if finite[start:stop].all() else None for start, stop in spans]
+
+    return targets
 
 
 def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequence[Positions]) -> Tensor:
@@ -386,8 +377,8 @@ def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequenc
         ids[row, :length] = sample.input_ids[:length]
     rows = np.repeat(np.arange(len(samples)), [len(place.logits) for place in positions])
     columns = np.concatenate([place.logits for place in positions])
-    hidden = _hidden(model, torch.from_numpy(ids).to(_input_device(model)))
-    place = torch.from_numpy(rows * ids.shape[1] + columns).to(hidden.device)
+    hidden = _hidden(model, on_device(ids, _input_device(model)))
+    place = on_device(rows * ids.shape[1] + columns, hidden.device)
     return hidden.flatten(0, 1).index_select(0, place)
 
 

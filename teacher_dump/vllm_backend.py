@@ -14,12 +14,13 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,13 @@ import torch
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.errors import MismatchError, TemporaryError
 from storage_schemas.rows import OK
-from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo
+from storage_schemas.run_info import EngineIdentity, MadeBy, Recipe, RunInfo
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets
 from teacher_dump.agreement import TOLERANCES, Agreement, agreement
 from teacher_dump.config import TeacherSection, vllm_cannot
 from teacher_dump.corpus import Corpus, Sample
-from teacher_dump.teacher import Teacher
+from teacher_dump.teacher import PendingTargets, Teacher
 from teacher_dump.vllm_logprobs import ranked, topk_targets
 
 log = logging.getLogger(__name__)
@@ -67,12 +68,6 @@ _ONLY_PLACEMENT = frozenset(
     }
 )
 """Engine arguments on which only speed, memory and rounding depend. Any other becomes part of the dump's identity."""
-
-
-class _Settings(TypedDict):
-    estimator: Estimator
-    temperatures: Sequence[float]
-    logsumexp: bool
 
 
 class VllmTeacher(Teacher):
@@ -138,16 +133,12 @@ class VllmTeacher(Teacher):
             self._open(run.max_entries, run.corpus.max_length)
             return
         samples = check_samples(corpus, self.section.vllm_check_samples)
-        settings = _Settings(
-            estimator=run.estimator,
-            temperatures=run.temperatures,
-            logsumexp=run.logsumexp,
-        )
+        recipe = replace(run.recipe, masked_from=None)  # The two mask in different ways, see docs/design/teacher.md.
         # The reference comes first and leaves: the engine takes the memory that it finds free.
-        expected = _reference(self.section, samples, settings)
+        expected = _reference(self.section, samples, recipe)
         self._open(run.max_entries, run.corpus.max_length)
         if samples:
-            refuse_disagreement(expected, self.targets(samples, **settings), self.section)
+            refuse_disagreement(expected, self.targets(samples, recipe), self.section)
         else:
             log.warning("teacher.vllm_check_samples is 0: nobody compares vLLM with transformers")
         self._compared = True
@@ -162,22 +153,15 @@ class VllmTeacher(Teacher):
         self._engine = None
         _release_memory()
 
-    def targets(
-        self,
-        samples: Sequence[Sample],
-        *,
-        estimator: Estimator,
-        temperatures: Sequence[float],
-        logsumexp: bool,
-        masked_from: int | None = None,
-    ) -> list[Targets | None]:
+    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
         """Targets of each sample's supervised tokens, in order; None where its log-probs are not numbers.
 
         Raises:
             MismatchError: vLLM cannot make such targets, or refuses the model or a sample.
             TemporaryError: the engine died after it had worked.
         """
-        self.refuse_unsupported(estimator, temperatures, logsumexp=logsumexp)
+        estimator = recipe.estimator
+        self.refuse_unsupported(estimator, recipe.temperatures, logsumexp=recipe.logsumexp)
         assert isinstance(estimator, TopK)
         k = min(estimator.k, self.head_size)
         places = [supervised_positions(sample.loss_mask).tokens for sample in samples]
@@ -187,10 +171,10 @@ class VllmTeacher(Teacher):
         for answer, place in zip(answers, places, strict=True):
             ids, logprobs = ranked(answer, place, k)
             targets, finite = topk_targets(
-                ids, logprobs, mass=estimator.mass, vocabulary=self.head_size, masked_from=masked_from
+                ids, logprobs, mass=estimator.mass, vocabulary=self.head_size, masked_from=recipe.masked_from
             )
             found.append(targets if finite.all() else None)
-        return found
+        return lambda: found
 
     def _ask(self, prompts: list[list[int]], k: int) -> list[Any]:
         """The prompt_logprobs of each prompt, k entries per token."""
@@ -325,7 +309,7 @@ def _shown(figures: Agreement | None) -> str:
     )
 
 
-def _reference(section: TeacherSection, samples: Sequence[Sample], settings: "_Settings") -> list[Targets | None]:
+def _reference(section: TeacherSection, samples: Sequence[Sample], recipe: Recipe) -> list[Targets | None]:
     """What transformers makes of the samples, by a teacher that is gone afterwards.
 
     vLLM may spread a teacher that is larger than one device; here its layers go to all devices, and what does not fit
@@ -338,7 +322,7 @@ def _reference(section: TeacherSection, samples: Sequence[Sample], settings: "_S
     found: dict[int, Targets | None] = {}
     try:
         for batch in teacher.batches(samples):
-            found |= zip((sample.sample_index for sample in batch), teacher.targets(batch, **settings), strict=True)
+            found |= zip((sample.sample_index for sample in batch), teacher.targets(batch, recipe), strict=True)
     except MismatchError as error:
         raise MismatchError(
             f"transformers cannot run {section.model} here, so vLLM cannot be compared with it",

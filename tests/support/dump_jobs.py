@@ -64,11 +64,11 @@ def _work(job: dict[str, Any]) -> int:
     from teacher_dump.teacher import Teacher
 
     class SlowTeacher(Teacher):
-        def targets(self, samples: Any, **options: Any) -> Any:
+        def launch(self, samples: Any, recipe: Any) -> Any:
             if job.get("ready"):
                 Path(job["ready"]).touch()
             time.sleep(job.get("delay", 0.0))
-            return super().targets(samples, **options)
+            return super().launch(samples, recipe)
 
     try:
         summary = run_dump(

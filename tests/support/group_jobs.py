@@ -5,6 +5,7 @@ from typing import Any
 import torch.distributed as dist
 
 from storage_schemas.config import Estimator
+from storage_schemas.run_info import Recipe
 from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus import Sample
@@ -22,8 +23,8 @@ def targets(
         teacher = GroupTeacher(TeacherSection.model_validate({"dtype": "float32"} | case), group)
         answers = []
         if group.leads:
-            call = {"estimator": estimator, "temperatures": (1.0, 2.0), "logsumexp": True}
-            answers = [teacher.targets(batch, **call) for batch in batches]
+            recipe = Recipe(estimator=estimator, temperatures=(1.0, 2.0), logsumexp=True)
+            answers = [teacher.targets(batch, recipe) for batch in batches]
             group.send(None)
         else:
             teacher.follow()

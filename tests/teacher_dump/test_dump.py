@@ -356,6 +356,48 @@ def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpu
     assert_each_sample_once(tmp_path / "dump")
 
 
+def test_the_next_batch_runs_while_targets_of_one_are_waited_for(tmp_path, corpus_file, model_folder):
+    launched: list[threading.Event] = []
+
+    class Following(Teacher):
+        """Targets come when the batch after them has been sent through the model."""
+
+        def batches(self, samples):
+            batches = super().batches(samples)
+            launched[:] = [threading.Event() for _ in batches]
+            self.place = 0
+            return batches
+
+        def launch(self, samples, recipe):
+            pending, following = super().launch(samples, recipe), launched[self.place + 1 : self.place + 2]
+            launched[self.place].set()
+            self.place += 1
+
+            def targets():
+                assert all(event.wait(20) for event in following), "nobody went on"
+                return pending()
+
+            return targets
+
+    job = sections(tmp_path, corpus_file, model_folder, batch_tokens=1)
+    run_dump(**job | {"teacher": Following(job["teacher"])})
+    assert_each_sample_once(tmp_path)
+
+
+def test_targets_that_cannot_be_had_end_the_dump(tmp_path, corpus_file, model_folder):
+    class Failing(Teacher):
+        def launch(self, samples, recipe):
+            def targets():
+                raise RuntimeError("the device is gone")
+
+            return targets
+
+    job = sections(tmp_path, corpus_file, model_folder)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run_dump(**job | {"teacher": Failing(job["teacher"])})
+    assert not list(tmp_path.glob("commits/*"))
+
+
 @pytest.mark.parametrize(("action", "error"), [("thread", RuntimeError), ("full", TemporaryError)])
 def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_folder, action, error, monkeypatch):
     asked = []
@@ -363,13 +405,13 @@ def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_fol
     class Watching(Teacher):
         """One sample per call; after the first unit, it waits for the writer's death and goes on."""
 
-        def targets(self, samples, **options):
+        def launch(self, samples, recipe):
             asked.append(len(samples))
             deadline = time.monotonic() + 20
             while len(asked) > 5 and any(thread.name == "commits" for thread in threading.enumerate()):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            return super().targets(samples, **options)
+            return super().launch(samples, recipe)
 
     job = sections(tmp_path, corpus_file, model_folder, samples_per_unit=5, batch_tokens=1)
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ from support.rounding import BELOW_16
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.targets import Targets, decode
 from teacher_dump.draws import uniforms
-from teacher_dump.estimators import estimate, to_targets
+from teacher_dump.estimators import estimate, gather
 from teacher_dump.selection import draw_from_weights, largest
 
 pytestmark = pytest.mark.exact
@@ -32,7 +32,7 @@ def targets_of(logits, estimator, *, temperatures=(1.0,), sample_index=None, pos
         sample_index=np.zeros(n, np.int64) if sample_index is None else sample_index,
         position=np.arange(n) if position is None else position,
     )
-    targets, finite = to_targets([entries], logsumexp=True)
+    targets, finite = gather([entries], logsumexp=True)()
     assert finite.all()
     return targets
 
@@ -184,7 +184,7 @@ def test_nonfinite_logits_are_reported_and_leave_other_rows_alone(bad, column, e
     good = targets_of(logits, estimator)
     logits[1, column] = bad
     keys = {"sample_index": np.zeros(3, np.int64), "position": np.arange(3)}
-    targets, finite = to_targets([estimate(logits, estimator, temperatures=(1.0,), **keys)], logsumexp=True)
+    targets, finite = gather([estimate(logits, estimator, temperatures=(1.0,), **keys)], logsumexp=True)()
     np.testing.assert_array_equal(finite, [True, False, True])
     for i in (0, 2):
         np.testing.assert_array_equal(targets.slice(i, i + 1).ids, good.slice(i, i + 1).ids)

@@ -19,6 +19,7 @@ from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 from storage_schemas.config import TopK
 from storage_schemas.errors import UsageError
 from storage_schemas.rows import OK
+from storage_schemas.run_info import Recipe
 from storage_schemas.targets import Targets
 from storage_schemas.verify import verify
 from teacher_dump.backends import open_teacher
@@ -27,7 +28,7 @@ from teacher_dump.corpus import Sample
 from teacher_dump.teacher import Teacher
 
 ESTIMATOR = TopK(k=40, mass=1.0)
-CALL = {"estimator": ESTIMATOR, "temperatures": (1.0, 2.0), "logsumexp": True}
+RECIPE = Recipe(estimator=ESTIMATOR, temperatures=(1.0, 2.0), logsumexp=True)
 WAYS = [{"sharding": "tensor"}, {"sharding": "zero3"}, {"sharding": "zero3", "offload": True}]
 
 
@@ -59,7 +60,7 @@ def check(folder: Path, architectures: list[str]) -> None:
     for number, (name, way) in enumerate(product(architectures, WAYS)):
         whole = Teacher(TeacherSection(model=str(folder / name), dtype="float32", device="cpu"))
         for batch, targets in zip(BATCHES, found[0][number][1], strict=True):
-            assert_close(targets, whole.targets(batch, **CALL))
+            assert_close(targets, whole.targets(batch, RECIPE))
         size = sum(parameter.numel() for parameter in tiny_model(name).parameters())
         for held in (rank[number][0] for rank in found):
             # A group of one layer's norms and the like is whole everywhere under tensor parallelism.
@@ -92,7 +93,7 @@ def test_bfloat16_heads_give_float32_wherever_their_weight_is(tmp_path: Path) ->
     teachers = {"none": {}, "device_map": place}
     for name, way in teachers.items():
         teacher = open_teacher(TeacherSection.model_validate(common | way))
-        answers[name] = [teacher.targets(batch, **CALL) for batch in BATCHES]
+        answers[name] = [teacher.targets(batch, RECIPE) for batch in BATCHES]
     assert {name: sum(map(ties, found)) for name, found in answers.items()} == dict.fromkeys(answers, 0)
 
 
@@ -108,7 +109,7 @@ def test_layers_on_disk(tmp_path: Path) -> None:
         spread = open_teacher(section)
         assert "disk" in spread.model.hf_device_map.values()
         for batch in BATCHES:
-            assert_close(spread.targets(batch, **CALL), whole.targets(batch, **CALL))
+            assert_close(spread.targets(batch, RECIPE), whole.targets(batch, RECIPE))
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -13,6 +13,7 @@ from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
 from storage_schemas.errors import DataError
 from storage_schemas.reader import Dump
+from storage_schemas.run_info import Recipe
 from storage_schemas.targets import concatenate
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus import freeze_corpus
@@ -166,7 +167,7 @@ def test_cut_heads_are_those_of_the_estimator(place, tmp_path, estimator):
     samples = [corpus.sample(i) for i in (2, 3)]
     widest = TopK(k=VOCABULARY, mass=1.0)
     wide, expected = (
-        concatenate(teacher.targets(samples, estimator=each, temperatures=temperatures, logsumexp=True))
+        concatenate(teacher.targets(samples, Recipe(estimator=each, temperatures=temperatures, logsumexp=True)))
         for each in (widest, estimator)
     )
     found = end_heads(wide, estimator, temperatures=temperatures)
@@ -181,7 +182,7 @@ def test_the_mass_of_the_k_largest_is_that_of_the_model(place, tmp_path):
     teacher = settings(place, tmp_path)["teacher"]
     corpus = freeze_corpus(settings(place, tmp_path)["corpus"], teacher.tokenizer, head_size=VOCABULARY)
     sample = corpus.sample(2)
-    (wide,) = teacher.targets([sample], estimator=TopK(k=256, mass=1.0), temperatures=(1.0,), logsumexp=True)
+    (wide,) = teacher.targets([sample], Recipe(estimator=TopK(k=256, mass=1.0), logsumexp=True))
     with torch.no_grad():
         model = tiny_model("llama", max_position_embeddings=128)
         logits = model(input_ids=torch.from_numpy(sample.input_ids.astype(np.int64))[None]).logits[0].double()

@@ -9,6 +9,7 @@ from support.tiny_teachers import ARCHITECTURES, VOCABULARY, save_teacher, tiny_
 from storage_schemas.config import Adaptive, TopK
 from storage_schemas.errors import MismatchError
 from storage_schemas.rows import OK
+from storage_schemas.run_info import Recipe
 from storage_schemas.targets import concatenate
 from teacher_dump import products
 from teacher_dump import teacher as teacher_module
@@ -30,7 +31,7 @@ def sample_of(length: int, *, index: int = 0, mask: list[int] | None = None) -> 
 
 
 def ask(teacher, samples, estimator=EVERYTHING, temperatures=(1.0,)):
-    return teacher.targets(samples, estimator=estimator, temperatures=temperatures, logsumexp=True)
+    return teacher.targets(samples, Recipe(estimator=estimator, temperatures=temperatures, logsumexp=True))
 
 
 def teacher_of(folder, **options) -> Teacher:
