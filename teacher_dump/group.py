@@ -1,9 +1,10 @@
 """One teacher held by several processes. Every forward pass is collective: process 0 leads, the others follow.
 
 The leader is a worker like any other: it takes units, chooses and commits targets. What it sends through the teacher it
-sends to the followers first, and they run the same batch. They know nothing of the dump.
+sends to the followers first, as JSON, and they run the same batch. They know nothing of the dump.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from transformers.distributed import DistributedConfig
 
 from storage_schemas.config import Estimator
@@ -26,6 +29,9 @@ _COLLECTIVE = timedelta(minutes=10)
 """How long a forward pass may take."""
 _CONTROL = timedelta(days=7)
 """How long followers wait for the next batch: their leader may be tokenising a corpus or waiting for a store."""
+LOAD = "load"
+"""What the leader says when the weights are to be loaded; else it says which batch to run, or None: the end."""
+_ESTIMATOR: TypeAdapter[Estimator] = TypeAdapter(Estimator)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +70,18 @@ class Group:
         return self.rank == 0
 
     def send(self, message: object) -> None:
-        """Tell the followers."""
-        dist.broadcast_object_list([message], src=0, group=self.control)
+        """Tell the followers, in JSON: what comes over a socket is not unpickled."""
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        dist.broadcast(torch.tensor(len(data)), src=0, group=self.control)
+        dist.broadcast(data, src=0, group=self.control)
 
     def receive(self) -> Any:
         """Wait for what the leader says."""
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        size = torch.zeros((), dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self.control)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self.control)
+        return json.loads(data.numpy().tobytes())
 
     def close(self) -> None:
         """Leave. Collective."""
@@ -111,7 +121,8 @@ class GroupTeacher(Teacher):
         call: dict[str, Any] = {"estimator": estimator, "temperatures": temperatures, "logsumexp": logsumexp}
         call["masked_from"] = masked_from
         if self.group.leads:
-            self.group.send((samples, call))
+            told = call | {"estimator": estimator.model_dump(), "temperatures": list(temperatures)}
+            self.group.send({"samples": [_plain(sample) for sample in samples], "call": told})
         try:
             return self.compute(samples, **call)
         except torch.OutOfMemoryError as error:
@@ -125,16 +136,17 @@ class GroupTeacher(Teacher):
     def follow(self) -> None:
         """Run what the leader sends, until it has nothing more to send."""
         while (message := self.group.receive()) is not None:
-            samples, call = message
-            if samples:
-                self.targets(samples, **call)
-            else:
+            if message == LOAD:
                 _ = self.model
+                continue
+            call = message["call"]
+            call["estimator"] = _ESTIMATOR.validate_python(call["estimator"])
+            self.targets([_sample(plain) for plain in message["samples"]], **call)
 
     def load_model(self) -> Any:
         """This process's share of the weights. Collective."""
         if self.group.leads:
-            self.group.send(((), {}))
+            self.group.send(LOAD)
         if self.section.sharding == "tensor":
             # Without tp_size, transformers takes the plan and spreads nothing.
             return self.read_weights(distributed_config=DistributedConfig(tp_size=self.group.size, tp_plan="auto"))
@@ -143,3 +155,13 @@ class GroupTeacher(Teacher):
         return load_partitioned(
             self.read_weights, dtype=self.section.dtype, offload=self.section.offload, on_gpu=self.group.on_gpu
         )
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    arrays = {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()}
+    return {name: arrays.get(name, getattr(sample, name)) for name in sample.__slots__}
+
+
+def _sample(plain: dict[str, Any]) -> Sample:
+    arrays = {"input_ids": np.array(plain["input_ids"], np.int32), "loss_mask": np.array(plain["loss_mask"], np.bool_)}
+    return Sample(**(plain | arrays))
