@@ -17,11 +17,11 @@ from rich.console import Console
 
 from pipeline.config import Config, load_config, need
 from pipeline.credentials import has_secret, instead, is_secret_option
-from pipeline.files import write_asked_for, write_whole
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.devices import take_own_gpus, visible_gpus
-from storage_schemas.errors import Exit, NeoError, explained
+from storage_schemas.errors import Exit, NeoError, UsageError, explained
+from storage_schemas.publish import publish
 
 app = typer.Typer(
     name="llm-neo",
@@ -320,7 +320,12 @@ def inspect(
 
     found, rows = Dump.open(url, options=_pairs(store)), list(dict.fromkeys(row or ()))
     if html is not None:
-        write_asked_for(html, page.page(found, rows))
+        try:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            publish(html, page.page(found, rows))
+        except OSError as error:
+            expected = "a file in a writable place"
+            raise UsageError(f"cannot write {html}", got=error.strerror, expected=expected) from error
     if as_json:
         _print(show.as_json(found, rows), as_json)
     elif html is not None:
@@ -347,11 +352,11 @@ def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
     kept = need(config.train, "train", "train").output / "config.yaml"
     with run_directory(config, nodes):
         if nodes.node_rank == 0 and not kept.exists():
-            write_whole(kept, config.to_yaml(), private=True)
+            publish(kept, config.to_yaml(), private=True)
         code = train_workers(config, nproc=nproc, nodes=nodes)
         # Not before: a start that is refused must not replace what the results in this directory were made with.
         if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
-            write_whole(kept, config.to_yaml(), private=True)
+            publish(kept, config.to_yaml(), private=True)
     return code
 
 

@@ -4,12 +4,12 @@ A process of its own, because transformers needs seconds to import and holds the
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from storage_schemas.errors import DataError
+from storage_schemas.publish import publishing
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -17,19 +17,19 @@ def convert(gguf: Path, out: Path) -> None:
 
     Raises:
         DataError: the tokenizer lost its chat template or its special tokens on the way.
+        MismatchError: `out` is not empty.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     dequantise = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=dequantise, trust_remote_code=False
     )
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    refuse_lossy_tokenizer(gguf, AutoTokenizer.from_pretrained(partial, trust_remote_code=False))
-    os.rename(partial, out)
+    with publishing(out, setting="OUT") as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        refuse_lossy_tokenizer(gguf, AutoTokenizer.from_pretrained(staged, trust_remote_code=False))
 
 
 def refuse_lossy_tokenizer(gguf: Path, tokenizer: Any) -> None:
@@ -66,9 +66,6 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     gguf, out = map(Path, sys.argv[1:])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f"{out.name}.partial-*"):
-        shutil.rmtree(leftover)
     convert(gguf, out)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pipeline import docstrings
 from pipeline.cli import main as command
-from pipeline.files import write_whole
 from pipeline.prune import prune
 from storage_schemas.errors import DataError
+from storage_schemas.publish import publish
 
 TEACHER, STUDENT = Path("models/SmolLM2-135M-Instruct"), Path("models/SmolLM2-135M-pruned")
 DATA = Path("data/docstrings")
@@ -51,7 +51,7 @@ def prepare() -> None:
 def _write(path: Path, text: str) -> None:
     """Write a file whole, and not at all if it is like that already: its date says whether the dump is still right."""
     if not path.is_file() or path.read_text() != text:
-        write_whole(path, text)
+        publish(path, text)
 
 
 def teacher_gguf() -> Path:

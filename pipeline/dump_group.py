@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli import quiet_libraries
 from pipeline.config import Config, load_config, need
-from pipeline.files import write_whole
 from pipeline.launch import Placement
 from pipeline.processes import SUMMARY
 from storage_schemas.errors import Exit
+from storage_schemas.publish import publish
 from storage_schemas.run_info import canonical_json
 from student_train.worker import ExitCodes, end, failed, leave_with_others
 
@@ -71,7 +71,7 @@ def run(config: Config, placement: Placement, teacher: "GroupTeacher", folder: P
 
     if teacher.group.leads:
         summary = run_dumps(config, placement, teacher, events=events)
-        write_whole(folder / SUMMARY, canonical_json(summary).decode())
+        publish(folder / SUMMARY, canonical_json(summary).decode())
     else:
         teacher.follow()
     # Not after an error: the others may wait in the middle of a batch. They end without it.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import Config, need
-from pipeline.files import write_whole
 from pipeline.launch import (
     Nodes,
     Placement,
@@ -33,6 +32,7 @@ from pipeline.launch import (
 from storage_schemas.address import local_path
 from storage_schemas.devices import gpu_variable, usable_cores, visible_gpus
 from storage_schemas.errors import Exit
+from storage_schemas.publish import publish
 from storage_schemas.section import explicit
 from student_train.directory import LAUNCHER, held, refuse_foreign
 from student_train.worker import EXIT_FOLDER, STOP
@@ -234,7 +234,7 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     given = {name: section.model_dump(mode="json") for name, section in sections.items()} | {"stated": stated(config)}
     with tempfile.TemporaryDirectory() as scratch:
         resolved = Path(scratch) / "resolved.json"
-        write_whole(resolved, json.dumps(given), private=True)
+        publish(resolved, json.dumps(given), private=True)
         arguments = ["--config", str(resolved)]
         return run_ranks("student_train.worker", arguments, nproc=nproc, nodes=nodes, stdout=stdout)
 

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, need
-from pipeline.files import write_whole
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
     Command,
@@ -33,6 +32,7 @@ from pipeline.processes import (
 )
 from pipeline.report import QUALITY, report
 from storage_schemas.errors import DataError, Exit, NeoError
+from storage_schemas.publish import publish
 from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
 from student_train.card import CARD, Evaluation, model_card
@@ -84,7 +84,7 @@ def run_pipeline(
 
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
     _check("train", train_workers(config, nproc=nproc, nodes=Nodes(), stdout=2 if console.stderr else None))
-    write_whole(train.output / "config.yaml", config.to_yaml(), private=True)
+    publish(train.output / "config.yaml", config.to_yaml(), private=True)
     trained = json.loads((train.output / "summary.json").read_text())
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
@@ -94,7 +94,7 @@ def run_pipeline(
     trained_on = Dump.open(config.dump.url, options=config.dump.storage_options)
     card = model_card(trained_on, student, config.loss, train, events, folder=final, evaluation=evaluated)
     if not (final / CARD).is_file() or (final / CARD).read_text(encoding="utf-8") != card:
-        write_whole(final / CARD, card)
+        publish(final / CARD, card)
     if train.lora:
         steps.do("merge", lambda: _merge(final, merged), trained_inputs, redo=not (merged / "config.json").is_file())
 
@@ -112,8 +112,8 @@ def run_pipeline(
         "merged": str(merged if train.lora else final),
         "report": str(train.output / "report.md"),
     }
-    write_whole(Path(summary["report"]), report(config, summary, dumped), private=True)
-    write_whole(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    publish(Path(summary["report"]), report(config, summary, dumped), private=True)
+    publish(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
     console.print(result_table(summary))
     console.print(f"report: {summary['report']}", soft_wrap=True, highlight=False)
     return summary
@@ -150,7 +150,7 @@ class Steps:
         log.info("%s: starting", name)
         result = work()
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"inputs": of, "result": result}, indent=2, sort_keys=True) + "\n")
+        publish(file, json.dumps({"inputs": of, "result": result}, indent=2, sort_keys=True) + "\n")
         return result
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.publish import publish
 
 _SUFFIX = ".parquet"
 _NEVER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -45,10 +46,7 @@ class ShardCache:
                     _touch(cached)
                     return data
                 data = fetch()
-                # Its own under the lock; what a killed process left is written over.
-                staged = self._folder / f".{sha256}.staged"
-                staged.write_bytes(data)
-                os.replace(staged, cached)
+                publish(cached, data)
                 _touch(cached)
                 self._shrink(keep=cached)
                 return data

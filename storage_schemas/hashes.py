@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from storage_schemas.publish import publish
+
 SETTLED_SECONDS = 2.0
 """A file that was written less than this ago may be written again without a new time."""
 
@@ -59,10 +61,8 @@ def _read(entry: Path | None, path: Path) -> str:
         after = file_state(file.fileno())
     if entry is not None and before == after and max(after[2:]) < (time.time() - SETTLED_SECONDS) * 1e9:
         known = {"path": str(path.resolve()), "seen": [this_boot(), *after], "sha256": found}
-        staged = entry.with_name(f".{uuid.uuid4().hex}")
         with suppress(OSError):
-            staged.write_text(json.dumps(known | {"check": _check(known)}))
-            staged.replace(entry)
+            publish(entry, json.dumps(known | {"check": _check(known)}))
     return found
 
 

@@ -1,4 +1,7 @@
-"""The one way in which directories of results get their names: whole, durable, or not at all."""
+"""The one way in which files and directories get their names: whole, durable, or not at all.
+
+What a name may never be given twice, in a dump and in a checkpoint, goes through `Store.put_new`.
+"""
 
 import errno
 import os
@@ -11,19 +14,45 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from storage_schemas.errors import MismatchError, TemporaryError
-from storage_schemas.store import _fsync_directory
 
-_NEVER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+_NEVER = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 """Errors that another try will not mend."""
 
 
+def publish(path: Path, data: str | bytes, *, private: bool = False) -> None:
+    """Write a file: whoever looks sees the old or the new content, after a power cut too.
+
+    Args:
+        path: nobody else writes it at the same time, so that what a killed writer left beside it is written over.
+        data: all of it.
+        private: its owner alone may read it.
+    """
+    staged = path.with_name(f".{path.name}.staged")
+    staged.unlink(missing_ok=True)
+    staged.touch(0o600 if private else 0o666)
+    staged.write_bytes(data.encode() if isinstance(data, str) else data)
+    give_name(staged, path)
+
+
+def give_name(staged: Path, path: Path) -> None:
+    """Have a file, or a directory and all in it, on the disk, and only then under its name."""
+    for found in [*staged.rglob("*"), staged] if staged.is_dir() else [staged]:
+        _fsync(found)
+    os.replace(staged, path)
+    fsync_directory(path.parent)
+
+
 @contextmanager
-def publishing(folder: Path, *, setting: str) -> Iterator[Path]:
+def publishing(folder: Path, *, setting: str, replace: bool = False) -> Iterator[Path]:
     """A new directory to write into, which takes the name `folder`, on the disk for good, once the block ends well.
 
     Args:
-        folder: a directory or link of that name is replaced. What a link points to is left alone.
+        folder: a link of that name, or an empty directory, is replaced. What a link points to is left alone.
         setting: where the user named it.
+        replace: a directory with content, too.
 
     Raises:
         TemporaryError: the disk is full or away.
@@ -35,14 +64,11 @@ def publishing(folder: Path, *, setting: str) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         yield staged
-        for path in [*staged.rglob("*"), staged]:
-            _fsync(path)
         if folder.is_symlink():
             folder.unlink()
-        elif folder.is_dir():
+        elif replace and folder.is_dir():
             shutil.rmtree(folder)
-        os.rename(staged, folder)
-        _fsync_directory(folder.parent)
+        give_name(staged, folder)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(folder, error, setting) from error
     finally:
@@ -51,10 +77,23 @@ def publishing(folder: Path, *, setting: str) -> Iterator[Path]:
 
 def _fsync(path: Path) -> None:
     if path.is_dir():
-        _fsync_directory(path)
+        fsync_directory(path)
         return
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot be asked about directories; there names are the server's business.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_write(folder: Path, error: Exception, setting: str) -> MismatchError | TemporaryError:

@@ -23,6 +23,7 @@ from storage_schemas import faults
 from storage_schemas.address import dump_url, local_path
 from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
 from storage_schemas.masking import masked
+from storage_schemas.publish import fsync_directory
 from storage_schemas.remote import WRITING, failure, object_store, persistently
 
 T = TypeVar("T")
@@ -218,8 +219,8 @@ class Store:
         """On local files, make names that others created in `folder` durable, before they are relied upon."""
         if self.root is not None and (self.root / folder).is_dir():
             try:
-                _fsync_directory(self.root / folder)
-                _fsync_directory(self.root)
+                fsync_directory(self.root / folder)
+                fsync_directory(self.root)
             except OSError as error:
                 raise failure(error, self.url) from error
 
@@ -296,7 +297,7 @@ class Store:
         finally:
             staged.unlink(missing_ok=True)
             faults.point("local:directory")
-            _fsync_directory(target.parent)
+            fsync_directory(target.parent)
 
     def _ensure(self, folder: Path) -> None:
         """Create `folder` with what is missing above it, and make their names durable, once per store."""
@@ -309,7 +310,7 @@ class Store:
         within = [folder, *folder.parents]
         within = within[: within.index(self.root) + 1]
         for path in within if existed else [folder, *folder.absolute().parents]:
-            _fsync_directory(path.absolute().parent)
+            fsync_directory(path.absolute().parent)
         self._durable.add(folder)
 
     def _put_new_remote(self, key: str, data: bytes) -> bool:
@@ -366,18 +367,6 @@ def _check(key: str) -> None:
 def missing(url: str, key: str) -> DataError:
     """What a reader says about a file that has to be there."""
     return DataError(f"{url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`")
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot be asked about directories; there names are the server's business.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _no_folder(url: str, error: OSError) -> MismatchError:

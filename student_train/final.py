@@ -59,7 +59,7 @@ def write_final(
         DataError: what was written does not give the same logits.
         TemporaryError: it cannot be written now. MismatchError: not ever.
     """
-    with publishing(folder, setting="train.output") as staged, torch.no_grad():
+    with publishing(folder, setting="train.output", replace=True) as staged, torch.no_grad():
         write_files(staged, tokenizer)
         if train.lora:
             _save_adapter(staged, student, section, weights)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.publish import publish
 from storage_schemas.section import Section
 
 log = logging.getLogger(__name__)
@@ -136,9 +136,7 @@ class EventLog:
         self._path = path
         try:
             kept = [event.model_dump() for event in read_events(path) if event.step <= after]
-            staged = path.with_suffix(".staged")
-            staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(staged, path)
+            publish(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _cannot_write(path, error) from error

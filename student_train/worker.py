@@ -34,6 +34,7 @@ from pydantic import ValidationError
 from storage_schemas.config import DumpSection
 from storage_schemas.devices import refuse_idle_gpus
 from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError, explained
+from storage_schemas.publish import publish
 from storage_schemas.section import Section
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.directory import TRAINING, held
@@ -77,9 +78,7 @@ class ExitCodes:
         """Leave this rank's code; a disk that is full cannot be helped here."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            staged = self._folder / f".rank-{self._rank}"
-            staged.write_text(f"{code}\n", encoding="ascii")
-            os.replace(staged, self._folder / f"rank-{self._rank}")
+            publish(self._folder / f"rank-{self._rank}", f"{code}\n")
         except OSError as error:
             print(f"cannot write {self._folder}: {error}", file=sys.stderr)
 

@@ -1,9 +1,10 @@
 """One teacher held by several processes. Every forward pass is collective: process 0 leads, the others follow.
 
 The leader is a worker like any other: it takes units, chooses and commits targets. What it sends through the teacher it
-sends to the followers first, and they run the same batch. They know nothing of the dump.
+sends to the followers first, as JSON, and they run the same batch. They know nothing of the dump.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from transformers.distributed import DistributedConfig
 
 from storage_schemas.errors import MismatchError
@@ -25,6 +28,9 @@ _COLLECTIVE = timedelta(minutes=10)
 """How long a forward pass may take."""
 _CONTROL = timedelta(days=7)
 """How long followers wait for the next batch: their leader may be tokenising a corpus or waiting for a store."""
+LOAD = "load"
+"""What the leader says when the weights are to be loaded; else it says which batch to run, or None: the end."""
+_RECIPE = TypeAdapter(Recipe)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +69,18 @@ class Group:
         return self.rank == 0
 
     def send(self, message: object) -> None:
-        """Tell the followers."""
-        dist.broadcast_object_list([message], src=0, group=self.control)
+        """Tell the followers, in JSON: what comes over a socket is not unpickled."""
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        dist.broadcast(torch.tensor(len(data)), src=0, group=self.control)
+        dist.broadcast(data, src=0, group=self.control)
 
     def receive(self) -> Any:
         """Wait for what the leader says."""
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        size = torch.zeros((), dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self.control)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self.control)
+        return json.loads(data.numpy().tobytes())
 
     def close(self) -> None:
         """Leave. Collective."""
@@ -100,7 +110,11 @@ class GroupTeacher(Teacher):
         """
         _ = self.model
         if self.group.leads:
-            self.group.send((samples, recipe))
+            plain = {
+                "samples": [_plain(sample) for sample in samples],
+                "recipe": _RECIPE.dump_python(recipe, mode="json"),
+            }
+            self.group.send(plain)
         try:
             return launch(self.model, samples, recipe)
         except torch.OutOfMemoryError as error:
@@ -114,16 +128,15 @@ class GroupTeacher(Teacher):
     def follow(self) -> None:
         """Run what the leader sends, until it has nothing more to send."""
         while (message := self.group.receive()) is not None:
-            samples, recipe = message
-            if samples:
-                self.launch(samples, recipe)
-            else:
+            if message == LOAD:
                 _ = self.model
+                continue
+            self.launch([_sample(plain) for plain in message["samples"]], _RECIPE.validate_python(message["recipe"]))
 
     def load_model(self) -> Any:
         """This process's share of the weights. Collective."""
         if self.group.leads:
-            self.group.send(((), None))
+            self.group.send(LOAD)
         if self.section.sharding == "tensor":
             # Without tp_size, transformers takes the plan and spreads nothing.
             return self.read_weights(distributed_config=DistributedConfig(tp_size=self.group.size, tp_plan="auto"))
@@ -132,3 +145,13 @@ class GroupTeacher(Teacher):
         return load_partitioned(
             self.read_weights, dtype=self.section.dtype, offload=self.section.offload, on_gpu=self.group.on_gpu
         )
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    arrays = {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()}
+    return {name: arrays.get(name, getattr(sample, name)) for name in sample.__slots__}
+
+
+def _sample(plain: dict[str, Any]) -> Sample:
+    arrays = {"input_ids": np.array(plain["input_ids"], np.int32), "loss_mask": np.array(plain["loss_mask"], np.bool_)}
+    return Sample(**(plain | arrays))

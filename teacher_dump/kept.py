@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from storage_schemas.errors import NeoError, TemporaryError
 from storage_schemas.hashes import SETTLED_SECONDS, file_state, this_boot
+from storage_schemas.publish import give_name, publish
 from storage_schemas.rows import STATUSES
 from teacher_dump.columns import COLUMNS, JOURNAL, Arrays, Columns, mapped, read_journal, whole_parts
 from teacher_dump.config import CorpusSection
@@ -125,7 +125,7 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
             raise
         try:
             shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
+            give_name(part, target)
             _write_proof(target)
         except OSError as error:
             log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
@@ -172,10 +172,8 @@ def _prove(folder: Path) -> Frozen | None:
 
 
 def _write_proof(folder: Path, seen: Mapping[str, Any] | None = None) -> None:
-    staged = folder / f".{uuid.uuid4().hex}"
     try:
-        staged.write_text(json.dumps(seen or _see(folder)))
-        staged.replace(folder / _proof_name())
+        publish(folder / _proof_name(), json.dumps(seen or _see(folder)))
     except OSError as error:
         log.warning("%s is read again at each start: %s", folder, error)
 

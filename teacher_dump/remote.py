@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import threading
 import uuid
@@ -19,6 +18,7 @@ from fsspec.utils import glob_translate
 
 from storage_schemas.errors import DataError, TemporaryError
 from storage_schemas.interrupt import in_background
+from storage_schemas.publish import give_name
 from storage_schemas.remote import object_store, persistently
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _fetch(file: RemoteFile, options: Mapping[str, str], cache: Path, ended: thr
                 return target
         log.warning("%s is damaged; %s is fetched again", target, file.url)
     store = object_store(file.bucket, options, setting=_SETTING)
-    part = target.with_name(f".part-{uuid.uuid4().hex}")
+    part, note = (target.with_name(f".{what}-{uuid.uuid4().hex}") for what in ("part", "proof"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
@@ -153,14 +153,14 @@ def _fetch(file: RemoteFile, options: Mapping[str, str], cache: Path, ended: thr
                         raise _Ended
                     digest.update(chunk)
                     out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
 
             persistently(download, file.url, setting=_SETTING)
         if part.stat().st_size != file.bytes:
             raise _changed(file)
-        proof.write_text(digest.hexdigest())
-        part.replace(target)
+        note.write_text(digest.hexdigest())
+        # Another process may do the same at the same time; it gives the same content.
+        give_name(note, proof)
+        give_name(part, target)
     except FileNotFoundError as error:
         raise _changed(file) from error
     except OSError as error:
@@ -172,6 +172,7 @@ def _fetch(file: RemoteFile, options: Mapping[str, str], cache: Path, ended: thr
         ) from error
     finally:
         part.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
     return target
 
 

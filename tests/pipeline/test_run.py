@@ -277,6 +277,7 @@ def test_two_nodes_meet_at_an_address_and_train_the_same(finished: Path, tmp_pat
     for node in nodes:
         _, err = node.communicate(timeout=240)
         assert node.returncode == 0, err[-2000:]
+    assert [line for line in (folder / AUDIT).read_text().splitlines() if not line.startswith("start ")] == []
     for one, other in zip(
         read_events(folder / "run/events.jsonl"), read_events(finished / "run/events.jsonl"), strict=True
     ):

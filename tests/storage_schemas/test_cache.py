@@ -85,7 +85,7 @@ def test_a_file_that_is_being_read_stays(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
-    (tmp_path / f".{key(0)}.staged").write_bytes(b"half")
+    (tmp_path / f".{key(0)}.parquet.staged").write_bytes(b"half")
     Cache(tmp_path, SIZE).get(0)
     assert kept(tmp_path) == {0}
     assert not list(tmp_path.glob("*.staged"))

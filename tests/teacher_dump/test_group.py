@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from support.distributed import environment, run_ranks
+from support.distributed import TESTS, environment, run_ranks
 from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 
@@ -144,20 +144,26 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def llm_neo(*arguments: str) -> "subprocess.Popen[str]":
+def llm_neo(*arguments: str, **more: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=environment(**more), stdout=pipe, stderr=pipe, text=True)
 
 
 def test_the_command_line_starts_the_group_and_a_second_call_has_nothing_to_do(config: Path) -> None:
+    """And no process unpickles what another one sends."""
+    audit = config.parent / "audit.log"
+    path = os.pathsep.join([str(TESTS / "support/audit"), environment()["PYTHONPATH"]])
     for done in (6, 0):
-        process = llm_neo("dump", str(config), "--nproc", "2", "--json")
+        process = llm_neo("dump", str(config), "--nproc", "2", "--json", PYTHONPATH=path, LLM_NEO_AUDIT=str(audit))
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
         summary = json.loads(out)
         assert (summary["units_done_here"], summary["units"]) == (done, 6)
     assert verify(str(config.parent / "dump")).ok
+    lines = audit.read_text().splitlines()
+    assert len([line for line in lines if line.startswith("start ") and "dump_group" in line]) == 4
+    assert [line for line in lines if not line.startswith("start ")] == []
 
 
 def test_a_stop_and_an_error_end_all_with_their_code(config: Path) -> None:

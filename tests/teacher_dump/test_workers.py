@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_o
 from support.dump_jobs import Workers
 from support.tiny_teachers import save_teacher
 
+from storage_schemas.writer import DumpWriter
+from teacher_dump import dump as dump_module
 from teacher_dump.dump import run_dump, unit_order
 from teacher_dump.teacher import Teacher
 
@@ -62,6 +65,36 @@ def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(tmp_path, corp
     assert summary.units_done_here == 0
     assert_each_sample_once(tmp_path)
     assert len(list(tmp_path.glob("data/*"))) == UNITS, "the loser's file stayed"
+
+
+def test_a_slow_listing_delays_no_batch(tmp_path, corpus_file, model_folder, monkeypatch):
+    """Others are looked for after every batch here, by a listing that answers once the units are done."""
+    job = sections(tmp_path, corpus_file, model_folder)
+    asked, answered = threading.Event(), threading.Event()
+    committed = DumpWriter.committed
+
+    def slow(writer):
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            answered.wait(30)
+        return committed(writer)
+
+    class Watched(Teacher):
+        batches_while_asking = 0
+
+        def targets(self, samples, **options):
+            self.batches_while_asking += asked.is_set()
+            return super().targets(samples, **options)
+
+    monkeypatch.setattr(DumpWriter, "committed", slow)
+    monkeypatch.setattr(dump_module, "_LOOK_SECONDS", 0.0)
+    teacher = Watched(job["teacher"])
+    started = time.monotonic()
+    assert run_dump(**job | {"teacher": teacher}).units_done_here == UNITS
+    answered.set()
+    assert time.monotonic() - started < 25
+    assert teacher.batches_while_asking >= UNITS - 1
+    assert_each_sample_once(tmp_path)
 
 
 def test_a_rank_outside_the_world_is_refused(tmp_path, corpus_file, model_folder):
@@ -129,7 +162,7 @@ def test_workers_that_do_not_know_of_each_other_share_the_units(tmp_path, corpus
     done, lost = ([one[f"units_{what}_here"] for one in found] for what in ("done", "lost"))
     assert sum(done) == SAMPLES
     assert min(done) >= 1
-    # Each knows of a loss one unit late: of 20,000 simulated pairs in step, 1 in 1,500 loses more. Without it all 11 are.
+    # Each knows of a loss one unit late: of 20,000 simulated pairs in step, 1 in 1,500 loses more. Without it all are.
     assert sum(lost) <= SAMPLES - 2
 
 
