@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import traceback
 import warnings
@@ -20,8 +19,10 @@ from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.launch import Nodes, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.devices import take_own_gpus, visible_gpus
-from storage_schemas.errors import Exit, NeoError, UsageError, explained
+from storage_schemas.errors import NeoError, UsageError, explained
+from storage_schemas.exits import Exit
 from storage_schemas.publish import publish
+from storage_schemas.signals import interrupt
 
 app = typer.Typer(
     name="llm-neo",
@@ -382,9 +383,7 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: errors become messages and exit codes."""
-    # A scheduler's SIGTERM is an interruption like any other, unless a command knows better.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
+    interrupt()
     words = sys.argv[1:] if arguments is None else arguments
     goes_on = words[:1] in (["dump"], ["train"], ["run"])
     stopped = "interrupted; run the same command again to continue" if goes_on else "stopped"

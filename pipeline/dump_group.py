@@ -6,8 +6,6 @@ exit code there, for the others. Process 0 answers SIGTERM; the others end with 
 
 import argparse
 import os
-import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +13,11 @@ from pipeline.cli import quiet_libraries
 from pipeline.config import Config, load_config, need
 from pipeline.launch import Placement
 from pipeline.processes import SUMMARY
-from storage_schemas.errors import Exit
+from storage_schemas.exits import Exit
 from storage_schemas.publish import publish
+from storage_schemas.ranks import ExitCodes, end, failed
 from storage_schemas.run_info import canonical_json
-from student_train.worker import ExitCodes, end, failed, leave_with_others
+from storage_schemas.signals import ignore, interrupt
 
 MEMORY = "lower teacher.batch_tokens, or spread the teacher over more GPUs (--nproc); what is committed is kept"
 """What to change when the teacher runs out of memory."""
@@ -42,8 +41,8 @@ def main() -> int:
     codes = ExitCodes(arguments.folder, process, size)
     quiet_libraries()
     # The leader may be in the middle of a batch, which it can end only with the others.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if process else signal.default_int_handler)
-    threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
+    ignore() if process else interrupt()
+    codes.watch()
     try:
         config = load_config(arguments.config, arguments.overrides)
         teacher = join(config, process, size, local, arguments.rendezvous)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,26 +31,17 @@ from pipeline.launch import (
 )
 from storage_schemas.address import local_path
 from storage_schemas.devices import gpu_variable, usable_cores, visible_gpus
-from storage_schemas.errors import Exit
+from storage_schemas.exits import KILLED, Exit, combined, tell_deaths
 from storage_schemas.publish import publish
+from storage_schemas.ranks import EXIT_FOLDER, STOP
 from storage_schemas.section import explicit
+from storage_schemas.signals import forwarded
 from student_train.directory import LAUNCHER, held, refuse_foreign
-from student_train.worker import EXIT_FOLDER, STOP
 
-SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHING_TO_RESUME, Exit.TEMPORARY)
-"""Which code a group of processes returns: a stop that others made is no news beside the reason for it."""
-STOPPED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that ask a process to end."""
-KILLED = {
-    signal.SIGKILL: "the machine or the job has probably run out of memory: see `dmesg` or the scheduler's log",
-    signal.SIGABRT: "a library gave up, as NCCL does when a collective hangs: look for the first message above",
-    signal.SIGBUS: "a disk or /dev/shm is probably full",
-}
-"""Signals that end a process for what is wrong with its machine, and what that may be."""
 SUMMARY = "summary.json"
 """What the leader of a group of processes leaves for the one that started them."""
 PATIENCE_SECONDS = 45.0
-"""How long ranks may go on once one has failed. They notice by themselves sooner, see `student_train.worker`."""
+"""How long ranks may go on once one has failed. They notice by themselves sooner, see `storage_schemas/ranks.py`."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,24 +54,6 @@ class Command:
     """Variables to set."""
     stdout: int | IO[str] | None = None
     stderr: int | IO[str] | None = None
-
-
-def combined(codes: Sequence[int]) -> int:
-    """One exit code for a group of processes; what is not one of ours is a bug."""
-    signals = (*STOPPED, *KILLED)
-    mends = {-number for number in signals} | {128 + number for number in signals}
-    told = [int(Exit.TEMPORARY) if code in mends else code for code in codes]
-    known = [code if code in tuple(Exit) else int(Exit.BUG) for code in told]
-    return next((int(code) for code in SEVEREST_FIRST if code in known), 0)
-
-
-def tell_deaths(codes: Sequence[int], names: Sequence[str]) -> None:
-    """Say on standard error which processes a signal has ended: they could not say it themselves."""
-    for name, code in zip(names, codes, strict=True):
-        if code < 0 and -code not in STOPPED:
-            number = signal.Signals(-code)
-            why = KILLED.get(number, "native code has crashed; please report it with the lines above")
-            sys.stderr.write(f"llm-neo: {name} was ended by {number.name}\n  why:      {why}\n")
 
 
 def dump_workers(
@@ -289,7 +262,7 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
 
     deadline: float | None = None
     try:
-        with forwarded_signals(forward):
+        with forwarded(forward):
             for command in commands:
                 process = subprocess.Popen(
                     command.argv,
@@ -315,30 +288,6 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
             process.wait()
     codes = [process.returncode for process in started]
     return [int(Exit.TEMPORARY) if number in killed else code for number, code in enumerate(codes)]
-
-
-@contextmanager
-def forwarded_signals(send: Callable[[int], object]) -> Iterator[None]:
-    """Catch SIGTERM, SIGINT and SIGUSR1 for processes that were started, instead of ending.
-
-    Schedulers warn with whatever signal they were told to, and the workers know one way to stop: SIGTERM.
-
-    Args:
-        send: called with the number of signals so far.
-    """
-    count = 0
-
-    def forward(*_: object) -> None:
-        nonlocal count
-        count += 1
-        send(count)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_with_parent() -> None:

@@ -22,16 +22,15 @@ from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
     Command,
-    combined,
     dump_group,
     dump_workers,
     parse_output,
     run_together,
-    tell_deaths,
     train_workers,
 )
 from pipeline.report import QUALITY, report
-from storage_schemas.errors import DataError, Exit, NeoError
+from storage_schemas.errors import DataError, NeoError
+from storage_schemas.exits import combined, known, tell_deaths
 from storage_schemas.publish import publish
 from storage_schemas.reader import Dump
 from storage_schemas.verify import verify
@@ -45,7 +44,7 @@ class StepFailedError(NeoError):
     """A step has failed and has printed why."""
 
     def __init__(self, step: str, code: int) -> None:
-        self.exit_code = Exit(code) if code in tuple(Exit) else Exit.BUG
+        self.exit_code = known(code)
         super().__init__(f"the step `{step}` ended with exit code {int(self.exit_code)}; its message says why")
 
 

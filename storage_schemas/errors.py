@@ -1,23 +1,12 @@
-"""Errors that speak to the user, and the exit codes that speak to schedulers.
+"""Errors that speak to the user.
 
 Every error says what is wrong, what was got, what was expected and what to do. The command line turns an error
 into its exit code; anything that is not one of these is a bug in this project (70).
 """
 
 import errno
-from enum import IntEnum
 
-
-class Exit(IntEnum):
-    """Exit codes of every command (the numbers of BSD's sysexits.h)."""
-
-    DONE = 0
-    USAGE = 64
-    BAD_DATA = 65
-    NOTHING_TO_RESUME = 66
-    BUG = 70
-    TEMPORARY = 75
-    MISMATCH = 78
+from storage_schemas.exits import Exit
 
 
 class NeoError(Exception):
@@ -107,3 +96,11 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     if number in _NOT_THERE:
         return MismatchError(f"{name} cannot be used", got=got, fix="correct the path, or its permissions")
     return None
+
+
+def exit_code(error: BaseException | None) -> Exit:
+    """The exit code that an error stands for."""
+    if error is None:
+        return Exit.DONE
+    told = explained(error)
+    return Exit.BUG if told is None else told.exit_code

@@ -34,7 +34,8 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from storage_schemas.errors import DataError, Exit, MismatchError
+from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.exits import Exit
 from student_train import world as worlds
 from student_train.batch import TrainBatch
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly

@@ -11,7 +11,7 @@ import torch
 
 from storage_schemas.commit import RUN
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.errors import DataError, MismatchError, TemporaryError, exit_code
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.run_info import RunInfo, parse_json, validated
@@ -24,7 +24,7 @@ from student_train.metrics import EVENTS, refuse_missing_trackers
 from student_train.order import Order
 from student_train.saved import read_record
 from student_train.stream import consumed_root
-from student_train.world import World, exit_code
+from student_train.world import World
 
 log = logging.getLogger(__name__)
 

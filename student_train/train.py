@@ -15,7 +15,8 @@ import torch
 
 from storage_schemas import faults
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import DataError, Exit, NeoError, TemporaryError
+from storage_schemas.errors import DataError, NeoError, TemporaryError, exit_code
+from storage_schemas.exits import Exit
 from storage_schemas.run_info import canonical_json
 from storage_schemas.store import Store
 from student_train.batch import TrainBatch, collate
@@ -57,7 +58,7 @@ from student_train.schedule import learning_rate
 from student_train.stopping import span_ends
 from student_train.stream import Follower, Stream, consumed_root
 from student_train.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
-from student_train.world import PeerError, World, exit_code
+from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)
 

@@ -10,20 +10,15 @@ The protocol with whoever starts it (`pipeline`, or torchrun by hand):
 - SIGTERM or SIGINT to any rank, or a file `<train.output>/exit/stop`: a checkpoint at the next step boundary, and 75 on
   all.
 - Errors are printed once, by the rank that met them, on standard error.
-
-A rank that fails between two agreements (out of memory, killed) cannot tell the others, who may wait for it in a
-collective. They see its file, or their connection to it breaks; then they leave with its code, within half a minute.
+- A rank that fails where it cannot tell the others: see `storage_schemas/ranks.py`.
 """
 
 import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import threading
-import time
-import traceback
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,24 +28,19 @@ from pydantic import ValidationError
 
 from storage_schemas.config import DumpSection
 from storage_schemas.devices import refuse_idle_gpus
-from storage_schemas.errors import Exit, MismatchError, NeoError, TemporaryError, explained
-from storage_schemas.publish import publish
+from storage_schemas.errors import MismatchError, NeoError
+from storage_schemas.exits import Exit
+from storage_schemas.ranks import ExitCodes, end, failed
 from storage_schemas.section import Section
+from storage_schemas.signals import stop_event
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.directory import TRAINING, held
 
-EXIT_FOLDER, STOP = "exit", "stop"
-GRACE_SECONDS = 15.0
-"""How long a rank may go on once another one has left with an error."""
-LOST_SECONDS = 5.0
-"""How long a rank whose collective broke looks for the reason that another one gives."""
 MEMORY = (
     "lower train.micro_batch_size, set train.gradient_checkpointing, raise train.zero_stage, or use more GPUs; "
     "the last checkpoint is kept"
 )
 """What to change when training runs out of memory."""
-LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "remote process")
-"""What the errors of a collective say when another rank is gone."""
 
 
 class Resolved(Section):
@@ -62,46 +52,6 @@ class Resolved(Section):
     train: TrainSection
     stated: dict[str, Any] = {}
     """Settings of stage one that the configuration names, see `train.train`."""
-
-
-class ExitCodes:
-    """The exit codes of all ranks, as files in the run directory."""
-
-    def __init__(self, output: Path, rank: int, world_size: int) -> None:
-        self._folder, self._rank, self._world_size = output / EXIT_FOLDER, rank, world_size
-
-    def clear(self) -> None:
-        """Forget what the last start left here, if who started this one has not done so."""
-        (self._folder / f"rank-{self._rank}").unlink(missing_ok=True)
-
-    def write(self, code: int) -> None:
-        """Leave this rank's code; a disk that is full cannot be helped here."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            publish(self._folder / f"rank-{self._rank}", f"{code}\n")
-        except OSError as error:
-            print(f"cannot write {self._folder}: {error}", file=sys.stderr)
-
-    def of_others(self) -> int:
-        """The code of the lowest other rank that has failed; 0 if none has."""
-        others = set(range(self._world_size)) - {self._rank}
-        codes = read_codes(self._folder.parent)
-        return next((code for rank, code in sorted(codes.items()) if code and rank in others), 0)
-
-    def stop_requested(self) -> bool:
-        """Whether somebody asks for a checkpoint and an end."""
-        return (self._folder / STOP).exists()
-
-
-def read_codes(output: Path) -> dict[int, int]:
-    """Rank -> exit code, of the ranks that have left."""
-    folder = output / EXIT_FOLDER
-    found = {}
-    for file in folder.glob("rank-*") if folder.is_dir() else ():
-        rank = file.name.removeprefix("rank-")
-        if rank.isdecimal():
-            found[int(rank)] = int(file.read_text(encoding="ascii"))
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,14 +75,12 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return int(error.exit_code)
     codes = ExitCodes(config.train.output, rank, world_size)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_event()
     place = {"rank": rank, "world_size": world_size, "local_rank": local_rank}
     try:
         with held(config.train.output, TRAINING) if rank == 0 else nullcontext():
             codes.clear()
-            threading.Thread(target=leave_with_others, args=(codes,), daemon=True, name="watchdog").start()
+            codes.watch()
             code = run(config, codes, **place, rendezvous=arguments.rendezvous, stop=stop)
             codes.write(code)
             return code
@@ -202,57 +150,6 @@ def run(
     except BaseException as error:
         return failed(error, codes, rank, memory=MEMORY)
     return int(Exit.DONE)
-
-
-def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) -> int:
-    """Say what ended this rank; the code is another rank's if this error is but its echo, 70 if it is nobody's.
-
-    Args:
-        error: what ended it.
-        codes: of all ranks.
-        rank: this one.
-        memory: what to change when memory runs out.
-    """
-    told = explained(error, memory=memory)
-    if told is not None:
-        print(f"llm-neo: {told}", file=sys.stderr)
-        return int(told.exit_code)
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
-    deadline = time.monotonic() + LOST_SECONDS
-    while lost and time.monotonic() < deadline:
-        if code := codes.of_others():
-            return code
-        time.sleep(0.1)
-    if lost:
-        gone = TemporaryError(
-            f"rank {rank} has lost another rank",
-            got=str(error).splitlines()[0][:300],
-            expected="all ranks to be there",
-            fix="look for what ended it (out of memory? a lost node?), then run the same command again",
-        )
-        print(gone, file=sys.stderr)
-        return int(gone.exit_code)
-    traceback.print_exception(error)
-    return int(Exit.BUG)
-
-
-def leave_with_others(codes: ExitCodes) -> None:
-    """End this process if another rank has failed and this one does not get to know: it waits in a collective."""
-    seen: float | None = None
-    while True:
-        time.sleep(1.0)
-        code = codes.of_others()
-        seen = (seen or time.monotonic()) if code else None
-        if seen is not None and time.monotonic() - seen > GRACE_SECONDS:
-            codes.write(code)
-            end(code)
-
-
-def end(code: int) -> Any:
-    """Leave at once, whatever other threads and collectives are in."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from storage_schemas.errors import Exit, NeoError, explained
+from storage_schemas.errors import NeoError, exit_code
+from storage_schemas.exits import Exit
 
 T = TypeVar("T")
 
@@ -82,14 +83,6 @@ class World:
         """Leave the job. Collective."""
         dist.barrier(group=self.control)
         dist.destroy_process_group()
-
-
-def exit_code(error: BaseException | None) -> int:
-    """The exit code that an error stands for; 0 for none."""
-    if error is None:
-        return 0
-    told = explained(error)
-    return int(Exit.BUG if told is None else told.exit_code)
 
 
 def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:

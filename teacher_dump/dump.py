@@ -23,6 +23,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from storage_schemas.run_info import CorpusIdentity, RunInfo, TokenizerIdentity
 from storage_schemas.section import Section
+from storage_schemas.signals import StopRequest, stoppable
 from storage_schemas.store import Store
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
@@ -33,7 +34,6 @@ from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus import Corpus, Sample, freeze_corpus
 from teacher_dump.heldout import refuse_shared
 from teacher_dump.progress import DumpProgress, EventLog
-from teacher_dump.stop import StopRequest, stoppable
 from teacher_dump.teacher import PendingTargets, Teacher
 
 log = logging.getLogger(__name__)

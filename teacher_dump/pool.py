@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from storage_schemas.errors import TemporaryError
+from storage_schemas.signals import ignore
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -87,8 +87,7 @@ def chunked(items: Iterable[C], size: int) -> Iterator[list[C]]:
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     # A stop is the parent's to hear; when that ends, in whatever way, so does this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # One thread each: the processes share the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

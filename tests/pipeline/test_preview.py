@@ -11,7 +11,7 @@ from rich.console import Console
 from support.tiny_teachers import CHATML_GENERATION, VOCABULARY, save_teacher, tiny_tokenizer
 
 from pipeline import cli, preview
-from storage_schemas.errors import Exit
+from storage_schemas.exits import Exit
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus import freeze_corpus
 

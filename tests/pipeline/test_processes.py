@@ -18,16 +18,15 @@ from pipeline.config import Config
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
     Command,
-    combined,
     dump_workers,
-    forwarded_signals,
     parse_output,
     run_together,
-    tell_deaths,
     train_workers,
 )
 from storage_schemas.config import DumpSection
 from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.exits import combined, tell_deaths
+from storage_schemas.signals import forwarded
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,7 +175,7 @@ def test_a_signal_reaches_all_workers_of_stage_one(monkeypatch: pytest.MonkeyPat
 def test_handlers_are_put_back() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     got: list[int] = []
-    with forwarded_signals(got.append):
+    with forwarded(got.append):
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
     assert got == [1, 2, 3]

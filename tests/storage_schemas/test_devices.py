@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.devices import gpu_variable, own_gpus, refuse_idle_gpus, take_own_gpus, usable_cores, visible_gpus
-from storage_schemas.errors import Exit, MismatchError
+from storage_schemas.errors import MismatchError
+from storage_schemas.exits import Exit
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from storage_schemas.errors import Exit, MismatchError, explained
+from storage_schemas.errors import MismatchError, explained
+from storage_schemas.exits import Exit
 
 
 class OutOfMemoryError(RuntimeError):

@@ -12,7 +12,8 @@ from support.dumps import HASH, run_info, unit_rows
 
 from storage_schemas.commit import RUN
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import DataError, Exit, MismatchError
+from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.exits import Exit
 from storage_schemas.reader import Dump
 from storage_schemas.run_info import EngineIdentity, MadeBy, RunInfo, canonical_json, leaves, parse_json
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256

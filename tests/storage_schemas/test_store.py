@@ -11,7 +11,8 @@ import pytest
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from storage_schemas import faults, store
-from storage_schemas.errors import DataError, Exit, MismatchError, TemporaryError
+from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.exits import Exit
 from storage_schemas.store import Store
 
 

@@ -13,7 +13,8 @@ from storage_schemas import codec
 from storage_schemas.commit import TOKENIZER as TOKENIZER_RECORD
 from storage_schemas.commit import TokenizerRecord
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import DataError, Exit, MismatchError, NeoError, TemporaryError
+from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.exits import Exit
 from storage_schemas.reader import Dump
 from storage_schemas.rows import UnitRows
 from storage_schemas.store import Store

@@ -15,9 +15,9 @@ import pytest
 from support.distributed import environment
 from support.tiny_student import save_student, write_dump
 
+from storage_schemas.ranks import read_codes
 from student_train.config import TrainSection
 from student_train.metrics import read_events
-from student_train.worker import read_codes
 
 
 @pytest.fixture(scope="module")

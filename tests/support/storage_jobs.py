@@ -31,7 +31,8 @@ class Zygote(ForkServer):
 def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
     from support.dumps import TOKENIZER
 
-    from storage_schemas.errors import Exit, NeoError
+    from storage_schemas.errors import NeoError
+    from storage_schemas.exits import Exit
     from storage_schemas.writer import DumpWriter
 
     os.environ["LLM_NEO_FAULT"], os.environ["LLM_NEO_FAULT_LOG"] = request["fault"], request["log"]

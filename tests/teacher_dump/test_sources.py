@@ -24,11 +24,11 @@ from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.remote import object_store
+from storage_schemas.signals import stoppable
 from teacher_dump import remote
 from teacher_dump.config import CorpusSection, SourceSection
 from teacher_dump.corpus import Corpus, freeze_corpus
 from teacher_dump.sources import chosen_records
-from teacher_dump.stop import stoppable
 
 RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
 
