@@ -173,7 +173,7 @@ def recomputing(
     refuse_other_teacher(dump.run, teacher)
     corpus = None
     if config is not None and config.corpus is not None:
-        heldout = config.heldout is not None and config.heldout.url.rstrip("/") == url.rstrip("/")
+        heldout = config.heldout is not None and config.heldout.url.rstrip("/") == dump.store.url.rstrip("/")
         part = config.heldout_config().corpus if heldout else config.corpus
         assert part is not None
         corpus = freeze_corpus(part, teacher.tokenizer, head_size=teacher.head_size)

@@ -13,10 +13,9 @@ STORES = ("s3", "gs", "az")
 """Schemes of object stores."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)")
 _VARIABLE = re.compile(r"\$(\{|[A-Za-z_])")
+_SPELLINGS = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
+"""Other names of the same stores: a place has one spelling, so that identities, caches and comparisons see one."""
 _INSTEAD = {
-    "gcs": "write gs://bucket/prefix",
-    "s3a": "write s3://bucket/prefix",
-    "s3n": "write s3://bucket/prefix",
     "http": "write s3://bucket/prefix; the server's address is the storage option `endpoint`",
     "https": "write s3://bucket/prefix; the server's address is the storage option `endpoint`",
     "hf": "download it first, then give the local path",
@@ -26,7 +25,7 @@ _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
 def located(text: str) -> str:
-    """`text` with `~` replaced by the home directory.
+    """`text` with `~` replaced by the home directory, and with the usual name of its object store.
 
     Raises:
         ValueError: taken literally it would name something that nobody means: it is empty, has a variable or an
@@ -39,8 +38,10 @@ def located(text: str) -> str:
     if _VARIABLE.search(text):
         raise ValueError("environment variables are not expanded in YAML; write the value, or --set KEY=... in a shell")
     scheme = _SCHEME.match(text)
-    if scheme and (len(scheme[2]) == 1 or (not scheme[2] and scheme[1] in (*STORES, *_INSTEAD, "file"))):
+    if scheme and (len(scheme[2]) == 1 or (not scheme[2] and scheme[1] in (*STORES, *_SPELLINGS, *_INSTEAD, "file"))):
         raise ValueError(f"has too few slashes; write {scheme[1]}://, or ./{scheme[1]}: for a folder")
+    if scheme and scheme[1] in _SPELLINGS and scheme[2]:
+        text = _SPELLINGS[scheme[1]] + text[scheme.end(1) :]
     if text.startswith("~"):
         text = os.path.expanduser(text)
         if text.startswith("~"):

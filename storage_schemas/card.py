@@ -32,11 +32,17 @@ teacher's distribution of token `t` given the tokens before it: absolute token i
 T = 1. The first `head_size` entries are exact, `target_counts` says how often each of the others was drawn.
 `tail_logprob` and `logsumexp` hold one value per temperature: the log of the mass outside the head, and the log-sum-exp
 of the raw logits. Rescale the head to `1 - exp(tail_logprob)` before use.
-
+{precision}
 ```sql
 -- DuckDB: the teacher's probability of its most likely token, by token
 SELECT sample_index, list_transform(target_logprobs, lambda t: exp(list_max(t))) FROM 'data/*.parquet';
 ```
+"""
+
+_PRECISION = """
+The teacher's weights and body computed in {dtype}. How far these distributions are from those of the same teacher in
+float32 is in no number of this dump: `fidelity` in the commit records is what storing added alone. Measured once, on
+SmolLM2-135M-Instruct in bfloat16, the mean KL divergence was 8.1e-4 nats per token.
 """
 
 
@@ -53,4 +59,5 @@ def dataset_card(run: RunInfo, seal: Seal) -> str:
         supervised=seal.supervised_tokens,
         per_token=seal.bytes / max(seal.supervised_tokens, 1),
         fingerprint=run.fingerprint,
+        precision="" if run.teacher.dtype == "float32" else _PRECISION.format(dtype=run.teacher.dtype),
     )

@@ -63,7 +63,7 @@ def object_store(
     """
     remember_secrets(options)
     try:
-        dump_url(url)
+        url = dump_url(url)
         http = {"allow_http": True} if endpoint(options).startswith("http://") else {}
         if bad := [key for key, value in options.items() if not value.isprintable()]:
             raise ValueError(f"the option {bad[0]} holds a line break or another control character")

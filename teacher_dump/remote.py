@@ -16,6 +16,7 @@ from typing import Any
 import obstore
 from fsspec.utils import glob_translate
 
+from storage_schemas.address import STORES
 from storage_schemas.errors import DataError, TemporaryError
 from storage_schemas.interrupt import in_background
 from storage_schemas.publish import give_name
@@ -23,7 +24,6 @@ from storage_schemas.remote import object_store, persistently
 
 log = logging.getLogger(__name__)
 
-SCHEMES = ("s3", "gs", "az")
 _SETTING = "corpus.sources[] (path, storage_options)"
 _MAGIC = re.compile(r"[*?[]")
 _CHUNK = 8 * 2**20
@@ -56,7 +56,7 @@ class RemoteFile:
 
 def is_remote(path: str) -> bool:
     """Whether a source's path is the URL of an object store."""
-    return path.partition("://")[0] in SCHEMES and "://" in path
+    return path.partition("://")[0] in STORES and "://" in path
 
 
 def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str], bool]) -> list[RemoteFile]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from storage_schemas.address import DumpUrl, LocalFolder, dump_url, endpoint
+from storage_schemas.address import DumpUrl, LocalFolder, Located, dump_url, endpoint
 from storage_schemas.errors import MismatchError
 from storage_schemas.masking import is_secret, masked, remember_secrets
 from storage_schemas.store import Store
@@ -15,7 +15,8 @@ REFUSED = {
     "s3://b/x\ny": "line break", "s3:/bucket/x": "slashes", "s3:bucket/x": "slashes", "gs:/x": "slashes",
     "file:/x": "slashes", "weird:/x": "slashes", "${SCRATCH}/x": "not expanded", "$HOME/x": "not expanded",
     "s3://$BUCKET/x": "not expanded", "~nobody-of-this-name/x": "unknown user", "https://host/x": "endpoint",
-    "http://host/x": "endpoint", "gcs://b/x": "gs://", "s3a://b/x": "s3://", "hf://datasets/x": "download",
+    "http://host/x": "endpoint", "hf://datasets/x": "download", "gcs:/x": "slashes", "s3a:x": "slashes",
+    "gcs:///x": "no bucket",
     "weird://b/x": "holds no dumps", "S3://b/x": "holds no dumps", "s3:///x": "no bucket",
     "file://host/x": "another host",
     "s3://key:canary-secret@bucket/x": "credentials", "s3://key:canary/secret@bucket/x": "credentials",
@@ -26,6 +27,7 @@ REFUSED = {
 class Settings(BaseModel):
     url: DumpUrl = "x"
     folder: LocalFolder = Path("x")
+    source: Located = "x"
 
 
 @pytest.mark.parametrize("url", REFUSED)
@@ -48,6 +50,13 @@ def test_home_is_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (tmp_path / "dump" / "x").is_file()
     for url in ("s3://bucket/us$1", "dump", "./s3:/x", "/data/a:b", "file:///data", "az://container/x@y"):
         assert dump_url(url) == url
+
+
+@pytest.mark.parametrize("url", ["gs://b/x", "gcs://b/x", "s3://b/x", "s3a://b/x", "s3n://b/x"])
+def test_a_place_has_one_spelling(url: str) -> None:
+    usual = "gs://b/x" if url.startswith("g") else "s3://b/x"
+    assert Settings(url=url, source=url) == Settings(url=usual, source=usual)
+    assert Store(url).url == Settings(source=url).source == usual
 
 
 @pytest.mark.parametrize("folder", ["", "s3://bucket/out", "s3:/bucket/out", "$HOME/out", "out\n", "file:///out"])

@@ -230,8 +230,8 @@ def fetches(tiny: TinyS3) -> int:
 def test_a_shard_is_fetched_once_per_node(tiny: TinyS3, tmp_path: Path) -> None:
     make_dump(URL, options=options(tiny.port))
     before = fetches(tiny)
-    for _ in range(3):
-        dump = Dump.open(URL, options=options(tiny.port), cache_dir=tmp_path / "cache")
+    for url in (URL, URL, URL.replace("s3:", "s3a:")):
+        dump = Dump.open(url, options=options(tiny.port), cache_dir=tmp_path / "cache")
         for unit in range(3):
             dump.read_unit(unit)
     assert fetches(tiny) - before == 3

@@ -272,6 +272,17 @@ def test_the_card_says_what_the_dump_is(tmp_path: Path) -> None:
     assert run.fingerprint in card
     assert "path: data/*.parquet" in card
     assert "| samples | 10 in 3 units |" in card
+    assert "8.1e-4" not in card
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_card_of_a_16_bit_teacher_says_what_error_remains(dtype: str, tmp_path: Path) -> None:
+    exact = run_info()
+    make_dump(tmp_path, exact.model_copy(update={"teacher": exact.teacher.model_copy(update={"dtype": dtype})}))
+    card = (tmp_path / "README.md").read_text()
+    assert f"weights and body computed in {dtype}" in card
+    assert "8.1e-4 nats" in card
+    assert "\n\n```sql\n" in card
 
 
 # What a writer refuses
