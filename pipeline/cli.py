@@ -41,6 +41,9 @@ Overrides = Annotated[
 Base = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where an adapter's base model lies, if not where the adapter says.")
 ]
+Result = Annotated[
+    Path | None, typer.Option(hidden=True, help="Leave the result there, for the command that started this one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
 StoreOptions = Annotated[
@@ -90,6 +93,7 @@ def dump(
         Path | None, typer.Option(metavar="FILE", help="Append progress to it, one JSON object per event.")
     ] = None,
     as_json: AsJson = False,
+    result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
     found = load_config(config, overrides or ())
@@ -117,7 +121,7 @@ def dump(
         summary = run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    _print(summary, as_json)
+    _print(summary, as_json, result)
 
 
 @app.command()
@@ -200,6 +204,7 @@ def evaluate(
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate on what a growing dump has already.")] = False,
     base: Base = None,
     as_json: AsJson = False,
+    result: Result = None,
 ) -> None:
     """Compare a model with the teacher on a dump: KL, cross-entropy, top-1 agreement per supervised token."""
     from pipeline.stages import run_evaluation
@@ -215,7 +220,7 @@ def evaluate(
         partial=partial,
         base=base,
     )
-    _print(found, as_json)
+    _print(found, as_json, result)
 
 
 @app.command()
@@ -372,13 +377,15 @@ def _pairs(texts: list[str] | None) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts or ())
 
 
-def _print(found: dict[str, Any], as_json: bool) -> None:
-    if as_json:
+def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> None:
+    if result is not None:
+        publish(result, json.dumps(found))
+    elif as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
-        return
-    for name, value in found.items():
-        shown = json.dumps(value) if isinstance(value, bool | dict | list) or value is None else value
-        typer.echo(f"{name:28} {shown:,}" if isinstance(shown, int) else f"{name:28} {shown}")
+    else:
+        for name, value in found.items():
+            shown = json.dumps(value) if isinstance(value, bool | dict | list) or value is None else value
+            typer.echo(f"{name:28} {shown:,}" if isinstance(shown, int) else f"{name:28} {shown}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,10 +1,11 @@
 """One of the processes that hold one teacher together: `python -m pipeline.dump_group`.
 
-Process 0 works on the dump and leaves its summary in the folder; the others follow it. As in stage two, each leaves its
-exit code there, for the others. Process 0 answers SIGTERM; the others end with it.
+Process 0 works on the dump and leaves its summary in `--result`; the others follow it. As in stage two, each leaves its
+exit code in `--folder`, for the others. Process 0 answers SIGTERM; the others end with it.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +13,9 @@ from typing import TYPE_CHECKING
 from pipeline.cli import quiet_libraries
 from pipeline.config import Config, load_config, need
 from pipeline.launch import Placement
-from pipeline.processes import SUMMARY
 from storage_schemas.exits import Exit
 from storage_schemas.publish import publish
 from storage_schemas.ranks import ExitCodes, end, failed
-from storage_schemas.run_info import canonical_json
 from storage_schemas.signals import ignore, interrupt
 
 MEMORY = "lower teacher.batch_tokens, or spread the teacher over more GPUs (--nproc); what is committed is kept"
@@ -31,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.dump_group")
     parser.add_argument("config", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--events", type=Path)
     parser.add_argument("--rank", type=int, required=True)
@@ -47,7 +47,7 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         teacher = join(config, process, size, local, arguments.rendezvous)
         placement = Placement(arguments.rank, arguments.world_size)
-        code = run(config, placement, teacher, arguments.folder, events=arguments.events)
+        code = run(config, placement, teacher, arguments.result, events=arguments.events)
     except KeyboardInterrupt:
         code = int(Exit.TEMPORARY)
     except BaseException as error:
@@ -64,13 +64,13 @@ def join(config: Config, process: int, size: int, local: int, rendezvous: str) -
     return GroupTeacher(section, Group.join(process, size, local, device=section.device, rendezvous=rendezvous))
 
 
-def run(config: Config, placement: Placement, teacher: "GroupTeacher", folder: Path, *, events: Path | None) -> int:
+def run(config: Config, placement: Placement, teacher: "GroupTeacher", result: Path, *, events: Path | None) -> int:
     """Lead or follow."""
     from pipeline.stages import run_dumps
 
     if teacher.group.leads:
         summary = run_dumps(config, placement, teacher, events=events)
-        publish(folder / SUMMARY, canonical_json(summary).decode())
+        publish(result, json.dumps(summary))
     else:
         teacher.follow()
     # Not after an error: the others may wait in the middle of a batch. They end without it.

@@ -148,12 +148,14 @@ def dump_argv(
     placement: Placement,
     python: str = sys.executable,
     *,
+    result: Path,
     events: Path | None = None,
 ) -> list[str]:
-    """The command line of one worker of stage one."""
+    """The command line of one worker of stage one, which leaves its summary in `result`."""
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
     where += ["--events", str(events)] if events else []
-    return [python, "-P", "-m", "pipeline.cli", "dump", str(config), *where, "--json", *set_arguments(overrides)]
+    where += ["--result", str(result), *set_arguments(overrides)]
+    return [python, "-P", "-m", "pipeline.cli", "dump", str(config), *where]
 
 
 def set_arguments(overrides: Sequence[str]) -> list[str]:

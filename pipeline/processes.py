@@ -38,8 +38,6 @@ from storage_schemas.section import explicit
 from storage_schemas.signals import forwarded
 from student_train.directory import LAUNCHER, held, refuse_foreign
 
-SUMMARY = "summary.json"
-"""What the leader of a group of processes leaves for the one that started them."""
 PATIENCE_SECONDS = 45.0
 """How long ranks may go on once one has failed. They notice by themselves sooner, see `storage_schemas/ranks.py`."""
 _PR_SET_PDEATHSIG = 1
@@ -74,15 +72,16 @@ def dump_workers(
     gpus = visible_gpus(os.environ)
     threads = thread_environment(os.environ, workers, usable_cores())
     with ExitStack() as files:
-        outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
+        scratch = Path(files.enter_context(tempfile.TemporaryDirectory()))
+        results = [scratch / f"worker-{local}.json" for local in range(workers)]
         # One worker shows the progress of all, since it counts the units that anyone has committed.
         errors = [None, *(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers - 1))]
         commands = []
         for local in range(workers):
             placement = Placement(node.rank * workers + local, node.world_size * workers)
-            argv = dump_argv(config, overrides, placement, events=events)
+            argv = dump_argv(config, overrides, placement, result=results[local], events=events)
             env = device_environment(gpu_variable(os.environ), gpus, local)
-            commands.append(Command(argv, threads | env, outputs[local], errors[local]))
+            commands.append(Command(argv, threads | env, subprocess.DEVNULL, errors[local]))
         codes = run_together(commands)
         for status, error in zip(codes, errors, strict=True):
             if status and error is not None:
@@ -95,9 +94,7 @@ def dump_workers(
                 sys.stderr.write("llm-neo: the others have done its work; the dump is complete\n")
         elif code := combined(codes):
             return code, {}
-        for output in outputs:
-            output.seek(0)
-        return 0, _sum([parse_output(output.read()) for output, code in zip(outputs, codes, strict=True) if not code])
+        return 0, _sum([json.loads(file.read_text()) for file, code in zip(results, codes, strict=True) if not code])
 
 
 def dump_group(
@@ -123,17 +120,12 @@ def dump_group(
         Their exit code, and, if it is 0, the worker's summary.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = [str(config), "--folder", scratch, *set_arguments(overrides)]
+        result = Path(scratch) / "summary.json"
+        arguments = [str(config), "--folder", scratch, "--result", str(result), *set_arguments(overrides)]
         arguments += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
         arguments += ["--events", str(events)] if events else []
         code = run_ranks("pipeline.dump_group", arguments, nproc=nproc, nodes=Nodes(), stdout=stdout)
-        return code, {} if code else json.loads((Path(scratch) / SUMMARY).read_text())
-
-
-def parse_output(text: str) -> dict[str, Any]:
-    """The JSON object at the end of a command's standard output; libraries may have printed before it."""
-    found: dict[str, Any] = json.loads(text[text.rfind("\n{\n") + 1 :])
-    return found
+        return code, {} if code else json.loads(result.read_text())
 
 
 def _sum(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ from pipeline.processes import (
     Command,
     dump_group,
     dump_workers,
-    parse_output,
     run_together,
     train_workers,
 )
@@ -218,7 +218,11 @@ def _verify(config: Config, url: str) -> dict[str, Any]:
 
 def _evaluate(config: Config, model: str, url: str) -> dict[str, Any]:
     store = [word for key, value in config.dump.storage_options.items() for word in ("--store", f"{key}={value}")]
-    return parse_output(_child("evaluate", ["--model", model, "--dump", url, "--json", *store]))
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "evaluation.json"
+        _child("evaluate", ["--model", model, "--dump", url, "--result", str(result), *store])
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
 
 
 def _merge(final: Path, merged: Path) -> dict[str, Any]:
@@ -228,15 +232,12 @@ def _merge(final: Path, merged: Path) -> dict[str, Any]:
     return {}
 
 
-def _child(command: str, arguments: Sequence[str]) -> str:
-    """Run one of our own commands; its standard output."""
-    with tempfile.TemporaryFile("w+") as output:
-        argv = [sys.executable, "-P", "-m", "pipeline.cli", command, *arguments]
-        codes = run_together([Command(argv, {}, output)])
-        tell_deaths(codes, [f"llm-neo {command}"])
-        _check(command, combined(codes))
-        output.seek(0)
-        return output.read()
+def _child(command: str, arguments: Sequence[str]) -> None:
+    """Run one of our own commands."""
+    argv = [sys.executable, "-P", "-m", "pipeline.cli", command, *arguments]
+    codes = run_together([Command(argv, {}, subprocess.DEVNULL)])
+    tell_deaths(codes, [f"llm-neo {command}"])
+    _check(command, combined(codes))
 
 
 def _check(step: str, code: int) -> None:

@@ -135,10 +135,10 @@ def test_ranks_of_several_nodes_meet_at_node_0() -> None:
 def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     from pathlib import Path
 
-    argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py")
+    argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py", result=Path("r.json"))
     assert argv[1:5] == ["-P", "-m", "pipeline.cli", "dump"]
-    assert argv[5:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--json", "--set", "a.b=c"]
-    argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), events=Path("e.jsonl"))
+    assert argv[5:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--result", "r.json", "--set", "a.b=c"]
+    argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), result=Path("r.json"), events=Path("e.jsonl"))
     assert argv[argv.index("--events") + 1] == "e.jsonl"
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}
     assert thread_environment({}, 16, 8) == {"OMP_NUM_THREADS": "1"}

@@ -19,7 +19,6 @@ from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
     Command,
     dump_workers,
-    parse_output,
     run_together,
     train_workers,
 )
@@ -68,11 +67,6 @@ def test_one_code_for_many(codes: list[int], expected: int) -> None:
     assert combined(codes) == expected
 
 
-def test_a_commands_object_is_found_behind_what_libraries_print() -> None:
-    text = json.dumps({"a": {"b": [1, {"c": 2}]}}, indent=2)
-    assert parse_output(text) == parse_output(f"[WARNING] no GPU\n{{}}\n{text}\n") == {"a": {"b": [1, {"c": 2}]}}
-
-
 def python(body: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(body)]
 
@@ -84,12 +78,13 @@ SUMMARY = {
 
 
 def fake_worker(monkeypatch: pytest.MonkeyPatch, body: str) -> list[Placement]:
-    """`llm-neo dump` becomes `body`, which knows `rank`."""
+    """`llm-neo dump` becomes `body`, which knows `rank` and where its `result` goes."""
     seen: list[Placement] = []
 
     def argv(config: Path, overrides: Sequence[str], placement: Placement, **options: object) -> list[str]:
         seen.append(placement)
-        return python(f"rank = {placement.rank}\n" + textwrap.dedent(body))
+        known = f"import json, pathlib\nrank, result = {placement.rank}, pathlib.Path({str(options['result'])!r})\n"
+        return python(known + textwrap.dedent(body))
 
     monkeypatch.setattr(processes, "dump_argv", argv)
     return seen
@@ -97,10 +92,9 @@ def fake_worker(monkeypatch: pytest.MonkeyPatch, body: str) -> list[Placement]:
 
 def test_workers_of_stage_one_are_numbered_over_all_nodes_and_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     body = f"""
-    import json, os
+    import os
     summary = {SUMMARY} | {{"seconds": 2.0 + rank, "threads": os.environ["OMP_NUM_THREADS"]}}
-    print("a library says something")
-    print(json.dumps(summary | {{"heldout": {SUMMARY}}}, indent=2))
+    result.write_text(json.dumps(summary | {{"heldout": {SUMMARY}}}))
     """
     seen = fake_worker(monkeypatch, body)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -117,7 +111,7 @@ def test_workers_of_stage_one_are_numbered_over_all_nodes_and_summed(monkeypatch
 
 def test_nothing_left_to_do_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = SUMMARY | {"tokens_here": 0, "seconds": 0.0, "tokens_per_second": None}
-    fake_worker(monkeypatch, f"import json; print(json.dumps({nothing}, indent=2))")
+    fake_worker(monkeypatch, f"result.write_text(json.dumps({nothing}))")
     code, summary = dump_workers(Path("c"), [], 2, node=Placement(0, 1))
     assert code == 0
     assert summary["tokens_per_second"] is None
@@ -138,10 +132,10 @@ def test_a_killed_worker_is_told_and_its_work_done_by_the_others(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = f"""
-    import json, os, signal
+    import os, signal
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    print(json.dumps({SUMMARY}, indent=2))
+    result.write_text(json.dumps({SUMMARY}))
     """
     fake_worker(monkeypatch, body)
     code, summary = dump_workers(Path("c"), [], 3, node=Placement(0, 1))
