@@ -16,13 +16,14 @@ from rich.console import Console
 
 from pipeline.config import Config, load_config, need
 from pipeline.credentials import has_secret, instead, is_secret_option
-from pipeline.launch import Nodes, dump_placement, training_nodes
+from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.devices import take_own_gpus, visible_gpus
 from storage_schemas.errors import NeoError, UsageError, explained
 from storage_schemas.exits import Exit
 from storage_schemas.publish import publish
 from storage_schemas.signals import interrupt
+from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
     name="llm-neo",
@@ -37,6 +38,9 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, see docs/configuration.md.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
+]
+GroupSize = Annotated[
+    int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
 ]
 Base = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where an adapter's base model lies, if not where the adapter says.")
@@ -84,9 +88,7 @@ def dump(
     config: ConfigPath,
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
-    ] = None,
+    nproc: GroupSize = None,
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
     events: Annotated[
@@ -102,10 +104,7 @@ def dump(
     if teacher.device in ("auto", "cuda"):
         take_own_gpus(os.environ)
     placement = dump_placement(os.environ, rank, world_size)
-    if nproc is not None and not teacher.grouped:
-        raise typer.BadParameter(
-            "is for teacher.sharding: tensor or zero3; did you mean --workers?", param_hint="--nproc"
-        )
+    _refuse_nproc(nproc, teacher)
     if workers > 1 and teacher.grouped:
         raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
     code = 0
@@ -247,24 +246,33 @@ def plan(
     pilot_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples that the teacher runs on.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
     tokens_per_second: Annotated[
-        float | None, typer.Option(min=1e-3, metavar="X", help="Of the device to plan for; default: measured here.")
+        float | None, typer.Option(min=1e-3, metavar="X", help="Of the worker to plan for; default: measured here.")
     ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0.0, metavar="P", help="Of one device; gives what the dump costs.")
     ] = None,
+    nproc: GroupSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a dump will hold, weigh and cost, from a pilot with the real teacher. Writes nothing."""
     from pipeline.forecast import print_plan
-    from pipeline.stages import run_plan
 
-    found = run_plan(
-        load_config(config, overrides or ()),
-        samples=pilot_samples,
-        seed=seed,
-        tokens_per_second=tokens_per_second,
-        price_per_hour=price_per_hour,
-    )
+    whole = load_config(config, overrides or ())
+    teacher = need(whole.teacher, "teacher", "plan")
+    need(whole.corpus, "corpus", "plan")
+    _refuse_nproc(nproc, teacher)
+    pilot: dict[str, Any] = {"samples": pilot_samples, "seed": seed}
+    pilot |= {"tokens_per_second": tokens_per_second, "price_per_hour": price_per_hour}
+    if teacher.grouped:
+        nproc = nproc or len(visible_gpus(os.environ)) or 1
+        out = sys.stderr.fileno()
+        code, found = dump_group(config, overrides or (), nproc, node=Placement(0, 1), pilot=pilot, stdout=out)
+        if code:
+            raise typer.Exit(code)
+    else:
+        from pipeline.stages import run_plan
+
+        found = run_plan(whole, **pilot)
     if as_json:
         _print(found, as_json)
     else:
@@ -353,6 +361,13 @@ def prune(
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
 
 
+def _refuse_nproc(nproc: int | None, teacher: TeacherSection) -> None:
+    if nproc is not None and not teacher.grouped:
+        raise typer.BadParameter(
+            "is for teacher.sharding: tensor or zero3; did you mean --workers?", param_hint="--nproc"
+        )
+
+
 def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
     """Stage two, and the configuration it ran with beside its results."""
     kept = need(config.train, "train", "train").output / "config.yaml"
@@ -390,11 +405,11 @@ def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: errors become messages and exit codes."""
-    interrupt()
     words = sys.argv[1:] if arguments is None else arguments
     goes_on = words[:1] in (["dump"], ["train"], ["run"])
     stopped = "interrupted; run the same command again to continue" if goes_on else "stopped"
     try:
+        interrupt()
         app(arguments)
         code: int = Exit.DONE
     except SystemExit as left:

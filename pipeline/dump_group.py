@@ -1,14 +1,14 @@
 """One of the processes that hold one teacher together: `python -m pipeline.dump_group`.
 
-Process 0 works on the dump and leaves its summary in `--result`; the others follow it. As in stage two, each leaves its
-exit code in `--folder`, for the others. Process 0 answers SIGTERM; the others end with it.
+Process 0 works on the dump, or on the pilot of a plan, and leaves what it found in `--result`; the others follow, and
+end with it. As in stage two, each leaves its exit code in `--folder`. Process 0 answers signals.
 """
 
 import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import quiet_libraries
 from pipeline.config import Config, load_config, need
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--events", type=Path)
+    parser.add_argument("--pilot", type=json.loads)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--rendezvous", required=True)
@@ -47,7 +48,7 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         teacher = join(config, process, size, local, arguments.rendezvous)
         placement = Placement(arguments.rank, arguments.world_size)
-        code = run(config, placement, teacher, arguments.result, events=arguments.events)
+        code = run(config, placement, teacher, arguments.result, events=arguments.events, pilot=arguments.pilot)
     except KeyboardInterrupt:
         code = int(Exit.TEMPORARY)
     except BaseException as error:
@@ -64,13 +65,21 @@ def join(config: Config, process: int, size: int, local: int, rendezvous: str) -
     return GroupTeacher(section, Group.join(process, size, local, device=section.device, rendezvous=rendezvous))
 
 
-def run(config: Config, placement: Placement, teacher: "GroupTeacher", result: Path, *, events: Path | None) -> int:
+def run(
+    config: Config,
+    placement: Placement,
+    teacher: "GroupTeacher",
+    result: Path,
+    *,
+    events: Path | None,
+    pilot: dict[str, Any] | None,
+) -> int:
     """Lead or follow."""
-    from pipeline.stages import run_dumps
+    from pipeline.stages import run_dumps, run_plan
 
     if teacher.group.leads:
-        summary = run_dumps(config, placement, teacher, events=events)
-        publish(result, json.dumps(summary))
+        planned = None if pilot is None else run_plan(config, teacher, **pilot)
+        publish(result, json.dumps(planned or run_dumps(config, placement, teacher, events=events)))
     else:
         teacher.follow()
     # Not after an error: the others may wait in the middle of a batch. They end without it.

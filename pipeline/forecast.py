@@ -50,7 +50,9 @@ def _masses(plan: dict[str, Any]) -> Table:
 
 def _durations(plan: dict[str, Any]) -> Table:
     how = "measured here" if plan["measured"] else "as given"
-    title = f"Time of the teacher at {plan['tokens_per_second']:,.0f} tokens/s per device, {how}; without loading it"
+    held = plan["devices_per_worker"]
+    worker = "device" if held == 1 else f"{held} devices, which hold it together"
+    title = f"Time of the teacher at {plan['tokens_per_second']:,.0f} tokens/s per {worker}, {how}; without loading it"
     table = Table(title=title, title_justify="left")
     for name in ("devices", "hours", "money"):
         table.add_column(name, justify="right")

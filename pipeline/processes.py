@@ -104,9 +104,10 @@ def dump_group(
     *,
     node: Placement,
     events: Path | None = None,
+    pilot: Mapping[str, Any] | None = None,
     stdout: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Run one worker of stage one whose teacher is spread over several processes of this machine.
+    """Run one worker of stage one, or a plan's pilot, whose teacher is spread over several processes of this machine.
 
     Args:
         config: the configuration file.
@@ -114,16 +115,18 @@ def dump_group(
         nproc: how many processes.
         node: which of how many workers they are together.
         events: file that one JSON object per event is appended to.
+        pilot: arguments of `pipeline.stages.run_plan`, instead of a dump.
         stdout: file descriptor for what they print; standard output by default.
 
     Returns:
-        Their exit code, and, if it is 0, the worker's summary.
+        Their exit code, and, if it is 0, the worker's summary or the plan.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "summary.json"
         arguments = [str(config), "--folder", scratch, "--result", str(result), *set_arguments(overrides)]
         arguments += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
         arguments += ["--events", str(events)] if events else []
+        arguments += ["--pilot", json.dumps(pilot)] if pilot else []
         code = run_ranks("pipeline.dump_group", arguments, nproc=nproc, nodes=Nodes(), stdout=stdout)
         return code, {} if code else json.loads(result.read_text())
 

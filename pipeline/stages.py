@@ -98,20 +98,35 @@ def run_evaluation(
 
 
 def run_plan(
-    config: Config, *, samples: int, seed: int, tokens_per_second: float | None, price_per_hour: float | None
+    config: Config,
+    teacher: "Teacher | None" = None,
+    *,
+    samples: int,
+    seed: int,
+    tokens_per_second: float | None,
+    price_per_hour: float | None,
 ) -> dict[str, Any]:
-    """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples."""
-    from teacher_dump.backends import open_teacher
+    """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples.
+
+    Args:
+        config: with `teacher` and `corpus`.
+        teacher: if the configured one is not to be opened here.
+        samples: of the pilot.
+        seed: of their choice.
+        tokens_per_second: of another worker; by default it is measured here.
+        price_per_hour: of one device.
+    """
+    from teacher_dump.backends import open_teacher, under_transformers
     from teacher_dump.pilot import plan_dump
-    from teacher_dump.teacher import Teacher
 
     section = need(config.teacher, "teacher", "plan")
     if section.backend == "vllm":
         log.info("the pilot runs under transformers, which knows all estimators; give vLLM's own --tokens-per-second")
+        section = under_transformers(section)
     with shown_progress("pilot") as progress:
         found = plan_dump(
             dump=config.dump,
-            teacher=Teacher(section) if section.backend == "vllm" else open_teacher(section),
+            teacher=teacher or open_teacher(section),
             corpus=need(config.corpus, "corpus", "plan"),
             estimator=config.estimator,
             temperatures=config.temperatures,

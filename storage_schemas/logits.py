@@ -60,3 +60,26 @@ class LogitTransform(Section):
                 fix=f"choose another {role}",
             )
         return cls(scale=scale, softcap=softcap)
+
+
+def body_of(model: Any, *, role: str) -> Any:
+    """The part of a causal language model of transformers that gives the hidden states its head is applied to.
+
+    Args:
+        model: without peft's wrapper.
+        role: `teacher` or `student`, for the message.
+
+    Raises:
+        MismatchError: there is no such part.
+    """
+    known = (model, model.get_output_embeddings())
+    # transformers' best guess is the model itself for Llama 4, and for ModernBERT's decoder its head.
+    for body in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if body is not None and all(body is not other for other in known):
+            return body
+    raise MismatchError(
+        f"the body of {type(model).__name__} is not found",
+        got="get_decoder() gives the whole model or its head",
+        expected="a body that gives hidden states, and a head",
+        fix=f"choose another {role}",
+    )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from storage_schemas.errors import MismatchError
+from storage_schemas.logits import body_of
 from storage_schemas.run_info import RunInfo
 from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.adapter import attach, initial_factors
@@ -110,7 +111,7 @@ class Distilled(nn.Module):
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         # Without a mask and a cache, transformers keeps apart what position ids say is apart.
-        body = self._causal[0].get_decoder()
+        body = body_of(self._causal[0], role="student")
         return body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -255,8 +256,16 @@ def refuse_unknown_head(module: Distilled) -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""
     causal = causal_of(module.student)
     ids = torch.arange(4)[None] % causal.get_output_embeddings().weight.shape[0]
-    with _evaluating(module):
-        off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
+    try:
+        with _evaluating(module):
+            off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
+    except (AttributeError, TypeError) as error:
+        raise MismatchError(
+            f"{type(causal).__name__} cannot be run as a student",
+            got=f"{type(error).__name__}: {error}",
+            expected="a model whose adapted layers take and return one tensor",
+            fix="name other student.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj], or another student",
+        ) from error
     if not off < PROBE_TOLERANCE:
         raise MismatchError(
             f"the head of {type(causal).__name__} is not understood",

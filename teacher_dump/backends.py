@@ -12,6 +12,11 @@ def opened(teacher: Teacher | TeacherSection) -> AbstractContextManager[Teacher]
     return nullcontext(teacher) if isinstance(teacher, Teacher) else closing(open_teacher(teacher))
 
 
+def under_transformers(section: TeacherSection) -> TeacherSection:
+    """The same teacher for transformers, which spreads over all devices, host and disk what vLLM may have spread."""
+    return section.model_copy(update={"backend": "transformers", "vllm": {}, "sharding": "device_map"})
+
+
 def open_teacher(section: TeacherSection) -> Teacher:
     """The teacher of a section in this one process; its weights are loaded later.
 
@@ -22,7 +27,7 @@ def open_teacher(section: TeacherSection) -> Teacher:
         raise UsageError(
             f"teacher.sharding: {section.sharding} spreads the teacher over several processes",
             got="one process",
-            expected="llm-neo dump CONFIG --nproc N",
+            expected="llm-neo dump or plan CONFIG --nproc N",
             fix="start it so, or set teacher.sharding to none or device_map",
         )
     if section.backend == "vllm":

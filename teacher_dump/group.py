@@ -96,6 +96,11 @@ class GroupTeacher(Teacher):
         super().__init__(section)
         self.group = group
 
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        return self.group.size
+
     @cached_property
     def device(self) -> torch.device:
         """Where this process's share runs."""

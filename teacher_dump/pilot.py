@@ -52,7 +52,7 @@ def plan_dump(
         temperatures: of the stored tail masses.
         samples: of the pilot.
         seed: of their choice.
-        tokens_per_second: of another device; by default it is measured here.
+        tokens_per_second: of another worker; by default it is measured here.
         price_per_hour: of one device.
         progress: called with (batches done, batches in all).
 
@@ -61,6 +61,7 @@ def plan_dump(
         DataError: the corpus cannot be used.
     """
     refuse_wider_than_vocabulary(estimator, teacher)
+    teacher.refuse_unloadable()
     frozen = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
     refuse_too_long(frozen, teacher)
     run = run_info(dump, teacher, corpus, frozen, estimator=estimator, temperatures=temperatures)
@@ -79,6 +80,7 @@ def plan_dump(
         mass_at_k=mass_at(wide, WIDTHS),
         tokens_per_second=tokens_per_second or speed,
         measured=tokens_per_second is None,
+        devices=teacher.devices,
         price_per_hour=price_per_hour,
     )
 

@@ -9,8 +9,8 @@ import numpy as np
 from storage_schemas.section import Section
 from storage_schemas.targets import I64
 
-DEVICES = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of devices that hours are given for."""
+WORKERS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of workers that hours are given for."""
 
 
 class Bytes(NamedTuple):
@@ -77,7 +77,7 @@ class Duration(Section):
     """How long some devices take."""
 
     devices: int
-    """Each runs a worker."""
+    """Of all workers together."""
     hours: float
     """Of the teacher's forward passes; loading the model is not in it."""
     money: float | None
@@ -108,11 +108,13 @@ class Plan(Section):
     mass_at_k: dict[int, float]
     """Mean probability of the k most likely tokens."""
     tokens_per_second: float
-    """Of one device."""
+    """Of one worker."""
+    devices_per_worker: int
+    """More than 1 where devices hold one teacher together."""
     measured: bool
     """Whether that was measured here; else it was given."""
     durations: list[Duration]
-    """By number of devices; more devices than units do not help."""
+    """By number of devices; more workers than units do not help."""
 
 
 def choose_pilot(lengths: I64, count: int, *, seed: int) -> I64:
@@ -176,13 +178,19 @@ def relative_standard_error(entries: Sequence[int], supervised: Sequence[int]) -
 
 
 def durations(
-    *, teacher_tokens: int, units: int, tokens_per_second: float, price_per_hour: float | None
+    *,
+    teacher_tokens: int,
+    units: int,
+    tokens_per_second: float,
+    price_per_hour: float | None,
+    devices_per_worker: int = 1,
 ) -> list[Duration]:
-    """Hours and money by number of devices: the last device ends when it has done its share of the units."""
+    """Hours and money by number of devices: the last worker ends when it has done its share of the units."""
     alone = teacher_tokens / tokens_per_second / 3600
     found = []
-    for devices in DEVICES:
-        hours = alone * math.ceil(units / devices) / units
+    for workers in WORKERS:
+        devices = workers * devices_per_worker
+        hours = alone * math.ceil(units / workers) / units
         money = None if price_per_hour is None else hours * devices * price_per_hour
         found.append(Duration(devices=devices, hours=hours, money=money))
     return found
@@ -199,6 +207,7 @@ def make_plan(
     mass_at_k: Mapping[int, float],
     tokens_per_second: float,
     measured: bool,
+    devices: int,
     price_per_hour: float | None,
 ) -> Plan:
     """The plan, from a pilot and from what is known about the whole corpus."""
@@ -230,11 +239,13 @@ def make_plan(
         estimators=plans,
         mass_at_k=dict(mass_at_k),
         tokens_per_second=tokens_per_second,
+        devices_per_worker=devices,
         measured=measured,
         durations=durations(
             teacher_tokens=teacher_tokens,
             units=units,
             tokens_per_second=tokens_per_second,
             price_per_hour=price_per_hour,
+            devices_per_worker=devices,
         ),
     )

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from storage_schemas.config import Estimator
 from storage_schemas.devices import refuse_idle_gpus
 from storage_schemas.errors import MismatchError, explained
-from storage_schemas.logits import LogitTransform
+from storage_schemas.logits import LogitTransform, body_of
 from storage_schemas.run_info import EngineIdentity, MadeBy, Recipe, RunInfo, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
@@ -112,6 +112,12 @@ class Teacher:
                 expected="auto, cpu, cuda or cuda:N",
                 fix="correct teacher.device",
             ) from error
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on; the host's memory and disk, where layers wait, are none."""
+        places = getattr(self.model, "hf_device_map", {}).values()
+        return max(1, len({str(place) for place in places} - {"cpu", "disk"}))
 
     @cached_property
     def model(self) -> Any:
@@ -397,16 +403,7 @@ def _input_device(model: Any) -> torch.device:
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:
     """(batch, seq, hidden) final hidden states, without a key-value cache."""
-    body = model.get_decoder()
-    if body is model:  # Llama 4 and ModernBERT's decoder name themselves.
-        body = getattr(model, "model", model)
-    if body is model:
-        raise MismatchError(
-            f"the body of {type(model).__name__} is not found",
-            got="get_decoder() gives the whole model",
-            expected="a body that gives hidden states, and a head",
-            fix="choose another teacher",
-        )
+    body = body_of(model, role="teacher")
     states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return states
 

@@ -32,6 +32,7 @@ from storage_schemas.run_info import EngineIdentity, MadeBy, Recipe, RunInfo
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets
 from teacher_dump.agreement import TOLERANCES, Agreement, agreement
+from teacher_dump.backends import under_transformers
 from teacher_dump.config import TeacherSection, vllm_cannot
 from teacher_dump.corpus import Corpus, Sample
 from teacher_dump.teacher import PendingTargets, Teacher
@@ -312,13 +313,10 @@ def _shown(figures: Agreement | None) -> str:
 def _reference(section: TeacherSection, samples: Sequence[Sample], recipe: Recipe) -> list[Targets | None]:
     """What transformers makes of the samples, by a teacher that is gone afterwards.
 
-    vLLM may spread a teacher that is larger than one device; here its layers go to all devices, and what does not fit
-    there to the host's memory and disk.
-
     Raises:
         MismatchError: transformers cannot run it here.
     """
-    teacher = Teacher(section.model_copy(update={"backend": "transformers", "vllm": {}, "sharding": "device_map"}))
+    teacher = Teacher(under_transformers(section))
     found: dict[int, Targets | None] = {}
     try:
         for batch in teacher.batches(samples):

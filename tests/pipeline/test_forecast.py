@@ -77,6 +77,7 @@ def test_a_plan_without_price_and_error_is_shown():
         ],
         "mass_at_k": {8: 0.95},
         "tokens_per_second": 100.0,
+        "devices_per_worker": 1,
         "measured": True,
         "durations": [{"devices": 1, "hours": 12.5, "money": None}],
     }

@@ -11,7 +11,7 @@ from support.engine_jobs import train_section
 from support.rounding import FORWARD, GRADIENT
 from support.tiny_student import VOCAB, save_student, write_dump
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Llama4TextConfig, MistralConfig, Qwen3Config
 
 from storage_schemas.errors import MismatchError
 from storage_schemas.reader import Dump
@@ -30,6 +30,7 @@ MODELS = {
     "llama": None,
     "qwen3": Qwen3Config(**SMALL),
     "mistral, window of 6": MistralConfig(**SMALL, sliding_window=6),
+    "llama 4": Llama4TextConfig(**SMALL, intermediate_size_mlp=56, num_local_experts=2, attention_chunk_size=8),
 }
 
 
@@ -47,10 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def student(folder: Path, name: str, **changes: Any) -> Distilled:
+def student(folder: Path, name: str, *, targets: str | list[str] | None = None, **changes: Any) -> Distilled:
     """A student whose adapter has left its start."""
+    targets = targets or (["q_proj", "v_proj"] if name == "llama 4" else "all-linear")
     module = load_student(
-        StudentSection(model=str(folder / name), lora=LoraSection(r=4)),
+        StudentSection(model=str(folder / name), lora=LoraSection(r=4, target_modules=targets)),
         LossSection(),
         train_section(folder, **changes),
         Dump.open(str(folder / "dump")).run,
@@ -83,6 +85,12 @@ def test_packed_equals_padded(folder: Path, name: str, attention: str) -> None:
         assert loss.item() == pytest.approx(expected_loss.item(), rel=FORWARD)
         for here, there in zip(found, expected, strict=True):
             assert float((here - there).abs().max() / there.abs().max()) < GRADIENT
+
+
+def test_an_adapter_that_the_model_cannot_be_run_with_is_refused(folder: Path) -> None:
+    """Llama 4's router is a linear layer that returns a pair, which peft does not know."""
+    with pytest.raises(MismatchError, match=r"Llama4ForCausalLM cannot be run(.|\n)*'dtype'(.|\n)*target_modules"):
+        student(folder, "llama 4", targets="all-linear")
 
 
 def test_layout(folder: Path) -> None:

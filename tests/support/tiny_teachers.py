@@ -71,13 +71,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "mamba": {"state_size": 8, "use_mambapy": False},  # No attention at all.
 }
 
 
 def tiny_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """A causal language model of ARCHITECTURES with random weights."""
-    options = _SIZES | ARCHITECTURES[name] | changes
+    options = _SIZES | ARCHITECTURES.get(name, {}) | changes
     config = AutoConfig.for_model(options.pop("model_type", name), **options)
     state = torch.get_rng_state()
     torch.manual_seed(seed)

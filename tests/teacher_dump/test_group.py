@@ -166,6 +166,28 @@ def test_the_command_line_starts_the_group_and_a_second_call_has_nothing_to_do(c
     assert [line for line in lines if not line.startswith("start ")] == []
 
 
+def test_a_plan_of_a_teacher_that_no_process_holds_alone(config: Path) -> None:
+    """The pilot runs in a group, as the dump will: two devices are one worker, the numbers those of a whole teacher."""
+    plans = []
+    for more in (("--nproc", "2"), ("--set", "teacher.sharding=none")):
+        process = llm_neo("plan", str(config), "--pilot-samples", "4", "--price-per-hour", "3", "--json", *more)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        plans.append(json.loads(out))
+    shared, whole = plans
+    assert (shared["devices_per_worker"], whole["devices_per_worker"]) == (2, 1)
+    assert [each["devices"] for each in shared["durations"][:3]] == [2, 4, 8]
+    one = shared["durations"][0]
+    assert one["hours"] == pytest.approx(shared["teacher_tokens"] / shared["tokens_per_second"] / 3600)
+    assert one["money"] == pytest.approx(2 * 3 * one["hours"])
+    assert (
+        shared["estimators"][0]["entries_per_supervised_token"]
+        == whole["estimators"][0]["entries_per_supervised_token"]
+    )
+    assert shared["mass_at_k"] == pytest.approx(whole["mass_at_k"])
+    assert not (config.parent / "dump").exists()
+
+
 def test_a_stop_and_an_error_end_all_with_their_code(config: Path) -> None:
     """SIGTERM to the command is 75; what the leader finds wrong is its own code, once it has found it."""
     corpus = config.parent / "corpus.jsonl"

@@ -20,7 +20,7 @@ from teacher_dump.corpus import freeze_corpus
 from teacher_dump.dump import run_dump
 from teacher_dump.pilot import WIDTHS, end_heads, file_bytes, mass_at, plan_dump
 from teacher_dump.plan import (
-    DEVICES,
+    WORKERS,
     Bytes,
     Pilot,
     UnitSize,
@@ -109,7 +109,7 @@ def test_units_of_one_row_are_taken_as_they_are():
 
 def test_hours_and_money():
     found = durations(teacher_tokens=3_600_000, units=10, tokens_per_second=100.0, price_per_hour=2.0)
-    assert [each.devices for each in found] == list(DEVICES)
+    assert [each.devices for each in found] == list(WORKERS)
     # Of 10 units, 4 devices take 3 at most, 8 take 2, and from 10 devices on each takes one.
     assert [each.hours for each in found] == pytest.approx([10, 5, 3, 2, 1, 1, 1])
     assert [each.money for each in found] == pytest.approx([20, 20, 24, 32, 32, 64, 128])

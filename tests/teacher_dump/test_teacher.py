@@ -230,6 +230,13 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
         kind.forward = forward
 
 
+def test_a_model_with_more_than_a_weight_before_its_logits_is_refused(tmp_path):
+    """transformers takes the head of ModernBERT's decoder for its body."""
+    tiny_model("modernbert-decoder", num_key_value_heads=None, cls_token_id=0, sep_token_id=0).save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match="head of ModernBertDecoderForCausalLM is not understood"):
+        _ = teacher_of(tmp_path).model
+
+
 def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path):
     rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [7.0] * 4}
     save_teacher(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=16, sliding_window=None)

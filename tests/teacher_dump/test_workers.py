@@ -82,9 +82,9 @@ def test_a_slow_listing_delays_no_batch(tmp_path, corpus_file, model_folder, mon
     class Watched(Teacher):
         batches_while_asking = 0
 
-        def targets(self, samples, **options):
+        def launch(self, samples, recipe):
             self.batches_while_asking += asked.is_set()
-            return super().targets(samples, **options)
+            return super().launch(samples, recipe)
 
     monkeypatch.setattr(DumpWriter, "committed", slow)
     monkeypatch.setattr(dump_module, "_LOOK_SECONDS", 0.0)
