@@ -29,12 +29,19 @@ def publish(path: Path, data: str | bytes, *, private: bool = False) -> None:
         path: nobody else writes it at the same time, so that what a killed writer left beside it is written over.
         data: all of it.
         private: its owner alone may read it.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
     """
     staged = path.with_name(f".{path.name}.staged")
-    staged.unlink(missing_ok=True)
-    staged.touch(0o600 if private else 0o666)
-    staged.write_bytes(data.encode() if isinstance(data, str) else data)
-    give_name(staged, path)
+    try:
+        staged.unlink(missing_ok=True)
+        staged.touch(0o600 if private else 0o666)
+        staged.write_bytes(data.encode() if isinstance(data, str) else data)
+        give_name(staged, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # A full disk names none.
+        raise
 
 
 def give_name(staged: Path, path: Path) -> None:

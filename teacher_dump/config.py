@@ -22,6 +22,7 @@ _OWNED_BY_BACKEND = {
     "skip_tokenizer_init": "vLLM sees token ids only",
     "tokenizer": "vLLM sees token ids only",
     "tokenizer_revision": "vLLM sees token ids only",
+    "trust_remote_code": "code that comes with a teacher is never run",
 }
 """Arguments of vLLM's engine that the backend sets itself, and why."""
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from storage_schemas.commit import CommitRecord
+from storage_schemas.errors import MismatchError
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,11 @@ class EventLog:
         self.rank = rank
         self._file = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", encoding="utf-8")
+            except FileNotFoundError as error:  # A link to nowhere; other errors say by themselves what they are.
+                raise MismatchError(f"cannot write {path}", got=error.strerror, fix="correct --events") from error
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event, with the time in seconds since 1970 and this worker's number.

@@ -2,6 +2,8 @@
 
 import ast
 import os
+import re
+import resource
 import stat
 from pathlib import Path
 
@@ -36,6 +38,18 @@ def test_a_file_is_on_the_disk_before_its_name(tmp_path: Path, log: list[tuple[s
     assert (tmp_path / "x").read_bytes() == b"other"
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_that_finds_no_room_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+    publish(tmp_path / "x", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "x"))):
+            publish(tmp_path / "x", b"1" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "x").read_text() == "old"
 
 
 def test_a_directory_is_on_the_disk_before_its_name(tmp_path: Path, log: list[tuple[str, bool]]) -> None:

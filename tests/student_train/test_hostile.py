@@ -1,5 +1,6 @@
 """Code that a model or a dump brings with it never runs, whatever is answered on standard input."""
 
+import ast
 import io
 import json
 import logging
@@ -69,3 +70,17 @@ def test_damaged_tokenizer_is_not_none(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         refuse_tokenizer(section, files, head_rows=VOCAB)
     assert "has no tokenizer" in caplog.text
+
+
+def test_code_is_refused_in_every_call() -> None:
+    """Of both stages: transformers asks on standard input where nothing is said."""
+    root, calls = Path(__file__).parents[2], 0
+    for path in [*root.glob("teacher_dump/*.py"), *root.glob("student_train/*.py"), *root.glob("pipeline/*.py")]:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            # `kind` is the class that stage one's teacher is asked for.
+            if function.startswith(("Auto", "kind.")) and function.endswith(".from_pretrained"):
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert said.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
+                calls += 1
+    assert calls >= 7

@@ -13,6 +13,7 @@ from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_o
 from support.dump_jobs import Workers
 from support.tiny_teachers import save_teacher
 
+from storage_schemas.errors import MismatchError
 from storage_schemas.writer import DumpWriter
 from teacher_dump import dump as dump_module
 from teacher_dump.dump import run_dump, unit_order
@@ -239,6 +240,12 @@ def test_workers_share_a_file_of_events(tmp_path, corpus_file, model_folder, wor
         last = [event for event in own if event["event"] == "progress"][-1]
         assert last["units_done"] == UNITS, "units of the other worker are not counted"
         assert {"tokens_per_second", "eta_seconds", "bytes_per_supervised_token", "mean_kept_mass"} <= last.keys()
+
+
+def test_events_that_cannot_be_written_are_the_users_mistake(tmp_path, corpus_file, model_folder):
+    (tmp_path / "events").symlink_to(tmp_path / "gone" / "events")
+    with pytest.raises(MismatchError, match="--events"):
+        run_dump(**sections(tmp_path / "dump", corpus_file, model_folder), events=tmp_path / "events")
 
 
 def test_a_stop_request_keeps_what_is_committed(tmp_path, corpus_file, model_folder, workers):
