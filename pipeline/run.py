@@ -31,9 +31,11 @@ from pipeline.processes import (
     tell_deaths,
     train_workers,
 )
-from pipeline.report import QUALITY, report
+from pipeline.report import QUALITY, remarks, report
+from storage_schemas.commit import count_statuses
 from storage_schemas.errors import DataError, Exit, NeoError
 from storage_schemas.reader import Dump
+from storage_schemas.rows import OK
 from storage_schemas.verify import verify
 from student_train.card import CARD, Evaluation, model_card
 from student_train.metrics import EVENTS, read_events
@@ -106,6 +108,7 @@ def run_pipeline(
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
         "train_steps": trained["steps"],
+        "train_samples": count_statuses(trained_on.records()).get(OK, 0),
         "teacher": teacher.model,
         "student": student.model,
         "adapter": str(final) if train.lora else None,
@@ -115,6 +118,8 @@ def run_pipeline(
     write_whole(Path(summary["report"]), report(config, summary, dumped), private=True)
     write_whole(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
     console.print(result_table(summary))
+    for remark in remarks(config, summary):
+        console.print(remark, soft_wrap=True, highlight=False)
     console.print(f"report: {summary['report']}", soft_wrap=True, highlight=False)
     return summary
 
