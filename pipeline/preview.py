@@ -243,7 +243,7 @@ def _source(
     for _, detected, record in read_source(source, records):
         if not isinstance(record, Unusable):
             columns, kind = list(record), detected
-            unread = sorted(unread_columns(record, detected)[1] - set(source.ignore_columns))
+            unread = sorted(unread_columns(record, detected)[1])
             break
     view = SourceView(
         path=source.path,

@@ -33,6 +33,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         _row("cross-entropy, nats per token", summary, "ce", "{:.4f}"),
         _row("same most likely token", summary, "top1", "{:.1%}"),
         "",
+        *[line for remark in remarks(config, summary) for line in (f"**{remark}**", "")],
         "## Cost",
         "",
         "| | |",
@@ -67,6 +68,25 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         *[f"| {name} | {package_version(name)} |" for name in PACKAGES],
     ]
     return "\n".join(lines) + "\n"
+
+
+def remarks(config: Config, summary: dict[str, Any]) -> list[str]:
+    """What makes a result doubtful, in sentences."""
+    found = []
+    key = "ce" if summary["kl_after"] is None else "kl"
+    before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+    if not after <= 0.99 * before:
+        found.append(
+            f"The student is not closer to the teacher than before: {before:.4f} and {after:.4f} nats per token after "
+            f"{summary['train_steps']} steps. More data, epochs or another learning rate may change that."
+        )
+    wanted = config.train.global_batch_size if config.train else 0
+    if summary["train_samples"] < wanted:
+        found.append(
+            f"The dump has {summary['train_samples']} samples that can be trained on, fewer than "
+            f"train.global_batch_size ({wanted}): an epoch is one step. Lower it, or raise train.epochs."
+        )
+    return found
 
 
 def _row(title: str, summary: dict[str, Any], key: str, form: str) -> str:

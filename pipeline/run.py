@@ -28,11 +28,13 @@ from pipeline.processes import (
     run_together,
     train_workers,
 )
-from pipeline.report import QUALITY, report
+from pipeline.report import QUALITY, remarks, report
+from storage_schemas.commit import count_statuses
 from storage_schemas.errors import DataError, NeoError
 from storage_schemas.exits import combined, known, tell_deaths
 from storage_schemas.publish import publish
 from storage_schemas.reader import Dump
+from storage_schemas.rows import OK
 from storage_schemas.verify import verify
 from student_train.card import CARD, Evaluation, model_card
 from student_train.metrics import EVENTS, read_events
@@ -105,6 +107,7 @@ def run_pipeline(
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
         "train_steps": trained["steps"],
+        "train_samples": count_statuses(trained_on.records()).get(OK, 0),
         "teacher": teacher.model,
         "student": student.model,
         "adapter": str(final) if train.lora else None,
@@ -114,6 +117,8 @@ def run_pipeline(
     publish(Path(summary["report"]), report(config, summary, dumped), private=True)
     publish(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
     console.print(result_table(summary))
+    for remark in remarks(config, summary):
+        console.print(remark, soft_wrap=True, highlight=False)
     console.print(f"report: {summary['report']}", soft_wrap=True, highlight=False)
     return summary
 

@@ -110,7 +110,7 @@ class SourceSection(Section):
     weight: Annotated[float, AfterValidator(_share)] = Field(1.0, gt=0.0)
     """Share of the records that is used: `weight` x records, rounded half up, at least one; drawn by `corpus.seed`."""
     ignore_columns: list[str] = []
-    """Columns that do not matter, among those that would be refused or warned of because they are not read."""
+    """Columns that are taken as not being there, such as those that would be refused because they are not read."""
     storage_options: dict[str, str] = {}
     """Passed to this source's object store, as `dump.storage_options` is. Secrets belong into the environment."""
 

@@ -1,6 +1,7 @@
 """Shapes of a training record, and the few forms that they are all brought into."""
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,20 +34,25 @@ _READ: dict[str, set[str]] = {
 }
 """Columns that a format reads beside those that it needs."""
 _DECIDES = {
-    "system", "tools", "functions", "chat_template_kwargs", "history", "documents", "chosen", "rejected", "seq_lengths",
-    "image", "images", "video", "videos", "audio", "audios", "loss_mask", "completion_mask", "assistant_masks",
-    "input_ids",
+    "system", "system_prompt", "tools", "functions", "chat_template_kwargs", "history", "documents", "chosen",
+    "rejected", "seq_lengths", "image", "images", "video", "videos", "audio", "audios", "loss_mask", "completion_mask",
+    "assistant_masks", "input_ids",
 }  # fmt: skip
 """Columns that decide what a sample is; where they are not read, another sample than the intended one would result."""
+_SUPERVISES = re.compile("mask|label|weight|prompt|completion")
+"""In names of unknown columns beside token ids: they may say which tokens are supervised."""
 _METADATA = {
     "id", "idx", "index", "uuid", "source", "source_id", "dataset", "subset", "split", "category", "task",
     "topic", "tags", "language", "lang", "score", "quality", "difficulty", "url", "timestamp", "date", "created",
     "model", "license", "title", "meta", "metadata", "prompt", "prompt_id", "conversation_id", "text", "label",
-    "length", "num_turns", "num_tokens", "token_type_ids",
+    "length", "num_turns", "num_tokens", "token_type_ids", "special_tokens_mask",
 }  # fmt: skip
 """Columns that nobody expects to be read."""
-_UNREADABLE = {"image", "images", "video", "videos", "audio", "audios", "documents", "train_detail", "refusal"}
-"""Keys of a message that decide what is said, and that no text teacher is asked with."""
+_UNREADABLE = {
+    "image", "images", "video", "videos", "audio", "audios", "documents", "train_detail", "refusal", "mask", "masked",
+    "loss_mask", "loss_weight",
+}  # fmt: skip
+"""Keys of a message that decide what is said or supervised, and that are not read."""
 _WEIGHTS = ("weight", "train", "training", "loss")
 """Keys of a message that say whether it is supervised (OpenAI, axolotl, ms-swift)."""
 _ROLES = {
@@ -118,9 +124,18 @@ def is_read(column: str) -> bool:
 
 def unread_columns(record: Mapping[str, Any], kind: str) -> tuple[set[str], set[str]]:
     """Columns with something in them that format `kind` does not read: (those that decide a sample, unknown ones)."""
-    filled = {name for name, value in record.items() if value is not None and value not in ("", [], {})}
-    left = filled - _READ[kind] - set(FORMATS[kind])
-    return left & _DECIDES, left - _DECIDES - _METADATA
+    left = {name for name, value in record.items() if is_filled(value)} - _READ[kind] - set(FORMATS[kind])
+    decisive = left & _DECIDES
+    if kind == "tokens":
+        decisive |= {name for name in left - _METADATA if _SUPERVISES.search(name)}
+    if isinstance(record.get("label"), bool):  # Unpaired preferences: false marks an answer that nobody wants.
+        decisive |= left & {"label"}
+    return decisive, left - decisive - _METADATA
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a column says anything; columnar files give every record the columns of all."""
+    return value is not None and value not in ("", [], {})
 
 
 def detect_format(columns: Collection[str], *, where: str) -> str:
@@ -146,18 +161,23 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
         DataError: a column is missing, or of another shape than the format's.
     """
     missing = [column for column in FORMATS[kind] if column not in record]
+    # A reader of columns gives null where a record of another format has no such column.
+    missing += [column for column in FORMATS[kind] if record.get(column) is None and any(unread_columns(record, kind))]
     if missing:
         raise DataError(
             f"the record is not of format `{kind}`",
-            got=f"columns {', '.join(sorted(record)) or '(none)'}",
+            got=f"columns {', '.join(sorted(name for name in record if record[name] is not None)) or '(none)'}",
             expected=f"columns {', '.join(FORMATS[kind])}",
             fix="set the format of this source, or split the file by format",
         )
     match kind:
         case "messages" | "conversations":
             messages = _messages(record[kind])
-            if record.get("system") and messages and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
+            system = _text(record.get("system"), "system")
+            if system and messages and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": system})
+            elif system and messages and messages[0]["content"] != system:
+                raise _shape("the column `system`", system, "what the conversation's own first message says")
             return _conversation(messages, record)
         case "alpaca":
             return _alpaca(record)
@@ -192,22 +212,23 @@ def _messages(value: Any) -> list[Message]:
 def _message(message: Mapping[str, Any]) -> Message:
     # Columnar files give every message the keys of all messages; absent ones come as None.
     present: Message = _without_nulls(message)
-    if unreadable := [key for key in sorted(_UNREADABLE & present.keys()) if present[key]]:
+    if unreadable := [key for key in sorted(_UNREADABLE & present.keys()) if is_filled(present[key])]:
         raise DataError(
-            "a message holds what a text teacher cannot be asked",
+            "a message holds what is not read and decides what it is",
             got=", ".join(unreadable),
-            expected="text, tool calls and their results",
+            expected="text, tool calls and their results; `weight: 0` for a turn that is not supervised",
             fix="drop the record, or the key if it does not matter",
         )
-    speaker = present.pop("role", present.pop("from", None))
-    if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
+    for key in {"role", "from"} & present.keys():
+        present[key] = _ROLES.get(str(present[key]).lower(), present[key])
+    role = _one_of(present, "role", "from")
+    if role not in _ROLES.values():
         raise DataError(
             "a message has an unknown role",
-            got=repr(speaker),
+            got=repr(role),
             expected=", ".join(sorted(_ROLES)),
             fix="rename the role, or drop the record",
         )
-    role = _ROLES[speaker.lower()]
     for name in _WEIGHTS:
         weight = present.pop(name, None)
         if weight not in (None, 0, 1) or (weight and name != "weight" and role != "assistant"):
@@ -219,10 +240,22 @@ def _message(message: Mapping[str, Any]) -> Message:
     present["tool_calls"] = [_call(each) for each in _parsed(present.get("tool_calls"), "tool_calls", list) or []]
     if not present["tool_calls"]:
         del present["tool_calls"]
-    content = present.pop("content", present.pop("value", None))
+    content = _one_of(present, "content", "value")
+    if content is None and not present.get("tool_calls") and role != "tool":
+        # Rendered with nothing, it would teach to end the turn at once.
+        raise _shape("a message", dict(message), "`content`, or tool calls")
     # Templates tell a message that only calls tools by its lack of content.
     text = None if content is None and present.get("tool_calls") else _text(content, "content")
     return present | {"role": role, "content": text}
+
+
+def _one_of(message: Message, name: str, other: str) -> Any:
+    """What a message holds under either name; it is removed from it."""
+    given = [message.pop(key, None) for key in (name, other)]
+    said = [value for value in given if is_filled(value)] or [value for value in given if value is not None]
+    if len(said) == 2 and said[0] != said[1]:
+        raise _shape(f"`{name}` and `{other}` of a message", said, "one of them, or the same in both")
+    return said[0] if said else None
 
 
 _SUPERVISED = "\0supervised"
@@ -287,6 +320,8 @@ def _tokens(record: Mapping[str, Any]) -> Pretokenised | None:
         ):
             kind = "integers" if allowed is None else "booleans"
             raise _shape(name, values, f"a list of {len(ids)} {kind}, one per token")
+    if (blank := [name for name in _MASKS if name in record]) and not given.keys() & set(_MASKS):
+        raise _shape(blank[0], None, "one value per token, as other records have, or no such column")
     attended = given.pop("attention_mask", [1] * len(ids))
     if not any(attended):
         return None

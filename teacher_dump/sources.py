@@ -20,7 +20,7 @@ from storage_schemas.address import local_path
 from storage_schemas.errors import DataError
 from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
-from teacher_dump.formats import FORMATS, detect_format, fitting_format, is_read, unread_columns
+from teacher_dump.formats import FORMATS, detect_format, fitting_format, is_filled, is_read, unread_columns
 from teacher_dump.masks import Unusable
 from teacher_dump.remote import RemoteFile, fetch, find_remote, is_remote
 
@@ -30,6 +30,7 @@ _BATCH = 256
 _BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _TIMES = re.compile(r"'(timestamp|date|time)")
+_HIDDEN = re.compile(r"/[._]|/dataset_infos?\.json$")
 RawRecord = Mapping[str, Any] | Unusable
 
 
@@ -112,14 +113,15 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
         if isinstance(record, Unusable):
             yield where, usual or "text", record
             continue
+        record = {name: value for name, value in record.items() if name not in source.ignore_columns}
         if usual is None:
             usual = detect_format(record.keys(), where=source.path)
         kind = usual if source.format != "auto" else _kind(record, usual)
         seen[kind] += 1
         decisive, odd = unread_columns(record, kind)
-        if decisive - set(source.ignore_columns):
+        if decisive:
             raise _unread(source, kind, decisive, where)
-        if odd := odd - set(source.ignore_columns) - unknown:
+        if odd := odd - unknown:
             unknown |= odd
             log.warning("%s: columns that format `%s` does not read: %s", where, kind, ", ".join(sorted(odd)))
         yield where, kind, record
@@ -138,10 +140,10 @@ def _unread(source: SourceSection, kind: str, columns: set[str], where: str) -> 
 
 
 def _kind(record: Mapping[str, Any], usual: str) -> str:
-    """The format of one record. Columnar files give it the columns of all others, too; these are null."""
-    if any(record.get(column) is not None for column in FORMATS[usual]):
+    """The format of one record. Columnar files give it the columns of all others, too; these are null or empty."""
+    if any(is_filled(record.get(column)) for column in FORMATS[usual]):
         return usual
-    return fitting_format({column for column, value in record.items() if value is not None}) or usual
+    return fitting_format({column for column, value in record.items() if is_filled(value)}) or usual
 
 
 def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) -> Records:
@@ -219,7 +221,19 @@ def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> A
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_split_name(source.split)]
         return saved.select(range(*_split_range(source, len(saved))))
+    if path.is_dir():
+        _warn_of_unread_files(source, path)
     return datasets.load_dataset(found.path, source.name, split=source.split)
+
+
+def _warn_of_unread_files(source: SourceSection, folder: Path) -> None:
+    """Name the data files of a directory that `datasets` leaves out: of another kind than most, or of another split."""
+    chosen = datasets.load_dataset_builder(str(folder), source.name).config.data_files or {}
+    read = {Path(name).resolve() for name in chosen.get(_split_name(source.split), ())}
+    there = [file for file in sorted(folder.rglob("*")) if _builder(file.name) and file.resolve() not in read]
+    unread = [str(name) for name in (file.relative_to(folder) for file in there) if not _HIDDEN.search(f"/{name}")]
+    if unread:
+        log.warning("%s: files that split %s leaves out: %s", source.path, source.split, ", ".join(unread[:10]))
 
 
 def _rows(dataset: Any) -> Iterator[RawRecord]:

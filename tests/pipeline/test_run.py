@@ -21,7 +21,9 @@ from peft import PeftModel
 from support.tiny_teachers import save_teacher
 from transformers import AutoModelForCausalLM
 
+from pipeline.config import load_config
 from pipeline.prune import prune
+from pipeline.report import remarks
 from pipeline.run import Steps
 from student_train.metrics import read_events
 
@@ -173,6 +175,19 @@ def test_the_report_tells_results_configuration_and_versions(finished: Path) -> 
     assert summary["fingerprint"] in report
     assert "learning_rate: 0.01" in report
     assert f"| torch | {torch.__version__}" in report
+    assert remarks(load_config(finished / "config.yaml"), summary) == []
+
+
+def test_a_run_that_has_improved_nothing_says_so(project: Path) -> None:
+    config = load_config(project / "config.yaml")
+    summary = {"kl_before": 5.344, "kl_after": 2.0, "ce_before": 5.0, "ce_after": 4.99, "train_steps": 1}
+    assert remarks(config, summary | {"train_samples": 4}) == []
+    (few,) = remarks(config, summary | {"train_samples": 3})
+    assert "3 samples" in few
+    assert "train.global_batch_size (4)" in few
+    for same in ({"kl_after": 5.343}, {"kl_after": 6.0}, {"kl_after": float("nan")}, {"kl_after": None}):
+        (nothing,) = remarks(config, summary | {"train_samples": 4} | same)
+        assert "not closer to the teacher than before" in nothing
 
 
 @pytest.mark.slow

@@ -25,12 +25,13 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def write_jsonl(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
-def freeze(*paths, tokenizer=None, split="train", format="auto", **options):
-    sources = [SourceSection(path=str(path), split=split, format=format) for path in paths]
+def freeze(*paths, tokenizer=None, split="train", format="auto", ignored=(), **options):
+    sources = [SourceSection(path=str(path), split=split, format=format, ignore_columns=ignored) for path in paths]
     section = CorpusSection(sources=sources, **options)
     return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), head_size=VOCABULARY)
 
@@ -208,6 +209,33 @@ def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path,
     assert corpus.statuses == ["ok"] * 11
     np.testing.assert_array_equal(corpus.sample(7).input_ids, corpus.sample(2).input_ids)
     assert "several formats: 5 messages, 5 conversations, 1 text" in caplog.text
+
+
+def test_records_of_other_formats_in_columnar_files(tmp_path):
+    """There every record has the columns of all, null or empty."""
+    conversation = RECORDS[0]["messages"]
+    records = [
+        {"messages": conversation, "text": "", "reply": None, "labels": None},
+        {"messages": [], "text": "what is it", "reply": None, "labels": None},
+        {"messages": None, "text": None, "reply": "so", "labels": None},
+    ]
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(records).to_parquet(str(path))
+    with pytest.raises(DataError, match="record 3: the record is not of format `messages`: columns reply"):
+        freeze(path, max_bad_share=0.0)
+    assert freeze(path).statuses == ["ok", "ok", "invalid_text"]
+    assert freeze(path, ignored=["reply"]).statuses == ["ok", "ok", "empty"]
+
+
+def test_files_of_a_directory_that_are_left_out_are_named(tmp_path, caplog):
+    write_jsonl(tmp_path / "data" / "a.jsonl", RECORDS)
+    write_jsonl(tmp_path / "data" / "more" / "b.jsonl", RECORDS)
+    write_jsonl(tmp_path / "data" / ".hidden" / "c.jsonl", RECORDS)
+    assert len(freeze(tmp_path / "data")) == 2 * len(RECORDS)
+    assert "leaves out" not in caplog.text
+    datasets.Dataset.from_list(RECORDS).to_parquet(str(tmp_path / "data" / "c.parquet"))
+    assert len(freeze(tmp_path / "data")) == 2 * len(RECORDS)
+    assert "files that split train leaves out: c.parquet" in caplog.text
 
 
 def test_a_very_long_sample_is_cut(tmp_path):

@@ -57,7 +57,22 @@ def test_unknown_columns_are_listed():
             "conversations",
             Conversation([{"role": "system", "content": "be brief"}, QUESTION, {"role": "assistant", "content": "so"}]),
         ),
-        # A columnar file gives every message every key.
+        # A columnar file gives every message every key, null or empty.
+        (
+            {
+                "messages": [
+                    QUESTION | {"from": "human", "value": ""},
+                    {"from": "gpt", "content": "", "value": "because"},
+                ]
+            },
+            "messages",
+            Conversation([QUESTION, ANSWER]),
+        ),
+        (
+            {"messages": [{"role": "system", "content": "x"}, QUESTION, {"role": "tool"}, ANSWER], "system": "x"},
+            "messages",
+            Conversation([{"role": "system", "content": "x"}, QUESTION, {"role": "tool", "content": ""}, ANSWER]),
+        ),
         (
             {"messages": [QUESTION | {"tool_calls": None, "name": "bob"}, ANSWER | {"name": None}]},
             "messages",
@@ -113,6 +128,16 @@ def test_records_with_nothing_to_learn_are_empty(record, kind):
         ({"text": "x"}, "messages", "columns text"),
         ({"input_ids": ["a"]}, "tokens", "integers"),
         ({"input_ids": [1, 2], "loss_mask": [1]}, "tokens", "2 booleans"),
+        ({"input_ids": [1, 2], "labels": None}, "tokens", "one value per token"),
+        # What columnar readers make of a record of another format.
+        ({"messages": None, "question": "why", "reply": "so"}, "messages", "columns question, reply"),
+        ({"instruction": "why", "output": None, "response": "so"}, "alpaca", "columns instruction, response"),
+        ({"messages": [QUESTION, {"role": "assistant", "text": "so"}]}, "messages", "`content`, or tool calls"),
+        ({"messages": [{"role": "user", "text": "why"}, ANSWER]}, "messages", "`content`, or tool calls"),
+        ({"messages": [QUESTION, {"role": "assistant", "reasoning": "so"}]}, "messages", "`content`, or tool calls"),
+        ({"messages": [QUESTION, ANSWER | {"value": "so"}]}, "messages", "`content` and `value`"),
+        ({"messages": [QUESTION | {"from": "gpt"}, ANSWER]}, "messages", "`role` and `from`"),
+        ({"messages": [{"role": "system", "content": "x"}, ANSWER], "system": "y"}, "messages", "column `system`"),
     ],
 )
 def test_records_of_another_shape_say_what_is_wrong(record, kind, says):
@@ -210,6 +235,8 @@ def test_a_turn_of_weight_0_is_not_supervised(name):
         ({"function_call": "look()"}, "a tool call"),
         ({"images": ["a.png"]}, "images"),
         ({"refusal": "no"}, "refusal"),
+        ({"mask": 0}, "mask"),
+        ({"loss_weight": 0.0}, "loss_weight"),
     ],
 )
 def test_keys_of_a_message_that_are_not_understood_are_refused(message, says):
@@ -232,3 +259,12 @@ def test_columns_that_are_not_read():
         {"history"},
         set(),
     )
+    assert unread_columns({"messages": [QUESTION], "system_prompt": "x"}, "messages") == ({"system_prompt"}, set())
+    assert unread_columns({"input_ids": [1], "target_mask": [1], "prompt_length": 1, "mood": 1}, "tokens") == (
+        {"target_mask", "prompt_length"},
+        {"mood"},
+    )
+    assert unread_columns({"input_ids": [1], "special_tokens_mask": [1], "prompt": "x"}, "tokens") == (set(), set())
+    pair = {"prompt": "x", "completion": "y"}
+    assert unread_columns(pair | {"label": False}, "prompt_completion") == ({"label"}, set())
+    assert unread_columns(pair | {"label": "physics"}, "prompt_completion") == (set(), set())

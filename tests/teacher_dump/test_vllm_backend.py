@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, sections, write_corpus
+from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model, tiny_tokenizer
 from test_vllm_logprobs import Flat
 
@@ -107,8 +108,8 @@ def test_a_dump_through_vllms_answers_equals_that_of_transformers(
         tokens += len(b.targets)
         np.testing.assert_array_equal(a.targets.head_size, b.targets.head_size)
         np.testing.assert_array_equal(a.targets.ids, b.targets.ids)
-        np.testing.assert_allclose(a.targets.logprobs, b.targets.logprobs, atol=1e-4)
-        np.testing.assert_allclose(np.exp(a.targets.tail_logprob), np.exp(b.targets.tail_logprob), atol=1e-5)
+        np.testing.assert_allclose(a.targets.logprobs, b.targets.logprobs, atol=LOGPROB)
+        np.testing.assert_allclose(np.exp(a.targets.tail_logprob), np.exp(b.targets.tail_logprob), atol=LOGPROB)
     assert tokens > 50
     assert job["teacher"].asked == 3 + 9
 
