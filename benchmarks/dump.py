@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-import teacher_dump.teacher
+import teacher_dump.teachers.teacher
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
-from storage_schemas.run_info import Recipe
+from storage_schemas.provenance import Recipe
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus import Corpus, Sample, freeze_corpus
+from teacher_dump.corpus.freeze import Corpus, Sample, freeze_corpus
 from teacher_dump.dump import run_dump
-from teacher_dump.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher
 
 DATA = Path(__file__).parent / "data" / "gsm8k_150.jsonl"
 OUT, SCRATCH = Path("runs/bench/dump.json"), Path("runs/bench/dump")
@@ -86,7 +86,7 @@ def better(name: str, value: float, goal: float) -> bool:
 def speed(arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of both sides, best of the repetitions, and where the dump's time goes."""
     teacher = Teacher(section(arguments.teacher, arguments.batch_tokens))
-    parts = {name: Stopwatch(teacher_dump.teacher, name) for name in ("_hidden", "_logits", "estimate")}
+    parts = {name: Stopwatch(teacher_dump.teachers.teacher, name) for name in ("_hidden", "_logits", "estimate")}
     rows: dict[str, float] = {}
     for title, mask, ordered in (
         ("assistant-masked", "assistant", False),

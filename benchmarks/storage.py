@@ -30,12 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import codec
-from storage_schemas.commit import RUN, CommitRecord, record_key
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
+from storage_schemas.provenance import RunInfo
 from storage_schemas.reader import Dump
+from storage_schemas.records import RUN, CommitRecord, record_key
 from storage_schemas.rows import OK, UnitRows
-from storage_schemas.run_info import RunInfo
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 from storage_schemas.targets import Targets
 
 K, TEMPERATURES, STEP, MAX_KL = 64, (1.0, 2.0), 0.0625, 1e-4

@@ -162,8 +162,8 @@ def loop(work: Workload) -> Rows:
 
     import student_train.train as training
     from storage_schemas.config import DumpSection
-    from student_train.batch import TrainBatch
     from student_train.config import LossSection
+    from student_train.data.batch import TrainBatch
     from student_train.engine import Engine, StepResult, join
     from student_train.metrics import EVENTS, read_events
 

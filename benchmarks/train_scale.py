@@ -23,19 +23,19 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from train_workload import SCRATCH, SUPERVISED, K, Workload, dump, neo, random_batch, random_targets, rows_of, sft
 
-from storage_schemas.commit import CommitRecord, Seal, data_key, manifest_bytes, totals
 from storage_schemas.config import TopK
+from storage_schemas.provenance import RunInfo
 from storage_schemas.reader import Dump
+from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, totals
 from storage_schemas.rows import OK
-from storage_schemas.run_info import RunInfo
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 from storage_schemas.writer import DumpWriter
-from student_train.batch import collate
 from student_train.config import TrainSection
-from student_train.head import HeadSpec, fused_head_loss
-from student_train.losses import LossSpec
-from student_train.order import Order
-from student_train.stream import Follower, Stream, consumed_root
+from student_train.data.batch import collate
+from student_train.data.order import Order
+from student_train.data.stream import Follower, Stream, consumed_root
+from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.losses import LossSpec
 
 Rows = dict[str, float]
 LOADER_UNITS, LOADER_SAMPLES = 32, 128

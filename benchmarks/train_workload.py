@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from storage_schemas.config import DumpSection, TopK
+from storage_schemas.provenance import RunInfo
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
-from storage_schemas.run_info import RunInfo
-from student_train.batch import SparseTargets, TrainBatch, collate
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
-from student_train.student import Distilled, load_student
+from student_train.data.batch import SparseTargets, TrainBatch, collate
+from student_train.model.student import Distilled, load_student
 
 DATA = Path(__file__).parent / "data" / "gsm8k_150.jsonl"
 SCRATCH = Path("runs/bench/train")

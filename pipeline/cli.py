@@ -18,11 +18,11 @@ from pipeline.config import Config, load_config, need
 from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
-from storage_schemas.devices import take_own_gpus, visible_gpus
-from storage_schemas.errors import NeoError, UsageError, explained
-from storage_schemas.exits import Exit
-from storage_schemas.publish import publish
-from storage_schemas.signals import interrupt
+from storage_schemas.common.devices import take_own_gpus, visible_gpus
+from storage_schemas.common.errors import NeoError, UsageError, explained
+from storage_schemas.common.exits import Exit
+from storage_schemas.common.publish import publish
+from storage_schemas.common.signals import interrupt
 from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
@@ -115,7 +115,7 @@ def dump(
     elif workers > 1:
         code, summary = dump_workers(config, overrides or (), workers, node=placement, events=events)
     else:
-        from pipeline.stages import run_dumps
+        from pipeline.commands import run_dumps
 
         summary = run_dumps(found, placement, events=events)
     if code:
@@ -133,7 +133,7 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Show what the corpus becomes: formats, counts, lengths, samples with what is supervised. Loads no weights."""
-    from pipeline import preview as view
+    from pipeline.views import preview as view
 
     found = load_config(config, overrides or ())
     found = found.heldout_config("preview --heldout") if heldout else found
@@ -206,7 +206,7 @@ def evaluate(
     result: Result = None,
 ) -> None:
     """Compare a model with the teacher on a dump: KL, cross-entropy, top-1 agreement per supervised token."""
-    from pipeline.stages import run_evaluation
+    from pipeline.commands import run_evaluation
 
     found = run_evaluation(
         model,
@@ -232,8 +232,8 @@ def merge(
     base: Base = None,
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
-    from student_train.export import merge as merge_adapter
-    from student_train.serving import AdapterFacts, serving_commands
+    from student_train.results.merge import merge as merge_adapter
+    from student_train.results.serving import AdapterFacts, serving_commands
 
     saved_as = merge_adapter(adapter, out, dtype=dtype, base=base)
     typer.echo(f"{out} is a plain model in {saved_as}.\n{serving_commands(AdapterFacts.of(adapter), out, saved_as)}")
@@ -255,7 +255,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a dump will hold, weigh and cost, from a pilot with the real teacher. Writes nothing."""
-    from pipeline.forecast import print_plan
+    from pipeline.views.plan import print_plan
 
     whole = load_config(config, overrides or ())
     teacher = need(whole.teacher, "teacher", "plan")
@@ -270,7 +270,7 @@ def plan(
         if code:
             raise typer.Exit(code)
     else:
-        from pipeline.stages import run_plan
+        from pipeline.commands import run_plan
 
         found = run_plan(whole, **pilot)
     if as_json:
@@ -296,7 +296,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove a dump: every record, file and value, and that they add up. Only --recompute needs the teacher."""
-    from pipeline.stages import recomputing, shown_progress
+    from pipeline.commands import recomputing, shown_progress
     from storage_schemas.verify import verify as verify_dump
 
     if recompute is None and (config is not None or model is not None):
@@ -329,7 +329,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a dump holds: header from the records alone, and with --row samples, token by token."""
-    from pipeline import page, show, terminal
+    from pipeline.views import inspect as show
+    from pipeline.views import page, terminal
     from storage_schemas.reader import Dump
 
     found, rows = Dump.open(url, options=_pairs(store)), list(dict.fromkeys(row or ()))

@@ -16,9 +16,9 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.credentials import secrets_in
 from pipeline.problems import UNSAID, Problem, explain, keys, report
+from storage_schemas.common.errors import MismatchError, UsageError
+from storage_schemas.common.frozen import Section
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK
-from storage_schemas.errors import MismatchError, UsageError
-from storage_schemas.section import Section
 from student_train.config import LossSection, StudentSection, TrainSection
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
 

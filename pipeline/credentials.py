@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from storage_schemas.masking import is_secret
+from storage_schemas.common.secrets import is_secret
 
 VARIABLES = {
     "secret_access_key": "AWS_SECRET_ACCESS_KEY",

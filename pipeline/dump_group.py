@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cli import quiet_libraries
 from pipeline.config import Config, load_config, need
 from pipeline.launch import Placement
-from storage_schemas.exits import Exit
-from storage_schemas.publish import publish
-from storage_schemas.ranks import ExitCodes, end, failed
-from storage_schemas.signals import ignore, interrupt
+from storage_schemas.common.exits import Exit
+from storage_schemas.common.publish import publish
+from storage_schemas.common.ranks import ExitCodes, end, failed
+from storage_schemas.common.signals import ignore, interrupt
 
 MEMORY = "lower teacher.batch_tokens, or spread the teacher over more GPUs (--nproc); what is committed is kept"
 """What to change when the teacher runs out of memory."""
 
 if TYPE_CHECKING:
-    from teacher_dump.group import GroupTeacher
+    from teacher_dump.teachers.group import GroupTeacher
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
 
 def join(config: Config, process: int, size: int, local: int, rendezvous: str) -> "GroupTeacher":
     """Meet the other processes; the teacher that they hold together."""
-    from teacher_dump.group import Group, GroupTeacher
+    from teacher_dump.teachers.group import Group, GroupTeacher
 
     section = need(config.teacher, "teacher", "dump")
     return GroupTeacher(section, Group.join(process, size, local, device=section.device, rendezvous=rendezvous))
@@ -75,7 +75,7 @@ def run(
     pilot: dict[str, Any] | None,
 ) -> int:
     """Lead or follow."""
-    from pipeline.stages import run_dumps, run_plan
+    from pipeline.commands import run_dumps, run_plan
 
     if teacher.group.leads:
         planned = None if pilot is None else run_plan(config, teacher, **pilot)

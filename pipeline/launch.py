@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage_schemas.errors import UsageError
+from storage_schemas.common.errors import UsageError
 
 DUMP_PLACEMENTS = "RANK and WORLD_SIZE, SLURM_ARRAY_TASK_ID, SLURM_PROCID or JOB_COMPLETION_INDEX"
 

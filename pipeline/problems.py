@@ -11,8 +11,8 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from storage_schemas.errors import MismatchError
-from storage_schemas.masking import masked
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.secrets import masked
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200

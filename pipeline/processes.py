@@ -29,17 +29,17 @@ from pipeline.launch import (
     set_arguments,
     thread_environment,
 )
-from storage_schemas.address import local_path
-from storage_schemas.devices import gpu_variable, usable_cores, visible_gpus
-from storage_schemas.exits import KILLED, Exit, combined, tell_deaths
-from storage_schemas.publish import publish
-from storage_schemas.ranks import EXIT_FOLDER, STOP
-from storage_schemas.section import explicit
-from storage_schemas.signals import forwarded
-from student_train.directory import LAUNCHER, held, refuse_foreign
+from storage_schemas.common.devices import gpu_variable, usable_cores, visible_gpus
+from storage_schemas.common.exits import KILLED, Exit, combined, tell_deaths
+from storage_schemas.common.frozen import explicit
+from storage_schemas.common.publish import publish
+from storage_schemas.common.ranks import EXIT_FOLDER, STOP
+from storage_schemas.common.signals import forwarded
+from storage_schemas.stores.address import local_path
+from student_train.run_directory import LAUNCHER, held, refuse_foreign
 
 PATIENCE_SECONDS = 45.0
-"""How long ranks may go on once one has failed. They notice by themselves sooner, see `storage_schemas/ranks.py`."""
+"""How long ranks may go on once one has failed. They notice sooner themselves, see `storage_schemas/common/ranks.py`."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -115,7 +115,7 @@ def dump_group(
         nproc: how many processes.
         node: which of how many workers they are together.
         events: file that one JSON object per event is appended to.
-        pilot: arguments of `pipeline.stages.run_plan`, instead of a dump.
+        pilot: arguments of `pipeline.commands.run_plan`, instead of a dump.
         stdout: file descriptor for what they print; standard output by default.
 
     Returns:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from storage_schemas.errors import DataError, MismatchError, UsageError
-from storage_schemas.publish import publishing
-from storage_schemas.section import Section
+from storage_schemas.common.errors import DataError, MismatchError, UsageError
+from storage_schemas.common.frozen import Section
+from storage_schemas.common.publish import publishing
 
 RECORD = "pruning.json"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -28,16 +28,16 @@ from pipeline.processes import (
     run_together,
     train_workers,
 )
-from pipeline.report import QUALITY, remarks, report
-from storage_schemas.commit import count_statuses
-from storage_schemas.errors import DataError, NeoError
-from storage_schemas.exits import combined, known, tell_deaths
-from storage_schemas.publish import publish
+from pipeline.views.report import QUALITY, remarks, report
+from storage_schemas.common.errors import DataError, NeoError
+from storage_schemas.common.exits import combined, known, tell_deaths
+from storage_schemas.common.publish import publish
 from storage_schemas.reader import Dump
+from storage_schemas.records import count_statuses
 from storage_schemas.rows import OK
 from storage_schemas.verify import verify
-from student_train.card import CARD, Evaluation, model_card
 from student_train.metrics import EVENTS, read_events
+from student_train.results.model_card import CARD, Evaluation, model_card
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from storage_schemas.address import DumpUrl
-from storage_schemas.section import Section
+from storage_schemas.common.frozen import Section
+from storage_schemas.stores.address import DumpUrl
 
 
 class DumpSection(Section):

@@ -2,8 +2,8 @@
 
 from typing import Any, Self
 
-from storage_schemas.errors import MismatchError
-from storage_schemas.section import Section
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.frozen import Section
 
 _MULTIPLIED_BY = {
     "cohere": "logit_scale",

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import codec
-from storage_schemas.cache import ShardCache
-from storage_schemas.commit import (
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.footer import claimed_values, string_bytes
+from storage_schemas.provenance import RunInfo
+from storage_schemas.records import (
     RUN,
     SEAL,
     TOKENIZER,
@@ -23,11 +25,9 @@ from storage_schemas.commit import (
     record_key,
     unit_of_record,
 )
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.footer import claimed_values, string_bytes
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
-from storage_schemas.run_info import RunInfo
-from storage_schemas.store import Store, missing
+from storage_schemas.stores.cache import ShardCache
+from storage_schemas.stores.store import Store, missing
 
 TOKENIZER_BYTES = 2**30
 """The largest file of a tokenizer that is read."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import F32, I32, I64, Targets, concatenate, joined_offsets
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 
 
 class Positions(NamedTuple):

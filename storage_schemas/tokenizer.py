@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Mapping
 
-from storage_schemas.errors import MismatchError
-from storage_schemas.run_info import canonical_json
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.provenance import canonical_json
 
 
 def vocab_sha256(vocab: Mapping[str, int]) -> str:

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
-from storage_schemas.commit import (
+from storage_schemas.common.errors import DataError, NeoError
+from storage_schemas.common.frozen import Section
+from storage_schemas.provenance import RunInfo
+from storage_schemas.reader import Dump
+from storage_schemas.records import (
     CommitRecord,
     count_statuses,
     parse_record,
@@ -16,11 +20,7 @@ from storage_schemas.commit import (
     unit_of_data,
     unit_of_record,
 )
-from storage_schemas.errors import DataError, NeoError
-from storage_schemas.reader import Dump
 from storage_schemas.rows import UnitRows
-from storage_schemas.run_info import RunInfo
-from storage_schemas.section import Section
 
 _MEAN_ERROR = 2.0**-21
 """Relative error of a mean. Its terms are products of two float32, each of which may differ by one unit in the last

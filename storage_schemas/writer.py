@@ -9,8 +9,13 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from storage_schemas import card, codec, faults
-from storage_schemas.commit import (
+from storage_schemas import codec
+from storage_schemas import dataset_card as card
+from storage_schemas.common import faults
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.provenance import RunInfo
+from storage_schemas.reader import parse_unit
+from storage_schemas.records import (
     RUN,
     SEAL,
     TOKENIZER,
@@ -28,11 +33,8 @@ from storage_schemas.commit import (
     unit_of_data,
     unit_of_record,
 )
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.reader import parse_unit
 from storage_schemas.rows import Row, UnitRows, rows_to_unit
-from storage_schemas.run_info import RunInfo
-from storage_schemas.store import Store, missing
+from storage_schemas.stores.store import Store, missing
 from storage_schemas.targets import Targets
 
 

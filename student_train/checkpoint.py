@@ -22,10 +22,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from storage_schemas.errors import DataError, MismatchError, NothingToResumeError
-from storage_schemas.run_info import canonical_json, parse_json, validated
-from storage_schemas.section import Section
-from storage_schemas.store import Store
+from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
+from storage_schemas.common.frozen import Section
+from storage_schemas.provenance import canonical_json, parse_json, validated
+from storage_schemas.stores.store import Store
 
 log = logging.getLogger(__name__)
 

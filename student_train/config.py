@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from storage_schemas.address import LocalFolder
-from storage_schemas.section import Section
+from storage_schemas.common.frozen import Section
+from storage_schemas.stores.address import LocalFolder
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
 

@@ -34,13 +34,13 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from storage_schemas.errors import DataError, MismatchError
-from storage_schemas.exits import Exit
+from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.exits import Exit
 from student_train import world as worlds
-from student_train.batch import TrainBatch
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import TrainSection
-from student_train.student import Distilled
+from student_train.data.batch import TrainBatch
+from student_train.model.student import Distilled
 from student_train.world import PeerError, World
 from student_train.zero import deepspeed_config, monitors
 

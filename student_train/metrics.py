@@ -14,9 +14,9 @@ from pydantic import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from storage_schemas.errors import MismatchError, TemporaryError
-from storage_schemas.publish import publish
-from storage_schemas.section import Section
+from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.frozen import Section
+from storage_schemas.common.publish import publish
 
 log = logging.getLogger(__name__)
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from storage_schemas.commit import RUN
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError, exit_code
+from storage_schemas.common.frozen import Section
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import DataError, MismatchError, TemporaryError, exit_code
+from storage_schemas.provenance import RunInfo, parse_json, validated
 from storage_schemas.reader import Dump
+from storage_schemas.records import RUN
 from storage_schemas.rows import OK, Row
-from storage_schemas.run_info import RunInfo, parse_json, validated
-from storage_schemas.section import Section
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState, choose, refuse_other_run
 from student_train.config import LossSection, StudentSection, TrainSection
-from student_train.losses import refuse_unsupported
+from student_train.data.order import Order
+from student_train.data.stream import consumed_root
 from student_train.metrics import EVENTS, refuse_missing_trackers
-from student_train.order import Order
-from student_train.saved import read_record
-from student_train.stream import consumed_root
+from student_train.model.losses import refuse_unsupported
+from student_train.results.saved import read_record
 from student_train.world import World
 
 log = logging.getLogger(__name__)

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from storage_schemas import faults
+from storage_schemas.common import faults
+from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
+from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import DataError, NeoError, TemporaryError, exit_code
-from storage_schemas.exits import Exit
-from storage_schemas.run_info import canonical_json
-from storage_schemas.store import Store
-from student_train.batch import TrainBatch, collate
-from student_train.card import model_card
+from storage_schemas.provenance import canonical_json
+from storage_schemas.stores.store import Store
 from student_train.checkpoint import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -32,10 +30,15 @@ from student_train.checkpoint import (
     refuse_other_run,
 )
 from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.data.batch import TrainBatch, collate
+from student_train.data.stream import Follower, Stream, consumed_root
 from student_train.engine import Engine, join, load_weights
-from student_train.final import write_final
 from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
-from student_train.model_files import identity
+from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
+from student_train.model.student_files import identity
+from student_train.results.end_of_turn import span_ends
+from student_train.results.final import write_final
+from student_train.results.model_card import model_card
 from student_train.run import (
     FILES,
     FINAL,
@@ -55,9 +58,6 @@ from student_train.run import (
     weigh,
 )
 from student_train.schedule import learning_rate
-from student_train.stopping import span_ends
-from student_train.stream import Follower, Stream, consumed_root
-from student_train.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
 from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ The protocol with whoever starts it (`pipeline`, or torchrun by hand):
 - SIGTERM or SIGINT to any rank, or a file `<train.output>/exit/stop`: a checkpoint at the next step boundary, and 75 on
   all.
 - Errors are printed once, by the rank that met them, on standard error.
-- A rank that fails where it cannot tell the others: see `storage_schemas/ranks.py`.
+- A rank that fails where it cannot tell the others: see `storage_schemas/common/ranks.py`.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from storage_schemas.common.devices import refuse_idle_gpus
+from storage_schemas.common.errors import MismatchError, NeoError
+from storage_schemas.common.exits import Exit
+from storage_schemas.common.frozen import Section
+from storage_schemas.common.ranks import ExitCodes, end, failed
+from storage_schemas.common.signals import stop_event
 from storage_schemas.config import DumpSection
-from storage_schemas.devices import refuse_idle_gpus
-from storage_schemas.errors import MismatchError, NeoError
-from storage_schemas.exits import Exit
-from storage_schemas.ranks import ExitCodes, end, failed
-from storage_schemas.section import Section
-from storage_schemas.signals import stop_event
 from student_train.config import LossSection, StudentSection, TrainSection
-from student_train.directory import TRAINING, held
+from student_train.run_directory import TRAINING, held
 
 MEMORY = (
     "lower train.micro_batch_size, set train.gradient_checkpointing, raise train.zero_stage, or use more GPUs; "

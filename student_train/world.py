@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from storage_schemas.errors import NeoError, exit_code
-from storage_schemas.exits import Exit
+from storage_schemas.common.errors import NeoError, exit_code
+from storage_schemas.common.exits import Exit
 
 T = TypeVar("T")
 

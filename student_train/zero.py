@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.common.errors import MismatchError
 from student_train.config import TrainSection
 
 AUTO = "auto"

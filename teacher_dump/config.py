@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from storage_schemas.address import Located
+from storage_schemas.common.frozen import Section
 from storage_schemas.config import Estimator
-from storage_schemas.section import Section
+from storage_schemas.stores.address import Located
 
 _OWNED_BY_BACKEND = {
     "dtype": "teacher.dtype sets it",

@@ -16,25 +16,25 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from storage_schemas.commit import RUN, count_statuses, mean_per_token, totals
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.common.frozen import Section
+from storage_schemas.common.signals import StopRequest, stoppable
 from storage_schemas.config import DumpSection, Estimator
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.provenance import CorpusIdentity, RunInfo, TokenizerIdentity
 from storage_schemas.reader import Dump
+from storage_schemas.records import RUN, count_statuses, mean_per_token, totals
 from storage_schemas.rows import NONFINITE, OK, Row
-from storage_schemas.run_info import CorpusIdentity, RunInfo, TokenizerIdentity
-from storage_schemas.section import Section
-from storage_schemas.signals import StopRequest, stoppable
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 from storage_schemas.targets import Targets
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
-from teacher_dump.backends import opened
-from teacher_dump.commits import Committer
+from teacher_dump.committer import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
-from teacher_dump.corpus import Corpus, Sample, freeze_corpus
-from teacher_dump.heldout import refuse_shared
+from teacher_dump.corpus.freeze import Corpus, Sample, freeze_corpus
+from teacher_dump.corpus.heldout import refuse_shared
 from teacher_dump.progress import DumpProgress, EventLog
-from teacher_dump.teacher import PendingTargets, Teacher
+from teacher_dump.teachers.open import opened
+from teacher_dump.teachers.teacher import PendingTargets, Teacher
 
 log = logging.getLogger(__name__)
 

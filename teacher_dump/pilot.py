@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from storage_schemas.codec import mean_kept_mass, open_parquet
+from storage_schemas.common.errors import DataError
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
-from storage_schemas.errors import DataError
+from storage_schemas.provenance import RunInfo
 from storage_schemas.rows import OK, SCHEMA, Row
-from storage_schemas.run_info import RunInfo
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus import Sample, freeze_corpus
+from teacher_dump.corpus.freeze import Sample, freeze_corpus
 from teacher_dump.dump import refuse_too_long, refuse_wider_than_vocabulary, row_of, run_info
 from teacher_dump.plan import Bytes, Pilot, Plan, UnitSize, choose_pilot, make_plan
-from teacher_dump.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
 """The k that the kept mass is given for."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage_schemas.section import Section
+from storage_schemas.common.frozen import Section
 from storage_schemas.targets import I64
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)

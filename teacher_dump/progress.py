@@ -12,8 +12,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from storage_schemas.commit import CommitRecord
-from storage_schemas.errors import MismatchError
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.records import CommitRecord
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.codec import round_logprobs
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.frozen import Section
+from storage_schemas.provenance import RunInfo
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
-from storage_schemas.run_info import RunInfo
-from storage_schemas.section import Section
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import F32, I32, Decoded, Targets, decode
-from teacher_dump.corpus import Corpus, Sample
-from teacher_dump.teacher import Teacher
+from teacher_dump.corpus.freeze import Corpus, Sample
+from teacher_dump.teachers.teacher import Teacher
 
 F64 = npt.NDArray[np.float64]
 Places = npt.NDArray[np.signedinteger[Any]]

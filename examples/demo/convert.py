@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
-from storage_schemas.errors import DataError
-from storage_schemas.publish import publishing
+from storage_schemas.common.errors import DataError
+from storage_schemas.common.publish import publishing
 
 
 def teacher_gguf() -> Path:

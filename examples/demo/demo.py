@@ -14,7 +14,7 @@ import docstrings
 
 from pipeline.cli import main as command
 from pipeline.prune import prune
-from storage_schemas.publish import publish
+from storage_schemas.common.publish import publish
 
 TEACHER, STUDENT = Path("models/SmolLM2-135M-Instruct"), Path("models/SmolLM2-135M-pruned")
 DATA = Path("data/docstrings")

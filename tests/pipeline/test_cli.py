@@ -17,9 +17,9 @@ from support.dumps import run_info, unit_rows
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from pipeline import cli
-from storage_schemas.errors import DataError, MismatchError, NothingToResumeError, TemporaryError, UsageError
-from storage_schemas.exits import Exit
-from storage_schemas.run_info import RunInfo
+from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError, TemporaryError, UsageError
+from storage_schemas.common.exits import Exit
+from storage_schemas.provenance import RunInfo
 from storage_schemas.writer import DumpWriter
 
 COMMANDS = ["dump", "preview", "train", "run", "evaluate", "merge", "plan", "verify", "inspect", "prune"]

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from pipeline.config import MAX_BYTES, Config, load_config, need
 from pipeline.processes import stated
+from storage_schemas.common.errors import MismatchError, UsageError
+from storage_schemas.common.frozen import explicit
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import MismatchError, UsageError
-from storage_schemas.section import explicit
 
 FULL = """
 dump: {url: s3://bucket/run-a, samples_per_unit: 512}

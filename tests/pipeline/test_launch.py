@@ -14,7 +14,7 @@ from pipeline.launch import (
     thread_environment,
     training_nodes,
 )
-from storage_schemas.errors import UsageError
+from storage_schemas.common.errors import UsageError
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
 

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 from support.tiny_teachers import CHATML_GENERATION, VOCABULARY, save_teacher, tiny_tokenizer
 
-from pipeline import cli, preview
-from storage_schemas.exits import Exit
+from pipeline import cli
+from pipeline.views import preview
+from storage_schemas.common.exits import Exit
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus import freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 
 
 def chat(question: str, answer: str) -> dict[str, object]:

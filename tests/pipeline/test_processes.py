@@ -22,10 +22,10 @@ from pipeline.processes import (
     run_together,
     train_workers,
 )
+from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.exits import combined, tell_deaths
+from storage_schemas.common.signals import forwarded
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import MismatchError, TemporaryError
-from storage_schemas.exits import combined, tell_deaths
-from storage_schemas.signals import forwarded
 
 ROOT = Path(__file__).parents[2]
 
@@ -302,7 +302,7 @@ def test_a_second_training_touches_nothing(tmp_path: Path, monkeypatch: pytest.M
     (output / "exit" / "rank-0").write_text("0\n")
     body = """
     import pathlib, sys, time
-    from student_train.directory import LAUNCHER, held
+    from student_train.run_directory import LAUNCHER, held
     with held(pathlib.Path(sys.argv[1]), LAUNCHER):
         print("held", flush=True)
         time.sleep(60)

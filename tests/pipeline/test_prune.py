@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.prune import Pruning, layers_to_keep, parse_keep, prune
-from storage_schemas.errors import DataError, MismatchError, UsageError
+from storage_schemas.common.errors import DataError, MismatchError, UsageError
 
 
 @pytest.mark.parametrize(

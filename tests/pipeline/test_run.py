@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import load_config
 from pipeline.prune import prune
-from pipeline.report import remarks
 from pipeline.run import Steps
+from pipeline.views.report import remarks
 from student_train.metrics import read_events
 
 TESTS = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline import cli
 from pipeline.config import load_config
-from storage_schemas.errors import NeoError
+from storage_schemas.common.errors import NeoError
 
 CANARY = "Canary0Canary0Canary"
 NUMBER = 777123456789777

@@ -11,7 +11,7 @@ from support.dump_checks import rows_of, sections, write_corpus
 from support.tiny_teachers import save_teacher
 
 from pipeline import cli
-from storage_schemas.exits import Exit
+from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
 from storage_schemas.targets import concatenate
 from storage_schemas.writer import DumpWriter

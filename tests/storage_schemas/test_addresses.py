@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from storage_schemas.address import DumpUrl, LocalFolder, Located, dump_url, endpoint
-from storage_schemas.errors import MismatchError
-from storage_schemas.masking import is_secret, masked, remember_secrets
-from storage_schemas.store import Store
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.secrets import is_secret, masked, remember_secrets
+from storage_schemas.stores.address import DumpUrl, LocalFolder, Located, dump_url, endpoint
+from storage_schemas.stores.store import Store
 
 REFUSED = {
     "": "empty", " ": "empty", " /data/x": "blank", "/data/x\n": "line break", "/data/\0x": "NUL",

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
-from storage_schemas.cache import ShardCache
+from storage_schemas.stores.cache import ShardCache
 
 SIZE = 1000
 

@@ -8,10 +8,10 @@ import pytest
 from support.dumps import make_dump, run_info
 
 from storage_schemas import codec
-from storage_schemas.commit import TOKENIZER, CommitRecord, record_key
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.footer import claimed_values
 from storage_schemas.reader import Dump, parse_unit
+from storage_schemas.records import TOKENIZER, CommitRecord, record_key
 from storage_schemas.verify import verify
 
 KINDS = ["shard", "record", "seal", "manifest", "run", "tokenizer", "tokenizer record"]

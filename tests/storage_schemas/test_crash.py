@@ -17,10 +17,10 @@ import pytest
 from support.dumps import TOKENIZER, run_info
 from support.storage_jobs import Zygote
 
-from storage_schemas.commit import CommitRecord
-from storage_schemas.errors import TemporaryError
-from storage_schemas.exits import Exit
+from storage_schemas.common.errors import TemporaryError
+from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
+from storage_schemas.records import CommitRecord
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 

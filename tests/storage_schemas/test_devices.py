@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.devices import gpu_variable, own_gpus, refuse_idle_gpus, take_own_gpus, usable_cores, visible_gpus
-from storage_schemas.errors import MismatchError
-from storage_schemas.exits import Exit
+from storage_schemas.common.devices import (
+    gpu_variable,
+    own_gpus,
+    refuse_idle_gpus,
+    take_own_gpus,
+    usable_cores,
+    visible_gpus,
+)
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.exits import Exit
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from storage_schemas.errors import MismatchError, explained
-from storage_schemas.exits import Exit
+from storage_schemas.common.errors import MismatchError, explained
+from storage_schemas.common.exits import Exit
 
 
 class OutOfMemoryError(RuntimeError):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas import hashes
-from storage_schemas.hashes import file_sha256
+from storage_schemas.common import hashes
+from storage_schemas.common.hashes import file_sha256
 
 
 @pytest.fixture

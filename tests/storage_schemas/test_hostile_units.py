@@ -12,11 +12,11 @@ from support.dumps import make_dump, metadata_of, replace_unit, run_info, unit_r
 from support.poison import POISON, good_unit
 
 from storage_schemas import codec
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.provenance import RunInfo
 from storage_schemas.reader import Dump
 from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows
-from storage_schemas.run_info import RunInfo
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.errors import MismatchError
-from storage_schemas.publish import publish, publishing
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.publish import publish, publishing
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("storage_schemas", "teacher_dump", "student_train", "pipeline")
@@ -85,4 +85,4 @@ def test_nothing_else_gives_a_file_its_name() -> None:
                         found.add(f"{path.parent.name}/{path.name}")
                 case _:
                     pass
-    assert found == {"storage_schemas/publish.py", "storage_schemas/store.py"}
+    assert found == {"storage_schemas/common/publish.py", "storage_schemas/stores/store.py"}

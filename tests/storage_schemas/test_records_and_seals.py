@@ -14,12 +14,12 @@ from support.dumps import make_dump, metadata_of, replace_unit, run_info, unit_r
 from support.poison import good_unit
 
 from storage_schemas import codec
-from storage_schemas.commit import CommitRecord, Seal, data_key, manifest_bytes, record_key
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import Adaptive, Estimator, TopK
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.provenance import canonical_json
 from storage_schemas.reader import Dump
-from storage_schemas.run_info import canonical_json
-from storage_schemas.store import Store
+from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, record_key
+from storage_schemas.stores.store import Store
 from storage_schemas.targets import decode
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter

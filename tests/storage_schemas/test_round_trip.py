@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_schemas import codec
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 from storage_schemas.rows import EMPTY, INVALID_TEXT, NONFINITE, OK, SCHEMA, TOO_LONG, Row, UnitRows, rows_to_unit
 from storage_schemas.targets import Targets
 

@@ -10,11 +10,11 @@ import pytest
 from support.dumps import TOKENIZER, make_dump, run_info, unit_rows
 from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, moto, options, seaweedfs, tls
 
-from storage_schemas import remote
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.exits import Exit
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
-from storage_schemas.store import Store
+from storage_schemas.stores import requests as remote
+from storage_schemas.stores.store import Store
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 

@@ -11,16 +11,16 @@ import pytest
 from support.dumps import dense_targets, make_dump, metadata_of, replace_unit, run_info
 
 from storage_schemas import codec
-from storage_schemas.commit import CommitRecord, Seal, data_key, manifest_bytes, totals
 from storage_schemas.config import Adaptive, Estimator, TopK
+from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, totals
 from storage_schemas.rows import OK, UnitRows
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 
 UNITS = 100_000
 READ = """
 import sys, time
 from storage_schemas.reader import Dump
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 
 requests = []
 for name in ("get_if_present", "size", "list"):

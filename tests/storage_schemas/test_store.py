@@ -10,10 +10,11 @@ import obstore
 import pytest
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-from storage_schemas import faults, store
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.exits import Exit
-from storage_schemas.store import Store
+from storage_schemas.common import faults
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.common.exits import Exit
+from storage_schemas.stores import store
+from storage_schemas.stores.store import Store
 
 
 def test_the_first_put_wins(tmp_path: Path) -> None:

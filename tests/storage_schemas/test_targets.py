@@ -17,7 +17,7 @@ from storage_schemas.codec import (
     round_logprobs,
     round_targets,
 )
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 from storage_schemas.rows import no_targets
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets, concatenate, decode

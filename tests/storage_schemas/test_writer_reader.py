@@ -10,14 +10,14 @@ from support.dumps import TOKENIZER, make_dump, run_info, unit_rows
 from support.poison import POISON, poisoned
 
 from storage_schemas import codec
-from storage_schemas.commit import TOKENIZER as TOKENIZER_RECORD
-from storage_schemas.commit import TokenizerRecord
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.common.exits import Exit
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError
-from storage_schemas.exits import Exit
 from storage_schemas.reader import Dump
+from storage_schemas.records import TOKENIZER as TOKENIZER_RECORD
+from storage_schemas.records import TokenizerRecord
 from storage_schemas.rows import UnitRows
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 

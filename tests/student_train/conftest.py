@@ -2,4 +2,6 @@
 
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook(["student_train.batch", "student_train.losses", "student_train.head"], "beartype.beartype")
+_hook = install_import_hook(
+    ["student_train.data.batch", "student_train.model.losses", "student_train.model.head"], "beartype.beartype"
+)

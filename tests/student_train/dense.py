@@ -10,9 +10,9 @@ from torch import Tensor
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from storage_schemas.targets import decode
-from student_train.adapter import attach
 from student_train.config import LoraSection
-from student_train.student import load_model
+from student_train.model.adapter import attach
+from student_train.model.student import load_model
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from student_train.batch import SparseTargets
-from student_train.head import HeadSpec
-from student_train.losses import LossSpec
+from student_train.data.batch import SparseTargets
+from student_train.model.head import HeadSpec
+from student_train.model.losses import LossSpec
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd")
 SMOOTH = DIVERGENCES[:-1]

@@ -15,9 +15,9 @@ from support.tiny_student import save_student, tiny_llama, write_dump
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from storage_schemas.errors import MismatchError
-from student_train.adapter import OWNED, REFUSED, attach, initial_factors, lora_config, plain_adapter
+from storage_schemas.common.errors import MismatchError
 from student_train.config import OTHER_VARIANTS, LoraSection
+from student_train.model.adapter import OWNED, REFUSED, attach, initial_factors, lora_config, plain_adapter
 
 VARIANTS = ("lora", "rslora", "dora", "pissa", "moslora")
 IDS = torch.arange(20)[None]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from storage_schemas.errors import DataError, MismatchError
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
 from storage_schemas.targets import Targets, decode
-from student_train.batch import SparseTargets, TrainBatch, collate
+from student_train.data.batch import SparseTargets, TrainBatch, collate
 
 VOCAB = 50
 

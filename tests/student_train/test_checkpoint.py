@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage_schemas import faults
-from storage_schemas.errors import DataError, MismatchError, NothingToResumeError, TemporaryError
+from storage_schemas.common import faults
+from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError, TemporaryError
 from student_train import checkpoint as checkpoints
 from student_train.checkpoint import (
     EXP_AVG,

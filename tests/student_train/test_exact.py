@@ -15,9 +15,9 @@ from storage_schemas.config import TopK
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from storage_schemas.shift import supervised_positions
-from student_train.batch import collate
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.student import Distilled, load_student
+from student_train.data.batch import collate
+from student_train.model.student import Distilled, load_student
 
 pytestmark = pytest.mark.exact
 

@@ -8,10 +8,10 @@ import transformers
 from reference import DIVERGENCES, SMOOTH, drawn_targets, head_logits, head_targets, unfused_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from storage_schemas.errors import MismatchError
-from student_train.batch import SparseTargets
-from student_train.head import HeadLoss, HeadSpec, fused_head_loss
-from student_train.losses import LossSpec, token_losses
+from storage_schemas.common.errors import MismatchError
+from student_train.data.batch import SparseTargets
+from student_train.model.head import HeadLoss, HeadSpec, fused_head_loss
+from student_train.model.losses import LossSpec, token_losses
 
 pytestmark = pytest.mark.exact
 

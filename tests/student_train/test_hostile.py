@@ -12,9 +12,9 @@ import pytest
 import torch
 from support.tiny_student import VOCAB, save_student, tiny_tokenizer
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.common.errors import MismatchError
 from student_train.config import StudentSection
-from student_train.student import load_model, refuse_tokenizer
+from student_train.model.student import load_model, refuse_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from support.engine_jobs import train_section
 from support.tiny_student import save_student, write_dump
 
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import DataError, MismatchError
 from student_train.checkpoint import TrainState
 from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.data.stream import consumed_root
+from student_train.model.student import load_model
 from student_train.run import FILES, WEIGHTS, Run, _open_checkpoint, open_run
-from student_train.stream import consumed_root
-from student_train.student import load_model
 from student_train.train import _load_student
 
 

@@ -12,8 +12,8 @@ from reference import (
     token_divergence,
 )
 
-from storage_schemas.errors import MismatchError
-from student_train.losses import LossSpec, refuse_unsupported, student_entries, token_losses, top1_agreement
+from storage_schemas.common.errors import MismatchError
+from student_train.model.losses import LossSpec, refuse_unsupported, student_entries, token_losses, top1_agreement
 
 pytestmark = pytest.mark.exact
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from storage_schemas.errors import MismatchError, TemporaryError
+from storage_schemas.common.errors import MismatchError, TemporaryError
 from student_train import metrics
 from student_train.metrics import (
     EVENTS,

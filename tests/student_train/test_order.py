@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.order import Order, Span, rank_slice
+from student_train.data.order import Order, Span, rank_slice
 
 SHAPES = [  # samples, samples per unit, window units, block units, global batch
     (1000, 7, 5, 3, 32),

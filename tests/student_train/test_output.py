@@ -8,11 +8,11 @@ from support.engine_jobs import train_section
 from support.tiny_student import write_dump
 
 from storage_schemas.config import DumpSection
-from storage_schemas.store import Store
+from storage_schemas.stores.store import Store
 from student_train import run as runs
 from student_train.config import LossSection, StudentSection
+from student_train.data.stream import Follower, consumed_root
 from student_train.run import open_run, weigh
-from student_train.stream import Follower, consumed_root
 
 
 def opened(url: Path, output: Path, **train: object) -> runs.Run:

@@ -13,12 +13,12 @@ from support.tiny_student import VOCAB, save_student, write_dump
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MistralConfig, Qwen3Config
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import EMPTY, OK
-from student_train.batch import collate
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.student import Distilled, load_student
+from student_train.data.batch import collate
+from student_train.model.student import Distilled, load_student
 
 pytestmark = pytest.mark.exact
 

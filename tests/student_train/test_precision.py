@@ -10,8 +10,8 @@ from support.distributed import run_ranks
 from support.engine_jobs import gradients, norm
 from support.tiny_student import save_student, write_dump
 
-from storage_schemas.errors import MismatchError
-from student_train.student import load_model
+from storage_schemas.common.errors import MismatchError
+from student_train.model.student import load_model
 
 FUNCTION = "support.engine_jobs:run_cases"
 DRIFT = 2e-2

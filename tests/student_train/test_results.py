@@ -29,24 +29,24 @@ from transformers import (
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
 from storage_schemas.config import DumpSection, Sampled, TopK
-from storage_schemas.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
-from student_train import final
-from student_train.adapter import MIXER, plain_adapter
-from student_train.card import model_card
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.evaluate import evaluate
-from student_train.export import merge
-from student_train.final import refuse_other_logits, save_model, write_final
 from student_train.metrics import Event
-from student_train.model_files import identity
+from student_train.model.adapter import MIXER, plain_adapter
+from student_train.model.student import load_model, load_student, refuse_long_rows, relative_difference
+from student_train.model.student_files import identity
+from student_train.results import final
+from student_train.results.end_of_turn import span_ends
+from student_train.results.evaluate import evaluate
+from student_train.results.final import refuse_other_logits, save_model, write_final
+from student_train.results.merge import merge
+from student_train.results.model_card import model_card
+from student_train.results.saved import load_adapter
 from student_train.run import open_run
-from student_train.saved import load_adapter
-from student_train.stopping import span_ends
-from student_train.student import load_model, load_student, refuse_long_rows, relative_difference
 from student_train.train import _load_student
 
 IDS = torch.arange(24)[None]

@@ -8,9 +8,9 @@ from peft.tuners.lora.layer import Linear
 from support.tiny_student import tiny_llama
 from torch import Tensor
 
-from student_train.adapter import ADAPTER, attach
 from student_train.config import LoraSection
-from student_train.scaling import scale_between
+from student_train.model.adapter import ADAPTER, attach
+from student_train.model.scaling import scale_between
 
 IDS = torch.arange(20)[None]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from student_train.serving import VLLM_RANKS, AdapterFacts, serving_commands
+from student_train.results.serving import VLLM_RANKS, AdapterFacts, serving_commands
 
 PLAIN = AdapterFacts(folder=Path("runs/a/final"), base="org/model", rank=64)
 

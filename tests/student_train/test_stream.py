@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from support.tiny_student import write_dump
 
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row, UnitRows
-from student_train import stream as streams
-from student_train.order import Order
-from student_train.stream import Follower, Stream, consumed_root
+from student_train.data import stream as streams
+from student_train.data.order import Order
+from student_train.data.stream import Follower, Stream, consumed_root
 
 SAMPLES, PER_UNIT = 46, 4
 

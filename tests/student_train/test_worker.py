@@ -15,7 +15,7 @@ import pytest
 from support.distributed import environment
 from support.tiny_student import save_student, write_dump
 
-from storage_schemas.ranks import read_codes
+from storage_schemas.common.ranks import read_codes
 from student_train.config import TrainSection
 from student_train.metrics import read_events
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.common.errors import MismatchError
 from student_train.config import DEEPSPEED_PRESETS, TrainSection
 from student_train.zero import REFUSED, deepspeed_config
 

@@ -34,7 +34,7 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import teacher_dump.dump
-    import teacher_dump.teacher  # noqa: F401
+    import teacher_dump.teachers.teacher  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -57,11 +57,11 @@ def _start(request: dict[str, Any]) -> int:
 
 
 def _work(job: dict[str, Any]) -> int:
+    from storage_schemas.common.errors import NeoError
     from storage_schemas.config import DumpSection, TopK
-    from storage_schemas.errors import NeoError
     from teacher_dump.config import CorpusSection, TeacherSection
     from teacher_dump.dump import run_dump
-    from teacher_dump.teacher import Teacher
+    from teacher_dump.teachers.teacher import Teacher
 
     class SlowTeacher(Teacher):
         def launch(self, samples: Any, recipe: Any) -> Any:

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_schemas.commit import CommitRecord, record_key
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.provenance import (
+    CorpusIdentity,
+    EngineIdentity,
+    MadeBy,
+    RunInfo,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from storage_schemas.records import CommitRecord, record_key
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
-from storage_schemas.run_info import CorpusIdentity, EngineIdentity, MadeBy, RunInfo, TeacherIdentity, TokenizerIdentity
 from storage_schemas.targets import Targets
 from storage_schemas.writer import DumpWriter
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from storage_schemas.reader import Dump
-from student_train.batch import TrainBatch, collate
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.data.batch import TrainBatch, collate
+from student_train.data.order import rank_slice
 from student_train.engine import Engine, join, load_weights
-from student_train.order import rank_slice
-from student_train.student import load_student
+from student_train.model.student import load_student
 from student_train.world import World
 
 Result = dict[str, Any]

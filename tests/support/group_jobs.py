@@ -5,11 +5,11 @@ from typing import Any
 import torch.distributed as dist
 
 from storage_schemas.config import Estimator
-from storage_schemas.run_info import Recipe
+from storage_schemas.provenance import Recipe
 from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus import Sample
-from teacher_dump.group import Group, GroupTeacher
+from teacher_dump.corpus.freeze import Sample
+from teacher_dump.teachers.group import Group, GroupTeacher
 
 
 def targets(

@@ -10,9 +10,9 @@ import torch
 from support.engine_jobs import batches_of_step, make_engine, train_section
 from torch import Tensor
 
-from storage_schemas.errors import NeoError
+from storage_schemas.common.errors import NeoError
 from storage_schemas.reader import Dump
-from student_train.batch import TrainBatch
+from student_train.data.batch import TrainBatch
 from student_train.engine import Engine, join
 from student_train.world import World
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from support.dumps import unit_rows
 
+from storage_schemas.provenance import RunInfo
 from storage_schemas.rows import Row, UnitRows, rows_to_unit
-from storage_schemas.run_info import RunInfo
 
 
 def poisoned(rows: list[Row], **changes: Callable[[np.ndarray], None]) -> list[Row]:

@@ -23,7 +23,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from storage_schemas import remote
+from storage_schemas.stores import requests as remote
 
 BUCKET = "logits"
 WRITER = {"access_key_id": "testkey", "secret_access_key": "testsecret"}

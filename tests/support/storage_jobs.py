@@ -31,8 +31,8 @@ class Zygote(ForkServer):
 def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
     from support.dumps import TOKENIZER
 
-    from storage_schemas.errors import NeoError
-    from storage_schemas.exits import Exit
+    from storage_schemas.common.errors import NeoError
+    from storage_schemas.common.exits import Exit
     from storage_schemas.writer import DumpWriter
 
     os.environ["LLM_NEO_FAULT"], os.environ["LLM_NEO_FAULT_LOG"] = request["fault"], request["log"]
@@ -57,7 +57,7 @@ def _serve() -> None:
 
     run = run_info()
     rows = [unit_rows(run, unit) for unit in range(run.units)]
-    from storage_schemas.store import Store
+    from storage_schemas.stores.store import Store
     from storage_schemas.writer import DumpWriter
 
     # What Arrow does on first use is done here, once. No thread may be started before a fork, but the allocator's own.

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from storage_schemas.config import Estimator, TopK
+from storage_schemas.provenance import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
-from storage_schemas.run_info import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
 from storage_schemas.shift import supervised_positions
 from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter

@@ -12,8 +12,8 @@ import torch
 from support.engine_jobs import train_section
 from support.tiny_student import write_dump
 
+from storage_schemas.common.errors import NeoError
 from storage_schemas.config import DumpSection
-from storage_schemas.errors import NeoError
 from student_train import metrics
 from student_train.checkpoint import Checkpoints
 from student_train.config import LoraSection, LossSection, StudentSection

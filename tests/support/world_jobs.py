@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from storage_schemas.errors import DataError, MismatchError, NeoError
-from storage_schemas.exits import Exit
+from storage_schemas.common.errors import DataError, MismatchError, NeoError
+from storage_schemas.common.exits import Exit
 from student_train.world import PeerError, World, join
 
 Case = tuple[str, dict[int, str]]

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus import freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 
 RECORDS = [
     {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}

@@ -26,17 +26,17 @@ from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from storage_schemas import faults
+from storage_schemas.common import faults
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.targets import decode
 from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus import freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump, tokenizer_files
 from teacher_dump.recompute import recompute
-from teacher_dump.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_copy_of_the_teacher_continues_a_dump_with_other_versions(tmp_path, co
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "x"}))
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"written_by_a_later_version": True}))
-    monkeypatch.setattr("teacher_dump.teacher.version", lambda name: "9.9")
+    monkeypatch.setattr("teacher_dump.teachers.teacher.version", lambda name: "9.9")
     (tmp_path / "dump" / "SEALED.json").unlink()
     for path in [*(tmp_path / "dump").glob("commits/*1.json"), *(tmp_path / "dump").glob("data/unit-*1-*")]:
         path.unlink()

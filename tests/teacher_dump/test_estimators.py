@@ -9,9 +9,9 @@ from support.rounding import BELOW_16
 
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.targets import Targets, decode
-from teacher_dump.draws import uniforms
-from teacher_dump.estimators import estimate, gather
-from teacher_dump.selection import draw_from_weights, largest
+from teacher_dump.estimators.draws import uniforms
+from teacher_dump.estimators.estimate import estimate, gather
+from teacher_dump.estimators.selection import draw_from_weights, largest
 
 pytestmark = pytest.mark.exact
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from storage_schemas.errors import DataError
-from teacher_dump.formats import (
+from storage_schemas.common.errors import DataError
+from teacher_dump.corpus.formats import (
     Completion,
     Conversation,
     Document,

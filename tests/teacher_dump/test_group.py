@@ -16,16 +16,16 @@ from support.distributed import TESTS, environment, run_ranks
 from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 
+from storage_schemas.common.errors import UsageError
 from storage_schemas.config import TopK
-from storage_schemas.errors import UsageError
+from storage_schemas.provenance import Recipe
 from storage_schemas.rows import OK
-from storage_schemas.run_info import Recipe
 from storage_schemas.targets import Targets
 from storage_schemas.verify import verify
-from teacher_dump.backends import open_teacher
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus import Sample
-from teacher_dump.teacher import Teacher
+from teacher_dump.corpus.freeze import Sample
+from teacher_dump.teachers.open import open_teacher
+from teacher_dump.teachers.teacher import Teacher
 
 ESTIMATOR = TopK(k=40, mass=1.0)
 RECIPE = Recipe(estimator=ESTIMATOR, temperatures=(1.0, 2.0), logsumexp=True)

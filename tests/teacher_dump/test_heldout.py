@@ -6,10 +6,10 @@ import datasets
 import pytest
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
-from storage_schemas.errors import DataError
+from storage_schemas.common.errors import DataError
 from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus import freeze_corpus
-from teacher_dump.heldout import refuse_shared
+from teacher_dump.corpus.freeze import freeze_corpus
+from teacher_dump.corpus.heldout import refuse_shared
 
 TEXTS = ["what is it", "the answer is so", "how", "so what", "it is", "", "is it so"]
 

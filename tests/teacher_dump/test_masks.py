@@ -11,10 +11,10 @@ from support.tiny_teachers import (
     tiny_tokenizer,
 )
 
-from storage_schemas.errors import DataError
-from teacher_dump import masks
-from teacher_dump.formats import Completion, Conversation, Document
-from teacher_dump.masks import (
+from storage_schemas.common.errors import DataError
+from teacher_dump.corpus.formats import Completion, Conversation, Document
+from teacher_dump.corpus.freeze import masks
+from teacher_dump.corpus.masks import (
     Tokens,
     Unusable,
     covered,

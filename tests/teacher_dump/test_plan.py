@@ -10,13 +10,13 @@ from support.dump_checks import WORDS
 from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 
+from storage_schemas.common.errors import DataError
 from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
-from storage_schemas.errors import DataError
+from storage_schemas.provenance import Recipe
 from storage_schemas.reader import Dump
-from storage_schemas.run_info import Recipe
 from storage_schemas.targets import concatenate
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus import freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
 from teacher_dump.pilot import WIDTHS, end_heads, file_bytes, mass_at, plan_dump
 from teacher_dump.plan import (
@@ -29,7 +29,7 @@ from teacher_dump.plan import (
     forecast_bytes,
     relative_standard_error,
 )
-from teacher_dump.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher
 
 ROOT = Path(__file__).parents[2]
 SMOLLM = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -15,11 +15,11 @@ import pytest
 from support.pool_jobs import killed, slow
 from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, tiny_tokenizer
 
-from storage_schemas.errors import DataError, TemporaryError
-from teacher_dump import corpus as corpus_module
+from storage_schemas.common.errors import DataError, TemporaryError
 from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus import Corpus, freeze_corpus
-from teacher_dump.pool import Pool
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus
+from teacher_dump.corpus.freeze import freeze as corpus_module
+from teacher_dump.corpus.pool import Pool
 
 TESTS = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_leaving_ends_what_is_running():
 
 
 def test_processes_end_with_the_one_that_started_them():
-    code = "from support.pool_jobs import slow; from teacher_dump.pool import Pool\nif __name__ == '__main__':\n"
+    code = "from support.pool_jobs import slow; from teacher_dump.corpus.pool import Pool\nif __name__ == '__main__':\n"
     code += " with Pool(slow, processes=2) as pool:\n  r = pool.map(range(9)); print(next(r), flush=True); list(r)\n"
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as parent:

@@ -16,7 +16,7 @@ from support.tiny_teachers import CHATML, VOCABULARY, save_teacher, tiny_tokeniz
 from storage_schemas.config import DumpSection, TopK
 from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus import Corpus, freeze_corpus
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.dump import run_dump
 
 ROOT = Path(__file__).parents[2]

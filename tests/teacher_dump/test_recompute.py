@@ -14,18 +14,18 @@ from support.dumps import dense_targets
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from storage_schemas import codec
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.errors import MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus import freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
 from teacher_dump.recompute import NOISE, compare, pick_rows, recompute
-from teacher_dump.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher
 
 ESTIMATORS = {
     "topk": TopK(k=24),

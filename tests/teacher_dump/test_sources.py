@@ -22,13 +22,12 @@ from pydantic import ValidationError
 from support.s3_servers import BUCKET, READER, WRITER, TinyS3, be_impatient, options, seaweedfs
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
-from storage_schemas.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.remote import object_store
-from storage_schemas.signals import stoppable
-from teacher_dump import remote
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.common.signals import stoppable
+from storage_schemas.stores.requests import object_store
 from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus import Corpus, freeze_corpus
-from teacher_dump.sources import chosen_records
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus, remote
+from teacher_dump.corpus.sources import chosen_records
 
 RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
 

@@ -6,16 +6,16 @@ import torch
 from support.rounding import LOGPROB
 from support.tiny_teachers import ARCHITECTURES, VOCABULARY, save_teacher, tiny_model
 
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.config import Adaptive, TopK
-from storage_schemas.errors import MismatchError
+from storage_schemas.provenance import Recipe
 from storage_schemas.rows import OK
-from storage_schemas.run_info import Recipe
 from storage_schemas.targets import concatenate
-from teacher_dump import products
-from teacher_dump import teacher as teacher_module
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus import Sample
-from teacher_dump.teacher import Teacher
+from teacher_dump.corpus.freeze import Sample
+from teacher_dump.teachers import products
+from teacher_dump.teachers import teacher as teacher_module
+from teacher_dump.teachers.teacher import Teacher
 
 pytestmark = pytest.mark.exact
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import CHATS, GLM_45, Chat
 
-from teacher_dump import masks
-from teacher_dump.formats import Conversation
-from teacher_dump.masks import Tokens, Unusable
+from teacher_dump.corpus.formats import Conversation
+from teacher_dump.corpus.freeze import masks
+from teacher_dump.corpus.masks import Tokens, Unusable
 
 
 def tokenise_conversations(tokenizer, conversations, *, mask):

@@ -13,12 +13,12 @@ from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, secti
 from support.record_vllm import CPU
 from support.tiny_teachers import save_teacher
 
+from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.config import TopK
-from storage_schemas.errors import MismatchError, TemporaryError
 from teacher_dump.agreement import agreement
-from teacher_dump.backends import open_teacher
 from teacher_dump.config import TeacherSection
 from teacher_dump.dump import run_dump
+from teacher_dump.teachers.open import open_teacher
 
 pytestmark = [
     pytest.mark.vllm,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.record_vllm import TARGET
 
-from storage_schemas.errors import MismatchError
-from teacher_dump.estimators import gather, topk
-from teacher_dump.vllm_logprobs import TAIL_NOISE, ranked, topk_targets
+from storage_schemas.common.errors import MismatchError
+from teacher_dump.estimators.estimate import gather, topk
+from teacher_dump.teachers.vllm_logprobs import TAIL_NOISE, ranked, topk_targets
 
 RECORDED = json.loads(Path(TARGET).read_text())
 K, VOCABULARY = RECORDED["k"], RECORDED["vocabulary"]

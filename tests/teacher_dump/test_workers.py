@@ -13,11 +13,11 @@ from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_o
 from support.dump_jobs import Workers
 from support.tiny_teachers import save_teacher
 
-from storage_schemas.errors import MismatchError
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.writer import DumpWriter
 from teacher_dump import dump as dump_module
 from teacher_dump.dump import run_dump, unit_order
-from teacher_dump.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher
 
 
 @pytest.fixture(scope="module")

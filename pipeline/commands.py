@@ -1,0 +1,224 @@
+"""What the command line does inside its own process that needs torch: stage one, evaluation, plans, recomputing rows.
+
+Each imports its own stage when it is called, since peft alone takes seconds.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from pipeline.config import Config, need
+from pipeline.launch import Placement
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.reader import Dump
+
+if TYPE_CHECKING:
+    from teacher_dump.teachers.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+_LINE_SECONDS = 5.0
+_BATCH_TOKENS = 4096
+"""Of a teacher that no configuration sets up, padding included."""
+
+
+def run_dumps(
+    config: Config, placement: Placement, teacher: "Teacher | None" = None, *, events: Path | None = None
+) -> dict[str, Any]:
+    """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
+
+    Args:
+        config: with `teacher` and `corpus`.
+        placement: which worker this is.
+        teacher: if the configured one is not to be opened here.
+        events: file that one JSON object per event is appended to.
+
+    Returns:
+        The summary of the corpus's dump, and under `heldout` that of the other.
+    """
+    from teacher_dump.dump import run_dump
+    from teacher_dump.teachers.open import opened
+
+    parts = [config] + ([config.heldout_config()] if config.heldout else [])
+    summaries = []
+    with opened(teacher or need(config.teacher, "teacher", "dump")) as loaded:
+        for part in parts:
+            log.info("dumping to %s", part.dump.url)
+            summary = run_dump(
+                dump=part.dump,
+                teacher=loaded,
+                corpus=need(part.corpus, "corpus", "dump"),
+                estimator=part.estimator,
+                temperatures=part.temperatures,
+                heldout=config.heldout_config().corpus if part.heldout else None,
+                rank=placement.rank,
+                world_size=placement.world_size,
+                events=events,
+            )
+            summaries.append(summary.model_dump(mode="json"))
+    return summaries[0] | ({"heldout": summaries[1]} if config.heldout else {})
+
+
+def run_evaluation(
+    model: str,
+    url: str,
+    options: Mapping[str, str],
+    *,
+    temperature: float,
+    batch_tokens: int,
+    device: str,
+    limit: int | None,
+    partial: bool,
+    base: Path | None,
+) -> dict[str, Any]:
+    """Compare a model with the teacher on a dump."""
+    from student_train.results.evaluate import evaluate
+
+    dump = Dump.open(url, options=options)
+    with shown_progress(f"evaluating {model}") as progress:
+        found = evaluate(
+            model,
+            dump,
+            temperature=temperature,
+            batch_tokens=batch_tokens,
+            device=device,
+            limit=limit,
+            partial=partial,
+            base=base,
+            progress=progress,
+        )
+    return found.model_dump(mode="json")
+
+
+def run_plan(
+    config: Config,
+    teacher: "Teacher | None" = None,
+    *,
+    samples: int,
+    seed: int,
+    tokens_per_second: float | None,
+    price_per_hour: float | None,
+) -> dict[str, Any]:
+    """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples.
+
+    Args:
+        config: with `teacher` and `corpus`.
+        teacher: if the configured one is not to be opened here.
+        samples: of the pilot.
+        seed: of their choice.
+        tokens_per_second: of another worker; by default it is measured here.
+        price_per_hour: of one device.
+    """
+    from teacher_dump.pilot import plan_dump
+    from teacher_dump.teachers.open import open_teacher, under_transformers
+
+    section = need(config.teacher, "teacher", "plan")
+    if section.backend == "vllm":
+        log.info("the pilot runs under transformers, which knows all estimators; give vLLM's own --tokens-per-second")
+        section = under_transformers(section)
+    with shown_progress("pilot") as progress:
+        found = plan_dump(
+            dump=config.dump,
+            teacher=teacher or open_teacher(section),
+            corpus=need(config.corpus, "corpus", "plan"),
+            estimator=config.estimator,
+            temperatures=config.temperatures,
+            samples=samples,
+            seed=seed,
+            tokens_per_second=tokens_per_second,
+            price_per_hour=price_per_hour,
+            progress=progress,
+        )
+    return found.model_dump(mode="json")
+
+
+def recomputing(
+    url: str, options: Mapping[str, str], *, rows: int, seed: int, config: Config | None, model: str | None
+) -> Callable[[], dict[str, Any]]:
+    """What compares some rows of a dump with what the teacher says now. What can be refused is refused here at once.
+
+    Args:
+        url: the dump.
+        options: settings of its store.
+        rows: how many.
+        seed: of their choice.
+        config: what the dump was made with; its teacher runs, and its corpus is compared with the rows.
+        model: where the teacher lies; by default where `config` or run.json say.
+
+    Raises:
+        MismatchError: the teacher is not here, or it or the corpus is another one.
+    """
+    from teacher_dump.config import TeacherSection
+    from teacher_dump.corpus.freeze import freeze_corpus
+    from teacher_dump.recompute import recompute, refuse_other_corpus, refuse_other_teacher
+    from teacher_dump.teachers.teacher import Teacher
+
+    dump = Dump.open(url, options=options)
+    named = dump.run.origin
+    if config is not None:
+        section = need(config.teacher, "teacher", "verify --config")
+    else:
+        section = TeacherSection.model_validate(
+            {
+                "model": named.model,
+                "revision": named.revision,
+                "dtype": dump.run.teacher.dtype,
+                "batch_tokens": _BATCH_TOKENS,
+            }
+        )
+    if model is not None:
+        section = section.model_copy(update={"model": model, "revision": None})
+    teacher = Teacher(section)
+    try:
+        _ = teacher.files
+    except MismatchError as error:
+        raise MismatchError(
+            f"the teacher that made the dump is not here: {error.what}",
+            got=error.got,
+            expected=f"{named.model}, or a copy of it",
+            fix="say where it lies: --model DIR, or --config CONFIG with a section `teacher`",
+        ) from error
+    refuse_other_teacher(dump.run, teacher)
+    corpus = None
+    if config is not None and config.corpus is not None:
+        heldout = config.heldout is not None and config.heldout.url.rstrip("/") == dump.store.url.rstrip("/")
+        part = config.heldout_config().corpus if heldout else config.corpus
+        assert part is not None
+        corpus = freeze_corpus(part, teacher.tokenizer, head_size=teacher.head_size)
+        refuse_other_corpus(dump.run, corpus)
+
+    def compare() -> dict[str, Any]:
+        with shown_progress(f"recomputing rows of {url}") as progress:
+            report = recompute(dump, teacher, rows=rows, seed=seed, corpus=corpus, progress=progress)
+        return report.model_dump(mode="json")
+
+    return compare
+
+
+@contextmanager
+def shown_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, all): a bar on a terminal, else a log line every few seconds."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(*Progress.get_default_columns(), console=console) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started = shown = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= _LINE_SECONDS or done == total:
+            shown = now
+            left = timedelta(seconds=round((now - started) / max(1, done) * (total - done)))
+            log.info("%s: %d/%d, %s left", title, done, total, left)
+
+    yield line

@@ -1,0 +1,70 @@
+"""A plan for people: tables on a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.views.inspect import counts
+from pipeline.views.terminal import facts_table
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """Print what `teacher_dump.plan.Plan` holds, given as plain values."""
+    console.print(_corpus(plan))
+    for table in (_estimators(plan), _masses(plan), _durations(plan)):
+        console.print("", table)
+
+
+def _corpus(plan: dict[str, Any]) -> Table:
+    samples = f"{plan['samples']:,} ({counts(plan['statuses'])}) in {plan['units']:,} units"
+    tokens = f"{plan['tokens']:,}, {plan['supervised_tokens']:,} of them supervised"
+    pilot = f"{plan['pilot_samples']:,} samples, {plan['pilot_supervised_tokens']:,} supervised tokens"
+    return facts_table([("samples", samples), ("tokens", tokens), ("pilot", pilot)])
+
+
+def _estimators(plan: dict[str, Any]) -> Table:
+    table = Table(title="Bytes: all columns and files; +- is one standard error of the pilot", title_justify="left")
+    for name in ("estimator", "entries", "mass", "bytes per token", "bytes"):
+        table.add_column(name, justify="left" if name == "estimator" else "right")
+    for each in plan["estimators"]:
+        error = each["relative_standard_error"]
+        table.add_row(
+            Text(each["estimator"], style="bold" if each["configured"] else ""),
+            f"{each['entries_per_supervised_token']:.1f}",
+            f"{each['kept_mass']:.4f}",
+            f"{each['bytes_per_supervised_token']:.1f}",
+            _size(each["bytes"]) + ("" if error is None else f" +- {error:.1%}"),
+        )
+    return table
+
+
+def _masses(plan: dict[str, Any]) -> Table:
+    table = Table(title="Probability of the k most likely tokens", title_justify="left")
+    for k in plan["mass_at_k"]:
+        table.add_column(f"k={k}", justify="right")
+    table.add_row(*(f"{mass:.4f}" for mass in plan["mass_at_k"].values()))
+    return table
+
+
+def _durations(plan: dict[str, Any]) -> Table:
+    how = "measured here" if plan["measured"] else "as given"
+    held = plan["devices_per_worker"]
+    worker = "device" if held == 1 else f"{held} devices, which hold it together"
+    title = f"Time of the teacher at {plan['tokens_per_second']:,.0f} tokens/s per {worker}, {how}; without loading it"
+    table = Table(title=title, title_justify="left")
+    for name in ("devices", "hours", "money"):
+        table.add_column(name, justify="right")
+    for each in plan["durations"]:
+        money = "-" if each["money"] is None else f"{each['money']:,.2f}"
+        table.add_row(str(each["devices"]), f"{each['hours']:,.2f}", money)
+    return table
+
+
+def _size(count: float) -> str:
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    place = 0
+    while count >= 1000 and place < len(units) - 1:
+        count, place = count / 1000, place + 1
+    return f"{count:,.3g} {units[place]}"

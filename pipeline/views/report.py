@@ -1,0 +1,101 @@
+"""report.md of a run: what came out, from what, and with which versions."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from student_train.results.model_card import package_version
+
+QUALITY = {"kl_mean": "kl", "ce": "ce", "top1_agreement": "top1"}
+"""Name in an evaluation's result -> name in summary.json, with `_before` and `_after`."""
+PACKAGES = ("llm-neo", "torch", "transformers", "peft", "deepspeed", "pyarrow", "obstore", "datasets", "numpy")
+
+
+def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
+    """The report as Markdown.
+
+    Args:
+        config: of the run.
+        summary: what summary.json holds.
+        dumped: the summary of stage one.
+    """
+    lines = [
+        f"# {summary['arm']}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
+        "",
+        f"Against the teacher, on {summary['heldout_supervised_tokens']:,} supervised tokens of held-out samples.",
+        "KL is over the stored entries and one tail bucket, a lower bound of the divergence over the whole vocabulary.",
+        "",
+        "| | before | after | change |",
+        "|---|---|---|---|",
+        _row("KL(teacher, student), nats per token", summary, "kl", "{:.4f}"),
+        _row("cross-entropy, nats per token", summary, "ce", "{:.4f}"),
+        _row("same most likely token", summary, "top1", "{:.1%}"),
+        "",
+        *[line for remark in remarks(config, summary) for line in (f"**{remark}**", "")],
+        "## Cost",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| teacher, tokens per second | {_number(summary['dump_tokens_per_second'])} |",
+        f"| dump, bytes per supervised token | {summary['bytes_per_supervised_token']:.1f} |",
+        f"| dump, mean probability in the stored heads | {dumped['mean_kept_mass']:.4f} |",
+        f"| training, tokens per second | {_number(summary['train_tokens_per_second'])} |",
+        f"| training, steps | {summary['train_steps']} |",
+        f"| training, peak memory of a rank | {summary['peak_rss_bytes'] / 2**30:.2f} GiB |",
+        "",
+        "## Where things are",
+        "",
+        "| | |",
+        "|---|---|",
+        *[f"| {name} | `{summary[name]}` |" for name in ("teacher", "student", "adapter", "merged") if summary[name]],
+        f"| dump | `{config.dump.url}`, fingerprint `{summary['fingerprint']}` |",
+        f"| held-out dump | `{dumped['heldout']['url']}`, fingerprint `{dumped['heldout']['fingerprint']}` |",
+        "",
+        "## Configuration",
+        "",
+        "```yaml",
+        config.to_yaml().rstrip(),
+        "```",
+        "",
+        "## Versions",
+        "",
+        f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores.",
+        "",
+        "| package | version |",
+        "|---|---|",
+        *[f"| {name} | {package_version(name)} |" for name in PACKAGES],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def remarks(config: Config, summary: dict[str, Any]) -> list[str]:
+    """What makes a result doubtful, in sentences."""
+    found = []
+    key = "ce" if summary["kl_after"] is None else "kl"
+    before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+    if not after <= 0.99 * before:
+        found.append(
+            f"The student is not closer to the teacher than before: {before:.4f} and {after:.4f} nats per token after "
+            f"{summary['train_steps']} steps. More data, epochs or another learning rate may change that."
+        )
+    wanted = config.train.global_batch_size if config.train else 0
+    if summary["train_samples"] < wanted:
+        found.append(
+            f"The dump has {summary['train_samples']} samples that can be trained on, fewer than "
+            f"train.global_batch_size ({wanted}): an epoch is one step. Lower it, or raise train.epochs."
+        )
+    return found
+
+
+def _row(title: str, summary: dict[str, Any], key: str, form: str) -> str:
+    before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+    if before is None or after is None:
+        return f"| {title} | - | - | - |"
+    change = f"{(after - before) / before:+.0%}" if before else ""
+    return f"| {title} | {form.format(before)} | {form.format(after)} | {change} |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"

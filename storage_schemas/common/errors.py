@@ -1,0 +1,106 @@
+"""Errors that speak to the user.
+
+Every error says what is wrong, what was got, what was expected and what to do. The command line turns an error
+into its exit code; anything that is not one of these is a bug in this project (70).
+"""
+
+import errno
+
+from storage_schemas.common.exits import Exit
+
+
+class NeoError(Exception):
+    """Base of all errors meant for the user; `exit_code` is the process's exit status."""
+
+    exit_code = Exit.BUG
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
+        self.what, self.got, self.expected, self.fix = what, got, expected, fix
+        lines = [what]
+        if got is not None:
+            lines.append(f"  got:      {got}")
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        if fix is not None:
+            lines.append(f"  to do:    {fix}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(NeoError):
+    """The command line is wrong."""
+
+    exit_code = Exit.USAGE
+
+
+class DataError(NeoError):
+    """An input, a shard or a record is missing, torn, tampered with or out of range."""
+
+    exit_code = Exit.BAD_DATA
+
+
+class NothingToResumeError(NeoError):
+    """A resume was asked for, or is needed, and no valid checkpoint exists."""
+
+    exit_code = Exit.NOTHING_TO_RESUME
+
+
+class TemporaryError(NeoError):
+    """Nothing is wrong with the data: disk full, store away, stop requested. Run the same command again."""
+
+    exit_code = Exit.TEMPORARY
+
+
+class MismatchError(NeoError):
+    """The configuration is invalid, or it disagrees with the dump or the checkpoint."""
+
+    exit_code = Exit.MISMATCH
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""Errors of a file system that somebody mends; then the same command goes on."""
+_NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Errors of a path that cannot be used, however often."""
+_HARDWARE = (
+    "uncorrectable ecc",
+    "ecc error",
+    "hardware error",
+    "device not ready",
+    "gpu is lost",
+    "fallen off the bus",
+)
+_NO_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "cublas_status_alloc_failed")
+
+
+def explained(error: BaseException, *, memory: str = "use a smaller model or batch") -> NeoError | None:
+    """What the machine or its user has caused, as an error that says so; None for what may be a bug.
+
+    Args:
+        error: that ended a process.
+        memory: what to change when memory runs out.
+    """
+    if isinstance(error, NeoError):
+        return error
+    text = " ".join(str(error).split())
+    low, got = text.lower(), f"{type(error).__name__}: {text[:300]}"
+    if isinstance(error, MemoryError) or any(sign in low for sign in _NO_MEMORY):
+        return MismatchError("out of memory", got=got, fix=memory)
+    if any(sign in low for sign in _HARDWARE):
+        fix = "take this machine or GPU out of the job, then run the same command again"
+        return TemporaryError("a device has failed", got=got, fix=fix)
+    # Libraries in Rust pass the system's errors on as text.
+    number = error.errno if isinstance(error, OSError) else errno.ENOSPC if "(os error 28)" in low else None
+    name = str(getattr(error, "filename", None) or "a file")
+    if number in _FULL:
+        fix = "free space or repair the file system, then run the same command again"
+        return TemporaryError(f"cannot write or read {name}", got=got, fix=fix)
+    if number in _NOT_THERE:
+        return MismatchError(f"{name} cannot be used", got=got, fix="correct the path, or its permissions")
+    return None
+
+
+def exit_code(error: BaseException | None) -> Exit:
+    """The exit code that an error stands for."""
+    if error is None:
+        return Exit.DONE
+    told = explained(error)
+    return Exit.BUG if told is None else told.exit_code

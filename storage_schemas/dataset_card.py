@@ -1,0 +1,63 @@
+"""The dataset card: README.md of a dump, so that hub viewers and `datasets` open data/ as it is."""
+
+from storage_schemas.provenance import RunInfo
+from storage_schemas.records import Seal
+
+_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*.parquet
+tags:
+- knowledge-distillation
+- teacher-logits
+- llm-neo
+---
+
+# Teacher distributions of {teacher}
+
+| | |
+|---|---|
+| teacher | `{teacher}`, revision {revision}, {dtype} |
+| estimator | `{estimator}` |
+| temperatures | {temperatures} |
+| samples | {rows:,} in {units:,} units |
+| supervised tokens | {supervised:,} |
+| bytes per supervised token | {per_token:.1f} |
+| fingerprint | `{fingerprint}` |
+
+One row is one sample. Per supervised token `t` (`loss_mask[t]`), in order, `target_ids` and `target_logprobs` hold the
+teacher's distribution of token `t` given the tokens before it: absolute token ids and natural log-probabilities at
+T = 1. The first `head_size` entries are exact, `target_counts` says how often each of the others was drawn.
+`tail_logprob` and `logsumexp` hold one value per temperature: the log of the mass outside the head, and the log-sum-exp
+of the raw logits. Rescale the head to `1 - exp(tail_logprob)` before use.
+{precision}
+```sql
+-- DuckDB: the teacher's probability of its most likely token, by token
+SELECT sample_index, list_transform(target_logprobs, lambda t: exp(list_max(t))) FROM 'data/*.parquet';
+```
+"""
+
+_PRECISION = """
+The teacher's weights and body computed in {dtype}. How far these distributions are from those of the same teacher in
+float32 is in no number of this dump: `fidelity` in the commit records is what storing added alone. Measured once, on
+SmolLM2-135M-Instruct in bfloat16, the mean KL divergence was 8.1e-4 nats per token.
+"""
+
+
+def dataset_card(run: RunInfo, seal: Seal) -> str:
+    """The card of a sealed dump."""
+    return _CARD.format(
+        teacher=run.origin.model,
+        revision=run.origin.revision or "of a local directory",
+        dtype=run.teacher.dtype,
+        estimator=run.estimator.model_dump(),
+        temperatures=", ".join(map(str, run.temperatures)),
+        rows=seal.rows,
+        units=seal.units,
+        supervised=seal.supervised_tokens,
+        per_token=seal.bytes / max(seal.supervised_tokens, 1),
+        fingerprint=run.fingerprint,
+        precision="" if run.teacher.dtype == "float32" else _PRECISION.format(dtype=run.teacher.dtype),
+    )

@@ -1,0 +1,102 @@
+"""Shards that were fetched from an object store, on this node's disk, for all processes of the node."""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.publish import publish
+
+_SUFFIX = ".parquet"
+_NEVER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Errors that another try will not mend."""
+
+
+class ShardCache:
+    """Files named by the hash of their content. Several processes and runs may share the folder.
+
+    Above `limit` bytes the files that were not used for longest go. Nobody is ever in their way: a file is read whole
+    under its lock, and one whose lock is held stays.
+    """
+
+    def __init__(self, folder: Path, *, limit: int | None) -> None:
+        self._folder, self._limit = folder, limit
+
+    def get(self, sha256: str, *, is_proven: Callable[[bytes], bool], fetch: Callable[[], bytes]) -> bytes:
+        """The content with this hash.
+
+        Args:
+            sha256: its name.
+            is_proven: whether a file's content is what it should be; if not, it is fetched again.
+            fetch: gets it, proven, if it is not here; once for all processes of the node that ask meanwhile.
+
+        Raises:
+            MismatchError: the folder cannot be written to.
+            TemporaryError: its disk is full or fails.
+        """
+        cached = self._folder / f"{sha256}{_SUFFIX}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(sha256):
+                if cached.is_file() and is_proven(data := cached.read_bytes()):
+                    _touch(cached)
+                    return data
+                data = fetch()
+                publish(cached, data)
+                _touch(cached)
+                self._shrink(keep=cached)
+                return data
+        except OSError as error:
+            if error.errno in _NEVER:
+                raise MismatchError(
+                    f"the shard cache {self._folder} cannot be written to",
+                    got=f"{error.strerror}: {error.filename}",
+                    expected="a directory that can be written to, or the name of a new one",
+                    fix="correct train.cache_dir",
+                ) from error
+            raise TemporaryError(
+                f"the shard cache {self._folder} cannot be used",
+                got=f"{type(error).__name__}: {error}",
+                fix="free space there or move the cache, then run the same command again",
+            ) from error
+
+    def _shrink(self, *, keep: Path) -> None:
+        """Delete the files that were used least recently until what is left fits."""
+        if self._limit is None:
+            return
+        found = []
+        for file in self._folder.glob(f"*{_SUFFIX}"):
+            try:
+                stat = file.stat()
+            except FileNotFoundError:  # Another process shrinks, too.
+                continue
+            found.append((stat.st_mtime_ns, file, stat.st_size))
+        total = sum(size for _, _, size in found)
+        for _, file, size in sorted(found):
+            if total <= self._limit:
+                return
+            if file == keep:
+                continue
+            try:
+                with self._locked(file.name.removesuffix(_SUFFIX), wait=False):
+                    file.unlink(missing_ok=True)
+            except BlockingIOError:  # Somebody reads it.
+                continue
+            total -= size
+
+    @contextmanager
+    def _locked(self, sha256: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold a lock between the processes of this node; the kernel frees it when its holder dies."""
+        with open(self._folder / f".{sha256}.lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+
+def _touch(file: Path) -> None:
+    """Note its use; the kernel's own clock for files ticks too slowly to tell two apart."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))

@@ -1,0 +1,387 @@
+"""Files under one URL, with the one operation that everything rests on: put-if-absent.
+
+Local directories and object stores (S3, GCS, Azure) behave the same. Nothing is ever overwritten, appended to or
+renamed over; a key that is visible is complete, and on local files also durable.
+"""
+
+import errno
+import os
+import re
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore
+
+from storage_schemas.common import faults
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.common.publish import fsync_directory
+from storage_schemas.common.secrets import masked
+from storage_schemas.stores.address import dump_url, local_path
+from storage_schemas.stores.requests import WRITING, failure, object_store, persistently
+
+T = TypeVar("T")
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+"""Keys are plain relative names: no absolute path, no `..`, no empty or hidden part, no backslash."""
+PARALLEL_REQUESTS = 32
+"""Requests in flight when many small keys are read."""
+JSON_BYTES = 64 * 2**20
+"""The largest JSON file that is read."""
+_STAGED = re.compile(r"\.staged-(?P<name>.+)-[0-9a-f]{32}")
+_NEVER = (errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG)
+"""Errors that another try will not mend."""
+
+
+class Store:
+    """Keys and bytes under a URL."""
+
+    def __init__(self, url: str, *, options: Mapping[str, str] | None = None) -> None:
+        """Open a store; nothing is created or contacted.
+
+        Args:
+            url: local path, `file://`, `s3://`, `gs://` or `az://`.
+            options: settings of the object store, such as `endpoint`; credentials come from the environment.
+
+        Raises:
+            MismatchError: the URL or an option is not understood, or the URL carries credentials.
+        """
+        try:
+            self.url = dump_url(url)
+        except ValueError as error:
+            raise MismatchError(
+                f"the dump's URL {error}",
+                got=masked(ascii(url)[:200]),
+                expected="a local path, file://, s3://, gs:// or az://",
+                fix="correct dump.url",
+            ) from error
+        self.root = local_path(self.url)
+        self._store: Any = None
+        self._durable: set[Path] = set()
+        self._answered = False
+        if self.root is None:
+            self._store = object_store(self.url, options or {})
+            self._writing = object_store(self.url, options or {}, client=WRITING)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write `data` under `key` unless the key exists; True if this call's bytes are what the key holds.
+
+        An attempt whose answer was lost is read back: a key with our very bytes counts as written by us.
+
+        Raises:
+            TemporaryError: the store cannot be written to (disk full, unreachable).
+            MismatchError: the store refuses access or lacks what the protocol needs.
+        """
+        _check(key)
+        kind = re.split("[/-]", key)[0]
+        try:
+            faults.point(f"put:{kind}:before")
+            won = self._put_new_local(key, data) if self.root is not None else self._put_new_remote(key, data)
+            faults.point(f"put:{kind}:after")
+        except PermissionError as error:
+            raise failure(error, self.url) from error
+        except OSError as error:
+            if error.errno in _NEVER:
+                raise _no_folder(self.url, error) from error
+            raise TemporaryError(
+                f"cannot write {self.url}/{key}",
+                got=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
+                fix="free space or repair the file system, then run the same command again; what is committed stays",
+            ) from error
+        return won
+
+    def get(self, key: str, *, limit: int | None = None) -> bytes:
+        """All bytes of `key`.
+
+        Args:
+            key: which.
+            limit: the most bytes that it may have, refused before any is read.
+
+        Raises:
+            DataError: there is no such key, it is larger, or no file.
+            TemporaryError: the store cannot be reached.
+        """
+        data = self.get_if_present(key, limit=limit)
+        if data is None:
+            raise missing(self.url, key)
+        return data
+
+    def get_if_present(self, key: str, *, limit: int | None = None) -> bytes | None:
+        """All bytes of `key`, or None if there is no such key; otherwise as `get`."""
+        _check(key)
+        if self._absent():
+            return None
+
+        def read() -> bytes:
+            if self.root is not None:
+                self._refuse_device(key)
+            found = obstore.get(self._store, key)
+            if limit is not None and (size := int(found.meta["size"])) > limit:
+                raise DataError(
+                    f"{self.url}/{key} is larger than it can be",
+                    got=f"{size} bytes",
+                    expected=f"at most {limit}",
+                    fix="the file is damaged or was replaced: restore it; run `llm-neo verify`",
+                )
+            return bytes(found.bytes())
+
+        try:
+            return self._ask(read)
+        except FileNotFoundError:
+            return None
+
+    def _refuse_device(self, key: str) -> None:
+        """Opening a FIFO would wait for a writer for ever."""
+        assert self.root is not None
+        if not stat.S_ISREG((self.root / key).stat().st_mode):
+            raise DataError(
+                f"{self.url}/{key} is no regular file",
+                got=stat.filemode((self.root / key).stat().st_mode),
+                expected="a file",
+                fix="the dump was not written by this project; do not use it",
+            )
+
+    def parsed(self, key: str, parse: Callable[[bytes], T], *, limit: int = JSON_BYTES) -> T | None:
+        """What `parse` makes of `key`, or None if there is no such key.
+
+        What an object store sent may have been damaged on its way: bytes that `parse` refuses are fetched once more.
+
+        Raises:
+            NeoError: as `parse` and `get`.
+        """
+        data = self.get_if_present(key, limit=limit)
+        if data is None:
+            return None
+        try:
+            return parse(data)
+        except NeoError:
+            again = None if self.root is not None else self.get_if_present(key, limit=limit)
+            if again is None or again == data:
+                raise
+            return parse(again)
+
+    def parsed_many(self, keys: Sequence[str], parse: Callable[[str, bytes], T]) -> Iterator[T]:
+        """What `parse` makes of each of `keys`, in order, with many requests in flight; errors as in `parsed`."""
+
+        def one(key: str) -> T:
+            found = self.parsed(key, lambda data: parse(key, data))
+            if found is None:
+                raise missing(self.url, key)
+            return found
+
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            for start in range(0, len(keys), 1024):
+                yield from pool.map(one, keys[start : start + 1024])
+
+    def size(self, key: str) -> int | None:
+        """Size of `key` in bytes, or None if there is no such key."""
+        _check(key)
+        if self._absent():
+            return None
+        try:
+            return self._ask(lambda: int(obstore.head(self._store, key)["size"]))
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key, size) of all keys under the folder `prefix`, in no particular order."""
+        _check(prefix)
+        if self._absent():
+            return
+
+        def whole() -> list[tuple[str, int]]:
+            # A listing that failed in its middle does not go on: it is made again.
+            batches = obstore.list(self._store, prefix)
+            return [(e["path"], e["size"]) for batch in batches for e in batch if KEY.fullmatch(e["path"])]
+
+        yield from self._ask(whole)
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; a key that is not there is no error."""
+        _check(key)
+
+        def remove() -> None:
+            faults.point(f"delete:{key.split('/')[0]}")
+            obstore.delete(self._store, key)
+
+        try:
+            if not self._absent():
+                self._ask(remove)
+        except FileNotFoundError:
+            pass
+
+    def settle(self, folder: str) -> None:
+        """On local files, make names that others created in `folder` durable, before they are relied upon."""
+        if self.root is not None and (self.root / folder).is_dir():
+            try:
+                fsync_directory(self.root / folder)
+                fsync_directory(self.root)
+            except OSError as error:
+                raise failure(error, self.url) from error
+
+    def remove_staged(self, decided: Callable[[str], bool]) -> int:
+        """On local files, remove what killed writers left staged for the keys that are `decided`; how many."""
+        found = 0
+        for path in self.root.rglob(".staged-*") if self.root is not None else ():
+            assert self.root is not None
+            match = _STAGED.fullmatch(path.name)
+            if match and decided(path.with_name(match["name"]).relative_to(self.root).as_posix()):
+                path.unlink(missing_ok=True)
+                found += 1
+        return found
+
+    def probe(self) -> None:
+        """Refuse a store that ignores the condition of a conditional write.
+
+        Raises:
+            MismatchError: the second put of one key was accepted; several writers would lose work there.
+        """
+        # Twice, because somebody's clean-up may remove the key between the two writes, once.
+        if not (self._is_conditional() or self._is_conditional()):
+            raise MismatchError(
+                f"the store {self.url} does not honour put-if-absent (If-None-Match: *)",
+                got="a second write of the same key was accepted",
+                expected="412 Precondition Failed",
+                fix="use a store with conditional writes: AWS S3, GCS, Azure, SeaweedFS, MinIO, a local or shared disk",
+            )
+
+    def _is_conditional(self) -> bool:
+        key = f"probe/{uuid.uuid4().hex}"
+        first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
+        kept = self.get_if_present(key)
+        with suppress(NeoError):  # A worker needs no right to delete; the seal cleans up.
+            self.delete(key)
+        return first and not second and kept == b"first"
+
+    def _absent(self) -> bool:
+        """Whether this is a local directory that does not exist yet; opens it once it does."""
+        if self._store is None and self.root is not None and self.root.is_dir():
+            self._store = LocalStore(prefix=self.root.absolute())
+        return self._store is None
+
+    def _put_new_local(self, key: str, data: bytes) -> bool:
+        """Staged file, fsync, hard link, fsync of the directory: a name is visible only with durable content."""
+        assert self.root is not None
+        target = self.root / key
+        self._ensure(target.parent)
+        staged = target.with_name(f".staged-{target.name}-{uuid.uuid4().hex}")
+        try:
+            with open(staged, "xb") as file:
+                faults.point("local:write")
+                file.write(data)
+                file.flush()
+                faults.point("local:fsync")
+                os.fsync(file.fileno())
+                faults.point("local:close")
+            faults.point("local:link")
+            try:
+                os.link(staged, target)
+            except FileExistsError:
+                return target.read_bytes() == data
+            except FileNotFoundError:
+                # A clean-up removed the staged file, which it does only where the key is decided.
+                return target.is_file() and target.read_bytes() == data
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise _no_hard_links(self.url) from error
+                # On a network file system the link may have been made and only the answer lost.
+                if not (target.is_file() and target.samefile(staged)):
+                    raise
+            faults.point("local:linked")
+            return True
+        finally:
+            staged.unlink(missing_ok=True)
+            faults.point("local:directory")
+            fsync_directory(target.parent)
+
+    def _ensure(self, folder: Path) -> None:
+        """Create `folder` with what is missing above it, and make their names durable, once per store."""
+        assert self.root is not None
+        if folder in self._durable:
+            return
+        existed = self.root.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Somebody else may have made them and died before they were durable.
+        within = [folder, *folder.parents]
+        within = within[: within.index(self.root) + 1]
+        for path in within if existed else [folder, *folder.absolute().parents]:
+            fsync_directory(path.absolute().parent)
+        self._durable.add(folder)
+
+    def _put_new_remote(self, key: str, data: bytes) -> bool:
+        def read() -> bytes | None:
+            try:
+                return bytes(obstore.get(self._store, key).bytes())
+            except FileNotFoundError:
+                return None
+
+        def put() -> bool:
+            try:
+                obstore.put(self._writing, key, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                # Ours, if an earlier try of this very request was applied and its answer lost.
+                return read() == data
+            except BaseError:
+                # It may have been applied and only the answer lost.
+                with suppress(BaseError):
+                    if (found := read()) is not None:
+                        return found == data
+                raise
+            return True
+
+        try:
+            return self._ask(put)
+        except FileNotFoundError as error:
+            raise failure(error, self.url) from error
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            if self.root is None:
+                found = persistently(call, self.url, answered=self._answered)
+                self._answered = True
+            else:
+                found = call()
+        except FileNotFoundError:
+            self._answered = True
+            raise
+        except (BaseError, OSError) as error:
+            raise failure(error, self.url) from error
+        return found
+
+
+def _check(key: str) -> None:
+    if not KEY.fullmatch(key):
+        raise DataError(
+            "a name in the dump is not a plain relative path",
+            got=ascii(key[:200]),
+            expected=KEY.pattern,
+            fix="the record that names it was not written by this project; do not use this dump",
+        )
+
+
+def missing(url: str, key: str) -> DataError:
+    """What a reader says about a file that has to be there."""
+    return DataError(f"{url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`")
+
+
+def _no_folder(url: str, error: OSError) -> MismatchError:
+    return MismatchError(
+        f"{url} cannot be a dump",
+        got=f"{error.strerror}: {error.filename}",
+        expected="a directory that can be written to, or the name of a new one",
+        fix="correct dump.url",
+    )
+
+
+def _no_hard_links(url: str) -> MismatchError:
+    return MismatchError(
+        f"the file system of {url} has no hard links",
+        got="link: not permitted",
+        expected="a file system on which a name can be created only once (ext4, XFS, NFS, Lustre)",
+        fix="choose a dump.url on another file system or on an object store",
+    )

@@ -1,0 +1,213 @@
+"""Micro-batches: what the model is fed, which positions are supervised, and their sparse targets as tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.rows import Row
+from storage_schemas.shift import supervised_positions
+from storage_schemas.targets import I32, I64, Targets, concatenate, decode
+
+_Tensors = TypeVar("_Tensors", "SparseTargets", "TrainBatch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseTargets:
+    """Decoded targets of n supervised tokens at one temperature, padded to K entries. K is 0 where only CE is used."""
+
+    labels: Int64[Tensor, " n"]
+    """Id of the supervised token itself."""
+    ids: Int32[Tensor, "n K"]
+    """Token ids of the entries, each at most once; 0 in padding."""
+    logprobs: Float[Tensor, "n K"]
+    """Teacher's log p at the temperature; 0 in padding."""
+    weights: Float[Tensor, "n K"]
+    """p in the head, (M / m) * count for draws, 0 in padding."""
+    in_head: Bool[Tensor, "n K"]
+    """True for exact entries."""
+    tail_logprob: Float[Tensor, " n"]
+    """Teacher's log mass outside the head; -inf where there is none."""
+    has_draws: bool
+    """Whether entries outside the head are draws, which replace the tail bucket."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, tokens: slice) -> "SparseTargets":
+        """Some of the tokens, sharing memory."""
+        return _on_tensors(self, lambda tensor: tensor[tokens])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
+        """The same targets on another device."""
+        return _on_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "SparseTargets":
+        """The same targets in page-locked memory, for a copy to the device that does not block."""
+        return _on_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """One micro-batch: the samples that have supervised tokens, right-padded, or packed one after the other in one row.
+
+    Right padding needs no attention mask: under causal attention no token sees what follows it. Packed samples are kept
+    apart by their position ids, which start at 0 with each.
+    """
+
+    input_ids: Int64[Tensor, "batch seq"]
+    """Token ids."""
+    position_ids: Int64[Tensor, "batch seq"]
+    """Place of each token in its sample."""
+    positions: Int64[Tensor, " n"]
+    """Flat index, row * seq + column, of the hidden states whose logits predict the supervised tokens."""
+    targets: SparseTargets
+    """Of the supervised tokens, sample by sample."""
+    sample_indices: tuple[int, ...]
+    """All samples of the micro-batch, also those without supervised tokens, which have no row in `input_ids`."""
+    tokens: int
+    """Tokens in `input_ids` that are not padding."""
+
+    def select(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "n hidden"]:
+        """Hidden states of the supervised tokens, in the targets' order."""
+        return hidden.flatten(0, 1).index_select(0, self.positions)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
+        """The same batch on another device."""
+        moved = _on_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, targets=self.targets.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TrainBatch":
+        """The same batch in page-locked memory."""
+        return replace(_on_tensors(self, lambda tensor: tensor.pin_memory()), targets=self.targets.pin_memory())
+
+
+def collate(
+    rows: Sequence[Row],
+    *,
+    temperature_index: int,
+    temperature: float,
+    pad_id: int,
+    entries: bool = True,
+    vocab_size: int | None = None,
+    packed: bool = False,
+) -> TrainBatch:
+    """Rows of the dump as one micro-batch.
+
+    Args:
+        rows: samples; none, or none with targets, makes a filler: one padding token without targets, so that every
+            rank does the same number of forward passes.
+        temperature_index: column of the stored tail masses that belongs to `temperature`.
+        temperature: T that targets are decoded at.
+        pad_id: any valid token id.
+        entries: False leaves the entries undecoded (K = 0), for training on CE alone.
+        vocab_size: every id must lie below it, if given: the columns of the student's head that are in use.
+        packed: put the samples one after the other in one row, without padding.
+
+    Raises:
+        DataError: a row's targets do not match its mask, or an id is out of range.
+        MismatchError: draws at a temperature other than 1.
+    """
+    used = [(row, row.targets) for row in rows if row.targets is not None and len(row.targets)]
+    lengths = np.array([len(row.input_ids) for row, _ in used], np.int64)
+    tokens = int(lengths.sum())
+    # Flat index of each sample's first token.
+    if packed:
+        batch, seq, starts = 1, max(1, tokens), np.cumsum(lengths) - lengths
+        position_ids = np.arange(seq)
+        position_ids[:tokens] -= np.repeat(starts, lengths)
+    else:
+        batch, seq = max(1, len(used)), int(lengths.max(initial=1))
+        starts = np.arange(len(used)) * seq
+        position_ids = np.tile(np.arange(seq), batch)
+    input_ids, loss_mask = np.full(batch * seq, pad_id, np.int64), np.zeros(batch * seq, bool)
+    for (row, row_targets), start in zip(used, starts.tolist(), strict=True):
+        length, supervised = len(row.input_ids), np.count_nonzero(row.loss_mask)
+        if len(row.loss_mask) != length or supervised != len(row_targets):
+            raise DataError(
+                f"sample {row.sample_index} ({row.sample_id}) contradicts itself",
+                got=f"{length} tokens, {len(row.loss_mask)} mask entries, {len(row_targets)} targets",
+                expected=f"one mask entry per token, one target for each of {supervised} supervised tokens",
+                fix="the dump was not written by this version; run `llm-neo verify`, then dump this unit again",
+            )
+        place = slice(start, start + length)
+        input_ids[place], loss_mask[place] = row.input_ids, row.loss_mask
+    if vocab_size is not None:
+        _refuse_out_of_range(input_ids, vocab_size)
+    at = supervised_positions(loss_mask, starts=starts)
+    targets = _sparse_targets(
+        [row_targets for _, row_targets in used if entries], input_ids[at.tokens],
+        temperature_index=temperature_index, temperature=temperature, vocab_size=vocab_size,
+    )  # fmt: skip
+    return TrainBatch(
+        input_ids=torch.from_numpy(input_ids).view(batch, seq),
+        position_ids=torch.from_numpy(position_ids).view(batch, seq),
+        positions=torch.from_numpy(at.logits),
+        targets=targets,
+        sample_indices=tuple(row.sample_index for row in rows),
+        tokens=tokens,
+    )
+
+
+def _sparse_targets(
+    parts: Sequence[Targets],
+    labels: I64,
+    *,
+    temperature_index: int,
+    temperature: float,
+    vocab_size: int | None,
+) -> SparseTargets:
+    """Decode the concatenated targets; K = 0 without any."""
+    if not parts:
+        n = len(labels)
+        return SparseTargets(
+            labels=torch.from_numpy(labels),
+            ids=torch.zeros(n, 0, dtype=torch.int32),
+            logprobs=torch.zeros(n, 0),
+            weights=torch.zeros(n, 0),
+            in_head=torch.zeros(n, 0, dtype=torch.bool),
+            tail_logprob=torch.zeros(n),
+            has_draws=False,
+        )
+    stored = concatenate(parts)
+    if stored.counts is not None and temperature != 1.0:
+        raise MismatchError(
+            "the draws of this dump were made at temperature 1 and cannot be re-tempered",
+            got=f"loss.temperature: {temperature}", expected=1.0,
+            fix="set loss.temperature to 1.0, or dump with estimator.kind: topk",
+        )  # fmt: skip
+    if vocab_size is not None:
+        _refuse_out_of_range(stored.ids, vocab_size)
+    decoded = decode(stored, temperature_index=temperature_index, temperature=temperature)
+    return SparseTargets(
+        labels=torch.from_numpy(labels),
+        ids=torch.from_numpy(decoded.ids),
+        logprobs=torch.from_numpy(decoded.logprobs),
+        weights=torch.from_numpy(decoded.weights),
+        in_head=torch.from_numpy(decoded.in_head),
+        tail_logprob=torch.from_numpy(np.ascontiguousarray(decoded.tail_logprob)),
+        has_draws=stored.counts is not None,
+    )
+
+
+def _refuse_out_of_range(ids: I32 | I64, size: int) -> None:
+    """An id outside the head would be read past its end, on a GPU without a message."""
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low < 0 or high >= size:
+        raise DataError(
+            "a token id lies outside the student's vocabulary",
+            got=low if low < 0 else high,
+            expected=f"0 <= id < {size}",
+            fix="use a student with the teacher's tokenizer and at least as many head rows, or dump again",
+        )
+
+
+def _on_tensors(value: _Tensors, apply: Any) -> _Tensors:
+    """`value` with `apply` done to its tensor fields."""
+    tensors = {f.name: getattr(value, f.name) for f in fields(value) if isinstance(getattr(value, f.name), Tensor)}
+    return replace(value, **{name: apply(tensor) for name, tensor in tensors.items()})

@@ -1,0 +1,294 @@
+"""The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
+
+from storage_schemas.common.errors import MismatchError
+from student_train.config import LoraSection
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {},
+    "moslora": {},
+}
+"""What a variant sets in peft's LoraConfig. PiSSA is a start of our own: peft's is not exact on a base in bf16. MoSLoRA
+is not in peft at all."""
+MIXER = ".mixer.weight"
+"""How the names of MoSLoRA's mixers end; the rest is the name of their A, without `.weight`."""
+
+OWNED = {
+    "r": "student.lora.r",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "target_modules": "student.lora.target_modules",
+    "use_rslora": "student.lora.variant: rslora",
+    "use_dora": "student.lora.variant: dora",
+    "base_model_name_or_path": "student.model",
+    "revision": "student.revision",
+}
+"""Arguments of LoraConfig that have a place of their own in the configuration."""
+
+_CHANGES_BASE = "it changes the base weights, so that the saved adapter would not fit the original model"
+_FROZEN = "the head and the embeddings stay frozen: the fused head and the plain adapter rest on it"
+REFUSED = {
+    "task_type": "it is always CAUSAL_LM",
+    "peft_type": "it is always LORA",
+    "inference_mode": "it would freeze the adapter",
+    "modules_to_save": _FROZEN,
+    "trainable_token_indices": _FROZEN,
+    "layer_replication": _CHANGES_BASE,
+    "loftq_config": _CHANGES_BASE,
+    "eva_config": "it needs a pass over the data before training",
+    "corda_config": "it needs a pass over the data before training",
+    "lora_ga_config": "it needs a pass over the data before training",
+    "alora_invocation_tokens": "it switches the adapter on in peft's forward pass, which training does not go through",
+    "use_qalora": "a quantised base is not supported yet",
+    "megatron_config": "only data parallelism is supported",
+    "megatron_core": "only data parallelism is supported",
+}
+"""Arguments of LoraConfig that are not supported, and why."""
+
+_NOT_TAKEN = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+"""What peft raises for arguments that it cannot use."""
+INITS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model as it is."""
+
+
+class MixedLinear(nn.Linear):
+    """MoSLoRA's x -> M A x, in the place of A: dW = s B M A (Wu et al., arXiv 2406.11909).
+
+    M begins Kaiming-uniform, as in the authors' code: each row of A reaches each column of B from the first step on,
+    where M = I would begin as plain LoRA, and with M = 0 beside B = 0 nothing would ever learn. A linear layer whose
+    weight is A is all that peft asks of `lora_A`, and ZeRO-3 gathers A and M in the hooks of their own modules.
+    """
+
+    def __init__(self, a: nn.Linear) -> None:
+        """Around the A that peft has made; the mixer's weights are the next that torch draws."""
+        super().__init__(a.in_features, a.out_features, bias=False, device="meta")
+        self.weight = a.weight
+        # PyTorch's own start of a linear layer is the Kaiming-uniform one, with a = sqrt(5).
+        self.mixer = nn.Linear(a.out_features, a.out_features, bias=False, device=a.weight.device, dtype=a.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., r)."""
+        return self.mixer(super().forward(x))  # type: ignore[no-any-return]
+
+
+def lora_config(lora: LoraSection) -> LoraConfig:
+    """peft's configuration of the adapter.
+
+    Raises:
+        MismatchError: `extra` holds something that peft does not know, or that cannot be supported.
+    """
+    _check_extra(lora.extra)
+    alpha = lora.scaled_by
+    arguments = {
+        "r": lora.r,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.target_modules,
+        "task_type": TaskType.CAUSAL_LM,
+    }
+    try:
+        return LoraConfig(**arguments, **(lora.extra | VARIANTS[lora.variant]))
+    except _NOT_TAKEN as error:
+        raise _not_taken(error) from error
+
+
+def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None) -> PeftModel:
+    """Put the adapter on the student; everything else is frozen. fp32 adapters, whatever the base's dtype.
+
+    Args:
+        base: the student; its weights are changed by `pissa`, and by nothing else.
+        lora: the adapter.
+        seed: of the initial weights; equal on every rank.
+        initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was, however
+            a decomposition would come out on this machine.
+
+    Raises:
+        MismatchError: no such target modules, the head is among them, or `extra` does not go with the variant.
+    """
+    config = lora_config(lora)
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(base, config)
+    except _NOT_TAKEN as error:
+        raise _not_taken(error) from error
+    _refuse_head(model)
+    if lora.variant == "pissa":
+        _subtract(model, _principal_factors(model) if initial is None else initial)
+    if lora.variant == "moslora":
+        _mix(model, lora)
+    return model
+
+
+def initial_factors(model: PeftModel, lora: LoraSection) -> dict[str, Tensor]:
+    """What `pissa` has taken out of the base weights, by parameter name; empty for the other variants."""
+    if lora.variant != "pissa":
+        return {}
+    factors = [(name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+    return {name: p.detach().clone() for name, p in factors}
+
+
+def plain_adapter(
+    model: PeftModel, weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and weights of the adapter as peft stores them, for the unchanged base model.
+
+    PiSSA trains B A on W - s B0 A0. On W this is the update s (B A - B0 A0), a plain LoRA of twice the rank. MoSLoRA
+    trains B M A, a plain LoRA with M A in the place of A.
+
+    Args:
+        model: the trained model; only its structure is used.
+        weights: fp32 weights by parameter name.
+        initial: what `initial_factors` gave.
+    """
+    config = dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True)
+    weights = dict(weights)
+    for mixer in [name for name in weights if name.endswith(MIXER)]:
+        a = f"{mixer.removesuffix(MIXER)}.weight"
+        weights[a] = weights.pop(mixer) @ weights[a]
+    if initial:
+        for name, start in initial.items():
+            rows = ".lora_A." in name
+            weights[name] = torch.cat([weights[name], start if rows else -start], dim=0 if rows else 1)
+        config.init_lora_weights = True
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+        config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
+    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=ADAPTER, save_embedding_layers=False)
+    return config, {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _principal_factors(model: PeftModel) -> dict[str, Tensor]:
+    """B A = the r largest principal components of each base weight over the scaling (PiSSA, arXiv 2404.02948, eq. 2-3).
+
+    They are rounded to the base's dtype, which is what training begins with.
+    """
+    factors: dict[str, Tensor] = {}
+    for name, layer in _lora_layers(model):
+        weight = layer.get_base_layer().weight
+        whole = weight.float().T if layer.fan_in_fan_out else weight.float()
+        u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+        r = layer.r[ADAPTER]
+        root = (s[:r] / layer.scaling[ADAPTER]).sqrt()
+        factors[f"{name}.lora_A.{ADAPTER}.weight"] = (root[:, None] * vh[:r]).to(weight.dtype).float()
+        factors[f"{name}.lora_B.{ADAPTER}.weight"] = (u[:, :r] * root).to(weight.dtype).float()
+    return factors
+
+
+@torch.no_grad()
+def _subtract(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
+    """Put the factors in the adapter, and take them out of the base weights."""
+    for name, layer in _lora_layers(model):
+        a, b = (factors[f"{name}.{part}.{ADAPTER}.weight"].float() for part in ("lora_A", "lora_B"))
+        layer.lora_A[ADAPTER].weight.copy_(a)
+        layer.lora_B[ADAPTER].weight.copy_(b)
+        weight = layer.get_base_layer().weight
+        update = layer.scaling[ADAPTER] * (b @ a)
+        weight.copy_((weight.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype))
+
+
+def _mix(model: PeftModel, lora: LoraSection) -> None:
+    """Put a mixer behind each A."""
+    for name, layer in _lora_layers(model):
+        if not isinstance(layer, Linear) or layer.lora_variant:
+            found = " with ".join([type(layer).__name__, *(type(v).__name__ for v in layer.lora_variant.values())])
+            raise _not_mixable(
+                lora, f"{name} is {found}", "plain linear layers: what others do with A misses the mixer"
+            )
+        if layer.lora_B[ADAPTER].weight.any():
+            raise _not_mixable(
+                lora, f"B of {name} does not begin at zero", "B at zero, so that a random mixer changes nothing"
+            )
+        layer.lora_A[ADAPTER] = MixedLinear(layer.lora_A[ADAPTER])
+
+
+def _not_mixable(lora: LoraSection, got: str, expected: str) -> MismatchError:
+    return MismatchError(
+        "student.lora.extra does not go with student.lora.variant: moslora",
+        got=f"{got}, with student.lora.extra = {lora.extra!r}",
+        expected=expected,
+        fix="remove what makes it so from student.lora.extra, or choose another variant",
+    )
+
+
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+
+
+def _not_taken(error: Exception) -> MismatchError:
+    return MismatchError(
+        "peft does not take this adapter for this student",
+        got=f"{type(error).__name__}: {str(error)[:500]}",
+        expected="target_modules: names of linear layers, a pattern, or `all-linear`; extra: as peft.LoraConfig says",
+        fix="correct student.lora.target_modules or student.lora.extra",
+    )
+
+
+def _refuse_head(model: PeftModel) -> None:
+    base = model.get_base_model()
+    for module in (base.get_output_embeddings(), base.get_input_embeddings()):
+        if isinstance(module, LoraLayer) or any(p.requires_grad for p in module.parameters()):
+            raise MismatchError(
+                "the adapter would train the head or the embeddings",
+                got=type(module).__name__,
+                expected="adapters on the layers in between",
+                fix=f"take them out of student.lora.target_modules: {_FROZEN}",
+            )
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key, value in extra.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            raise MismatchError(
+                f"student.lora.extra.{key} is not an argument of peft's LoraConfig",
+                got=key,
+                expected=f"did you mean `{near[0]}`?" if near else "an argument of peft.LoraConfig",
+                fix="correct or remove it",
+            )
+        if key in OWNED:
+            raise MismatchError(
+                f"student.lora.extra.{key} has a place of its own",
+                got=f"student.lora.extra.{key} = {value!r}",
+                expected=OWNED[key],
+                fix=f"set {OWNED[key]} instead",
+            )
+        if key in REFUSED:
+            raise MismatchError(
+                f"student.lora.extra.{key} is not supported: {REFUSED[key]}",
+                got=f"student.lora.extra.{key} = {value!r}",
+                expected="no such key",
+                fix=f"remove student.lora.extra.{key}",
+            )
+    init = extra.get("init_lora_weights", True)
+    if init not in INITS:
+        raise MismatchError(
+            f"student.lora.extra.init_lora_weights: {init!r} is not supported: {_why_not(init)}",
+            got=init,
+            expected=f"one of {list(INITS)}, or student.lora.variant: pissa",
+            fix="correct or remove it",
+        )
+
+
+def _why_not(init: object) -> str:
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        return "the fast decomposition draws random numbers, so a resumed run would start from other base weights"
+    if init == "pissa":
+        return "it is a variant"
+    return _CHANGES_BASE if init in ("olora", "loftq") else "it needs a pass over the data, or changes the base weights"

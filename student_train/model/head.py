@@ -1,0 +1,279 @@
+"""The language-model head and the loss as one function: no [tokens, vocabulary] tensor, no gradient for a frozen head.
+
+Per chunk of tokens, z = hidden @ weight.T is made once and turned into dLoss/dz in place. Every divergence depends on
+z only through the log-probs of the K entries and of the bucket, log q_k = z_k / T - log Z and log Q = log R - log Z,
+where R sums exp(z / T) outside the head. With g = dD/dlog q, g_tail = dD/dlog Q and G = sum g + g_tail,
+
+    dD/dz_k = (g_k - q_k G) / T                      for entries of the head,
+    dD/dz_j = s_j (g_tail - Q G) / T                 outside, where s_j = exp(z_j / T) / R,
+
+so that one row factor turns the tail's softmax s into its gradient, and g comes from the small [tokens, K + 1] part. A
+draw is an entry outside the head: it adds g_k / T to its column. The cross-entropy adds q everywhere, -1 at the label.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from storage_schemas.logits import LogitTransform
+from student_train.data.batch import SparseTargets
+from student_train.model.losses import ABSENT, LossSpec, entry_divergence, ranks_first, refuse_unsupported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSpec:
+    """How the student turns x = hidden @ weight.T + bias into logits: softcap * tanh(scale * x / softcap)."""
+
+    valid_vocab: int | None = None
+    """Columns from here on are padding and do not exist for the loss. None: all are in use."""
+    scale: float = 1.0
+    """Factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`)."""
+    softcap: float | None = None
+    """Gemma's `final_logit_softcapping`."""
+    chunk_tokens: int = 512
+    """Tokens per pass; peak memory is a small multiple of chunk_tokens * vocabulary."""
+
+    @classmethod
+    def of(cls, config: Any, *, valid_vocab: int | None = None, chunk_tokens: int = 512) -> "HeadSpec":
+        """From a transformers model config.
+
+        Raises:
+            MismatchError: the model scales its logits in a way that is not known, see `LogitTransform.of`.
+        """
+        transform = LogitTransform.of(config, role="student")
+        return cls(valid_vocab=valid_vocab, scale=transform.scale, softcap=transform.softcap, chunk_tokens=chunk_tokens)
+
+
+class HeadLoss(NamedTuple):
+    """Sums over the micro-batch's supervised tokens; whoever knows the global batch divides."""
+
+    loss: Float[Tensor, ""]
+    """(1 - alpha) * CE + alpha * T^2 * D, differentiable. float32, or float64 for float64 inputs."""
+    ce_sum: Float64[Tensor, ""]
+    """Detached."""
+    divergence_sum: Float64[Tensor, ""]
+    """Detached, at T, without T^2. 0 where alpha is 0."""
+    agreement: Int64[Tensor, ""]
+    """Tokens for which the student ranks nothing above the teacher's most likely token; 0 without an exact head."""
+
+
+def fused_head_loss(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: SparseTargets,
+    *,
+    loss: LossSpec,
+    head: HeadSpec,
+    bias: Float[Tensor, " vocab"] | None = None,
+) -> HeadLoss:
+    """Loss sums of n supervised tokens. Gradients are made in the forward; the backward does not read the weight.
+
+    Under ZeRO-3 the weight must be gathered around this call only (a frozen one is not needed in the backward).
+    With gradients disabled, only the sums are computed. A trainable weight or bias gets its gradient in the same pass.
+
+    Raises:
+        MismatchError: the divergence or temperature is not defined on these targets.
+    """
+    if loss.alpha > 0:
+        refuse_unsupported(loss.divergence, loss.temperature, targets.has_draws)
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    return HeadLoss(*_FusedHead.apply(hidden, weight, bias, targets, loss, head, needs))  # type: ignore[no-untyped-call]
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: SparseTargets,
+        loss: LossSpec,
+        head: HeadSpec,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            run = _Pass(hidden.to(weight.dtype), weight, bias, loss, head, needs)
+            for start in range(0, len(targets), run.chunk):
+                run.add_chunk(slice(start, min(start + run.chunk, len(targets))), targets)
+        ctx.save_for_backward(run.d_hidden, run.d_weight, run.d_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        total = (1 - loss.alpha) * run.ce + loss.alpha * loss.temperature**2 * run.divergence
+        sums = run.ce, run.divergence, run.agreement
+        ctx.mark_non_differentiable(*sums)
+        return total.to(run.dtype), *sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+
+        def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if gradient is None else (gradient * d_loss).to(dtype)
+
+        return (
+            scaled(d_hidden, hidden_dtype), scaled(d_weight, weight_dtype), scaled(d_bias, weight_dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class _Rows(NamedTuple):
+    """Rows of logits at one temperature after `_tail_softmax`, which leaves exp(z / T - top) in their place."""
+
+    log_q: Tensor
+    """(rows, K) of the entries."""
+    log_q_tail: Tensor
+    """(rows,) log Q."""
+    log_z: Tensor
+    """(rows,) log Z."""
+    q: Tensor
+    """(rows, K) of the head's entries, 0 elsewhere: what the exponentials lack."""
+    mass: Tensor
+    """(rows,) sum of the exponentials, which makes them s."""
+    factor: Tensor
+    """(rows,) Q / mass, which makes them q."""
+
+
+class _Pass:
+    """One walk over the tokens: buffers of one chunk, running sums, gradients."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: LossSpec,
+        head: HeadSpec,
+        needs: tuple[bool, ...],
+    ) -> None:
+        vocab = weight.shape[0] if head.valid_vocab is None else head.valid_vocab
+        self.hidden, self.weight, self.bias = hidden, weight[:vocab], None if bias is None else bias[:vocab]
+        self.loss, self.head, self.needs = loss, head, needs
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        n = len(hidden)
+        # Chunks of equal size: a short last one would waste the matrix product.
+        self.chunk = max(1, -(-n // max(1, -(-n // head.chunk_tokens))))
+        # `product` is what the matrix products read and write, `logits` what the loss does; one buffer if it can be.
+        self.product = hidden.new_empty(min(self.chunk, n), vocab)
+        self.logits = self.product if hidden.dtype == self.dtype else torch.empty_like(self.product, dtype=self.dtype)
+        warm = loss.alpha > 0 and loss.temperature != 1.0
+        self.tempered = torch.empty_like(self.logits) if warm else None
+        self.ce, self.divergence = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
+        self.agreement = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        self.d_hidden = torch.empty_like(hidden) if needs[0] else None
+        self.d_weight = torch.zeros_like(weight, dtype=self.dtype) if needs[1] else None
+        self.d_bias = None if bias is None or not needs[2] else torch.zeros_like(bias, dtype=self.dtype)
+
+    def add_chunk(self, tokens: slice, targets: SparseTargets) -> None:
+        """Add the sums and the gradients of some tokens."""
+        hidden = self.hidden[tokens]
+        product, logits = self.product[: len(hidden)], self.logits[: len(hidden)]
+        torch.mm(hidden, self.weight.T, out=product)
+        if logits is not product:
+            logits.copy_(product)
+        slope = self._finish_logits(logits)
+        self._loss_to_gradient(logits, targets[tokens])
+        if not any(self.needs):
+            return
+        if slope is not None:
+            logits.mul_(slope)
+        if logits is not product:
+            product.copy_(logits)
+        vocab, scale = len(self.weight), self.head.scale
+        if self.d_hidden is not None:
+            d_hidden = torch.mm(product, self.weight, out=self.d_hidden[tokens])
+            if scale != 1.0:
+                d_hidden.mul_(scale)
+        if self.d_weight is not None:
+            self.d_weight[:vocab].add_(_wide_product(product.T, hidden, self.dtype), alpha=scale)
+        if self.d_bias is not None:
+            self.d_bias[:vocab].add_(logits.sum(0), alpha=scale)
+
+    def _finish_logits(self, x: Tensor) -> Tensor | None:
+        """Bias, scale and softcap in place; returns the softcap's derivative, if there is one."""
+        if self.bias is not None:
+            x.add_(self.bias)
+        cap = self.head.softcap
+        if (factor := self.head.scale / (cap or 1.0)) != 1.0:
+            x.mul_(factor)
+        if cap is None:
+            return None
+        x.tanh_()
+        slope = x.square().neg_().add_(1.0) if any(self.needs) else None
+        x.mul_(cap)
+        return slope
+
+    def _loss_to_gradient(self, z: Tensor, targets: SparseTargets) -> None:
+        """Add the rows' losses to the sums; z, the logits, becomes dLoss/dz."""
+        alpha, temperature = self.loss.alpha, self.loss.temperature
+        distils = alpha > 0
+        ids = targets.ids.long()
+        label, entries = z.gather(1, targets.labels[:, None]), z.gather(1, ids)
+        z.scatter_add_(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
+        tempered = None if self.tempered is None else torch.div(z, temperature, out=self.tempered[: len(z)])
+        top = z.amax(1)
+        self.agreement += ranks_first(entries, top, targets).sum()
+
+        plain = _tail_softmax(z, top, entries, targets)
+        self.ce += (plain.log_z - label[:, 0]).sum(dtype=torch.float64)
+        factor, at_entries = (1 - alpha) * plain.factor, (1 - alpha) * plain.q
+        if distils:
+            rows = plain
+            if tempered is not None:
+                rows = _tail_softmax(tempered, top / temperature, entries / temperature, targets)
+            value, g, g_tail = _entry_gradients(rows, targets, self.loss)
+            self.divergence += value
+            total = g.sum(1) + g_tail
+            at_entries = at_entries + alpha * temperature * (g - rows.q * total[:, None])
+            tail_factor = alpha * temperature * (g_tail / rows.mass - total * rows.factor)
+            if tempered is None:
+                factor = factor + tail_factor
+        if not any(self.needs):
+            return
+        z.mul_(factor[:, None])
+        if tempered is not None:
+            z.addcmul_(tempered, tail_factor[:, None])
+        z.scatter_add_(1, ids, at_entries)
+        z.scatter_add_(1, targets.labels[:, None], torch.full_like(label, alpha - 1))
+
+
+def _tail_softmax(z: Tensor, top: Tensor, entries: Tensor, targets: SparseTargets) -> _Rows:
+    """exp(z - top) in place, and what it makes of the entries.
+
+    Args:
+        z: logits over the temperature; the head's columns are masked.
+        top: highest of each row.
+        entries: the same logits at the targets' entries, before the mask.
+        targets: of the rows.
+    """
+    mass = z.sub_(top[:, None]).exp_().sum(1)
+    log_tail = top + mass.log()
+    head = torch.where(targets.in_head, entries, -torch.inf)
+    log_z = torch.cat([head, log_tail[:, None]], 1).logsumexp(1)
+    log_q, log_q_tail = entries - log_z[:, None], log_tail - log_z
+    q = torch.where(targets.in_head, log_q.exp(), 0.0)
+    return _Rows(log_q=log_q, log_q_tail=log_q_tail, log_z=log_z, q=q, mass=mass, factor=log_q_tail.exp() / mass)
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b as `dtype`: rounding the product of each chunk to 16 bits would add up."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _entry_gradients(rows: _Rows, targets: SparseTargets, loss: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the rows' divergences, and its gradient in log q and log Q."""
+    log_q, log_q_tail = rows.log_q.detach().requires_grad_(), rows.log_q_tail.detach().requires_grad_()
+    with torch.enable_grad():
+        values = entry_divergence(log_q, log_q_tail, targets, loss)
+        g, g_tail = torch.autograd.grad(values.sum(), (log_q, log_q_tail), allow_unused=True, materialize_grads=True)
+    return values.detach().sum(dtype=torch.float64), g, g_tail

@@ -1,0 +1,173 @@
+"""Per-token losses on sparse targets: cross-entropy, and divergences on the head's entries and one tail bucket.
+
+p is the teacher, q the student, both at temperature T. Targets from the `topk` estimator leave one *bucket*, the mass
+outside the head: M for the teacher, Q for the student. Head and bucket together are a distribution on K + 1 outcomes,
+and every divergence here is exact on it (a lower bound of the one on the full vocabulary). A target whose head is the
+whole vocabulary has no bucket. With draws, the forward KL is an unbiased estimate over the full vocabulary instead.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from storage_schemas.common.errors import MismatchError
+from student_train.config import Divergence
+from student_train.data.batch import SparseTargets
+
+ABSENT = -1e30
+"""What a masked logit becomes. Finite, so that a student without a tail gets probability and gradient 0, not NaN."""
+AKL_HEAD_MASS = 0.5
+"""mu of arXiv 2404.02657: the head of adaptive KL is the fewest entries that hold this much of the teacher's mass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """L = (1 - alpha) * CE + alpha * T^2 * D (LLM-Neo, arXiv 2411.06839, section 3)."""
+
+    alpha: float = 0.5
+    """Weight of the divergence. 0: CE alone, targets need no entries."""
+    divergence: Divergence = "forward_kl"
+    """D."""
+    temperature: float = 1.0
+    """T, the temperature that the targets were decoded at."""
+    beta: float = 0.5
+    """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
+
+
+class TokenLosses(NamedTuple):
+    """Per supervised token, in nats."""
+
+    ce: Float[Tensor, " n"]
+    """-log q(label) at T = 1."""
+    divergence: Float[Tensor, " n"]
+    """D(teacher, student) at T, without the factor T^2. 0 where alpha is 0."""
+
+
+def refuse_unsupported(divergence: Divergence, temperature: float, has_draws: bool) -> None:
+    """Raise MismatchError where the estimate would be biased: draws allow the forward KL at T = 1 only."""
+    if not has_draws:
+        return
+    fix = "or dump with estimator.kind: topk"
+    if divergence != "forward_kl":
+        raise MismatchError(
+            "drawn targets estimate expectations under the teacher, so only the forward KL is unbiased on them",
+            got=f"loss.divergence: {divergence}",
+            expected="forward_kl",
+            fix=f"set loss.divergence to forward_kl, {fix}",
+        )
+    if temperature != 1.0:
+        raise MismatchError(
+            "the draws were made at temperature 1 and cannot be re-tempered",
+            got=f"loss.temperature: {temperature}",
+            expected=1.0,
+            fix=f"set loss.temperature to 1.0, {fix}",
+        )
+
+
+def entry_divergence(
+    log_q: Float[Tensor, "n K"], log_q_tail: Float[Tensor, " n"], targets: SparseTargets, spec: LossSpec
+) -> Float[Tensor, " n"]:
+    """D of each token from the student's log-probs of the entries and of the bucket; a function of nothing else.
+
+    Differentiable in both arguments, which the caller may move freely: they need not sum to 1.
+    """
+    log_p, p = targets.logprobs.to(log_q.dtype), targets.weights.to(log_q.dtype)
+    if targets.has_draws:
+        return (p * (log_p - log_q)).sum(1)
+    # (n, 1): without a tail on either side there is no bucket. (n, K + 1) from here on; both logs are 0 outside `used`.
+    bucket = (torch.isfinite(targets.tail_logprob) & (log_q_tail > ABSENT / 2))[:, None]
+    used = torch.cat([targets.in_head, bucket], 1)
+    log_p = torch.where(used, torch.cat([log_p, targets.tail_logprob[:, None].to(log_q.dtype)], 1), 0.0)
+    log_q = torch.where(used, torch.cat([log_q, log_q_tail[:, None]], 1), 0.0)
+    p = torch.where(used, torch.cat([p, log_p[:, -1:].exp()], 1), 0.0)
+    if spec.divergence == "forward_kl":
+        return (p * (log_p - log_q)).sum(1)
+    q = torch.where(used, log_q.exp(), 0.0)
+    match spec.divergence:
+        case "reverse_kl":
+            terms = q * (log_q - log_p)
+        case "jsd":  # beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, eq. 1)
+            log_m = _log_mixture(log_p, log_q, spec.beta)
+            terms = spec.beta * p * (log_p - log_m) + (1 - spec.beta) * q * (log_q - log_m)
+        case "skewed_kl":  # KL(p || beta p + (1 - beta) q) (DistiLLM, arXiv 2402.03898, eq. 4)
+            terms = p * (log_p - _log_mixture(log_p, log_q, spec.beta))
+        case "skewed_reverse_kl":  # KL(q || (1 - beta) p + beta q)
+            terms = q * (log_q - _log_mixture(log_q, log_p, spec.beta))
+        case "akl":
+            head_weight, tail_weight = _akl_weights(p, q)
+            terms = head_weight * p * (log_p - log_q) + tail_weight * q * (log_q - log_p)
+        case "tvd":
+            terms = 0.5 * (p - q).abs()
+    return terms.sum(1)
+
+
+def student_entries(
+    logits: Float[Tensor, "n vocab"], targets: SparseTargets, temperature: float
+) -> tuple[Float[Tensor, "n K"], Float[Tensor, " n"]]:
+    """The student's log-probs at the targets' entries, and of everything outside the head.
+
+    The tail is a log-sum-exp of its own logits. log(1 - sum q) would lose all its digits where the head holds nearly
+    all mass, which is the usual case.
+    """
+    scaled = logits / temperature
+    log_z = scaled.logsumexp(1)
+    ids, mask = targets.ids.long(), torch.where(targets.in_head, ABSENT, 0.0).to(logits.dtype)
+    tail = scaled.scatter_add(1, ids, mask).logsumexp(1)
+    return scaled.gather(1, ids) - log_z[:, None], tail - log_z
+
+
+def token_losses(logits: Float[Tensor, "n vocab"], targets: SparseTargets, spec: LossSpec) -> TokenLosses:
+    """Losses of each token from full logits, differentiable. The fused head computes the same in place.
+
+    Args:
+        logits: final ones (after scale and softcap), float32 or float64, without padded columns.
+
+    Raises:
+        MismatchError: the divergence or temperature is not defined on these targets.
+    """
+    ce = logits.logsumexp(1) - logits.gather(1, targets.labels[:, None])[:, 0]
+    if spec.alpha == 0.0:
+        return TokenLosses(ce=ce, divergence=torch.zeros_like(ce))
+    refuse_unsupported(spec.divergence, spec.temperature, targets.has_draws)
+    log_q, log_q_tail = student_entries(logits, targets, spec.temperature)
+    return TokenLosses(ce=ce, divergence=entry_divergence(log_q, log_q_tail, targets, spec))
+
+
+def top1_agreement(logits: Float[Tensor, "n vocab"], targets: SparseTargets) -> Bool[Tensor, " n"]:
+    """Whether the student ranks no token above the teacher's most likely one. False without an exact head."""
+    return ranks_first(logits.gather(1, targets.ids.long()), logits.amax(1), targets)
+
+
+def ranks_first(
+    entries: Float[Tensor, "n K"], highest: Float[Tensor, " n"], targets: SparseTargets
+) -> Bool[Tensor, " n"]:
+    """`top1_agreement` from the logits at the entries and the highest logit of all, or of all outside the head."""
+    if not targets.ids.shape[1]:
+        return torch.zeros_like(highest, dtype=torch.bool)
+    best = torch.where(targets.in_head, targets.logprobs, -torch.inf).argmax(1, keepdim=True)
+    highest = torch.maximum(highest, torch.where(targets.in_head, entries, -torch.inf).amax(1))
+    return targets.in_head.any(1) & (entries.gather(1, best)[:, 0] >= highest)
+
+
+def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """log(weight * exp(a) + (1 - weight) * exp(b))."""
+    return torch.logaddexp(a + math.log(weight), b + math.log1p(-weight))
+
+
+def _akl_weights(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, 1) weights of the forward and of the reverse KL (arXiv 2404.02657, section 4): the shares of the head and of
+    the tail in the L1 distance, where the head is the fewest entries that hold half of the teacher's mass. The bucket
+    always counts as tail. Detached; half and half where p = q."""
+    p, q = p.detach(), q.detach()
+    sorted_p, order = p[:, :-1].sort(dim=1, descending=True, stable=True)
+    before = sorted_p.cumsum(1) - sorted_p
+    head = torch.zeros_like(p, dtype=torch.bool).scatter_(1, order, before < AKL_HEAD_MASS)
+    gap = (p - q).abs()
+    head_gap = torch.where(head, gap, 0.0).sum(1, keepdim=True)
+    both = gap.sum(1, keepdim=True)
+    share = torch.where(both > 0, head_gap / torch.where(both > 0, both, 1.0), 0.5)
+    return share, 1 - share

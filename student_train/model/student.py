@@ -1,0 +1,348 @@
+"""The student: how it is loaded, and its forward pass from a micro-batch to sums of losses."""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.logits import body_of
+from storage_schemas.provenance import RunInfo
+from storage_schemas.tokenizer import refuse_other_tokenizer
+from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.data.batch import TrainBatch
+from student_train.model.adapter import attach, initial_factors
+from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.losses import LossSpec
+from student_train.model.scaling import scale_between
+from student_train.model.student_files import has_tokenizer, weight_files
+
+log = logging.getLogger(__name__)
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
+"""Makes parameters whole for a while, where they are spread over ranks."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROBE_TOLERANCE = 0.02
+"""Of the largest logit: what bf16 may differ by between two ways to the same number."""
+
+
+class Head(nn.Module):
+    """The language-model head, and the loss on top of it.
+
+    A trainable weight is a parameter of this module, the very object that the student holds, so that ZeRO-3 gathers
+    it here too and sums the gradients of all its uses. A frozen one is kept out of ZeRO-3's sight and gathered around
+    the function alone: as a parameter it would be gathered once more in every backward pass, which does not read it.
+    """
+
+    def __init__(self, embeddings: nn.Module, *, loss: LossSpec, spec: HeadSpec) -> None:
+        super().__init__()
+        self.loss, self.spec = loss, spec
+        self.gather: Gather = lambda _: nullcontext()
+        weight: nn.Parameter = embeddings.weight  # type: ignore[assignment]
+        bias: nn.Parameter | None = getattr(embeddings, "bias", None)
+        self.trained = weight.requires_grad
+        if self.trained:
+            self.weight, self.bias = weight, bias
+        else:
+            self._frozen = (weight, bias)
+
+    def forward(self, hidden: Tensor, batch: TrainBatch | None) -> tuple[Tensor, Tensor]:
+        """Loss sum, and (loss, CE, divergence, agreement) sums; without a batch, logits twice."""
+        weight, bias = (self.weight, self.bias) if self.trained else self._frozen
+        whole = nullcontext() if self.trained else self.gather([p for p in (weight, bias) if p is not None])
+        with whole:
+            if batch is None:
+                logits = self._logits(hidden, weight, bias)
+                return logits, logits
+            sums = fused_head_loss(hidden, weight, batch.targets, loss=self.loss, head=self.spec, bias=bias)
+        parts = torch.stack([x.detach().double() for x in sums])
+        return sums.loss, parts
+
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = nn.functional.linear(hidden, weight, bias).float() * self.spec.scale
+        return logits if self.spec.softcap is None else self.spec.softcap * torch.tanh(logits / self.spec.softcap)
+
+
+class Distilled(nn.Module):
+    """Student and loss: what DeepSpeed trains. Logits exist for chunks of supervised tokens only."""
+
+    def __init__(self, student: nn.Module, *, loss: LossSpec, head: HeadSpec) -> None:
+        """Wrap a student.
+
+        Args:
+            student: a causal language model of transformers, or a PeftModel around one.
+            loss: what is minimised.
+            head: how hidden states become logits.
+        """
+        super().__init__()
+        self.student = student
+        # In a list, since the student already owns it.
+        self._causal = [causal_of(student)]
+        self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
+
+    def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "4"]]:
+        """Sums over the micro-batch: the loss to differentiate, and (loss, CE, divergence, agreement) as float64."""
+        hidden = self._hidden(batch.input_ids, batch.position_ids)
+        return self.head(batch.select(hidden), batch)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def logits(
+        self, input_ids: Int64[Tensor, "batch seq"], position_ids: Int64[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Full logits of a few tokens, for comparisons; `position_ids` count from 0 in each row unless given."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.head(self._hidden(input_ids, position_ids), None)[0]  # type: ignore[no-any-return]
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained parameters, by their name in the student."""
+        return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        # Without a mask and a cache, transformers keeps apart what position ids say is apart.
+        body = body_of(self._causal[0], role="student")
+        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Student:
+    """A student that is ready to be trained."""
+
+    module: Distilled
+    digest: str
+    """Of a few of the weights that it started from, as checkpoints of version 1 know it."""
+    initial: dict[str, Tensor]
+    """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Identity of the files it came from, see `model_files.identity`; on the main rank alone."""
+
+
+def load_student(
+    student: StudentSection,
+    loss: LossSection,
+    train: TrainSection,
+    run: RunInfo,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+) -> Student:
+    """Load the student and make it ready for its arm.
+
+    Args:
+        student: model and adapter.
+        loss: what is minimised; the arms `sft` and `lora` use its cross-entropy alone.
+        train: arm, precision and seed.
+        run: the dump's run.json.
+        initial: of a resumed run, see `adapter.attach`.
+
+    Raises:
+        MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
+    """
+    base = load_model(student.model, student.revision, dtype=DTYPES[train.precision])
+    base.config.use_cache = False
+    rows = base.get_output_embeddings().weight.shape[0]
+    head = HeadSpec.of(base.config, valid_vocab=min(rows, run.teacher.head_size), chunk_tokens=train.head_chunk_tokens)
+    digest = weights_digest(base)
+    model: nn.Module = base
+    start: dict[str, Tensor] = {}
+    if train.lora:
+        model = attach(base, student.lora, seed=train.seed, initial=initial)
+        start = initial_factors(model, student.lora)
+        scale_between(model)
+    else:
+        base.requires_grad_(True)
+    if train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    module = Distilled(model, loss=loss_spec(loss, train), head=head)
+    refuse_unknown_head(module)
+    if train.packing:
+        refuse_mixed_samples(module)
+    return Student(module=module, digest=digest, initial=start)
+
+
+def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A causal language model, from safetensors alone.
+
+    Raises:
+        MismatchError: there is no such model, it is quantised, or needs code of its own.
+        DataError: a file of it is torn.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise MismatchError(
+                f"{name} is quantised",
+                got=str(config.quantization_config)[:200],
+                expected="weights in bf16 or fp32",
+                fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
+            )
+        weight_files(name, revision)
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise MismatchError(
+            f"the model {name} cannot be loaded",
+            got=str(error).strip().splitlines()[0][:300],
+            expected="a directory or hub id with config.json and *.safetensors",
+            fix="correct student.model; convert other weight formats to safetensors first",
+        ) from error
+
+
+def loss_spec(loss: LossSection, train: TrainSection) -> LossSpec:
+    """What the arm minimises: `sft` and `lora` have no divergence."""
+    return LossSpec(
+        alpha=loss.alpha if train.distils else 0.0,
+        divergence=loss.divergence,
+        temperature=loss.temperature,
+        beta=loss.beta,
+    )
+
+
+def causal_of(student: nn.Module) -> Any:
+    """The causal language model of transformers inside."""
+    return student.get_base_model() if isinstance(student, PeftModel) else student
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Identity of a model by its parameters' names, shapes and a few values of each: cheap, and free of its path."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_long_rows(student: nn.Module, longest: int) -> None:
+    """Raise MismatchError if rows may be longer than a table of learned positions, and warn beyond a trained length.
+
+    Args:
+        student: the model, or an adapter around it.
+        longest: tokens of a row, at most: the dump's `corpus.max_length`.
+    """
+    causal = causal_of(student)
+    known = getattr(causal.config, "max_position_embeddings", None)
+    if not known or longest <= known:
+        return
+    others = (m for m in causal.modules() if isinstance(m, nn.Embedding) and m is not causal.get_input_embeddings())
+    # OPT's table has two rows more than it has positions.
+    if any(known <= table.num_embeddings <= known + 2 for table in others):
+        raise MismatchError(
+            f"{type(causal).__name__} has learned positions, and fewer than the dump's rows may have tokens",
+            got=f"rows of up to {longest} tokens (corpus.max_length of the dump)",
+            expected=f"at most {known}",
+            fix=f"dump with corpus.max_length: {known}, or choose another student",
+        )
+    log.warning(
+        "rows may have %d tokens (corpus.max_length of the dump), and the student was made for %d positions",
+        longest, known,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def refuse_unknown_head(module: Distilled) -> None:
+    """Raise MismatchError if this architecture does more between body and logits than is known here."""
+    causal = causal_of(module.student)
+    ids = torch.arange(4)[None] % causal.get_output_embeddings().weight.shape[0]
+    try:
+        with _evaluating(module):
+            off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
+    except (AttributeError, TypeError) as error:
+        raise MismatchError(
+            f"{type(causal).__name__} cannot be run as a student",
+            got=f"{type(error).__name__}: {error}",
+            expected="a model whose adapted layers take and return one tensor",
+            fix="name other student.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj], or another student",
+        ) from error
+    if not off < PROBE_TOLERANCE:
+        raise MismatchError(
+            f"the head of {type(causal).__name__} is not understood",
+            got=f"logits off by {off:.2g} of the largest",
+            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
+            fix="choose another student",
+        )
+
+
+@torch.no_grad()
+def refuse_mixed_samples(module: Distilled) -> None:
+    """Raise MismatchError if this model lets packed samples see each other."""
+    causal = causal_of(module.student)
+    rows = causal.get_output_embeddings().weight.shape[0]
+    first, second = torch.arange(5)[None] % rows, torch.arange(11, 18)[None] % rows
+    position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with _evaluating(module):
+        packed = module.logits(torch.cat([first, second], 1), position_ids)
+        off = relative_difference(packed, torch.cat([module.logits(first), module.logits(second)], 1))
+    if not off < PROBE_TOLERANCE:
+        raise MismatchError(
+            f"{type(causal).__name__} does not keep packed samples apart",
+            got=f"logits off by {off:.2g} of the largest",
+            expected="attention that starts anew where position_ids do",
+            fix="set train.packing to false, or choose another attention implementation",
+        )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = module.training
+    module.eval()
+    yield
+    module.train(training)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    found, expected = found.float().cpu(), expected.float().cpu()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def refuse_tokenizer(student: StudentSection, files: Mapping[str, bytes], *, head_rows: int) -> None:
+    """Raise MismatchError unless the student's tokenizer gives the dump's ids the same meaning.
+
+    Args:
+        student: a model without tokenizer files of its own is accepted, with a warning.
+        files: the dump's tokenizer files.
+        head_rows: rows of the student's head.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), files)
+        theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
+    if not has_tokenizer(student.model, student.revision):
+        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", student.model)
+        return
+    ours = _vocabulary(student.model, student.revision, "correct it, or remove it from the student's directory")
+    refuse_other_tokenizer(theirs, ours, student_head=head_rows)
+
+
+def _vocabulary(model: str, revision: str | None, fix: str) -> dict[str, int]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        return dict(tokenizer.get_vocab())
+    except Exception as error:  # The tokenizers library raises nothing more exact.
+        raise MismatchError(
+            f"the tokenizer in {model} cannot be loaded",
+            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
+            expected="a tokenizer of transformers, without code of its own",
+            fix=fix,
+        ) from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the dump's tokenizer files into a directory."""
+    for name, content in files.items():
+        if Path(name).name != name:
+            raise MismatchError("a tokenizer file of the dump has a path for a name", got=ascii(name))
+        (folder / name).write_bytes(content)

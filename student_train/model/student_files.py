@@ -1,0 +1,118 @@
+"""The files of the student: where they lie, that they are whole, and what identifies them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from storage_schemas.common.errors import DataError
+from storage_schemas.common.hashes import file_state
+from storage_schemas.provenance import canonical_json, parse_json
+
+UNTOLD = ("_name_or_path", "transformers_version")
+"""Keys of config.json that say where and with what a model was saved."""
+TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja",
+    "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json",
+)  # fmt: skip
+"""Names of a tokenizer's files."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def weight_files(model: str, revision: str | None) -> list[Path]:
+    """The safetensors files that transformers takes, fetched if need be, each of them whole.
+
+    Args:
+        model: directory or hub id.
+        revision: of a hub model.
+
+    Raises:
+        DataError: a file is torn, or the index names one outside of the model.
+        OSError: there is no such model.
+    """
+    names = [SAFE_WEIGHTS_NAME]
+    if _find(model, SAFE_WEIGHTS_NAME, revision) is None and (index := _find(model, SAFE_WEIGHTS_INDEX_NAME, revision)):
+        names = sorted(set(_weight_map(index).values()))
+    files = [Path(str(cached_file(model, name, revision=revision))) for name in names]
+    for file in files:
+        refuse_torn(file)
+    return files
+
+
+def refuse_torn(file: Path) -> None:
+    """Raise DataError unless this is a whole safetensors file."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise DataError(
+            f"{file} is torn or no safetensors file",
+            got=str(error)[:200],
+            expected="a header, and as many bytes as it says",
+            fix="fetch or copy the file again",
+        ) from error
+
+
+def identity(model: str, revision: str | None) -> dict[str, str]:
+    """What decides how a model computes: hashes of its configuration and of its weight files. Free of its path."""
+    config = parse_json(
+        Path(str(cached_file(model, "config.json", revision=revision))).read_bytes(), name="config.json"
+    )
+    told = {key: value for key, value in config.items() if key not in UNTOLD}
+    weights = weight_files(model, revision)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
+    return {name: hashlib.sha256(canonical_json(value)).hexdigest() for name, value in
+            (("config", told), ("weights", hashes))}  # fmt: skip
+
+
+def has_tokenizer(model: str, revision: str | None) -> bool:
+    """Whether a model brings files of a tokenizer, whole or not."""
+    folder = Path(model)
+    if folder.is_dir():
+        return any(True for pattern in TOKENIZER for _ in folder.glob(pattern))
+    return any(_find(model, name, revision) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
+
+
+def sha256(path: Path) -> str:
+    """Of a file; read once as long as nobody changes it."""
+    # The hub's cache names large files by their hash.
+    target = path.resolve()
+    if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
+        return target.name
+    return _sha256(target, *file_state(target))
+
+
+@lru_cache
+def _sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find(model: str, name: str, revision: str | None) -> str | None:
+    found: str | None = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    try:
+        found = json.loads(Path(index).read_bytes())["weight_map"]
+        names = {str(key): str(value) for key, value in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} is torn", got=f"{type(error).__name__}: {error}", fix="fetch it again") from error
+    for name in _not_plain(names):
+        raise DataError(
+            f"{index} names a file outside of the model", got=ascii(name), expected="NAME.safetensors beside it",
+            fix="do not use this model",
+        )  # fmt: skip
+    return names
+
+
+def _not_plain(names: dict[str, str]) -> Iterator[str]:
+    return (name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors"))

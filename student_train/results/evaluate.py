@@ -1,0 +1,174 @@
+"""How far a student is from the teacher of a dump: in one process, through the same fused head, without gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.common.frozen import Section
+from storage_schemas.reader import Dump
+from storage_schemas.rows import OK, Row
+from student_train.config import StudentSection
+from student_train.data.batch import collate
+from student_train.model.head import HeadSpec
+from student_train.model.losses import LossSpec
+from student_train.model.student import (
+    Distilled,
+    causal_of,
+    load_model,
+    refuse_long_rows,
+    refuse_tokenizer,
+    refuse_unknown_head,
+)
+from student_train.results.saved import is_adapter, load_adapter, source_of
+
+
+class EvalResult(Section):
+    """Means over supervised tokens."""
+
+    kl_mean: float
+    """KL(teacher || student) at the temperature, nats: on the stored entries and one tail bucket, so a lower bound of
+    the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
+    ce: float
+    """Cross-entropy of the tokens themselves, nats, at temperature 1."""
+    top1_agreement: float | None
+    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    supervised_tokens: int
+    """Tokens that were evaluated."""
+    samples: int
+    """Samples that they are of, those without supervised tokens included."""
+    dump_samples: int
+    """Samples that the dump has or will have."""
+
+
+def evaluate(
+    model: str | Path,
+    dump: Dump,
+    *,
+    temperature: float = 1.0,
+    batch_tokens: int = 8192,
+    device: str = "auto",
+    limit: int | None = None,
+    partial: bool = False,
+    base: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Compare a model with the teacher's stored targets.
+
+    Args:
+        model: a model's directory or hub id, or the directory of a peft adapter, which names its base.
+        dump: any dump of the same tokenizer.
+        temperature: one that the dump was made with.
+        batch_tokens: tokens of a batch with its padding, at most, unless one sample is longer.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        limit: evaluate no more than the first samples.
+        partial: leave out units that are not committed yet.
+        base: where an adapter's base model lies, if not where the adapter says.
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        MismatchError: another tokenizer, a temperature that the dump does not have, or no such model or device.
+        DataError: a unit or the model is damaged, or nothing is supervised.
+        TemporaryError: not all of the samples are there yet, and `partial` is not set.
+    """
+    index = dump.run.temperature_index(temperature)
+    total = min(dump.run.corpus.samples, limit or dump.run.corpus.samples)
+    samples = _samples(dump, total)
+    if samples < total and not partial:
+        raise TemporaryError(
+            f"the dump {dump.store.url} is not complete yet",
+            got=f"{samples} of {total} samples",
+            expected="all of them",
+            fix="let stage one finish, or give --partial (in Python `partial=True`) to evaluate on what there is",
+        )
+    where = _device(device)
+    source, revision = source_of(model, base)
+    student = _load(model, source, revision, device=where)
+    refuse_long_rows(student, dump.run.corpus.max_length)
+    causal = causal_of(student)
+    rows = causal.get_output_embeddings().weight.shape[0]
+    refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)
+    valid = min(rows, dump.run.teacher.head_size)
+    loss = LossSpec(alpha=0.5, temperature=temperature)
+    module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()
+    refuse_unknown_head(module)
+    module.to(where)
+
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for done, batches in _batches(dump, total, batch_tokens):
+        for batch_rows in batches:
+            batch = collate(batch_rows, temperature_index=index, temperature=temperature, pad_id=0, vocab_size=valid)
+            with torch.no_grad():
+                sums += module(batch.to(where))[1].cpu()
+            tokens += len(batch.targets)
+        if progress is not None:
+            progress(done, total)
+    if not tokens:
+        raise DataError(
+            "the dump has no supervised tokens to evaluate on",
+            got=f"{len(dump.records())} committed units",
+            expected="at least one sample with the status `ok`",
+            fix="let stage one finish, or raise the limit",
+        )
+    _, ce, divergence, agreement = (sums / tokens).tolist()
+    exact_head = dump.run.estimator.kind != "sampled"
+    return EvalResult(
+        kl_mean=divergence,
+        ce=ce,
+        top1_agreement=agreement if exact_head else None,
+        supervised_tokens=tokens,
+        samples=samples,
+        dump_samples=dump.run.corpus.samples,
+    )
+
+
+def _load(model: str | Path, source: str, revision: str | None, *, device: torch.device) -> Any:
+    """A model, or an adapter on its base, ready to be run on a device: in fp32 on a CPU, else as it is stored."""
+    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    base = load_model(source, revision, dtype=dtype)
+    return load_adapter(base, Path(model)) if is_adapter(model) else base.eval()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MismatchError(
+            f"there is no device {name}",
+            got=str(error).splitlines()[0],
+            expected="auto, cpu, or cuda where there is one",
+            fix="choose another device",
+        ) from error
+    return device
+
+
+def _samples(dump: Dump, total: int) -> int:
+    """How many of the first `total` samples are there."""
+    spans = (dump.run.unit_range(unit) for unit in range(dump.run.units) if dump.sealed() or dump.record(unit))
+    return sum(max(0, min(span.stop, total) - span.start) for span in spans)
+
+
+def _batches(dump: Dump, total: int, batch_tokens: int) -> Iterator[tuple[int, list[list[Row]]]]:
+    """Per unit: samples done with it, and its usable rows by length in batches of so many tokens."""
+    for unit in range(dump.run.units):
+        span = dump.run.unit_range(unit)
+        if span.start >= total or dump.record(unit) is None:
+            continue
+        rows = dump.read_unit(unit)
+        kept = [rows.row(i) for i in range(min(len(rows), total - span.start)) if rows.status[i] == OK]
+        yield min(span.stop, total), _by_budget(sorted(kept, key=lambda row: -len(row.input_ids)), batch_tokens)
+
+
+def _by_budget(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """Cut rows, longest first, so that count * longest stays within `tokens`."""
+    batches: list[list[Row]] = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].input_ids) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

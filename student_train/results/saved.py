@@ -1,0 +1,165 @@
+"""Adapters and models on disk: the record of what a run has left in `final/`, and whether it still is that."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+
+from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.frozen import Section
+from storage_schemas.provenance import canonical_json, parse_json, validated
+from student_train.model.student_files import identity, refuse_torn, sha256
+from student_train.results.model_card import CARD
+
+RECORD = "llm-neo.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Record(Section):
+    """llm-neo.json."""
+
+    format_version: int = 1
+    files: dict[str, str]
+    """sha256 of each file, but for the card, which is the user's to change."""
+    base: dict[str, str] | None
+    """Of an adapter: identity of the model that it belongs to, see `model_files.identity`."""
+    checksum: str = ""
+    """sha256 of the record without this field, as canonical JSON."""
+
+    def sealed(self) -> bytes:
+        """The file's content, checksum included."""
+        content = self.model_dump(mode="json", exclude={"checksum"})
+        return canonical_json(content | {"checksum": hashlib.sha256(canonical_json(content)).hexdigest()}, indent=2)
+
+
+def write_record(folder: Path, base: dict[str, str] | None) -> str:
+    """Record all files of a directory; the hash of the record."""
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD}
+    data = Record(files=files, base=base).sealed()
+    (folder / RECORD).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a directory, all of whose files are as they were written; None where there is none.
+
+    Raises:
+        DataError: a file is missing or was changed, or the record itself.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    record = validated(Record, parse_json(data, name=str(path)), name=str(path))
+    if record.sealed() != data:
+        raise _changed(path, "another checksum", record.checksum[:16])
+    for name, expected in record.files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise _changed(file, "no such file", f"sha256 {expected[:16]}")
+        if (found := sha256(file)) != expected:
+            raise _changed(file, f"sha256 {found[:16]}", f"sha256 {expected[:16]}")
+    return record
+
+
+def _changed(file: Path, got: str, expected: str) -> DataError:
+    return DataError(
+        f"{file} is not what the run has written",
+        got=got,
+        expected=expected,
+        fix="restore it, or run `llm-neo train` again, which writes it anew from the last checkpoint; "
+        f"if it was changed on purpose, remove {RECORD}",
+    )
+
+
+def is_adapter(model: str | Path) -> bool:
+    """Whether this is the directory of a peft adapter."""
+    return (Path(model) / ADAPTER_CONFIG).is_file()
+
+
+def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | None]:
+    """(directory or hub id, revision) of the model itself, which for an adapter is its base.
+
+    Args:
+        model: what the user named; if a run has left it, its files are proven.
+        base: where an adapter's base lies now, if not where the adapter says.
+
+    Raises:
+        MismatchError: the adapter does not say what it belongs to, its base is not there, or is another model.
+        DataError: a file is torn, or is not what the run has written.
+    """
+    record = read_record(Path(model))
+    if not is_adapter(model):
+        if base is not None:
+            raise MismatchError(f"{model} is no adapter", got=f"--base {base}", fix="leave out --base")
+        return str(model), None
+    config = _config(Path(model))
+    source, revision = config.base_model_name_or_path, config.revision
+    if base is not None:
+        source, revision = str(base), None
+    if not source:
+        raise MismatchError(
+            f"the adapter in {model} does not name its base model",
+            got="base_model_name_or_path: null",
+            expected="a directory or hub id",
+            fix="name it: --base DIR",
+        )
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise MismatchError(
+            f"the base model of the adapter in {model} is not there",
+            got=f"no directory {source}",
+            expected="the model that the adapter was trained on",
+            fix="say where it lies now: --base DIR",
+        )
+    if record is not None and record.base is not None and (found := _identity(source, revision)) != record.base:
+        raise MismatchError(
+            f"{source} is not the model that the adapter in {model} was trained on",
+            got=found,
+            expected=record.base,
+            fix="say where that model lies: --base DIR",
+        )
+    return source, revision
+
+
+def load_adapter(base: Any, folder: Path) -> Any:
+    """An adapter on its base, from safetensors alone.
+
+    Raises:
+        MismatchError: there are no safetensors, or they do not fit the base.
+        DataError: they are torn.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise MismatchError(
+            f"the adapter in {folder} has no weights that can be read",
+            got=f"no {ADAPTER_WEIGHTS}",
+            expected="weights as safetensors: other formats can run code",
+            fix="convert it with the peft that wrote it: save_pretrained(..., safe_serialization=True)",
+        )
+    refuse_torn(folder / ADAPTER_WEIGHTS)
+    try:
+        return PeftModel.from_pretrained(base, str(folder), use_safetensors=True).eval()
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(
+            f"the adapter in {folder} does not fit its base model", got=str(error)[:500],
+            expected="the model that it was trained on", fix="say where that model lies: --base DIR",
+        ) from error  # fmt: skip
+
+
+def _identity(model: str, revision: str | None) -> dict[str, str] | None:
+    try:
+        return identity(model, revision)
+    except OSError:  # No such model: whoever loads it says so.
+        return None
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{folder / ADAPTER_CONFIG} is torn, or of a kind that peft does not know",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            expected="peft's configuration of an adapter",
+            fix="restore the file",
+        ) from error

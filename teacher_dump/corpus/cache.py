@@ -1,0 +1,217 @@
+"""What is kept between starts: a frozen corpus, under a key that names everything that it was made from."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from storage_schemas.common.errors import NeoError, TemporaryError
+from storage_schemas.common.hashes import SETTLED_SECONDS, file_state, this_boot
+from storage_schemas.common.publish import give_name, publish
+from storage_schemas.rows import STATUSES
+from teacher_dump.config import CorpusSection
+from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Arrays, Columns, mapped, read_journal, whole_parts
+from teacher_dump.corpus.remote import RemoteFile
+from teacher_dump.corpus.sources import Found, Records
+
+log = logging.getLogger(__name__)
+
+_MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "freeze", "columns")
+"""Modules whose code decides what a corpus holds."""
+_NOT_CONTENT: dict[str, Any] = {
+    "cache_dir": True,
+    "num_proc": True,
+    "max_bad_share": True,
+    "sources": {"__all__": {"storage_options"}},
+}
+_LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
+
+
+def cache_folder(section: CorpusSection | None = None) -> Path:
+    """Where files are kept between starts."""
+    if section is not None and section.cache_dir is not None:
+        return Path(section.cache_dir).expanduser()
+    return Path(os.environ.get("LLM_NEO_CACHE") or Path.home() / ".cache" / "llm-neo")
+
+
+def is_looked_up(found: Found) -> bool:
+    """Whether only `datasets` finds out what a source holds: on a hub, or at a URL."""
+    return (not found.files and not Path(found.path).is_dir()) or any(isinstance(file, str) for file in found.files)
+
+
+def corpus_key(
+    section: CorpusSection, found: Sequence[Found], opened: Mapping[int, Records], tokenizer: Any, *, head_size: int
+) -> str | None:
+    """Hash of all that a frozen corpus depends on; None if something is not known, so that nothing can be kept.
+
+    Local files are known by path, size and modification time, remote ones by size and version, and what `datasets`
+    looked up by what it knows of that (`opened`, by number of the source).
+    """
+    files = [opened[i].identity if i in opened else _identity(source) for i, source in enumerate(found)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if None in files or backend is None:
+        return None
+    tokens = [backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
+    code = [(Path(__file__).parent / f"{name}.py").read_text() for name in _MADE_BY]
+    parts = [
+        files,
+        section.model_dump(mode="json", exclude=_NOT_CONTENT),
+        head_size,
+        STATUSES,
+        hashlib.sha256(json.dumps([tokens, code], default=str).encode()).hexdigest(),
+        {name: version(name) for name in ("llm-neo", *_LIBRARIES)},
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """A frozen corpus, mapped."""
+
+    arrays: Arrays
+    """Its columns."""
+    parts: Sequence[Mapping[str, Any]]
+    """Its journal."""
+
+
+def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> Frozen:
+    """The corpus that lies under `folder / key`, or else the one that `make` fills, which lies there afterwards.
+
+    What is proven is read without a lock. Of several workers one proves or makes it and the others wait. What is
+    damaged is made again; a cache that cannot be written to is no error. What is not kept never has a name.
+
+    Args:
+        folder: of the cache.
+        key: of the corpus; None: it cannot be kept.
+        make: appends to columns that may already hold what an interrupted start has made, and finishes them.
+
+    Raises:
+        NeoError: whatever `make` raises. Parts are left behind if it is temporary.
+    """
+    target, part = folder / f"{key}", folder / f"{key}.part"
+    if key is not None and (found := _proven(target)):
+        return found
+    with ExitStack() as stack:
+        scratch: Path | None = folder
+        keeps = key is not None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if keeps:
+                _lock(stack, folder / f"{key}.lock")
+                part.mkdir(exist_ok=True)
+        except (OSError, NotImplementedError) as error:
+            log.warning("nothing is kept in %s between starts: %s", folder, error)
+            scratch, keeps = None, False
+        if key is not None and target.is_dir() and (found := _proven(target) or _prove(target)):
+            shutil.rmtree(part, ignore_errors=True)
+            return found
+        if not keeps:
+            return _made(None, scratch, make)
+        try:
+            found = _made(part, None, make)
+        except NeoError as error:
+            if not isinstance(error, TemporaryError):
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+        try:
+            shutil.rmtree(target, ignore_errors=True)
+            give_name(part, target)
+            _write_proof(target)
+        except OSError as error:
+            log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
+        return found
+
+
+def _made(folder: Path | None, scratch: Path | None, make: Callable[[Columns], None]) -> Frozen:
+    with closing(Columns(folder, scratch=scratch)) as columns:
+        make(columns)
+        return Frozen(arrays=columns.arrays(), parts=columns.parts)
+
+
+def _proven(folder: Path) -> Frozen | None:
+    """A kept corpus whose files are those that were read from end to end since this machine was started."""
+    try:
+        proof = json.loads((folder / _proof_name()).read_bytes())
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
+            if {name: file_state(file.fileno()) for name, file in files.items()} != proof:
+                return None
+            found = Frozen(arrays=mapped(files), parts=read_journal(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    log.info("the tokenised corpus is taken from %s", folder)
+    return found
+
+
+def _prove(folder: Path) -> Frozen | None:
+    """Read every byte of a kept corpus; None if one of them is not what was written."""
+    log.info("the tokenised corpus in %s is read once, to see that it is whole", folder)
+    try:
+        seen = _see(folder)
+        parts = whole_parts(folder)
+        if parts == read_journal(folder) and parts[-1]["ends"] == {name: seen[name][1] for name in COLUMNS}:
+            _write_proof(folder, seen)
+            with ExitStack() as stack:
+                files = {name: stack.enter_context((folder / name).open("rb")) for name in COLUMNS}
+                return Frozen(arrays=mapped(files), parts=parts)
+        reason = "its content has another hash"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    log.warning("%s is damaged (%s); the corpus is tokenised again", folder, reason)
+    return None
+
+
+def _write_proof(folder: Path, seen: Mapping[str, Any] | None = None) -> None:
+    try:
+        publish(folder / _proof_name(), json.dumps(seen or _see(folder)))
+    except OSError as error:
+        log.warning("%s is read again at each start: %s", folder, error)
+
+
+def _proof_name() -> str:
+    return f"proven-{this_boot()}.json"
+
+
+def _see(folder: Path) -> dict[str, list[int]]:
+    return {name: file_state(folder / name) for name in (*COLUMNS, JOURNAL)}
+
+
+def _lock(stack: ExitStack, path: Path) -> None:
+    lock = FileLock(path)
+    try:
+        stack.enter_context(lock.acquire(timeout=0))
+    except Timeout:
+        log.info("another worker is tokenising the corpus; waiting for it")
+        stack.enter_context(lock.acquire())
+
+
+def _identity(found: Found) -> Any:
+    if found.builder is not None:
+        return _file_identities(found.files)
+    path = Path(found.path)
+    return _file_identities(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else None
+
+
+def _file_identities(files: Iterable[str | Path | RemoteFile]) -> Any:
+    known: list[Sequence[Any]] = []
+    for file in files:
+        if isinstance(file, RemoteFile):
+            known.append((file.url, file.bytes, file.version))
+        elif isinstance(file, Path):
+            seen = file.stat()
+            if seen.st_mtime > time.time() - SETTLED_SECONDS:
+                return None
+            known.append((str(file.absolute()), seen.st_size, seen.st_mtime_ns))
+        else:
+            return None
+    return known

@@ -1,0 +1,383 @@
+"""The frozen corpus: every sample tokenised once, in a fixed order, in flat arrays that are mapped from files."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.common.errors import DataError
+from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG
+from storage_schemas.targets import I32, I64
+from teacher_dump.config import CorpusSection
+from teacher_dump.corpus.cache import Frozen, cache_folder, corpus_key, is_looked_up, kept
+from teacher_dump.corpus.columns import Columns, Part, joined
+from teacher_dump.corpus.masks import Tokens, Unusable
+from teacher_dump.corpus.pool import Pool, chunked, cores
+from teacher_dump.corpus.sources import RawRecord, Records, find_source, open_source, read_source
+from teacher_dump.corpus.tokenise import NOTHING, tokenise
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+"""Records that are tokenised together."""
+_PER_PROCESS = 5_000
+"""Records that are worth the start of another process."""
+_PART_TOKENS, _PART_SAMPLES, _PART_SECONDS = 2**22, 2**16, 30.0
+"""What is kept at once; an interrupted start loses one part."""
+_NAMED = 5
+"""Records of a source that are named when they cannot be used."""
+_STRIDE = 2**20
+
+
+class Ids(Sequence[str]):
+    """Texts in flat arrays; equal to a list of the same texts."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, data: npt.NDArray[np.uint8], offsets: I64) -> None:
+        self._data, self._offsets = data, offsets
+
+    def __len__(self) -> int:
+        return max(0, len(self._offsets) - 1)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+class Statuses(Sequence[str]):
+    """Statuses as one byte each; equal to a list of the same names."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, codes: npt.NDArray[np.uint8]) -> None:
+        self._codes = codes
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Statuses": ...
+    def __getitem__(self, index: int | slice) -> "str | Statuses":
+        return Statuses(self._codes[index]) if isinstance(index, slice) else STATUSES[self._codes[index]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def are(self, status: str) -> npt.NDArray[np.bool_]:
+        """(samples,) which samples have it."""
+        return np.equal(self._codes, STATUSES.index(status))
+
+    def count(self, status: str) -> int:
+        """How many samples have it."""
+        return int(np.count_nonzero(self.are(status)))
+
+    def counts(self) -> dict[str, int]:
+        """How many samples have each status that there is, by name."""
+        found = np.bincount(self._codes, minlength=len(STATUSES)).tolist()
+        return {status: n for status, n in sorted(zip(STATUSES, found, strict=True)) if n}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample of the corpus; its arrays share the corpus's memory."""
+
+    sample_index: int
+    """Place in the corpus, from 0."""
+    sample_id: str
+    """The record's `id`, or a hash of its content."""
+    status: str
+    """`ok`, or why there is nothing to ask the teacher."""
+    input_ids: I32
+    """(tokens,)"""
+    loss_mask: npt.NDArray[np.bool_]
+    """(tokens,)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """All samples in flat arrays: sample i owns tokens offsets[i]:offsets[i + 1]."""
+
+    sample_ids: Ids
+    """(samples,) ids are the user's and need not be unique."""
+    statuses: Statuses
+    """(samples,)"""
+    offsets: I64
+    """(samples + 1,)"""
+    input_ids: I32
+    """(tokens,)"""
+    loss_mask: npt.NDArray[np.bool_]
+    """(tokens,)"""
+    lengths: I64
+    """(samples,) tokens of each before it was cut or dropped."""
+    source_samples: list[int]
+    """Samples of each source, in order."""
+    problems: list[list[str]]
+    """Per source, the first records of status `invalid_text`: where each is, and why."""
+    fingerprint: str
+    """Hash over every sample's id, status, token ids and loss mask, in order."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        return Sample(
+            sample_index=index,
+            sample_id=self.sample_ids[index],
+            status=self.statuses[index],
+            input_ids=self.input_ids[tokens],
+            loss_mask=self.loss_mask[tokens],
+        )
+
+    def tokens(self, samples: range) -> int:
+        """Number of tokens of a range of samples."""
+        return int(self.offsets[samples.stop] - self.offsets[samples.start])
+
+    @property
+    def truncated(self) -> int:
+        """Samples that were cut to the longest allowed length."""
+        starts = range(0, len(self), _STRIDE)
+        cut = (np.diff(self.offsets[i : i + _STRIDE + 1]) < self.lengths[i : i + _STRIDE] for i in starts)
+        return sum(map(np.count_nonzero, cut)) - self.statuses.count(TOO_LONG)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        starts = range(0, len(self), _STRIDE)
+        return max((int(np.diff(self.offsets[i : i + _STRIDE + 1]).max()) for i in starts), default=0)
+
+
+def freeze_corpus(
+    section: CorpusSection, tokenizer: Any, *, head_size: int, check: Callable[[], None] = lambda: None
+) -> Corpus:
+    """Read, tokenise and hash every record of every source, or take what an earlier start kept of that.
+
+    Args:
+        section: sources, mask and length policy.
+        tokenizer: the teacher's fast tokenizer.
+        head_size: rows of the teacher's LM head; pre-tokenised ids must be below it.
+        check: called often; may raise to stop.
+
+    Raises:
+        DataError: a source or a record is not readable, or nothing in the corpus can be used.
+        MismatchError: an object store denies access.
+        TemporaryError: an object store does not answer.
+    """
+    found = [find_source(source) for source in section.sources]
+    cache = cache_folder(section)
+
+    def records_of(number: int) -> Records:
+        return open_source(section.sources[number], found[number], seed=section.seed, cache=cache)
+
+    def make(columns: Columns) -> None:
+        digest = hashlib.sha256()
+        earlier = _corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found))
+        for i in range(len(earlier)):
+            _hash(digest, earlier.sample(i))
+        done = earlier.source_samples
+        records = [opened.get(number) or records_of(number) for number in range(len(found))]
+        work = partial(_tokenise_part, tokenizer=tokenizer, section=section, head_size=head_size)
+        left = sum(each.used for each in records) - sum(done)
+        with Pool(work, processes=_processes(section, left)) as pool:
+            for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
+                raw = islice(read_source(source, each), done[number], None)
+                for part in _larger(pool.map(chunked(raw, _BATCH)), check):
+                    columns.append(part, source=number, problems=part.problems[:_NAMED])
+                    for sample in _samples(part):
+                        _hash(digest, sample)
+        _refuse_useless(_corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found)))
+        columns.finish(fingerprint=digest.hexdigest())
+
+    opened = {number: records_of(number) for number, source in enumerate(found) if is_looked_up(source)}
+    key = corpus_key(section, found, opened, tokenizer, head_size=head_size)
+    corpus = _corpus(kept(cache / "corpora", key, make=make), len(found))
+    _refuse_bad(corpus, section)
+    if corpus.truncated:
+        log.warning(
+            "%d of %d samples are cut to corpus.max_length %d", corpus.truncated, len(corpus), section.max_length
+        )
+    return corpus
+
+
+def allowed_bad(samples: int, share: float) -> float:
+    """How many records of a source may be unusable."""
+    return max(share * samples, 1 if share else 0)
+
+
+def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
+    """Name the records that cannot be used; DataError where a source holds more of them than is allowed."""
+    first = 0
+    for source, samples, problems in zip(section.sources, corpus.source_samples, corpus.problems, strict=True):
+        bad = corpus.statuses[first : first + samples].count(INVALID_TEXT)
+        first += samples
+        share = section.max_bad_share
+        if not bad:
+            continue
+        what = f"{bad} of {samples} records of {source.path} cannot be used"
+        if bad > allowed_bad(samples, share):
+            raise DataError(
+                what,
+                got="; ".join(problems),
+                expected=f"a share of at most {share:g} (corpus.max_bad_share); one record always, unless that is 0",
+                fix="correct or drop these records, or raise corpus.max_bad_share to keep them as rows without targets",
+            )
+        log.warning("%s (status %s), such as %s", what, INVALID_TEXT, "; ".join(problems))
+
+
+def _corpus(frozen: Frozen, sources: int) -> Corpus:
+    arrays = dict(frozen.arrays)
+    samples, problems = [0] * sources, [list[str]() for _ in range(sources)]
+    seen = 0
+    for part in frozen.parts:
+        if "source" in part:
+            source, stop = part["source"], part["ends"]["statuses"]
+            samples[source] += stop - seen
+            problems[source] = [*problems[source], *part["problems"]][:_NAMED]
+            seen = stop
+    return Corpus(
+        sample_ids=Ids(arrays.pop("id_bytes"), arrays.pop("id_offsets")),
+        statuses=Statuses(arrays.pop("statuses")),
+        source_samples=samples,
+        problems=problems,
+        fingerprint=frozen.parts[-1].get("fingerprint", "") if frozen.parts else "",
+        **arrays,
+    )
+
+
+def _processes(section: CorpusSection, records: int) -> int:
+    """How many processes tokenise so many records."""
+    return section.num_proc or max(1, min(cores(), records // _PER_PROCESS))
+
+
+def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
+    """Parts that are worth keeping, of one source."""
+    gathered: list[Part] = []
+    started = time.monotonic()
+    while True:
+        check()
+        part = next(parts, None)
+        if part is not None:
+            gathered.append(part)
+        tokens, samples = sum(len(each.input_ids) for each in gathered), sum(len(each.sizes) for each in gathered)
+        late = time.monotonic() - started > _PART_SECONDS
+        if gathered and (part is None or late or tokens >= _PART_TOKENS or samples >= _PART_SAMPLES):
+            yield joined(gathered)
+            gathered, started = [], time.monotonic()
+        if part is None:
+            return
+
+
+def _samples(part: Part) -> Iterator[Sample]:
+    ids = Ids(part.id_bytes, _offsets(part.id_sizes))
+    offsets = _offsets(part.sizes)
+    for i, code in enumerate(part.statuses.tolist()):
+        tokens = slice(offsets[i], offsets[i + 1])
+        yield Sample(
+            sample_index=i,
+            sample_id=ids[i],
+            status=STATUSES[code],
+            input_ids=part.input_ids[tokens],
+            loss_mask=part.loss_mask[tokens],
+        )
+
+
+def _offsets(sizes: I64) -> I64:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _hash(digest: "hashlib._Hash", sample: Sample) -> None:
+    head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
+    digest.update(head.encode() + b"\n")
+    digest.update(sample.input_ids.astype("<i4").tobytes())
+    digest.update(sample.loss_mask.tobytes())
+
+
+def _refuse_useless(corpus: Corpus) -> None:
+    if corpus.statuses.count(OK):
+        return
+    found = ", ".join(f"{n} {status}" for status, n in corpus.statuses.counts().items()) or "no records"
+    raise DataError(
+        "no sample of the corpus can be used",
+        got="; ".join([found, *(problem for problems in corpus.problems for problem in problems)]),
+        expected="at least one sample with a supervised token",
+        fix="correct corpus.sources, corpus.mask or corpus.max_length",
+    )
+
+
+def _tokenise_part(
+    records: Sequence[tuple[str, str, RawRecord]], *, tokenizer: Any, section: CorpusSection, head_size: int
+) -> Part:
+    """Records of one source as samples; pure, so that it does not matter which process does it."""
+    ids: list[bytes] = []
+    statuses: list[int] = []
+    lengths: list[int] = []
+    kept: list[Tokens] = []
+    problems: list[str] = []
+    for record in tokenise(records, tokenizer, mask=section.mask):
+        tokens = record.tokens
+        if isinstance(tokens, Unusable):
+            problems.append(f"{record.where}: {tokens.reason}")
+        lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
+        status, tokens = _judge(tokens, section, head_size, where=record.where)
+        ids.append(record.sample_id.encode(errors="replace"))
+        statuses.append(STATUSES.index(status))
+        kept.append(tokens)
+    return Part(
+        sizes=np.array([len(tokens.input_ids) for tokens in kept], np.int64),
+        lengths=np.array(lengths, np.int64),
+        statuses=np.array(statuses, np.uint8),
+        id_sizes=np.array([len(each) for each in ids], np.int64),
+        input_ids=np.concatenate([NOTHING.input_ids, *(tokens.input_ids for tokens in kept)]),
+        loss_mask=np.concatenate([NOTHING.loss_mask, *(tokens.loss_mask for tokens in kept)]),
+        id_bytes=np.frombuffer(b"".join(ids), np.uint8),
+        problems=problems[:_NAMED],
+    )
+
+
+def _judge(tokens: Tokens | Unusable, section: CorpusSection, head_size: int, *, where: str) -> tuple[str, Tokens]:
+    """Status of a sample, and what is kept of it."""
+    if isinstance(tokens, Unusable):
+        return INVALID_TEXT, NOTHING
+    ids, mask, limit = tokens.input_ids, tokens.loss_mask, section.max_length
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < head_size:
+        raise DataError(
+            f"{where}: a token id is outside of the teacher's vocabulary",
+            got=int(ids.min()) if ids.min() < 0 else int(ids.max()),
+            expected=f"0 ... {head_size - 1}",
+            fix="tokenise the corpus with the teacher's tokenizer",
+        )
+    if len(ids) > limit:
+        match section.too_long:
+            case "drop":
+                return TOO_LONG, NOTHING
+            case "truncate":
+                ids, mask = ids[:limit], mask[:limit]
+            case "error":
+                raise DataError(
+                    f"{where}: the sample is too long",
+                    got=f"{len(ids)} tokens",
+                    expected=f"at most {limit} (corpus.max_length)",
+                    fix="raise corpus.max_length, or set corpus.too_long to truncate or drop",
+                )
+    return (OK if mask.any() else EMPTY), Tokens(ids, mask)

@@ -1,0 +1,325 @@
+"""Records of one source, read through `datasets`."""
+
+import glob
+import io
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+
+from storage_schemas.common.errors import DataError
+from storage_schemas.stores.address import local_path
+from storage_schemas.targets import I64
+from teacher_dump.config import SourceSection
+from teacher_dump.corpus.formats import FORMATS, detect_format, fitting_format, is_filled, is_read, unread_columns
+from teacher_dump.corpus.masks import Unusable
+from teacher_dump.corpus.remote import RemoteFile, fetch, find_remote, is_remote
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+_BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_TIMES = re.compile(r"'(timestamp|date|time)")
+_HIDDEN = re.compile(r"/[._]|/dataset_infos?\.json$")
+RawRecord = Mapping[str, Any] | Unusable
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a source's path stands for."""
+
+    builder: str | None
+    """`json` or `parquet`; None: a directory or a hub dataset, which `datasets` finds out about."""
+    path: str
+    """For such a directory or dataset."""
+    files: Sequence[str | Path | RemoteFile] = ()
+    """For a builder: its files, in order."""
+
+
+def find_source(source: SourceSection) -> Found:
+    """Look a source's files up; nothing is read.
+
+    Raises:
+        DataError: there is none, or they are of different kinds.
+        MismatchError: an object store's URL is not understood, or it denies access.
+        TemporaryError: an object store does not answer.
+    """
+    if is_remote(source.path):
+        remote = find_remote(source.path, source.storage_options, wanted=lambda key: _builder(key) is not None)
+        return Found(_one_kind({_builder(file.key) for file in remote}, source), source.path, remote)
+    path = local_path(source.path)
+    if path is None:  # Another protocol of `datasets`, such as https://.
+        builder = _builder(source.path)
+        return Found(builder, source.path, [source.path] if builder else ())
+    if path.exists():
+        builder = _builder(path.name) if path.is_file() else None
+        if path.is_file() and builder is None:
+            raise DataError(
+                f"a source of the corpus is of a kind that is not read: {source.path}",
+                got=f"a file that ends in {path.suffix}" if path.suffix else "a file without a suffix",
+                expected=f"{', '.join(_BUILDERS)}, each also with {', '.join(_COMPRESSED)}, or a directory",
+                fix="convert the file to JSONL or Parquet, or give it its suffix",
+            )
+        return Found(builder, str(path), [path] if builder else ())
+    files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    if files:
+        return Found(_one_kind({_builder(file.name) for file in files}, source), str(path), files)
+    if _builder(path.name) or glob.has_magic(str(path)) or source.path.startswith("file://"):
+        raise DataError(
+            "a source of the corpus is missing",
+            got=f"no file {source.path}",
+            expected="a JSONL, JSON or Parquet file, a glob, a directory, or a dataset id",
+            fix="correct corpus.sources[].path",
+        )
+    return Found(None, source.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What a source gives."""
+
+    total: int
+    """Records of its split."""
+    used: int
+    """Records that its weight leaves."""
+    numbered: Iterator[tuple[int, RawRecord]]
+    """(place in the split, record) of these, in order."""
+    identity: tuple[str, tuple[int, ...]] | None = None
+    """What `datasets` knows its content by: a hash of name, configuration, version, commit and split, and the bytes of
+    its files; None where it read lines."""
+
+
+def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, str, RawRecord]]:
+    """(where, format, record) of the records of a source; with `auto`, each record by its own columns.
+
+    Raises:
+        DataError: the format of its first record is not known.
+    """
+    usual: str | None = None if source.format == "auto" else source.format
+    seen: Counter[str] = Counter()
+    unknown: set[str] = set()
+    for number, record in records.numbered:
+        where = f"{source.path}, record {number + 1}"
+        if isinstance(record, Unusable):
+            yield where, usual or "text", record
+            continue
+        record = {name: value for name, value in record.items() if name not in source.ignore_columns}
+        if usual is None:
+            usual = detect_format(record.keys(), where=source.path)
+        kind = usual if source.format != "auto" else _kind(record, usual)
+        seen[kind] += 1
+        decisive, odd = unread_columns(record, kind)
+        if decisive:
+            raise _unread(source, kind, decisive, where)
+        if odd := odd - unknown:
+            unknown |= odd
+            log.warning("%s: columns that format `%s` does not read: %s", where, kind, ", ".join(sorted(odd)))
+        yield where, kind, record
+    if len(seen) > 1:
+        counted = ", ".join(f"{count} {kind}" for kind, count in seen.most_common())
+        log.warning("%s holds records of several formats: %s", source.path, counted)
+
+
+def _unread(source: SourceSection, kind: str, columns: set[str], where: str) -> DataError:
+    return DataError(
+        f"{where}: a column decides what the sample is, and format `{kind}` does not read it",
+        got=", ".join(sorted(columns)),
+        expected="columns that are read, or that do not matter",
+        fix="convert the records, or name the column in ignore_columns of this source",
+    )
+
+
+def _kind(record: Mapping[str, Any], usual: str) -> str:
+    """The format of one record. Columnar files give it the columns of all others, too; these are null or empty."""
+    if any(is_filled(record.get(column)) for column in FORMATS[usual]):
+        return usual
+    return fitting_format({column for column, value in record.items() if is_filled(value)}) or usual
+
+
+def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) -> Records:
+    """Records of a source that its weight leaves, in order.
+
+    Args:
+        source: as configured.
+        found: its files.
+        seed: of the choice that a weight below 1 makes.
+        cache: where copies of remote files are kept.
+
+    Raises:
+        DataError: the source cannot be read.
+        MismatchError: an object store denies access.
+        TemporaryError: an object store does not answer.
+    """
+    files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
+    files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
+    local = [file for file in files if isinstance(file, Path)]
+    by_line = found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train"
+    try:
+        dataset = _load(source, found, files)
+    except Exception as error:
+        # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
+        if by_line:
+            return _json_lines(local, source, seed)
+        raise _unreadable(source, error.__cause__ or error) from error
+    # Arrow takes text for times where all of a column looks like it.
+    if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if is_read(name)):
+        return _json_lines(local, source, seed)
+    total = len(dataset)
+    identity = (dataset._fingerprint, tuple(Path(file["filename"]).stat().st_size for file in dataset.cache_files))
+    if source.weight == 1:
+        return Records(total, total, enumerate(_rows(dataset)), identity)
+    chosen = chosen_records(total, source.weight, seed=seed)
+    numbered = zip(chosen.tolist(), _rows(dataset.select(chosen)), strict=True)
+    return Records(total, len(chosen), numbered, identity)
+
+
+def chosen_records(records: int, weight: float, *, seed: int) -> I64:
+    """Which of `records` records a source of `weight` gives, ascending; `weight` x records of them, rounded half up.
+
+    Record i has the i-th number of one random stream, and those with the smallest numbers are taken: the choice knows
+    nothing of other sources or of contents, and a larger weight only adds to it. Raw bits of numpy's Philox, unlike
+    its distributions, do not change between versions.
+    """
+    share = (Decimal(str(weight)) * records).to_integral_value(ROUND_HALF_UP)
+    numbers = np.random.Philox(key=seed).random_raw(records)
+    return np.sort(np.argsort(numbers, kind="stable")[: max(1, int(share))]).astype(np.int64)
+
+
+def _builder(name: str) -> str | None:
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _one_kind(builders: set[str | None], source: SourceSection) -> str:
+    if len(builders) == 1 and (builder := next(iter(builders))):
+        return builder
+    raise DataError(
+        f"a source of the corpus holds files of different or unknown kinds: {source.path}",
+        got=", ".join(sorted(builder or "unknown" for builder in builders)),
+        expected="only JSONL and JSON, or only Parquet",
+        fix="narrow corpus.sources[].path by a glob such as dir/*.jsonl, or make two sources of it",
+    )
+
+
+def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> Any:
+    if found.builder is not None:
+        names = [str(file) for file in files]
+        return datasets.load_dataset(found.builder, data_files=names, split=source.split)
+    path = Path(found.path)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(found.path)
+        if isinstance(saved, datasets.DatasetDict):
+            saved = saved[_split_name(source.split)]
+        return saved.select(range(*_split_range(source, len(saved))))
+    if path.is_dir():
+        _warn_of_unread_files(source, path)
+    return datasets.load_dataset(found.path, source.name, split=source.split)
+
+
+def _warn_of_unread_files(source: SourceSection, folder: Path) -> None:
+    """Name the data files of a directory that `datasets` leaves out: of another kind than most, or of another split."""
+    chosen = datasets.load_dataset_builder(str(folder), source.name).config.data_files or {}
+    read = {Path(name).resolve() for name in chosen.get(_split_name(source.split), ())}
+    there = [file for file in sorted(folder.rglob("*")) if _builder(file.name) and file.resolve() not in read]
+    unread = [str(name) for name in (file.relative_to(folder) for file in there) if not _HIDDEN.search(f"/{name}")]
+    if unread:
+        log.warning("%s: files that split %s leaves out: %s", source.path, source.split, ", ".join(unread[:10]))
+
+
+def _rows(dataset: Any) -> Iterator[RawRecord]:
+    for start in range(0, len(dataset), _BATCH):
+        stop = min(start + _BATCH, len(dataset))
+        try:
+            columns = dataset[start:stop]
+        except UnicodeDecodeError:
+            yield from (_row(dataset, i) for i in range(start, stop))
+            continue
+        yield from ({name: column[i] for name, column in columns.items()} for i in range(stop - start))
+
+
+def _row(dataset: Any, i: int) -> RawRecord:
+    try:
+        row: Mapping[str, Any] = dataset[i]
+    except UnicodeDecodeError as error:
+        return Unusable(f"not valid Unicode: {error}")
+    return row
+
+
+def _json_lines(paths: Sequence[Path], source: SourceSection, seed: int) -> Records:
+    """Records of JSONL files, line by line; a line that is not UTF-8 is an unusable record."""
+    first, last = _split_range(source, sum(1 for _ in _lines(paths)))
+    chosen: Sequence[int] = range(last - first)
+    if source.weight < 1:
+        chosen = chosen_records(last - first, source.weight, seed=seed).tolist()
+    wanted = set(chosen)
+
+    def numbered() -> Iterator[tuple[int, RawRecord]]:
+        for number, (where, line) in enumerate(_lines(paths), -first):
+            if number not in wanted:
+                continue
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                yield number, Unusable(f"not valid Unicode: {error}")
+                continue
+            yield number, _json_object(text, where=where)
+
+    return Records(last - first, len(chosen), numbered())
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of every line with something on it."""
+    for path in paths:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            # zstandard's reader knows no lines.
+            for number, line in enumerate(io.BufferedReader(file), 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+
+
+def _json_object(text: str, *, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: not a JSON object",
+            got=f"{error} in {text[:100]!r}",
+            expected="one JSON object per line",
+            fix="correct or drop the line",
+        ) from error
+    return record
+
+
+def _split_name(split: str) -> str:
+    return split.split("[")[0]
+
+
+def _split_range(source: SourceSection, length: int) -> tuple[int, int]:
+    """First and last + 1 of a split in the notation of `datasets`, such as `train[:1000]`."""
+    try:
+        instruction = datasets.ReadInstruction.from_spec(source.split)
+        (part,) = instruction.to_absolute({_split_name(source.split): length})
+    except (ValueError, AssertionError) as error:
+        raise _unreadable(source, error) from error
+    return part.from_ or 0, length if part.to is None else part.to
+
+
+def _unreadable(source: SourceSection, error: BaseException) -> DataError:
+    return DataError(
+        f"a source of the corpus cannot be read: {source.path}",
+        got=f"{type(error).__name__}: {str(error)[:300]}",
+        expected="a JSONL, JSON or Parquet file, a directory, or a dataset id, with the configured split",
+        fix="correct the file, or corpus.sources[] (path, name, split)",
+    )

@@ -1,0 +1,97 @@
+"""From records to token ids and loss masks: one function of a batch of records, so that it can run anywhere."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage_schemas.common.errors import DataError
+from teacher_dump.corpus.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
+from teacher_dump.corpus.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
+from teacher_dump.corpus.sources import RawRecord
+
+NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """A record after tokenisation, before anybody has judged its length."""
+
+    sample_id: str
+    """The record's `id`, or a hash of its content."""
+    tokens: Tokens | Unusable
+    where: str
+    """File and record, for messages."""
+
+
+def tokenise(records: Sequence[tuple[str, str, RawRecord]], tokenizer: Any, *, mask: str) -> Iterator[Tokenised]:
+    """One result per (where, format, record), in order; a record that is of no use is `Unusable` and says why.
+
+    Raises:
+        DataError: the tokenizer cannot do what these records need, whatever they hold.
+    """
+    forms = [_form(record, kind) for _, kind, record in records]
+    for (where, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
+        given = None if isinstance(raw, Unusable) else raw.get("id")
+        yield Tokenised(_content_hash(form) if given is None else str(given), tokens, where)
+
+
+def _form(record: RawRecord, kind: str) -> Record | Unusable | None:
+    try:
+        return record if isinstance(record, Unusable) else normalise(record, kind)
+    except DataError as error:
+        return Unusable.of(error)
+
+
+def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) -> Iterator[Tokens | Unusable]:
+    """One result per form, in order; forms of one kind are tokenised together, which is several times faster."""
+    conversations = [form for form in forms if isinstance(form, Conversation)]
+    completions = [form for form in forms if isinstance(form, Completion)]
+    documents = [form for form in forms if isinstance(form, Document)]
+    results: dict[type, Iterator[Tokens | Unusable]] = {}
+    if conversations:
+        results[Conversation] = iter(tokenise_conversations(tokenizer, conversations, mask=mask))
+    if completions:
+        results[Completion] = iter(tokenise_completions(tokenizer, completions, mask=mask))
+    if documents:
+        results[Document] = iter(tokenise_documents(tokenizer, documents))
+    for form in forms:
+        if form is None:
+            yield NOTHING
+        elif isinstance(form, Unusable):
+            yield form
+        elif isinstance(form, Pretokenised):
+            yield _pretokenised(form, mask)
+        else:
+            yield next(results[type(form)])
+
+
+def _pretokenised(form: Pretokenised, mask: str) -> Tokens:
+    # Larger than int32 is out of range for any vocabulary; keep it so, instead of wrapping around.
+    ids = np.clip(np.array(form.input_ids, np.int64), -1, 2**31 - 1).astype(np.int32)
+    given = form.loss_mask if form.loss_mask is not None and mask == "assistant" else np.ones(len(ids), bool)
+    loss_mask = np.array(given, bool)
+    loss_mask[:1] = False
+    return Tokens(ids, loss_mask)
+
+
+def _content_hash(form: Record | Unusable | None) -> str:
+    """An id for a record without one: the same content has the same id."""
+    match form:
+        case None:
+            content: Any = None
+        case Unusable(reason):
+            content = reason
+        case Conversation(messages, tools, options, silent):
+            content = [messages, tools, options, silent] if tools or options or silent else messages
+        case Completion(prompt, completion):
+            content = [prompt, completion]
+        case Document(text):
+            content = text
+        case Pretokenised(input_ids, loss_mask):
+            content = [list(input_ids), None if loss_mask is None else list(loss_mask)]
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

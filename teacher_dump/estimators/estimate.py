@@ -1,0 +1,274 @@
+"""From logits to sparse targets: exact head, tail mass, draws. Pure tensor functions, no loop over tokens.
+
+Every function takes float32 logits of shape (n, V) and uses them as scratch memory. Log-sum-exps of the tail are
+taken over the tail itself, with the head masked: 1 - sum(head) is noise where the teacher is sure. Ties are broken by
+the lowest id, so that equal logits give equal targets on every device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.targets import I64, Targets
+from teacher_dump.estimators.draws import uniforms
+from teacher_dump.estimators.selection import draw_from_weights, largest
+
+_NO_DRAWS_BELOW = 1e-7
+"""Tail mass that float32 weights cannot tell from 0; such a token needs no draws."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entries:
+    """Targets of n tokens, padded to K entries, on the device of the logits."""
+
+    ids: Tensor
+    """(n, K) int32: the head's ascending, then the draws' ascending."""
+    logprobs: Tensor
+    """(n, K) float32 log p at T = 1."""
+    filled: Tensor
+    """(n, K) bool: false is padding."""
+    head_size: Tensor
+    """(n,) int32."""
+    counts: Tensor | None
+    """(n, K) int32: how often an entry was drawn; None for `topk`."""
+    tail_logprob: Tensor
+    """(n, temperatures) float32."""
+    logsumexp: Tensor
+    """(n, temperatures) float32."""
+    finite: Tensor
+    """(n,) bool: false where the logits hold NaN or +inf; the rest of such a row means nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The k largest entries, of which the first `size` are the head, largest first. Float64."""
+
+    ids: Tensor
+    logprobs: Tensor
+    inside: Tensor
+    values: Tensor
+    rest_top: Tensor
+    rest: Tensor
+    logsumexp: Tensor
+
+
+def draws_per_token(estimator: Estimator) -> int:
+    """How many uniform numbers a token needs."""
+    match estimator:
+        case TopK():
+            return 0
+        case Adaptive():
+            return 1
+        case Sampled():
+            return estimator.draws
+
+
+def estimate(
+    logits: Tensor, estimator: Estimator, *, temperatures: Sequence[float], sample_index: I64, position: I64
+) -> Entries:
+    """Targets of n tokens; `sample_index` and `position` (n,) say which, for the draws. Overwrites the logits."""
+    if isinstance(estimator, TopK):
+        return topk(logits, k=estimator.k, mass=estimator.mass, temperatures=temperatures)
+    u = uniforms(estimator.seed, sample_index, position, draws=draws_per_token(estimator))
+    u_device = on_device(u, logits.device)
+    if isinstance(estimator, Sampled):
+        return sampled(logits, u_device, temperatures=temperatures)
+    return adaptive(
+        logits,
+        u_device[:, 0],
+        mass=estimator.mass,
+        k_min=estimator.k_min,
+        k_max=estimator.k_max,
+        tail_draws=estimator.tail_draws,
+        temperatures=temperatures,
+    )
+
+
+def topk(logits: Tensor, *, k: int, mass: float, temperatures: Sequence[float]) -> Entries:
+    """The k largest probabilities, ending early once they hold `mass` (1.0: never early), and the mass of the rest."""
+    head = _head(logits, k_min=1, k_max=k, mass=mass, temperatures=temperatures)
+    ids, logprobs = _by_id(head)
+    return Entries(
+        ids=ids,
+        logprobs=logprobs,
+        filled=_leading(head.inside.sum(1), ids.shape[1]),
+        head_size=head.inside.sum(1).int(),
+        counts=None,
+        tail_logprob=_tail(head, temperatures).float(),
+        logsumexp=head.logsumexp.float(),
+        finite=head.logsumexp[:, 0].isfinite(),
+    )
+
+
+def adaptive(
+    logits: Tensor,
+    u: Tensor,
+    *,
+    mass: float,
+    k_min: int,
+    k_max: int,
+    tail_draws: int,
+    temperatures: Sequence[float],
+) -> Entries:
+    """The fewest entries that reach `mass`, then systematic draws from the rest: points (u + j) / m, one u per token.
+
+    Args:
+        logits: (n, V) float32, overwritten.
+        u: (n,) float64 in [0, 1).
+        mass: probability that the head shall hold.
+        k_min: head entries, at least.
+        k_max: head entries, at most.
+        tail_draws: draws m per token.
+        temperatures: of the stored tail masses; the first is 1.
+    """
+    head = _head(logits, k_min=k_min, k_max=k_max, mass=mass, temperatures=temperatures)
+    tail = _tail(head, temperatures)
+    # `_head` left exp(z - rest_top) of what is not among the k largest. Scale to the largest entry of the tail, and
+    # give back those of the k largest that the head left out.
+    outside = head.values.masked_fill(head.inside, -torch.inf)
+    tail_top = torch.maximum(outside.amax(1), head.rest_top)
+    logits.mul_(torch.exp(head.rest_top - tail_top).nan_to_num_(0.0).float()[:, None])
+    logits.scatter_(1, head.ids, torch.exp(outside - tail_top[:, None]).nan_to_num_(0.0).float())
+    steps = torch.arange(tail_draws, device=u.device, dtype=torch.float64)
+    drawn, weights = draw_from_weights(logits, (u[:, None] + steps) / tail_draws)
+    drawn_logprobs = weights.log() + (tail_top - head.logsumexp[:, 0])[:, None]
+
+    head_ids, head_logprobs = _by_id(head)
+    ids, logprobs, counts = _merged(drawn, drawn_logprobs.float())
+    counts = counts.masked_fill((tail[:, 0].exp() <= _NO_DRAWS_BELOW)[:, None], 0)
+    return Entries(
+        ids=torch.cat([head_ids, ids], 1),
+        logprobs=torch.cat([head_logprobs, logprobs], 1),
+        filled=torch.cat([_leading(head.inside.sum(1), head_ids.shape[1]), counts > 0], 1),
+        head_size=head.inside.sum(1).int(),
+        counts=torch.cat([torch.zeros_like(head_ids), counts], 1),
+        tail_logprob=tail.float(),
+        logsumexp=head.logsumexp.float(),
+        finite=head.logsumexp[:, 0].isfinite(),
+    )
+
+
+def sampled(logits: Tensor, u: Tensor, *, temperatures: Sequence[float]) -> Entries:
+    """Independent draws from p, one per column of `u` (n, draws), float64 in [0, 1). Overwrites the logits."""
+    top = logits.amax(1).double()
+    logsumexp = _log_sums(logits, top, temperatures) + top[:, None] * _inverse(temperatures, logits.device)
+    drawn, weights = draw_from_weights(logits, u)
+    ids, logprobs, counts = _merged(drawn, (weights.log() + (top - logsumexp[:, 0])[:, None]).float())
+    return Entries(
+        ids=ids,
+        logprobs=logprobs,
+        filled=counts > 0,
+        head_size=torch.zeros_like(ids[:, 0]),
+        counts=counts,
+        tail_logprob=torch.zeros_like(logsumexp).float(),
+        logsumexp=logsumexp.float(),
+        finite=logsumexp[:, 0].isfinite(),
+    )
+
+
+def gather(parts: Sequence[Entries], *, logsumexp: bool) -> Callable[[], tuple[Targets, npt.NDArray[np.bool_]]]:
+    """Begin to copy the entries of all tokens of `parts` to the CPU.
+
+    Returns:
+        What waits for the copies and gives the targets and, per token, whether its logits were finite.
+    """
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Entries)}
+    if not logsumexp:
+        del columns["logsumexp"]
+    if columns["counts"][0] is None:
+        del columns["counts"]
+    # To pinned memory: a GPU copies while it computes what comes next.
+    copies = {name: torch.cat(column).to("cpu", non_blocking=True) for name, column in columns.items()}
+    device = parts[0].ids.device
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def gathered() -> tuple[Targets, npt.NDArray[np.bool_]]:
+        if copied is not None:
+            copied.synchronize()
+        arrays: dict[str, Any] = {name: copy.numpy() for name, copy in copies.items()}
+        filled, finite = arrays.pop("filled"), arrays.pop("finite")
+        arrays |= {name: arrays[name][filled] for name in ("ids", "logprobs", "counts") if name in arrays}
+        offsets = np.concatenate([[0], np.cumsum(filled.sum(1), dtype=np.int64)])
+        return Targets(offsets=offsets, **({"counts": None, "logsumexp": None} | arrays)), finite
+
+    return gathered
+
+
+def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor with the array's values. From pinned memory, so that nobody waits for what a GPU has yet to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _head(logits: Tensor, *, k_min: int, k_max: int, mass: float, temperatures: Sequence[float]) -> _Head:
+    """Choose the head; leaves exp(z - rest_top) of everything but the k_max largest in `logits`, 0 in their place."""
+    n, vocabulary = logits.shape
+    k = min(k_max, vocabulary)
+    values, ids = largest(logits, min(k + 1, vocabulary))
+    rest_top = values[:, k].double() if k < vocabulary else values.new_full((n,), -torch.inf, dtype=torch.float64)
+    values, ids = values[:, :k].double(), ids[:, :k]
+    logits.scatter_(1, ids, -torch.inf)
+    scale = _inverse(temperatures, logits.device)
+    rest = _log_sums(logits, rest_top, temperatures) + rest_top[:, None] * scale
+    everything = torch.cat([values[:, None, :] * scale[:, None], rest[:, :, None]], 2)
+    logsumexp = everything.logsumexp(2)
+
+    logprobs = values - logsumexp[:, :1]
+    # An entry is inside if the ones before it do not yet hold the mass.
+    before = pad(logprobs.exp().cumsum(1)[:, :-1], (1, 0))
+    inside = before < mass if mass < 1.0 else torch.ones_like(before, dtype=torch.bool)
+    inside[:, :k_min] = True
+    inside &= logprobs > -torch.inf
+    return _Head(ids, logprobs, inside, values, rest_top, rest, logsumexp)
+
+
+def _log_sums(logits: Tensor, top: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """(n, temperatures) log sum exp((z - top) / T), float64; `logits` becomes exp(z - top). `top` (n,) bounds z."""
+    shift = top.masked_fill(top.isneginf(), 0.0).float()[:, None]
+    logits.sub_(shift)
+    sums = [torch.exp(logits / T).sum(1) for T in temperatures[1:]]
+    sums.insert(0, logits.exp_().sum(1))
+    return torch.stack(sums, 1).double().log()
+
+
+def _tail(head: _Head, temperatures: Sequence[float]) -> Tensor:
+    """(n, temperatures) log of the mass outside the head: log-sum-exp of what the head left out and of the rest."""
+    scale = _inverse(temperatures, head.values.device)
+    outside = head.values.masked_fill(head.inside, -torch.inf)
+    parts = torch.cat([outside[:, None, :] * scale[:, None], head.rest[:, :, None]], 2)
+    # Rounding may not push a log-mass above 0.
+    return (parts.logsumexp(2) - head.logsumexp).clamp_max(0.0)
+
+
+def _inverse(temperatures: Sequence[float], device: torch.device) -> Tensor:
+    """(temperatures,) float64 1 / T."""
+    return on_device(1.0 / np.array(temperatures, np.float64), device)
+
+
+def _by_id(head: _Head) -> tuple[Tensor, Tensor]:
+    """Ids (int32) and log-probs (float32) of the head, ascending by id; entries outside it come last."""
+    order = head.ids.masked_fill(~head.inside, 2**31 - 1).argsort(1)
+    return head.ids.gather(1, order).int(), head.logprobs.gather(1, order).float()
+
+
+def _leading(count: Tensor, width: int) -> Tensor:
+    """(n, width) true in the first `count` columns."""
+    return torch.arange(width, device=count.device) < count[:, None]
+
+
+def _merged(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the draws of each row by id and merge repeated ones: ids, log-probs and counts; count 0 is padding."""
+    ids, order = ids.sort(1)
+    logprobs = logprobs.gather(1, order)
+    first = torch.ones_like(ids)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = first.cumsum(1) - 1
+    counts = torch.zeros_like(ids).scatter_add_(1, place, torch.ones_like(ids))
+    return ids.scatter(1, place, ids).int(), logprobs.scatter(1, place, logprobs), counts.int()

@@ -1,0 +1,162 @@
+"""One teacher held by several processes. Every forward pass is collective: process 0 leads, the others follow.
+
+The leader is a worker like any other: it takes units, chooses and commits targets. What it sends through the teacher it
+sends to the followers first, as JSON, and they run the same batch. They know nothing of the dump.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from transformers.distributed import DistributedConfig
+
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.provenance import Recipe
+from teacher_dump.config import TeacherSection
+from teacher_dump.corpus.freeze import Sample
+from teacher_dump.teachers.teacher import PendingTargets, Teacher, cuda_or_no_gpu, launch
+
+_COLLECTIVE = timedelta(minutes=10)
+"""How long a forward pass may take."""
+_CONTROL = timedelta(days=7)
+"""How long followers wait for the next batch: their leader may be tokenising a corpus or waiting for a store."""
+LOAD = "load"
+"""What the leader says when the weights are to be loaded; else it says which batch to run, or None: the end."""
+_RECIPE = TypeAdapter(Recipe)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """This process among those that hold the teacher."""
+
+    rank: int
+    size: int
+    local_rank: int
+    on_gpu: bool
+    control: dist.ProcessGroup
+
+    @classmethod
+    def join(cls, rank: int, size: int, local_rank: int, *, device: str, rendezvous: str = "env://") -> "Group":
+        """Meet the others.
+
+        Args:
+            rank: 0 leads.
+            size: number of processes.
+            local_rank: rank among those of this machine, and number of the GPU.
+            device: `teacher.device`.
+            rendezvous: `env://` (torchrun) or `file://path`.
+        """
+        on_gpu = device.startswith("cuda") or (device == "auto" and cuda_or_no_gpu())
+        if on_gpu:
+            torch.cuda.set_device(local_rank)
+        os.environ["LOCAL_RANK"] = str(local_rank)  # transformers and DeepSpeed take it from here alone.
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=_COLLECTIVE, init_method=rendezvous)
+        control = dist.new_group(backend="gloo", timeout=_CONTROL)
+        return cls(rank=rank, size=size, local_rank=local_rank, on_gpu=on_gpu, control=control)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process works on the dump."""
+        return self.rank == 0
+
+    def send(self, message: object) -> None:
+        """Tell the followers, in JSON: what comes over a socket is not unpickled."""
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        dist.broadcast(torch.tensor(len(data)), src=0, group=self.control)
+        dist.broadcast(data, src=0, group=self.control)
+
+    def receive(self) -> Any:
+        """Wait for what the leader says."""
+        size = torch.zeros((), dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self.control)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self.control)
+        return json.loads(data.numpy().tobytes())
+
+    def close(self) -> None:
+        """Leave. Collective."""
+        if self.leads:
+            self.send(None)
+        dist.destroy_process_group()
+
+
+class GroupTeacher(Teacher):
+    """The same teacher, spread over the processes of a group."""
+
+    def __init__(self, section: TeacherSection, group: Group) -> None:
+        super().__init__(section)
+        self.group = group
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        return self.group.size
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process's share runs."""
+        return torch.device("cuda", self.group.local_rank) if self.group.on_gpu else torch.device("cpu")
+
+    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+        """As `Teacher.launch`, with every process of the group.
+
+        Raises:
+            MismatchError: the batch does not fit into a device's memory. It is not halved: the other processes may be
+                in the middle of it.
+        """
+        _ = self.model
+        if self.group.leads:
+            plain = {
+                "samples": [_plain(sample) for sample in samples],
+                "recipe": _RECIPE.dump_python(recipe, mode="json"),
+            }
+            self.group.send(plain)
+        try:
+            return launch(self.model, samples, recipe)
+        except torch.OutOfMemoryError as error:
+            raise MismatchError(
+                f"a batch does not fit into the memory of {self.device}",
+                got=str(error).strip().splitlines()[0],
+                expected="room for teacher.batch_tokens tokens beside this process's share of the weights",
+                fix="lower teacher.batch_tokens, or start more processes",
+            ) from error
+
+    def follow(self) -> None:
+        """Run what the leader sends, until it has nothing more to send."""
+        while (message := self.group.receive()) is not None:
+            if message == LOAD:
+                _ = self.model
+                continue
+            self.launch([_sample(plain) for plain in message["samples"]], _RECIPE.validate_python(message["recipe"]))
+
+    def load_model(self) -> Any:
+        """This process's share of the weights. Collective."""
+        if self.group.leads:
+            self.group.send(LOAD)
+        if self.section.sharding == "tensor":
+            # Without tp_size, transformers takes the plan and spreads nothing.
+            return self.read_weights(distributed_config=DistributedConfig(tp_size=self.group.size, tp_plan="auto"))
+        from teacher_dump.teachers.zero3 import load_partitioned
+
+        return load_partitioned(
+            self.read_weights, dtype=self.section.dtype, offload=self.section.offload, on_gpu=self.group.on_gpu
+        )
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    arrays = {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()}
+    return {name: arrays.get(name, getattr(sample, name)) for name in sample.__slots__}
+
+
+def _sample(plain: dict[str, Any]) -> Sample:
+    arrays = {"input_ids": np.array(plain["input_ids"], np.int32), "loss_mask": np.array(plain["loss_mask"], np.bool_)}
+    return Sample(**(plain | arrays))

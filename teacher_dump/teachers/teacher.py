@@ -1,0 +1,449 @@
+"""The teacher: who it is, and its targets for a batch of samples. Logits exist for chunks of supervised tokens only."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from storage_schemas.common.devices import refuse_idle_gpus
+from storage_schemas.common.errors import MismatchError, explained
+from storage_schemas.config import Estimator
+from storage_schemas.logits import LogitTransform, body_of
+from storage_schemas.provenance import EngineIdentity, MadeBy, Recipe, RunInfo, TeacherIdentity
+from storage_schemas.shift import Positions, supervised_positions
+from storage_schemas.targets import I64, Targets
+from teacher_dump.config import TeacherSection
+from teacher_dump.corpus.freeze import Corpus, Sample
+from teacher_dump.estimators.estimate import Entries, estimate, gather, on_device
+from teacher_dump.teachers.batching import length_sorted_batches
+from teacher_dump.teachers.model_files import ModelFiles, find_model
+from teacher_dump.teachers.products import Float32Results, linear
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Value of `teacher.dtype` -> torch's."""
+_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits that exist at a time: little memory, and enough to keep the matrix product busy."""
+_MEMORY_ADVICE = (
+    "load it in bfloat16 (teacher.dtype), spread it over several devices (teacher.sharding: device_map, tensor or "
+    "zero3), or use a larger one"
+)
+_PROBE = 8
+"""Tokens of each sequence that a freshly loaded model is checked with."""
+PendingTargets = Callable[[], list[Targets | None]]
+"""Call it to wait for the targets of a batch."""
+_TOLERANCE = 0.02
+"""Of the largest value: what bfloat16 may differ by between two ways to the same number."""
+
+
+class Teacher:
+    """A causal language model of transformers. Its weights are loaded when the first targets are asked for."""
+
+    positions_rule = "max_position_embeddings"
+    """Where `positions` comes from, for the message."""
+
+    def __init__(self, section: TeacherSection) -> None:
+        self.section = section
+        self._fits: int | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """Its files, fetched from the hub if need be."""
+        return find_model(self.section.model, self.section.revision)
+
+    @cached_property
+    def config(self) -> Any:
+        """Its transformers config."""
+        return self.from_pretrained(AutoConfig)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.from_pretrained(AutoTokenizer)
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the LM head."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @cached_property
+    def masked_from(self) -> int | None:
+        """The first row of the LM head from which on the tokenizer has no ids; None if it has one for the last row."""
+        known = max(self.tokenizer.get_vocab().values()) + 1
+        return known if known < self.head_size else None
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it can see at most; None if nothing in its config limits them."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def short_context(self) -> int | None:
+        """Sequences up to this length are rotated by other frequencies than longer ones (LongRoPE); else None."""
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+        short = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+        return min((length for length in short if length is not None), default=None)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        name = self.section.device
+        if name == "auto":
+            name = "cuda" if cuda_or_no_gpu() else "cpu"
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise MismatchError(
+                "the teacher's device cannot be used",
+                got=f"{name}: {str(error).strip().splitlines()[0]}",
+                expected="auto, cpu, cuda or cuda:N",
+                fix="correct teacher.device",
+            ) from error
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on; the host's memory and disk, where layers wait, are none."""
+        places = getattr(self.model, "hf_device_map", {}).values()
+        return max(1, len({str(place) for place in places} - {"cpu", "disk"}))
+
+    @cached_property
+    def model(self) -> Any:
+        """The model with its weights, on its device or devices."""
+        try:
+            return self._checked(self.load_model())
+        except (RuntimeError, MemoryError) as error:
+            if (known := explained(error, memory=_MEMORY_ADVICE)) is None:
+                raise
+            raise known from error
+
+    def _checked(self, model: Any) -> Any:
+        """A freshly loaded model, which is refused unless its targets can be computed."""
+        model.eval().requires_grad_(False)
+        rows = head_rows(model)
+        if rows != self.head_size:
+            raise MismatchError(
+                f"the LM head of {self.section.model} disagrees with its config",
+                got=f"{rows} rows",
+                expected=f"vocab_size = {self.head_size}",
+                fix="correct config.json, or choose another teacher",
+            )
+        refuse_unknown_model(model)
+        return model
+
+    def refuse_unloadable(self) -> None:
+        """Raise what loading the weights would end in, as far as it can be known without.
+
+        Raises:
+            MismatchError: no such model, not a causal one, or packages or the device for it are missing.
+            DataError: a file is torn.
+        """
+        self.files.refuse_torn()
+        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise self._unloadable(ValueError(f"{type(self.config).__name__} belongs to no causal language model"))
+        if (quantised := getattr(self.config, "quantization_config", None)) is not None:
+            try:
+                AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment(device_map=None)
+            except ImportError as error:
+                raise self._unloadable(error) from error
+            except (ValueError, RuntimeError) as error:  # May depend on where the weights will be.
+                log.debug("%s", error)
+        _ = self.device
+
+    def load_model(self) -> Any:
+        """The weights, from safetensors alone."""
+        place: dict[str, Any] = {}
+        if self.section.sharding == "device_map":
+            if (folder := self.section.offload_folder) is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="llm-neo-offload-")
+                folder = self._scratch.name
+            limits = {int(k) if k.isdecimal() else k: v for k, v in self.section.max_memory.items()}
+            place = {"device_map": "auto", "max_memory": limits or None, "offload_folder": folder}
+        elif self.device.type != "cpu":
+            # A device map reads the weights straight to the device, without a copy in the host's memory.
+            place = {"device_map": {"": self.device}}
+        return self.read_weights(**place)
+
+    def read_weights(self, **options: Any) -> Any:
+        """The model as transformers reads it, with options that say where to put it."""
+        dtype = DTYPES[self.section.dtype]
+        return self.from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **options)
+
+    @property
+    def engine(self) -> EngineIdentity:
+        """The software that runs it."""
+        return EngineIdentity(name=self.section.backend, arguments={})
+
+    def made_by(self) -> MadeBy:
+        """Where it lies and what it runs with."""
+        return MadeBy(
+            model=self.section.model,
+            revision=self.files.revision,
+            config_file_sha256=self.files.config_file_sha256(),
+            versions={name: version(name) for name in ("transformers", "torch")},
+        )
+
+    def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
+        """Raise MismatchError if it cannot make such targets, before anything is read: transformers makes them all."""
+
+    def start(self, corpus: Corpus, run: RunInfo) -> None:
+        """Load the weights, now that there is something to do for `run`."""
+        _ = self.model
+
+    def close(self) -> None:
+        """Let go of what must not be left to the interpreter's exit."""
+
+    def identity(self) -> TeacherIdentity:
+        """Who the teacher is, from its files alone."""
+        return self._identity
+
+    def batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Samples that go through the model together: of like length, within the budget of padded tokens."""
+        lengths = [forward_tokens(sample) for sample in samples]
+        cuts = length_sorted_batches(lengths, budget=self.section.batch_tokens, apart_at=self.short_context)
+        return [[samples[place] for place in places] for places in cuts]
+
+    def targets(self, samples: Sequence[Sample], recipe: Recipe) -> list[Targets | None]:
+        """What `launch` promises."""
+        return self.launch(samples, recipe)()
+
+    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+        """Send samples through the model. A GPU is still at work when this returns, and the next batch may follow.
+
+        A batch that does not fit into the GPU's memory is halved, and so are later ones of its size.
+
+        Args:
+            samples: each with at least one supervised token; they go through the model together, padded.
+            recipe: what is kept of the logits.
+
+        Returns:
+            What waits for the targets of each sample's supervised tokens, in order; None where its logits are not
+            finite. Any thread may call it.
+
+        Raises:
+            MismatchError: a single sample does not fit into the device's memory.
+        """
+        padded = len(samples) * max(forward_tokens(sample) for sample in samples)
+        if len(samples) == 1 or self._fits is None or padded <= self._fits:
+            try:
+                return launch(self.model, samples, recipe)
+            except torch.OutOfMemoryError as error:
+                message = str(error).strip().splitlines()[0]
+            self._refuse_or_halve(samples, padded, message)
+        half = (len(samples) + 1) // 2
+        parts = [self.launch(part, recipe) for part in (samples[:half], samples[half:])]
+        return lambda: [found for part in parts for found in part()]
+
+    @cached_property
+    def _identity(self) -> TeacherIdentity:
+        return TeacherIdentity(
+            config_sha256=self.files.config_sha256(),
+            weights_sha256=self.files.weights_sha256(),
+            dtype=self.section.dtype,
+            head_size=self.head_size,
+        )
+
+    def from_pretrained(self, kind: Any, **options: Any) -> Any:
+        """`kind.from_pretrained` on its files, none of whose code is run; what fails is a NeoError."""
+        try:
+            return kind.from_pretrained(self.files.folder, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError) as error:
+            raise explained(error, memory=_MEMORY_ADVICE) or self._unloadable(error) from error
+
+    def _unloadable(self, error: Exception) -> MismatchError:
+        return MismatchError(
+            f"the teacher {self.section.model} cannot be loaded",
+            got=" ".join(str(error).split())[:300] or type(error).__name__,
+            expected="a causal language model that the installed transformers knows, with its tokenizer",
+            fix="install what is missing" if isinstance(error, ImportError) else "correct teacher.model",
+        )
+
+    def _refuse_or_halve(self, samples: Sequence[Sample], padded: int, message: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(samples) == 1:
+            raise MismatchError(
+                f"sample {samples[0].sample_index} alone does not fit into the memory of {self.device}",
+                got=f"{padded} tokens: {message}",
+                expected="a device that holds the model and one sample",
+                fix="lower corpus.max_length, or run the teacher in bfloat16 or on a larger device",
+            )
+        if self._fits is None:
+            log.warning("%d padded tokens do not fit into %s: halving such batches", padded, self.device)
+        self._fits = padded // 2
+
+
+def forward_tokens(sample: Sample) -> int:
+    """Tokens that the model must see: up to the one before the last supervised token."""
+    return int(supervised_positions(sample.loss_mask).logits[-1]) + 1
+
+
+def cuda_or_no_gpu() -> bool:
+    """Whether torch can use a GPU here.
+
+    Raises:
+        MismatchError: there is one that it cannot use: nobody waits for a CPU in silence.
+    """
+    if not torch.cuda.is_available():
+        refuse_idle_gpus(os.environ, build=torch.__version__, fix="set teacher.device: cpu")
+    return torch.cuda.is_available()
+
+
+def refuse_unknown_model(model: Any) -> None:
+    """Raise MismatchError unless targets of this architecture can be computed as they are here.
+
+    Two sequences with a common beginning must agree on it, since batches are padded without a mask; and body, head
+    and what is known to follow the head must give the model's own logits.
+    """
+    ids = torch.arange(2 * _PROBE, device=_input_device(model)).view(2, _PROBE) % head_rows(model)
+    ids[1, : _PROBE // 2] = ids[0, : _PROBE // 2]
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+        hidden = _hidden(model, ids)
+        got = _logits(model, hidden.flatten(0, 1), LogitTransform.of(model.config, role="teacher"))
+    if not bool(expected.isfinite().all()):
+        return  # Broken weights are reported sample by sample.
+    seen = _relative_difference(*hidden[:, : _PROBE // 2].float())
+    if not seen < _TOLERANCE:
+        raise MismatchError(
+            f"{type(model).__name__} is not causal: a later token changes what it computes for earlier ones",
+            got=f"hidden states that differ by {seen:.2g} of the largest",
+            expected="a decoder whose states depend on the tokens up to their own",
+            fix="choose another teacher",
+        )
+    off = _relative_difference(got, expected) if got.shape == expected.shape else float("inf")
+    if not off < _TOLERANCE:
+        raise MismatchError(
+            f"the head of {type(model).__name__} is not understood",
+            got=f"logits off by {off:.2g} of the largest",
+            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
+            fix="choose another teacher",
+        )
+
+
+def _relative_difference(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+@torch.inference_mode()
+def launch(model: Any, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+    positions = [supervised_positions(sample.loss_mask) for sample in samples]
+    hidden = _supervised_hidden(model, samples, positions)
+    sample_index, position = _coordinates(samples, positions)
+    transform = LogitTransform.of(model.config, role="teacher")
+    chunk = min(_chunk_tokens(model), len(hidden))
+    scratch = hidden.new_empty(chunk, head_rows(model), dtype=torch.float32)
+    parts: list[Entries] = []
+    for start in range(0, len(hidden), chunk):
+        tokens = slice(start, start + chunk)
+        logits = _logits(model, hidden[tokens], transform, scratch)
+        if recipe.masked_from is not None:
+            logits[:, recipe.masked_from :] = -torch.inf
+        parts.append(
+            estimate(
+                logits,
+                recipe.estimator,
+                temperatures=recipe.temperatures,
+                sample_index=sample_index[tokens],
+                position=position[tokens],
+            )
+        )
+    gathered = gather(parts, logsumexp=recipe.logsumexp)
+    stops = np.cumsum([len(place.tokens) for place in positions]).tolist()
+
+    def targets() -> list[Targets | None]:
+        found, finite = gathered()
+        spans = zip([0, *stops[:-1]], stops, strict=True)
+        return [found.slice(start, stop) if finite[start:stop].all() else None for start, stop in spans]
+
+    return targets
+
+
+def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequence[Positions]) -> Tensor:
+    """(supervised tokens, hidden) the states that predict them, sample by sample.
+
+    Padding is on the right, where a causal model's earlier positions cannot see it: no attention mask is needed, and
+    the fast causal kernels apply. What follows the last state in use is not run at all.
+    """
+    lengths = [forward_tokens(sample) for sample in samples]
+    ids = np.zeros((len(samples), max(lengths)), np.int64)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        ids[row, :length] = sample.input_ids[:length]
+    rows = np.repeat(np.arange(len(samples)), [len(place.logits) for place in positions])
+    columns = np.concatenate([place.logits for place in positions])
+    hidden = _hidden(model, on_device(ids, _input_device(model)))
+    place = on_device(rows * ids.shape[1] + columns, hidden.device)
+    return hidden.flatten(0, 1).index_select(0, place)
+
+
+def _coordinates(samples: Sequence[Sample], positions: Sequence[Positions]) -> tuple[I64, I64]:
+    """(tokens,) sample index and (tokens,) position of every supervised token: what its draws depend on."""
+    indices = np.array([sample.sample_index for sample in samples], np.int64)
+    sample_index = np.repeat(indices, [len(place.tokens) for place in positions])
+    return sample_index, np.concatenate([place.tokens for place in positions])
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go; hooks take them on from there where a model is spread over devices, disk among them."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _hidden(model: Any, input_ids: Tensor) -> Tensor:
+    """(batch, seq, hidden) final hidden states, without a key-value cache."""
+    body = body_of(model, role="teacher")
+    states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
+    return states
+
+
+def _logits(model: Any, hidden: Tensor, transform: LogitTransform, scratch: Tensor | None = None) -> Tensor:
+    """(tokens, V) float32: the product's sums are never rounded to the model's dtype, see `products`.
+
+    Memory of this size is fresh from the kernel at every allocation, and zeroing it takes a tenth of the product's
+    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows, float32).
+    """
+    head = model.get_output_embeddings()
+    logits: Tensor
+    if scratch is not None and _is_plain_linear(head):
+        logits = linear(hidden, head.weight, out=scratch)
+    elif hidden.dtype == torch.float32:
+        logits = head(hidden)
+    else:
+        with Float32Results():
+            logits = head(hidden).float()
+    if transform.scale != 1.0:
+        logits.mul_(transform.scale)
+    if transform.softcap is not None:
+        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return logits
+
+
+def _is_plain_linear(head: Any) -> bool:
+    """Whether calling `head` is a product with its weight and nothing else: no bias, no hooks that fetch the weight, no
+    weight that is spread over processes."""
+    hooked = hasattr(head, "_hf_hook") or head._forward_pre_hooks or head._forward_hooks
+    whole = type(head.weight.data) is Tensor and not hasattr(head.weight, "ds_shape")
+    return bool(not hooked and whole and type(head) is torch.nn.Linear and getattr(head, "bias", None) is None)
+
+
+def _chunk_tokens(model: Any) -> int:
+    budget = _CHUNK_BYTES.get(_input_device(model).type, _CHUNK_BYTES["cuda"])
+    return max(16, budget // (4 * head_rows(model)))
+
+
+def head_rows(model: Any) -> int:
+    """Rows of the whole LM head, of which ZeRO-3 leaves nothing in place."""
+    weight = model.get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])

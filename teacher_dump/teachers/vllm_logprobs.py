@@ -1,0 +1,146 @@
+"""What vLLM says about a prompt's tokens, as targets of `topk`. Pure functions over its output; vLLM is not imported.
+
+`prompt_logprobs[i]` is the distribution of token i given the tokens before it, the target of a supervised token i. It
+is asked for the K largest entries, and comes in one of two forms: a list of `{id: Logprob(logprob, rank)}` (None for
+token 0), or flat lists of numbers with the bounds of every position (nothing for token 0). Each position begins with
+the prompt's own token, whatever its rank, and then holds ranks 1 ... K.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.targets import I64, Targets
+
+F64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
+
+TAIL_NOISE = 1e-6
+"""Mass. What 1 - sum is off by where the tail is small: the log-probs are float32. At most 6e-7 was seen below 1e-5,
+with 500 to 151,936 entries. Larger tails are as exact as the log-softmax was."""
+
+
+def ranked(prompt_logprobs: Any, tokens: I64, k: int) -> tuple[I64, F64]:
+    """The k largest entries at some positions of a prompt, largest first.
+
+    Args:
+        prompt_logprobs: of one request, in either form.
+        tokens: (n,) positions.
+        k: entries that were asked for.
+
+    Returns:
+        (n, k) ids and (n, k) log-probs.
+
+    Raises:
+        MismatchError: a position is missing, or one of its ranks.
+    """
+    if tokens.max(initial=0) >= len(prompt_logprobs):
+        raise _not_understood(f"{len(prompt_logprobs)} positions", f"at least {tokens.max() + 1}")
+    flat = hasattr(prompt_logprobs, "start_indices")
+    counts, ids, logprobs, ranks = (_of_flat if flat else _of_list)(prompt_logprobs, tokens)
+    rows = np.repeat(np.arange(len(tokens)), counts)
+    # The prompt's own token comes first. Where it is among the K largest, or where a tie gives it the rank of one that
+    # is, the entry of that rank comes later; of equal places in an assignment, the last one stays.
+    among = (ranks >= 1) & (ranks <= k)
+    place = rows[among], ranks[among] - 1
+    found_ids = np.full((len(tokens), k), -1, np.int64)
+    found = np.zeros((len(tokens), k), np.float64)
+    found_ids[place], found[place] = ids[among], logprobs[among]
+    if missing := int((found_ids < 0).any(axis=1).sum()):
+        raise _not_understood(f"{missing} of {len(tokens)} positions without some of the ranks", f"ranks 1 to {k}")
+    return found_ids, found
+
+
+def topk_targets(
+    ids: I64, logprobs: F64, *, mass: float, vocabulary: int, masked_from: int | None = None
+) -> tuple[Targets, Bool]:
+    """Targets of n tokens from their K largest entries, as `estimators.topk` makes them from all logits.
+
+    What lies outside the K largest is 1 - sum, taken in float64. It is noise below TAIL_NOISE; there it is taken for
+    one more entry like the smallest of the K. None of the others is larger than that one, which bounds their sum, often
+    better than the noise does where the teacher is sure. What the head leaves out of the K is known exactly.
+
+    Args:
+        ids: (n, K), largest entry first.
+        logprobs: (n, K) natural logs, normalised over the whole vocabulary.
+        mass: the head ends once it holds this much; 1.0: never early.
+        vocabulary: entries of the distribution, at least K.
+        masked_from: ids from here on shall have no probability. Those among the K are left out, and what remains is
+            divided by its sum; those that are not among them stay in the tail, unknown.
+
+    Returns:
+        The targets and, per token, whether its log-probs were numbers; if not, its target means nothing.
+    """
+    k = ids.shape[1]
+    finite: Bool = np.logical_not(np.isnan(logprobs).any(axis=1))
+    # Equal entries in the order of their ids, as the other estimators have them.
+    order = np.lexsort((ids, -logprobs), axis=1)
+    ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+    p = np.exp(logprobs)
+    smallest = p[:, -1]
+    rest = np.clip(1.0 - p.sum(axis=1), np.minimum(smallest, TAIL_NOISE), None)
+    rest = np.minimum(rest, (vocabulary - k) * smallest)
+    if masked_from is not None:
+        masked = ids >= masked_from
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kept = np.log1p(-np.where(masked, p, 0.0).sum(axis=1))
+            logprobs = np.where(masked, -np.inf, logprobs - kept[:, None])
+            # The largest first again, those without probability last.
+            order = np.argsort(-logprobs, axis=1, kind="stable")
+            ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+            p, rest = np.exp(logprobs), rest / np.exp(kept)
+        finite &= np.isfinite(kept) & ~masked.all(axis=1)
+    before = np.pad(np.cumsum(p[:, :-1], axis=1), ((0, 0), (1, 0)))
+    inside = before < mass if mass < 1.0 else np.ones_like(p, dtype=bool)
+    inside[:, 0] = True
+    inside &= logprobs > -np.inf
+    left_out = np.where(inside, 0.0, p).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        tail = np.minimum(np.log(left_out + rest), 0.0)
+
+    by_id = np.argsort(np.where(inside, ids, 2**31), axis=1)
+    ids, logprobs = np.take_along_axis(ids, by_id, 1), np.take_along_axis(logprobs, by_id, 1)
+    sizes = inside.sum(axis=1)
+    filled = np.arange(k) < sizes[:, None]
+    targets = Targets(
+        offsets=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+        ids=ids[filled].astype(np.int32),
+        logprobs=logprobs[filled].astype(np.float32),
+        head_size=sizes.astype(np.int32),
+        counts=None,
+        tail_logprob=tail[:, None].astype(np.float32),
+        logsumexp=None,
+    )
+    return targets, finite
+
+
+def _of_flat(found: Any, tokens: I64) -> tuple[I64, I64, F64, I64]:
+    """Entries per position, then ids, log-probs and ranks of all entries, from the flat form."""
+    starts, ends = (np.asarray(bounds, np.int64)[tokens] for bounds in (found.start_indices, found.end_indices))
+    counts = ends - starts
+    first = np.cumsum(counts) - counts
+    place = np.arange(counts.sum()) + np.repeat(starts - first, counts)
+    columns = (found.token_ids, np.int64), (found.logprobs, np.float64), (found.ranks, np.int64)
+    ids, logprobs, ranks = (np.asarray(values, dtype)[place] for values, dtype in columns)
+    return counts, ids, logprobs, ranks
+
+
+def _of_list(found: Sequence[Any], tokens: I64) -> tuple[I64, I64, F64, I64]:
+    """The same from the list of dictionaries."""
+    positions = [found[token] or {} for token in tokens]
+    entries = [(id_, entry.logprob, entry.rank) for position in positions for id_, entry in position.items()]
+    ids, logprobs, ranks = zip(*entries, strict=True) if entries else ((), (), ())
+    counts = np.array([len(position) for position in positions], np.int64)
+    return counts, np.array(ids, np.int64), np.array(logprobs, np.float64), np.array(ranks, np.int64)
+
+
+def _not_understood(got: str, expected: str) -> MismatchError:
+    return MismatchError(
+        "vLLM's prompt_logprobs are not understood",
+        got=got,
+        expected=expected,
+        fix="install the release of vLLM that docs/design/teacher.md names, or use teacher.backend: transformers",
+    )
