@@ -244,7 +244,7 @@ def corpus_section(mask: Any, samples: int) -> CorpusSection:
 
 def corpus_of(teacher: Teacher, mask: str, samples: int) -> Corpus:
     """The same, tokenised."""
-    return freeze_corpus(corpus_section(mask, samples), teacher.tokenizer, head_size=teacher.head_size)
+    return freeze_corpus(corpus_section(mask, samples), teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
 
 
 def samples_of(corpus: Corpus, *, ordered: bool) -> list[Sample]:

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from storage_schemas import codec
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, CommitRecord, record_key
 from storage_schemas.rows import OK, UnitRows
@@ -293,7 +293,7 @@ def repeated(unit: UnitRows, times: int) -> UnitRows:
 def committed(unit: UnitRows, folder: Path, *, step: float) -> Dump:
     """A dump of one unit, as it is."""
     zero = "0" * 64
-    run = RunInfo.model_validate(
+    provenance = Provenance.model_validate(
         {
             "teacher": {"model": "teacher", "revision": None, "config_sha256": zero, "weights_sha256": {}}
             | {"dtype": "float32", "head_size": int(unit.targets.ids.max()) + 1},
@@ -309,10 +309,10 @@ def committed(unit: UnitRows, folder: Path, *, step: float) -> Dump:
             "engine": {"name": "benchmark", "version": "1"},
         }
     )
-    metadata = {"llm_neo.format_version": "1", "llm_neo.fingerprint": run.fingerprint, "llm_neo.unit": "0"}
+    metadata = {"llm_neo.format_version": "1", "llm_neo.fingerprint": provenance.fingerprint, "llm_neo.unit": "0"}
     data = codec.encode(unit, metadata, step=step)
     record = CommitRecord(
-        fingerprint=run.fingerprint,
+        fingerprint=provenance.fingerprint,
         unit=0,
         file=f"data/unit-00000000-{zero[:32]}.parquet",
         bytes=len(data),
@@ -329,7 +329,7 @@ def committed(unit: UnitRows, folder: Path, *, step: float) -> Dump:
         logprob_step=step,
     )
     store = Store(str(folder))
-    for key, content in {RUN: run.to_json(), record.file: data, record_key(0): record.to_json()}.items():
+    for key, content in {RUN: provenance.to_json(), record.file: data, record_key(0): record.to_json()}.items():
         store.put_new(key, content)
     return Dump.open(str(folder))
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from train_workload import SCRATCH, SUPERVISED, K, Workload, dump, neo, random_batch, random_targets, rows_of, sft
 
 from storage_schemas.config import TopK
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, totals
 from storage_schemas.rows import OK
@@ -79,12 +79,12 @@ def loader_dump(source: Path) -> Path:
     """A dump's rows several times over, in units of ordinary size."""
     url = SCRATCH / "loader"
     shutil.rmtree(url, ignore_errors=True)
-    rows, run, samples = rows_of(source), Dump.open(str(source)).run, LOADER_UNITS * LOADER_SAMPLES
-    corpus = run.corpus.model_copy(update={"samples": samples})
-    run = run.model_copy(update={"corpus": corpus, "samples_per_unit": LOADER_SAMPLES})
-    writer = DumpWriter.open(str(url), run)
-    for unit in range(run.units):
-        writer.commit_unit(unit, [replace(rows[i % len(rows)], sample_index=i) for i in run.unit_range(unit)])
+    rows, provenance, samples = rows_of(source), Dump.open(str(source)).provenance, LOADER_UNITS * LOADER_SAMPLES
+    corpus = provenance.corpus.model_copy(update={"samples": samples})
+    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": LOADER_SAMPLES})
+    writer = DumpWriter.open(str(url), provenance)
+    for unit in range(provenance.units):
+        writer.commit_unit(unit, [replace(rows[i % len(rows)], sample_index=i) for i in provenance.unit_range(unit)])
     return url
 
 
@@ -92,9 +92,9 @@ def stream_speed(url: Path) -> float:
     """Supervised tokens per processor second from files to micro-batches, every check included."""
     dump = Dump.open(str(url))
     train = TrainSection(output=SCRATCH)
-    order = order_of(dump.run, train)
+    order = order_of(dump.provenance, train)
     make = partial(
-        collate, temperature_index=0, temperature=1.0, pad_id=0, vocab_size=dump.run.teacher.head_size
+        collate, temperature_index=0, temperature=1.0, pad_id=0, vocab_size=dump.provenance.teacher.lm_head_rows
     )  # fmt: skip
     begin, tokens = time.process_time(), 0
     stream = Stream(
@@ -106,7 +106,7 @@ def stream_speed(url: Path) -> float:
         assert batches is not None
         tokens += sum(len(batch.targets) for batch in batches)
     stream.close()
-    assert tokens == dump.run.corpus.samples * SUPERVISED
+    assert tokens == dump.provenance.corpus.samples * SUPERVISED
     return tokens / (time.process_time() - begin)
 
 
@@ -141,11 +141,11 @@ READERS: dict[str, Callable[[Path], float]] = {
 }
 
 
-def order_of(run: RunInfo, train: TrainSection) -> Order:
+def order_of(provenance: Provenance, train: TrainSection) -> Order:
     """The order that a run has."""
     return Order(
-        samples=run.corpus.samples,
-        samples_per_unit=run.samples_per_unit,
+        samples=provenance.corpus.samples,
+        samples_per_unit=provenance.samples_per_unit,
         window_units=train.shuffle_window_units,
         block_units=train.shuffle_block_units,
         global_batch_size=train.global_batch_size,
@@ -156,7 +156,7 @@ def order_of(run: RunInfo, train: TrainSection) -> Order:
 def start(work: Workload) -> Rows:
     """What `llm-neo train` asks a dump of 1e9 samples in 100,000 units before its first step, and a seek."""
     say("writing a sealed dump of 100,000 units without their data")
-    url = huge_dump(work.run)
+    url = huge_dump(work.provenance)
     begins, resumes = [], []
     for _ in range(3):
         gc.collect()
@@ -184,22 +184,22 @@ def start(work: Workload) -> Rows:
 def opened(url: Path) -> tuple[Dump, Order]:
     """The dump, known to be complete, and its order."""
     dump = Dump.open(str(url))
-    order = order_of(dump.run, TrainSection(output=SCRATCH))
+    order = order_of(dump.provenance, TrainSection(output=SCRATCH))
     assert Follower(dump, order).windows() == order.windows
     return dump, order
 
 
-def huge_dump(run: RunInfo) -> Path:
+def huge_dump(provenance: Provenance) -> Path:
     """run.json, manifest and seal of synthetic records."""
     url, each = SCRATCH / "huge", HUGE_SAMPLES // HUGE_UNITS
     shutil.rmtree(url, ignore_errors=True)
-    run = run.model_copy(
-        update={"corpus": run.corpus.model_copy(update={"samples": HUGE_SAMPLES}), "samples_per_unit": each}
+    provenance = provenance.model_copy(
+        update={"corpus": provenance.corpus.model_copy(update={"samples": HUGE_SAMPLES}), "samples_per_unit": each}
     )
-    records = {unit: synthetic_record(unit, each, run.fingerprint) for unit in range(HUGE_UNITS)}
+    records = {unit: synthetic_record(unit, each, provenance.fingerprint) for unit in range(HUGE_UNITS)}
     manifest = manifest_bytes(records)
     seal = Seal(
-        fingerprint=run.fingerprint,
+        fingerprint=provenance.fingerprint,
         units=HUGE_UNITS,
         statuses={OK: HUGE_SAMPLES},
         tokenizer={},
@@ -208,7 +208,7 @@ def huge_dump(run: RunInfo) -> Path:
         **totals(records),
     )
     store = Store(str(url))
-    for key, data in {"run.json": run.to_json(), seal.manifest: manifest, "SEALED.json": seal.to_json()}.items():
+    for key, data in {"run.json": provenance.to_json(), seal.manifest: manifest, "SEALED.json": seal.to_json()}.items():
         assert store.put_new(key, data)
     return url
 
@@ -274,7 +274,7 @@ def length(work: Workload) -> Rows:
     """A whole step of 1024 tokens in longer and fewer rows."""
     rows: Rows = {}
     for tokens in (128, 256, 512, 1024):
-        batch = random_batch(STEP_TOKENS // tokens, tokens, vocab=work.run.teacher.head_size, k=64)
+        batch = random_batch(STEP_TOKENS // tokens, tokens, vocab=work.provenance.teacher.lm_head_rows, k=64)
         ours, theirs = turns([neo(work, batch), sft(work, batch)], rounds=2)
         title = f"step of {STEP_TOKENS // tokens} x {tokens} tokens"
         rows |= {f"{title}: Neo, seconds": min(ours), f"{title}: LoRA SFT, seconds": min(theirs)}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from storage_schemas.config import DumpSection, TopK
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
@@ -47,13 +47,13 @@ class Workload:
     dump: Path
 
     @property
-    def run(self) -> RunInfo:
+    def provenance(self) -> Provenance:
         """The dump's run.json."""
-        return Dump.open(str(self.dump)).run
+        return Dump.open(str(self.dump)).provenance
 
     def batch(self) -> TrainBatch:
         """The first samples, as training gets them."""
-        vocab = self.run.teacher.head_size
+        vocab = self.provenance.teacher.lm_head_rows
         return collate(rows_of(self.dump)[:BATCH], temperature_index=0, temperature=1.0, pad_id=0, vocab_size=vocab)
 
     def student_section(self) -> StudentSection:
@@ -109,7 +109,7 @@ def dump(work: Workload, url: Path, estimator: TopK) -> Path:
 def rows_of(url: Path) -> list[Row]:
     """All samples of a dump."""
     dump = Dump.open(str(url))
-    units = [dump.read_unit(unit) for unit in range(dump.run.units)]
+    units = [dump.read_unit(unit) for unit in range(dump.provenance.units)]
     return [unit.row(i) for unit in units for i in range(len(unit))]
 
 
@@ -128,7 +128,7 @@ def records(teacher: Path) -> Iterator[dict[str, Any]]:
 def distilled(work: Workload) -> Distilled:
     """The student as `llm-neo train` makes it."""
     train = work.train_section(SCRATCH)
-    return load_student(work.student_section(), LossSection(alpha=ALPHA), train, work.run).module
+    return load_student(work.student_section(), LossSection(alpha=ALPHA), train, work.provenance).module
 
 
 def neo(work: Workload, batch: TrainBatch) -> Step:

@@ -138,8 +138,8 @@ def preview(
     found = load_config(config, overrides or ())
     found = found.heldout_config("preview --heldout") if heldout else found
     teacher, corpus = need(found.teacher, "teacher", "preview"), need(found.corpus, "corpus", "preview")
-    tokenizer, head_size = view.load_tokenizer(teacher)
-    whole, shown = view.preview(corpus, tokenizer, head_size=head_size, row=row, samples=samples)
+    tokenizer, lm_head_rows = view.load_tokenizer(teacher)
+    whole, shown = view.preview(corpus, tokenizer, lm_head_rows=lm_head_rows, row=row, samples=samples)
     if as_json:
         _print(whole.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in shown]}, as_json)
     else:

@@ -161,7 +161,7 @@ def recomputing(
     from teacher_dump.teachers.teacher import Teacher
 
     dump = Dump.open(url, options=options)
-    named = dump.run.origin
+    named = dump.provenance.origin
     if config is not None:
         section = need(config.teacher, "teacher", "verify --config")
     else:
@@ -169,7 +169,7 @@ def recomputing(
             {
                 "model": named.model,
                 "revision": named.revision,
-                "dtype": dump.run.teacher.dtype,
+                "dtype": dump.provenance.teacher.dtype,
                 "batch_tokens": _BATCH_TOKENS,
             }
         )
@@ -185,14 +185,14 @@ def recomputing(
             expected=f"{named.model}, or a copy of it",
             fix="say where it lies: --model DIR, or --config CONFIG with a section `teacher`",
         ) from error
-    refuse_other_teacher(dump.run, teacher)
+    refuse_other_teacher(dump.provenance, teacher)
     corpus = None
     if config is not None and config.corpus is not None:
         heldout = config.heldout is not None and config.heldout.url.rstrip("/") == dump.store.url.rstrip("/")
         part = config.heldout_config().corpus if heldout else config.corpus
         assert part is not None
-        corpus = freeze_corpus(part, teacher.tokenizer, head_size=teacher.head_size)
-        refuse_other_corpus(dump.run, corpus)
+        corpus = freeze_corpus(part, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
+        refuse_other_corpus(dump.provenance, corpus)
 
     def compare() -> dict[str, Any]:
         with shown_progress(f"recomputing rows of {url}") as progress:

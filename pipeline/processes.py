@@ -39,7 +39,7 @@ from storage_schemas.stores.address import local_path
 from student_train.run_directory import LAUNCHER, held, refuse_foreign
 
 PATIENCE_SECONDS = 45.0
-"""How long ranks may go on once one has failed. They notice sooner themselves, see `storage_schemas/common/ranks.py`."""
+"""How long ranks may go on once one has failed. They notice sooner, see `storage_schemas/common/ranks.py`."""
 _PR_SET_PDEATHSIG = 1
 
 

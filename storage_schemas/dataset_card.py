@@ -1,6 +1,6 @@
 """The dataset card: README.md of a dump, so that hub viewers and `datasets` open data/ as it is."""
 
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.records import Seal
 
 _CARD = """---
@@ -46,18 +46,18 @@ SmolLM2-135M-Instruct in bfloat16, the mean KL divergence was 8.1e-4 nats per to
 """
 
 
-def dataset_card(run: RunInfo, seal: Seal) -> str:
+def dataset_card(provenance: Provenance, seal: Seal) -> str:
     """The card of a sealed dump."""
     return _CARD.format(
-        teacher=run.origin.model,
-        revision=run.origin.revision or "of a local directory",
-        dtype=run.teacher.dtype,
-        estimator=run.estimator.model_dump(),
-        temperatures=", ".join(map(str, run.temperatures)),
+        teacher=provenance.origin.model,
+        revision=provenance.origin.revision or "of a local directory",
+        dtype=provenance.teacher.dtype,
+        estimator=provenance.estimator.model_dump(),
+        temperatures=", ".join(map(str, provenance.temperatures)),
         rows=seal.rows,
         units=seal.units,
         supervised=seal.supervised_tokens,
         per_token=seal.bytes / max(seal.supervised_tokens, 1),
-        fingerprint=run.fingerprint,
-        precision="" if run.teacher.dtype == "float32" else _PRECISION.format(dtype=run.teacher.dtype),
+        fingerprint=provenance.fingerprint,
+        precision="" if provenance.teacher.dtype == "float32" else _PRECISION.format(dtype=provenance.teacher.dtype),
     )

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import Section
@@ -18,6 +26,8 @@ M = TypeVar("M", bound=BaseModel)
 
 class _Identity(Section):
     """A record whose absent fields are left out, not null: what the first writers had alone, and what they lacked."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -34,8 +44,8 @@ class TeacherIdentity(_Identity):
     """Hash of each weight file, by file name."""
     dtype: str
     """Compute dtype of the forward pass."""
-    head_size: int = Field(ge=1, lt=2**31)
-    """Rows of the LM head: every target id is below it."""
+    lm_head_rows: int = Field(alias="head_size", ge=1, lt=2**31)
+    """Rows of the LM head, `head_size` in run.json: every target id is below it."""
     model: str | None = None
     """Of the first writers alone; see `MadeBy.model`."""
     revision: str | None = None
@@ -106,7 +116,7 @@ class Recipe:
     """Ids from here on have no probability; None: all rows of the head have."""
 
 
-class RunInfo(_Identity):
+class Provenance(_Identity):
     """Everything that determines the content of a dump, and a note on what made it."""
 
     format_version: int = FORMAT_VERSION
@@ -223,7 +233,7 @@ class RunInfo(_Identity):
             )
         return self.temperatures.index(temperature)
 
-    def refuse_other(self, wanted: "RunInfo", *, url: str) -> None:
+    def refuse_other(self, wanted: "Provenance", *, url: str) -> None:
         """Raise MismatchError if `wanted`, what the configuration asks for, differs from this dump in any field."""
         if found := self.differences_to(wanted):
             raise MismatchError(
@@ -233,7 +243,7 @@ class RunInfo(_Identity):
                 fix="restore the settings this dump was started with, or choose another dump.url",
             )
 
-    def differences_to(self, wanted: "RunInfo") -> "Differences | None":
+    def differences_to(self, wanted: "Provenance") -> "Differences | None":
         """In what the content of a dump that `wanted` describes would be another one than this dump's."""
         here, there = self.content, wanted.content
         if self.made_by is None and wanted.made_by is not None:  # Of the first writers, who hashed the file.
@@ -248,7 +258,7 @@ class RunInfo(_Identity):
         return canonical_json(content, indent=2)
 
     @classmethod
-    def from_json(cls, data: bytes, *, url: str) -> "RunInfo":
+    def from_json(cls, data: bytes, *, url: str) -> "Provenance":
         """Parse run.json.
 
         Raises:
@@ -258,15 +268,15 @@ class RunInfo(_Identity):
         content = parse_json(data, name=f"{url}/run.json")
         refuse_other_version(content, name=f"{url}/run.json")
         stated = {name: value for name, value in content.items() if name != "checksum"}
-        run = validated(cls, stated, name=f"{url}/run.json")
-        if run.to_json() != data:
+        provenance = validated(cls, stated, name=f"{url}/run.json")
+        if provenance.to_json() != data:
             raise DataError(
                 f"{url}/run.json was changed",
                 got=f"{len(data)} bytes in another form, or with another checksum",
                 expected="the canonical form in which it was written",
                 fix="restore the file from a backup, or dump again into another URL",
             )
-        return run
+        return provenance
 
 
 def canonical_json(value: Any, *, indent: int | None = None) -> bytes:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.footer import claimed_values, string_bytes
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.records import (
     RUN,
     SEAL,
@@ -40,8 +40,8 @@ _UNREADABLE = (OSError, ValueError, TypeError, LookupError, MemoryError, NotImpl
 class Dump:
     """A dump, sealed or still being written."""
 
-    def __init__(self, store: Store, run: RunInfo, *, cache: ShardCache | None) -> None:
-        self.store, self.run, self._cache = store, run, cache
+    def __init__(self, store: Store, provenance: Provenance, *, cache: ShardCache | None) -> None:
+        self.store, self.provenance, self._cache = store, provenance, cache
         self._records: dict[int, CommitRecord] = {}
         self._seal: Seal | None = None
         self._manifest: Manifest | None = None
@@ -70,8 +70,8 @@ class Dump:
             MismatchError: it has another format version.
         """
         store = Store(url, options=options)
-        run = store.parsed(RUN, lambda data: RunInfo.from_json(data, url=url))
-        if run is None:
+        provenance = store.parsed(RUN, lambda data: Provenance.from_json(data, url=url))
+        if provenance is None:
             raise DataError(
                 f"there is no dump at {url}",
                 got="no run.json",
@@ -79,22 +79,22 @@ class Dump:
                 fix="check the URL, or start stage one first",
             )
         cache = None if cache_dir is None else ShardCache(cache_dir, limit=cache_bytes)
-        return cls(store, run, cache=cache)
+        return cls(store, provenance, cache=cache)
 
     @property
     def fingerprint(self) -> str:
         """Hash of run.json's content."""
-        return self.run.fingerprint
+        return self.provenance.fingerprint
 
     def seal(self) -> Seal | None:
         """The seal, or None while the dump is being written."""
         name = f"{self.store.url}/{SEAL}"
         if self._seal is None and (seal := self.store.parsed(SEAL, lambda data: Seal.from_json(data, name=name))):
-            if seal.fingerprint != self.fingerprint or seal.units != self.run.units:
+            if seal.fingerprint != self.fingerprint or seal.units != self.provenance.units:
                 raise DataError(
                     f"{name} belongs to another dump",
                     got=f"{seal.fingerprint}, {seal.units} units",
-                    expected=f"{self.fingerprint}, {self.run.units} units",
+                    expected=f"{self.fingerprint}, {self.provenance.units} units",
                     fix="two dumps were mixed in one place; dump again",
                 )
             self._seal = seal
@@ -112,14 +112,14 @@ class Dump:
                 name = f"{self.store.url}/{seal.manifest}"
                 self._manifest = self.store.parsed(
                     seal.manifest,
-                    lambda data: read_manifest(data, seal=seal, run=self.run, name=name),
+                    lambda data: read_manifest(data, seal=seal, provenance=self.provenance, name=name),
                     limit=MANIFEST_BYTES + MANIFEST_BYTES_PER_UNIT * seal.units,
                 )
                 if self._manifest is None:
                     raise missing(self.store.url, seal.manifest)
             return self._manifest
         listed = {unit_of_record(key) for key, _ in self.store.list("commits")}
-        new = sorted(u for u in listed if u is not None and u < self.run.units and u not in self._records)
+        new = sorted(u for u in listed if u is not None and u < self.provenance.units and u not in self._records)
         self.store.settle("commits")
         for record in self.store.parsed_many([record_key(unit) for unit in new], self._parse_record):
             self._records[record.unit] = record
@@ -142,11 +142,11 @@ class Dump:
     def _parse_record(self, key: str, data: bytes) -> CommitRecord:
         unit = unit_of_record(key)
         assert unit is not None
-        return parse_record(data, unit, self.run, url=self.store.url)
+        return parse_record(data, unit, self.provenance, url=self.store.url)
 
     def unit_rows(self, unit: int) -> int:
         """Rows of `unit`, known before its data exists."""
-        return len(self.run.unit_range(unit))
+        return len(self.provenance.unit_range(unit))
 
     def read_unit(self, unit: int) -> UnitRows:
         """All rows of a committed unit, proven against its record.
@@ -159,10 +159,10 @@ class Dump:
         if record is None:
             raise DataError(
                 f"unit {unit} of {self.store.url} is not committed",
-                expected=f"commit records 0 ... {self.run.units - 1}",
+                expected=f"commit records 0 ... {self.provenance.units - 1}",
                 fix="let stage one finish: run `llm-neo dump` again",
             )
-        return parse_unit(self._fetch(record), record, self.run, name=f"{self.store.url}/{record.file}")
+        return parse_unit(self._fetch(record), record, self.provenance, name=f"{self.store.url}/{record.file}")
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Name and content of the tokenizer's files.
@@ -194,7 +194,7 @@ class Dump:
         seal = self.seal()
         if seal is not None:
             return seal.tokenizer
-        record = self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.run, url=self.store.url))
+        record = self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.provenance, url=self.store.url))
         if record is None:
             raise TemporaryError(
                 f"the tokenizer of {self.store.url} is not complete yet",
@@ -241,7 +241,7 @@ def proven(data: bytes, record: CommitRecord, *, name: str) -> bytes:
     return data
 
 
-def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) -> UnitRows:
+def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, name: str) -> UnitRows:
     """Rows of a data file, checked against its record and the rules of the format, before and after decoding.
 
     Raises:
@@ -250,14 +250,14 @@ def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) ->
     """
     try:
         file = codec.open_parquet(data)
-        _check_footer(file, data, record, run, name=name)
+        _check_footer(file, data, record, provenance, name=name)
         unit = codec.decode_file(
             codec.open_parquet(data, checked=file),
-            temperatures=len(run.temperatures),
-            draws=run.estimator.kind != "topk",
-            logsumexp=run.logsumexp,
+            temperatures=len(provenance.temperatures),
+            draws=provenance.estimator.kind != "topk",
+            logsumexp=provenance.logsumexp,
         )
-        _check_values(unit, record, run)
+        _check_values(unit, record, provenance)
     except _UNREADABLE as error:
         raise DataError(
             f"{name} breaks the dump format",
@@ -268,23 +268,25 @@ def parse_unit(data: bytes, record: CommitRecord, run: RunInfo, *, name: str) ->
     return unit
 
 
-def _check_footer(file: pq.ParquetFile, data: bytes, record: CommitRecord, run: RunInfo, *, name: str) -> None:
+def _check_footer(
+    file: pq.ParquetFile, data: bytes, record: CommitRecord, provenance: Provenance, *, name: str
+) -> None:
     """Refuse another version, and a file that would decode to more than its record says, before decoding it."""
     metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
     version = metadata.get("llm_neo.format_version")
-    if version != str(run.format_version):
+    if version != str(provenance.format_version):
         raise MismatchError(
             f"{name} has another format version",
             got=version,
-            expected=run.format_version,
+            expected=provenance.format_version,
             fix="use the version of llm-neo that wrote this dump, or dump again",
         )
-    for key, expected in (("llm_neo.fingerprint", run.fingerprint), ("llm_neo.unit", str(record.unit))):
+    for key, expected in (("llm_neo.fingerprint", provenance.fingerprint), ("llm_neo.unit", str(record.unit))):
         if metadata.get(key) != expected:
             raise ValueError(f"{key} is {metadata.get(key)}, expected {expected}")
     codec.refuse_other_schema(file)
     # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
-    tokens, targets, width = record.tokens, record.supervised_tokens, len(run.temperatures)
+    tokens, targets, width = record.tokens, record.supervised_tokens, len(provenance.temperatures)
     limits = {"input_ids": tokens, "loss_mask": tokens, "target_ids": record.entries, "target_logprobs": record.entries}
     limits |= {"head_size": targets, "target_counts": record.entries}
     limits |= {"tail_logprob": targets * width, "logsumexp": targets * width}
@@ -298,9 +300,9 @@ def _check_footer(file: pq.ParquetFile, data: bytes, record: CommitRecord, run: 
             raise ValueError(f"column {column} has {size} bytes, expected at most {most}")
 
 
-def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
+def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) -> None:
     """The MUSTs of docs/format.md that are about values; each costs one vectorised pass."""
-    targets, span = unit.targets, run.unit_range(record.unit)
+    targets, span = unit.targets, provenance.unit_range(record.unit)
     got = (len(unit.input_ids), len(targets), len(targets.ids))
     expected = (record.tokens, record.supervised_tokens, record.entries)
     if got != expected:
@@ -320,8 +322,10 @@ def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
     if unit.loss_mask[starts].any():
         raise ValueError("token 0 of a sample is supervised")
     for name, ids in (("target_ids", targets.ids), ("input_ids", unit.input_ids)):
-        if len(ids) and (ids.min() < 0 or ids.max() >= run.teacher.head_size):
-            raise ValueError(f"{name} lie in {ids.min()} ... {ids.max()}, the head has {run.teacher.head_size} rows")
+        if len(ids) and (ids.min() < 0 or ids.max() >= provenance.teacher.lm_head_rows):
+            raise ValueError(
+                f"{name} lie in {ids.min()} ... {ids.max()}, the head has {provenance.teacher.lm_head_rows} rows"
+            )
     # Extremes are NaN where a value is; so no mask as long as the entries is made.
     lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
     if not (np.isfinite(lowest) and highest <= 1e-3):
@@ -334,14 +338,14 @@ def _check_values(unit: UnitRows, record: CommitRecord, run: RunInfo) -> None:
     if len(targets) and not targets.lengths.all():
         raise ValueError("a token has no entry")
     longest_sample = int(np.diff(unit.token_offsets).max(initial=0))
-    if longest_sample > run.corpus.max_length:
-        raise ValueError(f"a sample has {longest_sample} tokens, the corpus at most {run.corpus.max_length}")
+    if longest_sample > provenance.corpus.max_length:
+        raise ValueError(f"a sample has {longest_sample} tokens, the corpus at most {provenance.corpus.max_length}")
     longest = int(targets.lengths.max(initial=0))
-    if longest > run.max_entries:
-        raise ValueError(f"a token has {longest} entries, the estimator chooses at most {run.max_entries}")
+    if longest > provenance.max_entries:
+        raise ValueError(f"a token has {longest} entries, the estimator chooses at most {provenance.max_entries}")
     if targets.counts is None and np.any(targets.head_size != targets.lengths):
         raise ValueError("a token has draws, the estimator draws nothing")
-    if run.estimator.kind == "sampled" and targets.head_size.any():
+    if provenance.estimator.kind == "sampled" and targets.head_size.any():
         raise ValueError("a token has a head, the estimator only draws")
     if targets.counts is not None and np.any(targets.counts[~in_head(targets.offsets, targets.head_size)] < 1):
         raise ValueError("a draw was counted less than once")

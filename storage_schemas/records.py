@@ -22,7 +22,7 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import Section
 from storage_schemas.provenance import (
     FORMAT_VERSION,
-    RunInfo,
+    Provenance,
     canonical_json,
     parse_json,
     refuse_other_version,
@@ -166,7 +166,7 @@ class Seal(ProvenJson):
     """Key of the manifest, which holds all records; its name is its hash."""
 
 
-def parse_tokenizer(data: bytes, run: RunInfo, *, url: str) -> TokenizerRecord:
+def parse_tokenizer(data: bytes, provenance: Provenance, *, url: str) -> TokenizerRecord:
     """TOKENIZER.json, checked to be this dump's.
 
     Raises:
@@ -175,17 +175,17 @@ def parse_tokenizer(data: bytes, run: RunInfo, *, url: str) -> TokenizerRecord:
     """
     name = f"{url}/{TOKENIZER}"
     record = TokenizerRecord.from_json(data, name=name)
-    if record.fingerprint != run.fingerprint:
+    if record.fingerprint != provenance.fingerprint:
         raise DataError(
             f"{name} belongs to another dump",
             got=record.fingerprint,
-            expected=run.fingerprint,
+            expected=provenance.fingerprint,
             fix="two dumps were mixed in one place; dump again into another URL",
         )
     return record
 
 
-def parse_record(data: bytes, unit: int, run: RunInfo, *, url: str) -> CommitRecord:
+def parse_record(data: bytes, unit: int, provenance: Provenance, *, url: str) -> CommitRecord:
     """The commit record of `unit`, checked to be this dump's.
 
     Raises:
@@ -194,24 +194,24 @@ def parse_record(data: bytes, unit: int, run: RunInfo, *, url: str) -> CommitRec
     """
     name = f"{url}/{record_key(unit)}"
     record = CommitRecord.from_json(data, name=name)
-    _refuse_foreign(record, unit, run, name=name)
+    _refuse_foreign(record, unit, provenance, name=name)
     return record
 
 
-def _refuse_foreign(record: CommitRecord, unit: int, run: RunInfo, *, name: str) -> None:
-    rows = len(run.unit_range(unit))
+def _refuse_foreign(record: CommitRecord, unit: int, provenance: Provenance, *, name: str) -> None:
+    rows = len(provenance.unit_range(unit))
     claims = {
         "unit": (record.unit, unit),
-        "fingerprint": (record.fingerprint, run.fingerprint),
+        "fingerprint": (record.fingerprint, provenance.fingerprint),
         "rows": (record.rows, rows),
         "rows of all statuses": (sum(record.statuses.values()), rows),
-        "values of fidelity": (len(record.fidelity), len(run.temperatures)),
+        "values of fidelity": (len(record.fidelity), len(provenance.temperatures)),
     }
     limits = {
-        "tokens": (record.tokens, rows * run.corpus.max_length),
+        "tokens": (record.tokens, rows * provenance.corpus.max_length),
         "supervised_tokens": (record.supervised_tokens, record.tokens),
-        "entries": (record.entries, record.supervised_tokens * run.max_entries),
-        "max_id": (record.max_id, run.teacher.head_size - 1),
+        "entries": (record.entries, record.supervised_tokens * provenance.max_entries),
+        "max_id": (record.max_id, provenance.teacher.lm_head_rows - 1),
     }
     wrong = {field: (got, str(expected)) for field, (got, expected) in claims.items() if got != expected}
     wrong |= {field: (got, f"at most {limit}") for field, (got, limit) in limits.items() if got > limit}
@@ -284,9 +284,9 @@ class Manifest(Mapping[int, CommitRecord]):
 
     _BLOCK = 256
 
-    def __init__(self, table: pa.Table, run: RunInfo, *, name: str) -> None:
-        self._table, self._run, self._name = table, run, name
-        self._fingerprint = run.fingerprint
+    def __init__(self, table: pa.Table, provenance: Provenance, *, name: str) -> None:
+        self._table, self._run, self._name = table, provenance, name
+        self._fingerprint = provenance.fingerprint
         self._rows: tuple[int, list[dict[str, Any]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -310,7 +310,7 @@ class Manifest(Mapping[int, CommitRecord]):
         return record
 
 
-def read_manifest(data: bytes, *, seal: Seal, run: RunInfo, name: str) -> Manifest:
+def read_manifest(data: bytes, *, seal: Seal, provenance: Provenance, name: str) -> Manifest:
     """The records of a manifest, checked against the seal.
 
     Raises:
@@ -337,4 +337,4 @@ def read_manifest(data: bytes, *, seal: Seal, run: RunInfo, name: str) -> Manife
             expected=f"units 0 ... {seal.units - 1}",
             fix="the dump was not written by this project; do not use it",
         ) from error
-    return Manifest(table, run, name=name)
+    return Manifest(table, provenance, name=name)

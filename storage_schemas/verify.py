@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.frozen import Section
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import (
     CommitRecord,
@@ -107,7 +107,7 @@ def verify(
                 done += 1
                 if progress is not None:
                     progress(done, len(units))
-    errors += _absent(units, dump.run.units, sealed=sealed)
+    errors += _absent(units, dump.provenance.units, sealed=sealed)
     orphans: list[str] = []
     try:
         orphans = _orphans(dump, records) if sealed else []
@@ -150,17 +150,17 @@ def _orphans(dump: Dump, records: Mapping[int, CommitRecord]) -> list[str]:
 def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
     """The unit's own commit record, after everything it says was compared with its file and the manifest."""
     url = dump.store.url
-    record = dump.store.parsed(record_key(unit), lambda data: parse_record(data, unit, dump.run, url=url))
+    record = dump.store.parsed(record_key(unit), lambda data: parse_record(data, unit, dump.provenance, url=url))
     if record is None:
         raise DataError("its commit record is missing")
     if sealed and dump.record(unit) != record:
         raise DataError("its commit record differs from the manifest's")
-    if wrong := list(_contradictions(dump.read_unit(unit), record, dump.run)):
+    if wrong := list(_contradictions(dump.read_unit(unit), record, dump.provenance)):
         raise DataError(f"its commit record and its data disagree: {'; '.join(wrong)}")
     return record
 
 
-def _contradictions(unit: UnitRows, record: CommitRecord, run: RunInfo) -> Iterator[str]:
+def _contradictions(unit: UnitRows, record: CommitRecord, provenance: Provenance) -> Iterator[str]:
     """What a record says that its unit's rows do not: every statistic is computed again."""
     targets = unit.targets
     exact = {
@@ -176,17 +176,17 @@ def _contradictions(unit: UnitRows, record: CommitRecord, run: RunInfo) -> Itera
         # NaN must not pass.
         if not abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)):
             yield f"{name} is {got}, the rows give {here}"
-    if not all(-_MEAN_ERROR <= value <= run.max_kl for value in record.fidelity):
-        yield f"fidelity is {record.fidelity}, the gate {run.max_kl}"
-    if not 0.0 <= record.logprob_step <= run.logprob_step:
-        yield f"logprob_step is {record.logprob_step}, the coarsest allowed {run.logprob_step}"
+    if not all(-_MEAN_ERROR <= value <= provenance.max_kl for value in record.fidelity):
+        yield f"fidelity is {record.fidelity}, the gate {provenance.max_kl}"
+    if not 0.0 <= record.logprob_step <= provenance.logprob_step:
+        yield f"logprob_step is {record.logprob_step}, the coarsest allowed {provenance.logprob_step}"
     if (error := worst_mass_error(targets, record.logprob_step)) > _MASS_ERROR:
         yield f"a token's head and tail hold 1 +- {error:.3g}, beyond rounding"
 
 
 def _belongs(key: str, dump: Dump) -> bool:
     unit = unit_of_record(key)
-    return unit is not None and unit < dump.run.units
+    return unit is not None and unit < dump.provenance.units
 
 
 def _line(what: str, error: NeoError) -> str:

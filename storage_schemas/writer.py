@@ -13,7 +13,7 @@ from storage_schemas import codec
 from storage_schemas import dataset_card as card
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import parse_unit
 from storage_schemas.records import (
     RUN,
@@ -41,39 +41,39 @@ from storage_schemas.targets import Targets
 class DumpWriter:
     """Any number of workers may hold one for the same URL at the same time."""
 
-    def __init__(self, store: Store, run: RunInfo) -> None:
-        self.store, self.run = store, run
+    def __init__(self, store: Store, provenance: Provenance) -> None:
+        self.store, self.provenance = store, provenance
 
     @classmethod
-    def open(cls, url: str, run: RunInfo, *, options: Mapping[str, str] | None = None) -> "DumpWriter":
+    def open(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> "DumpWriter":
         """Create the dump, or join the one that is there if its content is the same; `run` is then what stands there.
 
         Raises:
             MismatchError: the dump at `url` differs from `run` in some field (each is named), or the store ignores
                 the condition of a conditional write.
         """
-        if joined := cls.join(url, run, options=options):
+        if joined := cls.join(url, provenance, options=options):
             return joined
         store = Store(url, options=options)
         store.probe()
-        if store.put_new(RUN, run.to_json()):
-            return cls(store, run)
-        if joined := cls.join(url, run, options=options):
+        if store.put_new(RUN, provenance.to_json()):
+            return cls(store, provenance)
+        if joined := cls.join(url, provenance, options=options):
             return joined
         raise missing(url, RUN)
 
     @classmethod
-    def join(cls, url: str, run: RunInfo, *, options: Mapping[str, str] | None = None) -> "DumpWriter | None":
+    def join(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> "DumpWriter | None":
         """The dump that is there, or None.
 
         Raises:
             MismatchError: it differs from `run` in some field.
         """
         store = Store(url, options=options)
-        begun = store.parsed(RUN, lambda data: RunInfo.from_json(data, url=url))
+        begun = store.parsed(RUN, lambda data: Provenance.from_json(data, url=url))
         if begun is None:
             return None
-        begun.refuse_other(run, url=url)
+        begun.refuse_other(provenance, url=url)
         return cls(store, begun)
 
     def put_tokenizer(self, files: Mapping[str, bytes]) -> None:
@@ -85,7 +85,7 @@ class DumpWriter:
             MismatchError: another tokenizer is there already.
         """
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        record = TokenizerRecord(fingerprint=self.run.fingerprint, files=hashes)
+        record = TokenizerRecord(fingerprint=self.provenance.fingerprint, files=hashes)
         present = self._tokenizer()
         if present is None:
             for name, data in files.items():
@@ -103,7 +103,7 @@ class DumpWriter:
         return self._tokenizer() is not None
 
     def _tokenizer(self) -> TokenizerRecord | None:
-        return self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.run, url=self.store.url))
+        return self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.provenance, url=self.store.url))
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
@@ -124,7 +124,7 @@ class DumpWriter:
             DataError: the encoded unit does not read back as what was encoded.
             TemporaryError: the store cannot be written to.
         """
-        expected = self.run.unit_range(unit)
+        expected = self.provenance.unit_range(unit)
         if [row.sample_index for row in rows] != list(expected):
             raise ValueError(f"unit {unit} holds samples {expected.start}:{expected.stop}, one row each, in order")
         attempt = uuid.uuid4().hex
@@ -170,15 +170,15 @@ class DumpWriter:
         if self.store.size(SEAL) is not None:
             self.clean()  # A worker that was stopped before the seal may have put a file after it, and died.
             return True
-        if len(self.committed()) < self.run.units:
+        if len(self.committed()) < self.provenance.units:
             return False
         self.store.settle("commits")
-        records = {record.unit: record for record in self._records(range(self.run.units))}
+        records = {record.unit: record for record in self._records(range(self.provenance.units))}
         manifest = manifest_bytes(records)
         tokenizer = self._tokenizer()
         seal = Seal(
-            fingerprint=self.run.fingerprint,
-            units=self.run.units,
+            fingerprint=self.provenance.fingerprint,
+            units=self.provenance.units,
             statuses=count_statuses(records),
             records_sha256=records_sha256(records),
             manifest=f"manifest-{hashlib.sha256(manifest).hexdigest()}.parquet",
@@ -186,7 +186,7 @@ class DumpWriter:
             **totals(records),
         )
         self.store.put_new(seal.manifest, manifest)
-        self.store.put_new("README.md", card.dataset_card(self.run, seal).encode())
+        self.store.put_new("README.md", card.dataset_card(self.provenance, seal).encode())
         self.store.put_new(SEAL, seal.to_json())
         self.clean()
         return True
@@ -195,7 +195,7 @@ class DumpWriter:
         def parse(key: str, data: bytes) -> CommitRecord:
             unit = unit_of_record(key)
             assert unit is not None
-            return parse_record(data, unit, self.run, url=self.store.url)
+            return parse_record(data, unit, self.provenance, url=self.store.url)
 
         return self.store.parsed_many([record_key(unit) for unit in units], parse)
 
@@ -208,9 +208,12 @@ class DumpWriter:
         return True
 
     def _encode(self, unit: int, rows: Sequence[Row], attempt: str) -> tuple[CommitRecord, bytes]:
-        run = self.run
+        provenance = self.provenance
         flat = rows_to_unit(
-            rows, temperatures=len(run.temperatures), draws=run.estimator.kind != "topk", logsumexp=run.logsumexp
+            rows,
+            temperatures=len(provenance.temperatures),
+            draws=provenance.estimator.kind != "topk",
+            logsumexp=provenance.logsumexp,
         )
         ids, most = (
             sum(len(row.sample_id.encode()) + 4 for row in rows),
@@ -224,27 +227,30 @@ class DumpWriter:
                 fix="shorten the ids of the corpus, or leave them out: then a hash of the content is used",
             )
         rounded = codec.round_targets(
-            flat.targets, temperatures=run.temperatures, coarsest=run.logprob_step, max_kl=run.max_kl
+            flat.targets,
+            temperatures=provenance.temperatures,
+            coarsest=provenance.logprob_step,
+            max_kl=provenance.max_kl,
         )
         # Not `>`: NaN must not pass.
-        if not max(rounded.fidelity) <= run.max_kl:
+        if not max(rounded.fidelity) <= provenance.max_kl:
             raise DataError(
                 f"unit {unit} misses the fidelity gate",
-                got=f"mean KL(exact || stored) {rounded.fidelity} nats at temperatures {run.temperatures}",
-                expected=f"at most {run.max_kl} nats at each",
+                got=f"mean KL(exact || stored) {rounded.fidelity} nats at temperatures {provenance.temperatures}",
+                expected=f"at most {provenance.max_kl} nats at each",
                 fix="the teacher's log-probs are not finite; report it with the configuration of this run",
             )
         stored = replace(flat, targets=rounded.targets)
         metadata = {
-            "llm_neo.format_version": str(run.format_version),
-            "llm_neo.fingerprint": run.fingerprint,
+            "llm_neo.format_version": str(provenance.format_version),
+            "llm_neo.fingerprint": provenance.fingerprint,
             "llm_neo.unit": str(unit),
-            "llm_neo.run": json.dumps(run.model_dump(mode="json"), sort_keys=True),
+            "llm_neo.run": json.dumps(provenance.model_dump(mode="json"), sort_keys=True),
         }
         data = codec.encode(stored, metadata, step=rounded.step)
         targets = rounded.targets
         record = CommitRecord(
-            fingerprint=run.fingerprint,
+            fingerprint=provenance.fingerprint,
             unit=unit,
             file=data_key(unit, attempt),
             bytes=len(data),
@@ -260,7 +266,7 @@ class DumpWriter:
             fidelity=rounded.fidelity,
             logprob_step=rounded.step,
         )
-        _refuse_difference(parse_unit(data, record, run, name=record.file), stored, name=record.file)
+        _refuse_difference(parse_unit(data, record, provenance, name=record.file), stored, name=record.file)
         return record, data
 
 

@@ -12,7 +12,7 @@ import torch
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError, exit_code
 from storage_schemas.common.frozen import Section
 from storage_schemas.config import DumpSection
-from storage_schemas.provenance import RunInfo, parse_json, validated
+from storage_schemas.provenance import Provenance, parse_json, validated
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN
 from storage_schemas.rows import OK, Row
@@ -139,7 +139,7 @@ def await_dump(world: World, section: DumpSection, *, seconds: float, stop: Call
         time.sleep(min(LOOK_SECONDS, seconds))
 
 
-def refuse_contradicted(run: RunInfo, stated: Mapping[str, Any]) -> None:
+def refuse_contradicted(run: Provenance, stated: Mapping[str, Any]) -> None:
     """Raise MismatchError if the configuration states an estimator or temperatures that are not the dump's."""
     made = {f"estimator.{name}": value for name, value in run.estimator.model_dump().items()}
     made["temperatures"] = list(run.temperatures)
@@ -204,13 +204,13 @@ def open_run(
     cache = train.cache_dir or train.output / "cache"
     dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
     dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
-    refuse_contradicted(dump.run, stated)
+    refuse_contradicted(dump.provenance, stated)
     if train.distils:
-        dump.run.temperature_index(loss.temperature)
-        refuse_unsupported(loss.divergence, loss.temperature, dump.run.estimator.kind != "topk")
+        dump.provenance.temperature_index(loss.temperature)
+        refuse_unsupported(loss.divergence, loss.temperature, dump.provenance.estimator.kind != "topk")
     order = Order(
-        samples=dump.run.corpus.samples,
-        samples_per_unit=dump.run.samples_per_unit,
+        samples=dump.provenance.corpus.samples,
+        samples_per_unit=dump.provenance.samples_per_unit,
         window_units=train.shuffle_window_units,
         block_units=train.shuffle_block_units,
         global_batch_size=train.global_batch_size,
@@ -318,7 +318,7 @@ def stored_rows(run: Run) -> list[Row]:
     """The first usable sample that was trained on, and then the others of its unit."""
     for step in range(run.steps):
         for sample in run.order.step_samples(step):
-            unit, place = divmod(int(sample), run.dump.run.samples_per_unit)
+            unit, place = divmod(int(sample), run.dump.provenance.samples_per_unit)
             rows = run.dump.read_unit(unit)
             if rows.status[place] == OK:
                 return [rows.row(i) for i in (place, *range(len(rows))) if rows.status[i] == OK]

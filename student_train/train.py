@@ -158,7 +158,7 @@ def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Stu
     initial = None
     if checkpoint is not None:
         initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))} or None
-    learner = load_student(run.student, run.loss, run.train, run.dump.run, initial=initial)
+    learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
     if main:
         learner = replace(learner, files=identity(run.student.model, run.student.revision))
     if checkpoint is not None:
@@ -170,7 +170,7 @@ def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Stu
             pass
     if main:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
-        refuse_long_rows(learner.module.student, run.dump.run.corpus.max_length)
+        refuse_long_rows(learner.module.student, run.dump.provenance.corpus.max_length)
         refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
     return learner
 
@@ -400,7 +400,7 @@ class _Loop:
         def make(rows: Sequence[Any]) -> TrainBatch:
             batch = collate(
                 rows,
-                temperature_index=run.dump.run.temperature_index(temperature) if distils else 0,
+                temperature_index=run.dump.provenance.temperature_index(temperature) if distils else 0,
                 temperature=temperature if distils else 1.0,
                 pad_id=0,
                 entries=distils,

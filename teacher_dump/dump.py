@@ -20,7 +20,7 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.common.frozen import Section
 from storage_schemas.common.signals import StopRequest, stoppable
 from storage_schemas.config import DumpSection, Estimator
-from storage_schemas.provenance import CorpusIdentity, RunInfo, TokenizerIdentity
+from storage_schemas.provenance import CorpusIdentity, Provenance, TokenizerIdentity
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, count_statuses, mean_per_token, totals
 from storage_schemas.rows import NONFINITE, OK, Row
@@ -123,15 +123,15 @@ def run_dump(
         teacher.refuse_unloadable()
         if begun is None:
             refuse_unusable(dump)
-        samples = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
+        samples = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
         refuse_too_long(samples, teacher)
         if heldout is not None:
-            others = freeze_corpus(heldout, teacher.tokenizer, head_size=teacher.head_size, check=stop.check)
+            others = freeze_corpus(heldout, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
             refuse_shared(samples, others)
-        run = run_info(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
-        if DumpWriter.join(dump.url, run, options=dump.storage_options) is None:
-            teacher.start(samples, run)  # No dump is known by weights that do not load.
-        writer = DumpWriter.open(dump.url, run, options=dump.storage_options)
+        provenance = provenance_of(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
+        if DumpWriter.join(dump.url, provenance, options=dump.storage_options) is None:
+            teacher.start(samples, provenance)  # No dump is known by weights that do not load.
+        writer = DumpWriter.open(dump.url, provenance, options=dump.storage_options)
         if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.
             writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
         log_events = EventLog(events, rank=rank)
@@ -161,7 +161,7 @@ def refuse_unusable(dump: DumpSection) -> None:
         )
 
 
-def run_info(
+def provenance_of(
     dump: DumpSection,
     teacher: Teacher,
     section: CorpusSection,
@@ -169,11 +169,11 @@ def run_info(
     *,
     estimator: Estimator,
     temperatures: Sequence[float],
-) -> RunInfo:
+) -> Provenance:
     """run.json of a dump; no weight is loaded for it."""
     vocab = teacher.tokenizer.get_vocab()
     template = teacher.tokenizer.chat_template
-    return RunInfo(
+    return Provenance(
         teacher=teacher.identity(),
         tokenizer=TokenizerIdentity(
             vocab_size=len(vocab),
@@ -201,7 +201,7 @@ def run_info(
 
 def refuse_wider_than_vocabulary(estimator: Estimator, teacher: Teacher) -> None:
     """Raise MismatchError if a head shall have more entries than there are ids."""
-    ids = teacher.masked_from or teacher.head_size
+    ids = teacher.masked_from or teacher.lm_head_rows
     wanted = {name: value for name, value in estimator.model_dump().items() if name in ("k", "k_min", "k_max")}
     if too_many := {f"estimator.{name}": value for name, value in wanted.items() if value > ids}:
         raise MismatchError(
@@ -273,12 +273,12 @@ class Worker:
         Raises:
             TemporaryError: the dump is not complete at the end.
         """
-        run = self.writer.run
+        provenance = self.writer.provenance
         self._see(self.writer.committed())
-        events.write("start", world_size=self.world_size, units=run.units, done=len(self._committed))
-        if len(self._committed) < run.units:
-            self.teacher.start(self.corpus, run)
-            progress = DumpProgress(units=run.units, world_size=self.world_size, events=events, console=console)
+        events.write("start", world_size=self.world_size, units=provenance.units, done=len(self._committed))
+        if len(self._committed) < provenance.units:
+            self.teacher.start(self.corpus, provenance)
+            progress = DumpProgress(units=provenance.units, world_size=self.world_size, events=events, console=console)
             with progress, Committer(self.writer) as commits:
                 self._take_all(commits, progress)
                 commits.close()
@@ -290,7 +290,7 @@ class Worker:
         if not self.writer.seal():
             raise TemporaryError(
                 f"{self.writer.store.url} is not complete",
-                got=f"{len(self.writer.committed())} of {run.units} units",
+                got=f"{len(self.writer.committed())} of {provenance.units} units",
                 fix="run the same command again",
             )
 
@@ -299,7 +299,7 @@ class Worker:
 
         Workers that do not know of each other, both rank 0 of 1, would otherwise do the same work to the end.
         """
-        units = deque(unit_order(self.writer.run.units, rank=self.rank, world_size=self.world_size))
+        units = deque(unit_order(self.writer.provenance.units, rank=self.rank, world_size=self.world_size))
         met = 0
         while units:
             self._take(units.popleft(), commits, progress)
@@ -317,7 +317,7 @@ class Worker:
         """Compute a unit and hand it to the committing thread, unless somebody else commits it first."""
         if unit in self._committed or self.writer.is_committed(unit):
             return
-        samples = [self.corpus.sample(index) for index in self.writer.run.unit_range(unit)]
+        samples = [self.corpus.sample(index) for index in self.writer.provenance.unit_range(unit)]
         usable = [sample for sample in samples if sample.status == OK]
         found: dict[int, Targets | None] = {}
         waiting: Future[dict[int, Targets | None]] | None = None
@@ -328,7 +328,7 @@ class Worker:
             if unit in self._committed:
                 self.units_lost_here += waiting is not None
                 return
-            pending = self.teacher.launch(batch, self.writer.run.recipe)
+            pending = self.teacher.launch(batch, self.writer.provenance.recipe)
             if waiting is not None:
                 found |= waiting.result()
             waiting = self._collector.submit(_by_sample, batch, pending)
@@ -352,9 +352,9 @@ class Worker:
             self._see(listing.result())
 
     def _see(self, committed: set[int]) -> None:
-        run = self.writer.run
+        provenance = self.writer.provenance
         self._looked, self._committed = time.monotonic(), committed
-        starts = np.minimum(np.arange(run.units + 1) * run.samples_per_unit, len(self.corpus))
+        starts = np.minimum(np.arange(provenance.units + 1) * provenance.samples_per_unit, len(self.corpus))
         tokens = np.diff(self.corpus.offsets[starts])
         done = np.fromiter(self._committed, np.int64, len(self._committed))
         computed = sum(n for unit, n in self._computed.items() if unit not in self._committed)
@@ -400,7 +400,7 @@ def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
     supervised = sums["supervised_tokens"]
     return DumpSummary(
         url=dump.url,
-        fingerprint=worker.writer.run.fingerprint,
+        fingerprint=worker.writer.provenance.fingerprint,
         units=len(records),
         units_done_here=worker.units_done_here,
         units_lost_here=worker.units_lost_here,

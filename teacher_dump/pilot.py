@@ -13,13 +13,13 @@ import numpy as np
 from storage_schemas.codec import mean_kept_mass, open_parquet
 from storage_schemas.common.errors import DataError
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.rows import OK, SCHEMA, Row
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus.freeze import Sample, freeze_corpus
-from teacher_dump.dump import refuse_too_long, refuse_wider_than_vocabulary, row_of, run_info
+from teacher_dump.dump import provenance_of, refuse_too_long, refuse_wider_than_vocabulary, row_of
 from teacher_dump.plan import Bytes, Pilot, Plan, UnitSize, choose_pilot, make_plan
 from teacher_dump.teachers.teacher import Teacher
 
@@ -62,18 +62,18 @@ def plan_dump(
     """
     refuse_wider_than_vocabulary(estimator, teacher)
     teacher.refuse_unloadable()
-    frozen = freeze_corpus(corpus, teacher.tokenizer, head_size=teacher.head_size)
+    frozen = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
     refuse_too_long(frozen, teacher)
-    run = run_info(dump, teacher, corpus, frozen, estimator=estimator, temperatures=temperatures)
+    provenance = provenance_of(dump, teacher, corpus, frozen, estimator=estimator, temperatures=temperatures)
     lengths = np.diff(frozen.offsets)
     picked = [frozen.sample(int(i)) for i in choose_pilot(lengths, samples, seed=seed)]
     estimators = _estimators(estimator)
-    found, wide, speed = _ask(teacher, picked, estimators, run, progress)
+    found, wide, speed = _ask(teacher, picked, estimators, provenance, progress)
     usable = frozen.statuses.are(OK)
     return make_plan(
-        [measure(picked, targets, run, each, chosen=each == estimator) for each, targets in found],
+        [measure(picked, targets, provenance, each, chosen=each == estimator) for each, targets in found],
         statuses=frozen.statuses.counts(),
-        samples_per_unit=run.samples_per_unit,
+        samples_per_unit=provenance.samples_per_unit,
         tokens=int(frozen.offsets[-1]),
         teacher_tokens=int(lengths[usable].sum()),
         supervised_tokens=int(frozen.loss_mask.sum()),
@@ -95,7 +95,7 @@ def _ask(
     teacher: Teacher,
     picked: Sequence[Sample],
     estimators: Sequence[Estimator],
-    run: RunInfo,
+    provenance: Provenance,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[tuple[Estimator, dict[int, Targets]]], Targets, float]:
     """Each estimator's targets by sample, the widest heads of all tokens, and tokens per second.
@@ -108,14 +108,16 @@ def _ask(
     widest = TopK(k=max(*WIDTHS, *(each.k for each in estimators if isinstance(each, TopK))), mass=1.0)
     # The first pass on a device is slow; the smallest batch takes that upon itself.
     if batches:
-        teacher.targets(batches[-1][-1:], replace(run.recipe, estimator=widest, logsumexp=True))
+        teacher.targets(batches[-1][-1:], replace(provenance.recipe, estimator=widest, logsumexp=True))
     found: list[tuple[Estimator, dict[int, Targets]]] = []
     wide: dict[int, Targets] = {}
     seconds = 0.0
     for place, each in enumerate(estimators):
         draws = each.kind != "topk"
-        temperatures = run.temperatures[:1] if draws else run.temperatures
-        recipe = replace(run.recipe, estimator=each if draws else widest, temperatures=temperatures, logsumexp=True)
+        temperatures = provenance.temperatures[:1] if draws else provenance.temperatures
+        recipe = replace(
+            provenance.recipe, estimator=each if draws else widest, temperatures=temperatures, logsumexp=True
+        )
         results: dict[int, Targets] = {}
         started = time.monotonic()
         for i, batch in enumerate(batches):
@@ -181,20 +183,25 @@ def mass_at(wide: Targets, widths: Sequence[int]) -> dict[int, float]:
 
 
 def measure(
-    picked: Sequence[Sample], targets: Mapping[int, Targets], run: RunInfo, estimator: Estimator, *, chosen: bool
+    picked: Sequence[Sample],
+    targets: Mapping[int, Targets],
+    provenance: Provenance,
+    estimator: Estimator,
+    *,
+    chosen: bool,
 ) -> Pilot:
     """Encode the pilot's rows as the dump will, in units of at most the configured size and of half of that."""
-    if not run.logsumexp:
+    if not provenance.logsumexp:
         targets = {index: replace(found, logsumexp=None) for index, found in targets.items()}
     rows = [row_of(sample, targets.get(sample.sample_index)) for sample in picked]
-    units = -(-len(rows) // run.samples_per_unit)
-    temperatures = run.temperatures if estimator.kind == "topk" else run.temperatures[:1]
-    run = run.model_copy(update={"estimator": estimator, "temperatures": temperatures})
+    units = -(-len(rows) // provenance.samples_per_unit)
+    temperatures = provenance.temperatures if estimator.kind == "topk" else provenance.temperatures[:1]
+    provenance = provenance.model_copy(update={"estimator": estimator, "temperatures": temperatures})
     return Pilot(
         name=described(estimator),
         configured=chosen,
-        whole=[encode_unit(part, run) for part in _parts(rows, units)],
-        halves=[encode_unit(part, run) for part in _parts(rows, 2 * units)] if 2 * units <= len(rows) else [],
+        whole=[encode_unit(part, provenance) for part in _parts(rows, units)],
+        halves=[encode_unit(part, provenance) for part in _parts(rows, 2 * units)] if 2 * units <= len(rows) else [],
         entries=[len(found.ids) for found in targets.values()],
         supervised=[len(found) for found in targets.values()],
         kept_mass=mean_kept_mass(concatenate(list(targets.values()))),
@@ -207,16 +214,16 @@ def _parts(rows: Sequence[Row], count: int) -> list[Sequence[Row]]:
     return [rows[start:stop] for start, stop in pairwise(cuts)]
 
 
-def encode_unit(rows: Sequence[Row], run: RunInfo) -> UnitSize:
+def encode_unit(rows: Sequence[Row], provenance: Provenance) -> UnitSize:
     """Rows as one unit, written by the dump's own writer to a scratch directory.
 
     Raises:
         DataError: the fidelity gate is missed, as it would be in the dump.
     """
-    corpus = run.corpus.model_copy(update={"samples": len(rows)})
-    run = run.model_copy(update={"corpus": corpus, "samples_per_unit": len(rows)})
+    corpus = provenance.corpus.model_copy(update={"samples": len(rows)})
+    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": len(rows)})
     with tempfile.TemporaryDirectory() as folder:
-        writer = DumpWriter.open(folder, run)
+        writer = DumpWriter.open(folder, provenance)
         record = writer.commit_unit(0, [replace(row, sample_index=i) for i, row in enumerate(rows)])
         assert record is not None
         sizes = file_bytes((Path(folder) / record.file).read_bytes())

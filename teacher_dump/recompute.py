@@ -9,7 +9,7 @@ import numpy.typing as npt
 from storage_schemas.codec import round_logprobs
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import Section
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from storage_schemas.shift import supervised_positions
@@ -104,19 +104,19 @@ def recompute(
     Raises:
         MismatchError: it is another teacher, or another corpus.
     """
-    run = dump.run
-    refuse_other_teacher(run, teacher)
-    noise = NOISE[run.teacher.dtype]
+    provenance = dump.provenance
+    refuse_other_teacher(provenance, teacher)
+    noise = NOISE[provenance.teacher.dtype]
     picked, errors = pick_rows(dump, rows, seed=seed)
     if corpus is not None:
-        refuse_other_corpus(run, corpus)
+        refuse_other_corpus(provenance, corpus)
         for row in picked.values():
             errors += _corpus_problems(row, corpus.sample(row.sample_index))
 
     results: dict[int, Compared] = {}
     done = 0
     for batch in teacher.batches([_sample(row) for row in picked.values()]):
-        found = teacher.targets(batch, run.recipe)
+        found = teacher.targets(batch, provenance.recipe)
         for sample, exact in zip(batch, found, strict=True):
             stored = picked[sample.sample_index].targets
             if exact is None or stored is None:
@@ -125,34 +125,36 @@ def recompute(
                     finite = "not finite" if exact is None else "finite"
                     errors.append(f"row {sample.sample_index}: stored as {status}, but its logits are {finite}")
                 continue
-            record = dump.record(sample.sample_index // run.samples_per_unit)
+            record = dump.record(sample.sample_index // provenance.samples_per_unit)
             assert record is not None
-            results[sample.sample_index] = compare(exact, stored, run=run, step=record.logprob_step, noise=noise)
+            results[sample.sample_index] = compare(
+                exact, stored, provenance=provenance, step=record.logprob_step, noise=noise
+            )
         done += len(batch)
         if progress is not None:
             progress(done, len(picked))
-    return _report(picked, results, errors, run, noise, corpus_compared=corpus is not None)
+    return _report(picked, results, errors, provenance, noise, corpus_compared=corpus is not None)
 
 
-def refuse_other_teacher(run: RunInfo, teacher: Teacher) -> None:
+def refuse_other_teacher(provenance: Provenance, teacher: Teacher) -> None:
     """Raise MismatchError unless the teacher is the one of run.json, wherever it lies: weights, config and dtype."""
-    here = run.model_copy(update={"teacher": teacher.identity(), "made_by": teacher.made_by()})
-    if found := run.differences_to(here):
+    here = provenance.model_copy(update={"teacher": teacher.identity(), "made_by": teacher.made_by()})
+    if found := provenance.differences_to(here):
         raise MismatchError(
             f"{teacher.section.model} is not the teacher that made the dump: {', '.join(found.keys)}",
             got=found.there,
             expected=found.here,
-            fix=f"recompute with {run.origin.model} itself, in {run.teacher.dtype}",
+            fix=f"recompute with {provenance.origin.model} itself, in {provenance.teacher.dtype}",
         )
 
 
-def refuse_other_corpus(run: RunInfo, corpus: Corpus) -> None:
+def refuse_other_corpus(provenance: Provenance, corpus: Corpus) -> None:
     """Raise MismatchError unless the dump was made from this corpus."""
-    if corpus.fingerprint != run.corpus.fingerprint:
+    if corpus.fingerprint != provenance.corpus.fingerprint:
         raise MismatchError(
             "the corpus is not the one that the dump was made from",
             got=corpus.fingerprint,
-            expected=f"corpus.fingerprint = {run.corpus.fingerprint}",
+            expected=f"corpus.fingerprint = {provenance.corpus.fingerprint}",
             fix="pass the configuration that the dump was made with, or none",
         )
 
@@ -164,7 +166,9 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
     recompute, the next one of its unit that has.
     """
     units = np.array(sorted(dump.records()), np.int64)
-    starts = np.concatenate([[0], np.cumsum([len(dump.run.unit_range(int(unit))) for unit in units])]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(dump.provenance.unit_range(int(unit))) for unit in units])]).astype(
+        np.int64
+    )
     total = int(starts[-1])
     bounds = np.arange(min(count, total) + 1) * total // max(1, min(count, total))
     places = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:])
@@ -187,10 +191,10 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
     return picked, errors
 
 
-def compare(exact: Targets, stored: Targets, *, run: RunInfo, step: float, noise: Noise) -> Compared:
+def compare(exact: Targets, stored: Targets, *, provenance: Provenance, step: float, noise: Noise) -> Compared:
     """Targets of the same tokens, recomputed and stored."""
     draws = stored.counts is not None
-    temperatures = run.temperatures[:1] if draws else run.temperatures
+    temperatures = provenance.temperatures[:1] if draws else provenance.temperatures
     e = [decode(exact, temperature_index=i, temperature=T) for i, T in enumerate(temperatures)]
     s = [decode(stored, temperature_index=i, temperature=T) for i, T in enumerate(temperatures)]
     n = len(exact)
@@ -205,7 +209,7 @@ def compare(exact: Targets, stored: Targets, *, run: RunInfo, step: float, noise
         kl[t] = [
             _bucketed_kl(p, q, t, in_e, in_s, (len(here.head), len(there.head))) for p, q in zip(e, s, strict=True)
         ]
-        problem = None if same else _head_problem(here, there, run=run, step=step, noise=noise)
+        problem = None if same else _head_problem(here, there, provenance=provenance, step=step, noise=noise)
         problem = problem or _value_problem(here.head_logprobs[in_e], there.head_logprobs[in_s], common, step, noise)
         if same:
             problem = problem or _tail_problem(here.tail, there.tail, noise)
@@ -218,7 +222,7 @@ def compare(exact: Targets, stored: Targets, *, run: RunInfo, step: float, noise
             gap = here.draw_logprobs[in_e].astype(np.float64) - there.draw_logprobs[in_s]
             drift[t] = float((gap * there.counts[in_s]).sum()) / max(1.0, drawn[t]) * np.exp(float(there.tail[0]))
             problem = problem or _value_problem(here.draw_logprobs[in_e], there.draw_logprobs[in_s], ids, step, noise)
-        if not np.all(kl[t] <= run.max_kl + noise.token_kl):
+        if not np.all(kl[t] <= provenance.max_kl + noise.token_kl):
             problem = problem or f"KL(recomputed || stored) is {np.max(kl[t]):.3g} nats"
         if problem:
             problems[t] = problem
@@ -261,7 +265,7 @@ def _bucketed_kl(p: Decoded, q: Decoded, t: int, in_p: Places, in_q: Places, siz
     return float((np.exp(log_p[in_p]) * (log_p[in_p] - log_q[in_q])).sum() + rest)
 
 
-def _head_problem(here: _Token, there: _Token, *, run: RunInfo, step: float, noise: Noise) -> str | None:
+def _head_problem(here: _Token, there: _Token, *, provenance: Provenance, step: float, noise: Noise) -> str | None:
     """What is wrong with heads of different ids, unless a tie or the mass at which a head ends explains it."""
     only_here, only_there = np.setdiff1d(here.head, there.head), np.setdiff1d(there.head, here.head)
     what = (
@@ -279,7 +283,7 @@ def _head_problem(here: _Token, there: _Token, *, run: RunInfo, step: float, noi
                 return what
     if len(here.head) == len(there.head):
         return None
-    mass = getattr(run.estimator, "mass", 1.0)
+    mass = getattr(provenance.estimator, "mass", 1.0)
     shorter = here if len(here.head) < len(there.head) else there
     ends = float(np.log1p(-mass)) if mass < 1.0 else -np.inf
     if abs(float(shorter.tail[0]) - ends) <= noise.logprob + _tail_rounding(ends):
@@ -350,14 +354,14 @@ def _report(
     picked: Mapping[int, Row],
     results: Mapping[int, Compared],
     errors: Sequence[str],
-    run: RunInfo,
+    provenance: Provenance,
     noise: Noise,
     *,
     corpus_compared: bool,
 ) -> RecomputeReport:
-    width = 1 if run.estimator.kind != "topk" else len(run.temperatures)
+    width = 1 if provenance.estimator.kind != "topk" else len(provenance.temperatures)
     tokens = sum(len(found.kl) for found in results.values())
-    limit = run.max_kl + noise.kl
+    limit = provenance.max_kl + noise.kl
     kl = sum((found.kl.sum(0) for found in results.values()), np.zeros(width)) / max(1, tokens)
     kl[0] += abs(sum(found.drift.sum() for found in results.values())) / max(1, tokens)
     drawn = sum(float(found.drawn.sum()) for found in results.values())

@@ -122,7 +122,7 @@ class RowView(Section):
 
 def header(dump: Dump) -> Header:
     """The dump as a whole, from run.json and the commit records; no data file is read."""
-    run, records = dump.run, dump.records()
+    run, records = dump.provenance, dump.records()
     sums = totals(records)
     supervised, size = sums["supervised_tokens"], sums["bytes"]
     entries = sum(record.entries for record in records.values())
@@ -138,7 +138,7 @@ def header(dump: Dump) -> Header:
         teacher=run.origin.model + (f" @ {run.origin.revision}" if run.origin.revision else ""),
         teacher_dtype=run.teacher.dtype,
         tokenizer_ids=run.tokenizer.vocab_size,
-        head_size=run.teacher.head_size,
+        head_size=run.teacher.lm_head_rows,
         estimator=described(run.estimator),
         temperatures=run.temperatures,
         units=run.units,
@@ -160,17 +160,17 @@ def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
         UsageError: there is no such sample.
         DataError: its unit is not committed, or damaged.
     """
-    samples = dump.run.corpus.samples
+    samples = dump.provenance.corpus.samples
     for index in sample_indices:
         if not 0 <= index < samples:
             raise UsageError("no such row in this dump", got=index, expected=f"0 to {samples - 1}")
     tokenizer = _tokenizer(dump) if sample_indices else None
     views, unit, rows = [], None, None
     for index in sample_indices:
-        if rows is None or index // dump.run.samples_per_unit != unit:
-            unit = index // dump.run.samples_per_unit
+        if rows is None or index // dump.provenance.samples_per_unit != unit:
+            unit = index // dump.provenance.samples_per_unit
             rows = dump.read_unit(unit)
-        views.append(_row_view(rows.row(index - dump.run.unit_range(unit).start), dump, tokenizer))
+        views.append(_row_view(rows.row(index - dump.provenance.unit_range(unit).start), dump, tokenizer))
     return views
 
 
@@ -191,7 +191,7 @@ def _token_views(row: Row, dump: Dump, tokenizer: Tokenizer | None, pieces: list
     if row.status != OK or row.targets is None:
         return []
     positions = supervised_positions(row.loss_mask)
-    decoded = decode(row.targets, temperature_index=dump.run.temperature_index(1.0))
+    decoded = decode(row.targets, temperature_index=dump.provenance.temperature_index(1.0))
     views = []
     for i, (token, before) in enumerate(zip(positions.tokens, positions.logits, strict=True)):
         filled = int(row.targets.lengths[i])

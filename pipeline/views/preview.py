@@ -127,7 +127,7 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
 
 
 def preview(
-    section: CorpusSection, tokenizer: Any, *, head_size: int, row: int | None, samples: int
+    section: CorpusSection, tokenizer: Any, *, lm_head_rows: int, row: int | None, samples: int
 ) -> tuple[Preview, list[SampleView]]:
     """Freeze the corpus as `dump` would, and look at it.
 
@@ -145,7 +145,7 @@ def preview(
     lenient = section.model_copy(
         update={"too_long": "drop" if section.too_long == "error" else section.too_long, "max_bad_share": 1.0}
     )
-    corpus = freeze_corpus(lenient, tokenizer, head_size=head_size)
+    corpus = freeze_corpus(lenient, tokenizer, lm_head_rows=lm_head_rows)
     if row is not None and row >= len(corpus):
         raise UsageError("no such row in this corpus", got=row, expected=f"0 to {len(corpus) - 1}")
     usable = np.flatnonzero(corpus.statuses.are(OK))

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
@@ -132,7 +132,7 @@ def load_student(
     student: StudentSection,
     loss: LossSection,
     train: TrainSection,
-    run: RunInfo,
+    provenance: Provenance,
     *,
     initial: Mapping[str, Tensor] | None = None,
 ) -> Student:
@@ -151,7 +151,9 @@ def load_student(
     base = load_model(student.model, student.revision, dtype=DTYPES[train.precision])
     base.config.use_cache = False
     rows = base.get_output_embeddings().weight.shape[0]
-    head = HeadSpec.of(base.config, valid_vocab=min(rows, run.teacher.head_size), chunk_tokens=train.head_chunk_tokens)
+    head = HeadSpec.of(
+        base.config, valid_vocab=min(rows, provenance.teacher.lm_head_rows), chunk_tokens=train.head_chunk_tokens
+    )
     digest = weights_digest(base)
     model: nn.Module = base
     start: dict[str, Tensor] = {}

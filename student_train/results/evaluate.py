@@ -73,8 +73,8 @@ def evaluate(
         DataError: a unit or the model is damaged, or nothing is supervised.
         TemporaryError: not all of the samples are there yet, and `partial` is not set.
     """
-    index = dump.run.temperature_index(temperature)
-    total = min(dump.run.corpus.samples, limit or dump.run.corpus.samples)
+    index = dump.provenance.temperature_index(temperature)
+    total = min(dump.provenance.corpus.samples, limit or dump.provenance.corpus.samples)
     samples = _samples(dump, total)
     if samples < total and not partial:
         raise TemporaryError(
@@ -86,11 +86,11 @@ def evaluate(
     where = _device(device)
     source, revision = source_of(model, base)
     student = _load(model, source, revision, device=where)
-    refuse_long_rows(student, dump.run.corpus.max_length)
+    refuse_long_rows(student, dump.provenance.corpus.max_length)
     causal = causal_of(student)
     rows = causal.get_output_embeddings().weight.shape[0]
     refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)
-    valid = min(rows, dump.run.teacher.head_size)
+    valid = min(rows, dump.provenance.teacher.lm_head_rows)
     loss = LossSpec(alpha=0.5, temperature=temperature)
     module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()
     refuse_unknown_head(module)
@@ -113,14 +113,14 @@ def evaluate(
             fix="let stage one finish, or raise the limit",
         )
     _, ce, divergence, agreement = (sums / tokens).tolist()
-    exact_head = dump.run.estimator.kind != "sampled"
+    exact_head = dump.provenance.estimator.kind != "sampled"
     return EvalResult(
         kl_mean=divergence,
         ce=ce,
         top1_agreement=agreement if exact_head else None,
         supervised_tokens=tokens,
         samples=samples,
-        dump_samples=dump.run.corpus.samples,
+        dump_samples=dump.provenance.corpus.samples,
     )
 
 
@@ -149,14 +149,16 @@ def _device(name: str) -> torch.device:
 
 def _samples(dump: Dump, total: int) -> int:
     """How many of the first `total` samples are there."""
-    spans = (dump.run.unit_range(unit) for unit in range(dump.run.units) if dump.sealed() or dump.record(unit))
+    spans = (
+        dump.provenance.unit_range(unit) for unit in range(dump.provenance.units) if dump.sealed() or dump.record(unit)
+    )
     return sum(max(0, min(span.stop, total) - span.start) for span in spans)
 
 
 def _batches(dump: Dump, total: int, batch_tokens: int) -> Iterator[tuple[int, list[list[Row]]]]:
     """Per unit: samples done with it, and its usable rows by length in batches of so many tokens."""
-    for unit in range(dump.run.units):
-        span = dump.run.unit_range(unit)
+    for unit in range(dump.provenance.units):
+        span = dump.provenance.unit_range(unit)
         if span.start >= total or dump.record(unit) is None:
             continue
         rows = dump.read_unit(unit)

@@ -71,7 +71,7 @@ def model_card(
         folder: where it lies.
         evaluation: if there was one.
     """
-    teacher = dump.run.origin.model
+    teacher = dump.provenance.origin.model
     base = f"{student.model!r}, revision={student.revision!r}" if student.revision else repr(student.model)
     lines = [
         f"# {Path(student.model).name}: {train.arm} from {Path(teacher).name}",
@@ -150,7 +150,7 @@ def _facts(
     dump: Dump, student: StudentSection, loss: LossSection, train: TrainSection, events: Sequence[Event]
 ) -> Iterator[tuple[str, str]]:
     """(name, text) of what the run was made of."""
-    run, last = dump.run, events[-1]
+    run, last = dump.provenance, events[-1]
     yield "student", _named(student.model, student.revision)
     yield "teacher", f"{_named(run.origin.model, run.origin.revision)}, {run.teacher.dtype}"
     yield "dump", f"`{dump.store.url}`, fingerprint `{dump.fingerprint}`"

@@ -50,7 +50,7 @@ def is_looked_up(found: Found) -> bool:
 
 
 def corpus_key(
-    section: CorpusSection, found: Sequence[Found], opened: Mapping[int, Records], tokenizer: Any, *, head_size: int
+    section: CorpusSection, found: Sequence[Found], opened: Mapping[int, Records], tokenizer: Any, *, lm_head_rows: int
 ) -> str | None:
     """Hash of all that a frozen corpus depends on; None if something is not known, so that nothing can be kept.
 
@@ -66,7 +66,7 @@ def corpus_key(
     parts = [
         files,
         section.model_dump(mode="json", exclude=_NOT_CONTENT),
-        head_size,
+        lm_head_rows,
         STATUSES,
         hashlib.sha256(json.dumps([tokens, code], default=str).encode()).hexdigest(),
         {name: version(name) for name in ("llm-neo", *_LIBRARIES)},

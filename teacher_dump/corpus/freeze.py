@@ -169,7 +169,7 @@ class Corpus:
 
 
 def freeze_corpus(
-    section: CorpusSection, tokenizer: Any, *, head_size: int, check: Callable[[], None] = lambda: None
+    section: CorpusSection, tokenizer: Any, *, lm_head_rows: int, check: Callable[[], None] = lambda: None
 ) -> Corpus:
     """Read, tokenise and hash every record of every source, or take what an earlier start kept of that.
 
@@ -197,7 +197,7 @@ def freeze_corpus(
             _hash(digest, earlier.sample(i))
         done = earlier.source_samples
         records = [opened.get(number) or records_of(number) for number in range(len(found))]
-        work = partial(_tokenise_part, tokenizer=tokenizer, section=section, head_size=head_size)
+        work = partial(_tokenise_part, tokenizer=tokenizer, section=section, lm_head_rows=lm_head_rows)
         left = sum(each.used for each in records) - sum(done)
         with Pool(work, processes=_processes(section, left)) as pool:
             for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
@@ -210,7 +210,7 @@ def freeze_corpus(
         columns.finish(fingerprint=digest.hexdigest())
 
     opened = {number: records_of(number) for number, source in enumerate(found) if is_looked_up(source)}
-    key = corpus_key(section, found, opened, tokenizer, head_size=head_size)
+    key = corpus_key(section, found, opened, tokenizer, lm_head_rows=lm_head_rows)
     corpus = _corpus(kept(cache / "corpora", key, make=make), len(found))
     _refuse_bad(corpus, section)
     if corpus.truncated:
@@ -326,7 +326,7 @@ def _refuse_useless(corpus: Corpus) -> None:
 
 
 def _tokenise_part(
-    records: Sequence[tuple[str, str, RawRecord]], *, tokenizer: Any, section: CorpusSection, head_size: int
+    records: Sequence[tuple[str, str, RawRecord]], *, tokenizer: Any, section: CorpusSection, lm_head_rows: int
 ) -> Part:
     """Records of one source as samples; pure, so that it does not matter which process does it."""
     ids: list[bytes] = []
@@ -339,7 +339,7 @@ def _tokenise_part(
         if isinstance(tokens, Unusable):
             problems.append(f"{record.where}: {tokens.reason}")
         lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
-        status, tokens = _judge(tokens, section, head_size, where=record.where)
+        status, tokens = _judge(tokens, section, lm_head_rows, where=record.where)
         ids.append(record.sample_id.encode(errors="replace"))
         statuses.append(STATUSES.index(status))
         kept.append(tokens)
@@ -355,16 +355,16 @@ def _tokenise_part(
     )
 
 
-def _judge(tokens: Tokens | Unusable, section: CorpusSection, head_size: int, *, where: str) -> tuple[str, Tokens]:
+def _judge(tokens: Tokens | Unusable, section: CorpusSection, lm_head_rows: int, *, where: str) -> tuple[str, Tokens]:
     """Status of a sample, and what is kept of it."""
     if isinstance(tokens, Unusable):
         return INVALID_TEXT, NOTHING
     ids, mask, limit = tokens.input_ids, tokens.loss_mask, section.max_length
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < head_size:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < lm_head_rows:
         raise DataError(
             f"{where}: a token id is outside of the teacher's vocabulary",
             got=int(ids.min()) if ids.min() < 0 else int(ids.max()),
-            expected=f"0 ... {head_size - 1}",
+            expected=f"0 ... {lm_head_rows - 1}",
             fix="tokenise the corpus with the teacher's tokenizer",
         )
     if len(ids) > limit:

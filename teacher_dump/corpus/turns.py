@@ -74,7 +74,7 @@ def _turn(render: Render, messages: list[Message], i: int, text: str, special: S
     alone = after
     if i + 1 < len(messages):
         _, alone = _cut(render(marked[: i + 1], False), mark, messages, i)
-    return start, stop + len(_end_of_turn(after, alone, special, run=bool(calls)))
+    return start, stop + len(_end_of_turn(after, alone, special, provenance=bool(calls)))
 
 
 def _start(render: Render, messages: list[Message], i: int, text: str, before: str, mark: str) -> int:
@@ -112,7 +112,7 @@ def _beginning(after: str, special: Special) -> str:
     return after[:end] if end else ""
 
 
-def _end_of_turn(after: str, alone: str, special: Special, *, run: bool) -> str:
+def _end_of_turn(after: str, alone: str, special: Special, *, provenance: bool) -> str:
     """What ends a turn: up to a special token that follows it here and where nothing comes after it.
 
     Args:
@@ -134,7 +134,7 @@ def _end_of_turn(after: str, alone: str, special: Special, *, run: bool) -> str:
     if not stops:
         return ""
     ended = next((stop for stop in stops if special.eos and alone[:stop].endswith(special.eos)), stops[0])
-    return alone[: stops[-1] if run else ended]
+    return alone[: stops[-1] if provenance else ended]
 
 
 def _special_end(text: str, start: int, special: Collection[str], *, anywhere: bool) -> int | None:

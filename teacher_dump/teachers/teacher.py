@@ -18,7 +18,7 @@ from storage_schemas.common.devices import refuse_idle_gpus
 from storage_schemas.common.errors import MismatchError, explained
 from storage_schemas.config import Estimator
 from storage_schemas.logits import LogitTransform, body_of
-from storage_schemas.provenance import EngineIdentity, MadeBy, Recipe, RunInfo, TeacherIdentity
+from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
 from teacher_dump.config import TeacherSection
@@ -73,7 +73,7 @@ class Teacher:
         return self.from_pretrained(AutoTokenizer)
 
     @property
-    def head_size(self) -> int:
+    def lm_head_rows(self) -> int:
         """Rows of the LM head."""
         return int(self.config.get_text_config().vocab_size)
 
@@ -81,7 +81,7 @@ class Teacher:
     def masked_from(self) -> int | None:
         """The first row of the LM head from which on the tokenizer has no ids; None if it has one for the last row."""
         known = max(self.tokenizer.get_vocab().values()) + 1
-        return known if known < self.head_size else None
+        return known if known < self.lm_head_rows else None
 
     @property
     def positions(self) -> int | None:
@@ -133,11 +133,11 @@ class Teacher:
         """A freshly loaded model, which is refused unless its targets can be computed."""
         model.eval().requires_grad_(False)
         rows = head_rows(model)
-        if rows != self.head_size:
+        if rows != self.lm_head_rows:
             raise MismatchError(
                 f"the LM head of {self.section.model} disagrees with its config",
                 got=f"{rows} rows",
-                expected=f"vocab_size = {self.head_size}",
+                expected=f"vocab_size = {self.lm_head_rows}",
                 fix="correct config.json, or choose another teacher",
             )
         refuse_unknown_model(model)
@@ -198,7 +198,7 @@ class Teacher:
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
         """Raise MismatchError if it cannot make such targets, before anything is read: transformers makes them all."""
 
-    def start(self, corpus: Corpus, run: RunInfo) -> None:
+    def start(self, corpus: Corpus, provenance: Provenance) -> None:
         """Load the weights, now that there is something to do for `run`."""
         _ = self.model
 
@@ -252,7 +252,7 @@ class Teacher:
             config_sha256=self.files.config_sha256(),
             weights_sha256=self.files.weights_sha256(),
             dtype=self.section.dtype,
-            head_size=self.head_size,
+            lm_head_rows=self.lm_head_rows,
         )
 
     def from_pretrained(self, kind: Any, **options: Any) -> Any:

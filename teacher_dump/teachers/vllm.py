@@ -27,7 +27,7 @@ import torch
 
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.config import Estimator, TopK
-from storage_schemas.provenance import EngineIdentity, MadeBy, Recipe, RunInfo
+from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
 from storage_schemas.rows import OK
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets
@@ -124,20 +124,22 @@ class VllmTeacher(Teacher):
         self.files.refuse_torn()
         _ = self.config
 
-    def start(self, corpus: Corpus, run: RunInfo) -> None:
+    def start(self, corpus: Corpus, provenance: Provenance) -> None:
         """Start the engine, and compare it with transformers on samples of the corpus.
 
         Raises:
             MismatchError: vLLM refuses the model, or disagrees with transformers.
         """
         if self._compared:  # A second dump with one teacher: the engine holds the memory now.
-            self._open(run.max_entries, run.corpus.max_length)
+            self._open(provenance.max_entries, provenance.corpus.max_length)
             return
         samples = check_samples(corpus, self.section.vllm_check_samples)
-        recipe = replace(run.recipe, masked_from=None)  # The two mask in different ways, see docs/design/teacher.md.
+        recipe = replace(
+            provenance.recipe, masked_from=None
+        )  # The two mask in different ways, see docs/design/teacher.md.
         # The reference comes first and leaves: the engine takes the memory that it finds free.
         expected = _reference(self.section, samples, recipe)
-        self._open(run.max_entries, run.corpus.max_length)
+        self._open(provenance.max_entries, provenance.corpus.max_length)
         if samples:
             refuse_disagreement(expected, self.targets(samples, recipe), self.section)
         else:
@@ -164,7 +166,7 @@ class VllmTeacher(Teacher):
         estimator = recipe.estimator
         self.refuse_unsupported(estimator, recipe.temperatures, logsumexp=recipe.logsumexp)
         assert isinstance(estimator, TopK)
-        k = min(estimator.k, self.head_size)
+        k = min(estimator.k, self.lm_head_rows)
         places = [supervised_positions(sample.loss_mask).tokens for sample in samples]
         prompts = [sample.input_ids[: place[-1] + 1].tolist() for sample, place in zip(samples, places, strict=True)]
         answers = self._ask(prompts, k)
@@ -172,7 +174,7 @@ class VllmTeacher(Teacher):
         for answer, place in zip(answers, places, strict=True):
             ids, logprobs = ranked(answer, place, k)
             targets, finite = topk_targets(
-                ids, logprobs, mass=estimator.mass, vocabulary=self.head_size, masked_from=recipe.masked_from
+                ids, logprobs, mass=estimator.mass, vocabulary=self.lm_head_rows, masked_from=recipe.masked_from
             )
             found.append(targets if finite.all() else None)
         return lambda: found
@@ -213,7 +215,7 @@ class VllmTeacher(Teacher):
 
     def _open(self, k: int, tokens: int) -> None:
         """Start the engine, unless one runs that gives k entries per token for prompts of this length."""
-        k = min(k, self.head_size)
+        k = min(k, self.lm_head_rows)
         if self._engine is not None and self._limits[0] >= k and self._limits[1] >= tokens:
             return
         # Standard output is for the summary, and what vLLM imports greets there.

@@ -15,7 +15,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from support.dumps import make_dump, run_info  # noqa: E402
+from support.dumps import make_dump, some_provenance  # noqa: E402
 
 from storage_schemas.config import Adaptive, Sampled, TopK  # noqa: E402
 from storage_schemas.reader import Dump  # noqa: E402
@@ -30,7 +30,7 @@ ESTIMATORS = {
 def contents(dump: Dump) -> list[dict[str, Any]]:
     """Every row of a dump as plain values: floats as hexadecimal text, so that not a bit may differ."""
     rows = []
-    for unit in range(dump.run.units):
+    for unit in range(dump.provenance.units):
         read = dump.read_unit(unit)
         for row in map(read.row, range(len(read))):
             found: dict[str, Any] = {name: getattr(row, name) for name in ("sample_index", "sample_id", "status")}
@@ -53,8 +53,8 @@ if __name__ == "__main__":
         folder = HERE / "v1-content" / name
         shutil.rmtree(folder, ignore_errors=True)
         temperatures = (1.0, 2.0) if name == "topk" else (1.0,)
-        run = run_info(
-            samples=7, samples_per_unit=7, head_size=40, estimator=estimator, temperatures=temperatures
+        provenance = some_provenance(
+            samples=7, samples_per_unit=7, lm_head_rows=40, estimator=estimator, temperatures=temperatures
         )  # fmt: skip
-        make_dump(folder, run)
+        make_dump(folder, provenance)
         (HERE / "v1-content" / f"{name}.json").write_text(json.dumps(contents(Dump.open(str(folder)))) + "\n")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.dumps import run_info, unit_rows
+from support.dumps import some_provenance, unit_rows
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from pipeline import cli
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError, TemporaryError, UsageError
 from storage_schemas.common.exits import Exit
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.writer import DumpWriter
 
 COMMANDS = ["dump", "preview", "train", "run", "evaluate", "merge", "plan", "verify", "inspect", "prune"]
@@ -42,13 +42,13 @@ def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     signal.signal(signal.SIGTERM, before)
 
 
-def write_dump(folder: Path, run: RunInfo, *, seal: bool = True) -> Path:
-    writer = DumpWriter.open(str(folder), run)
+def write_dump(folder: Path, provenance: Provenance, *, seal: bool = True) -> Path:
+    writer = DumpWriter.open(str(folder), provenance)
     tokenizer = folder.with_name("tokenizer")
     tiny_tokenizer().save_pretrained(tokenizer)
     writer.put_tokenizer({path.name: path.read_bytes() for path in tokenizer.iterdir()})
-    for unit in range(run.units if seal else run.units - 1):
-        writer.commit_unit(unit, unit_rows(run, unit))
+    for unit in range(provenance.units if seal else provenance.units - 1):
+        writer.commit_unit(unit, unit_rows(provenance, unit))
     assert writer.seal() == seal
     return folder
 
@@ -64,7 +64,7 @@ def test_a_worker_under_a_launcher_sees_its_own_gpu(call: Call, config: Path, mo
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dump(tmp_path_factory.mktemp("dumps") / "dump", run_info())
+    return write_dump(tmp_path_factory.mktemp("dumps") / "dump", some_provenance())
 
 
 @pytest.fixture
@@ -257,12 +257,12 @@ def test_the_header_needs_no_data(call: Call, dump: Path, tmp_path: Path) -> Non
 
 
 def test_a_dump_in_progress_is_inspected_as_far_as_it_is(call: Call, tmp_path: Path) -> None:
-    partial = write_dump(tmp_path / "partial", run_info(), seal=False)
+    partial = write_dump(tmp_path / "partial", some_provenance(), seal=False)
     found = json.loads(call("inspect", str(partial), "--json")[1])
     assert (found["sealed"], found["committed"], found["units"], found["rows"]) == (False, 2, 3, 8)
     assert "2 of 3 units committed" in call("inspect", str(partial))[1]
     empty = tmp_path / "empty"
-    DumpWriter.open(str(empty), run_info())
+    DumpWriter.open(str(empty), some_provenance())
     found = json.loads(call("inspect", str(empty), "--json")[1])
     assert (found["committed"], found["bytes_per_supervised_token"]) == (0, None)
     assert call("inspect", str(empty))[0] == 0
@@ -279,9 +279,9 @@ def test_a_row_is_shown_token_by_token(call: Call, tmp_path: Path, kind: str) ->
         "adaptive": Adaptive(kind="adaptive", k_max=4),
         "sampled": Sampled(kind="sampled", draws=20),
     }
-    run = run_info(estimator=estimators[kind])
-    folder = write_dump(tmp_path / "dump", run)
-    row = unit_rows(run, 0)[2]
+    provenance = some_provenance(estimator=estimators[kind])
+    folder = write_dump(tmp_path / "dump", provenance)
+    row = unit_rows(provenance, 0)[2]
     code, out, _ = call("inspect", str(folder), "--row", "2", "--json")
     found = json.loads(out)["row"]
     assert code == 0

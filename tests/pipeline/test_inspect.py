@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from markupsafe import escape
 from rich.console import Console
-from support.dumps import random_targets, run_info
+from support.dumps import random_targets, some_provenance
 from support.tiny_teachers import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
@@ -39,24 +39,24 @@ def tokenizer():
 
 
 def make(folder: Path, tokenizer, **changes) -> Dump:
-    run = run_info(samples=len(TEXTS) + 1, samples_per_unit=2, head_size=HEAD, **changes)
-    writer = DumpWriter.open(str(folder / "dump"), run)
+    provenance = some_provenance(samples=len(TEXTS) + 1, samples_per_unit=2, lm_head_rows=HEAD, **changes)
+    writer = DumpWriter.open(str(folder / "dump"), provenance)
     tokenizer.save_pretrained(folder / "tokenizer")
     writer.put_tokenizer({path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()})
-    rows = [row(run, i, tokenizer.encode(text)) for i, text in enumerate([*TEXTS, "nothing here"])]
-    for unit in range(run.units):
-        writer.commit_unit(unit, [rows[i] for i in run.unit_range(unit)])
+    rows = [row(provenance, i, tokenizer.encode(text)) for i, text in enumerate([*TEXTS, "nothing here"])]
+    for unit in range(provenance.units):
+        writer.commit_unit(unit, [rows[i] for i in provenance.unit_range(unit)])
     assert writer.seal()
     return Dump.open(str(folder / "dump"))
 
 
-def row(run, index: int, ids: list[int]) -> Row:
+def row(provenance, index: int, ids: list[int]) -> Row:
     mask = np.arange(len(ids)) >= PROMPT
     status = NONFINITE if index == len(TEXTS) else OK
     logits = np.random.default_rng(index).normal(0, 3, (int(mask.sum()), HEAD))
     # The label is anything from certain to impossible.
     logits[np.arange(len(logits)), np.array(ids)[mask]] += np.linspace(-4, 14, len(logits))
-    targets = random_targets(run, logits, seed=index) if status == OK else None
+    targets = random_targets(provenance, logits, seed=index) if status == OK else None
     return Row(
         sample_index=index,
         sample_id=f"<img src=x onerror=alert({index})>",

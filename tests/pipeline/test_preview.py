@@ -87,7 +87,7 @@ def test_what_it_counts_is_what_the_dump_will_hold(config, call, tmp_path):
     found = json.loads(out)
     section = CorpusSection.model_validate(json.loads(config.read_text())["corpus"])
     tokenizer = tiny_tokenizer()
-    corpus = freeze_corpus(section, tokenizer, head_size=VOCABULARY)
+    corpus = freeze_corpus(section, tokenizer, lm_head_rows=VOCABULARY)
     assert found["fingerprint"] == corpus.fingerprint
     chats, texts = found["sources"]
     assert (chats["format"], chats["columns"], chats["records"], chats["used"]) == ("messages", ["messages"], 6, 6)

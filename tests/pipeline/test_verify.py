@@ -69,7 +69,7 @@ def test_recomputed_rows_are_one_more_field(call, place):
 
 def test_targets_that_are_not_the_teachers_exit_65(call, place, tmp_path):
     """A shift by one that every hash of the dump agrees with."""
-    run = Dump.open(str(place / "dump")).run
+    run = Dump.open(str(place / "dump")).provenance
     writer = DumpWriter.open(str(tmp_path / "dump"), run)
     rows = rows_of(place / "dump")
     for i, row in enumerate(rows):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from support.dumps import make_dump, run_info
+from support.dumps import make_dump, some_provenance
 
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError
@@ -154,13 +154,13 @@ def test_verify_finds_every_kind(folder: Path) -> None:
 
 def parse(folder: Path, versions: Iterator[bytes]) -> tuple[int, int]:
     """Parse a shard without looking at its hash: how many versions were refused, and how many there were."""
-    run = run_info()
+    provenance = some_provenance()
     record = CommitRecord.from_json((folder / record_key(0)).read_bytes(), name="record")
     refused = n = 0
     for version in versions:
         n += 1
         try:
-            parse_unit(version, record, run, name="shard")
+            parse_unit(version, record, provenance, name="shard")
         except REFUSED:
             refused += 1
     return refused, n
@@ -207,7 +207,7 @@ def forged(shard: str, changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     for place, value in changes:
         n += 1
         try:
-            parse_unit(data[:place] + bytes([value]) + data[place + 1 :], record, dump.run, name="shard")
+            parse_unit(data[:place] + bytes([value]) + data[place + 1 :], record, dump.provenance, name="shard")
         except REFUSED:
             refused += 1
     return refused, n

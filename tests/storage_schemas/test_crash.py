@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.dumps import TOKENIZER, run_info
+from support.dumps import TOKENIZER, some_provenance
 from support.storage_jobs import Zygote
 
 from storage_schemas.common.errors import TemporaryError
@@ -71,12 +71,12 @@ def assert_exactly_once(url: Path) -> None:
     """Every sample has one row, and after a clean-up nothing is there that should not be."""
     report = verify(str(url))
     assert report.ok, report.errors
-    run = run_info()
-    assert report.rows == run.corpus.samples
+    provenance = some_provenance()
+    assert report.rows == provenance.corpus.samples
     dump = Dump.open(str(url))
-    found = [int(i) for unit in range(run.units) for i in dump.read_unit(unit).sample_index]
-    assert found == list(range(run.corpus.samples))
-    DumpWriter.open(str(url), run).clean()
+    found = [int(i) for unit in range(provenance.units) for i in dump.read_unit(unit).sample_index]
+    assert found == list(range(provenance.corpus.samples))
+    DumpWriter.open(str(url), provenance).clean()
     names = {record.file for record in dump.records().values()}
     assert {f"data/{path.name}" for path in (url / "data").iterdir()} == names
     assert not [path for path in url.rglob("*") if path.name.startswith(".staged") or "/probe/" in str(path)]

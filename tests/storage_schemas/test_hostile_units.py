@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import make_dump, metadata_of, replace_unit, run_info, unit_rows
+from support.dumps import make_dump, metadata_of, replace_unit, some_provenance, unit_rows
 from support.poison import POISON, good_unit
 
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows
 from storage_schemas.verify import verify
@@ -51,9 +51,9 @@ HOSTILE: dict[str, Callable[[UnitRows], UnitRows]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_file_that_breaks_a_rule_is_refused(case: str, tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
-    unit = HOSTILE[case](good_unit(run))
-    replace_unit(tmp_path, run, 0, codec.encode(unit, metadata_of(run, 0)))
+    provenance = make_dump(tmp_path, seal=False)
+    unit = HOSTILE[case](good_unit(provenance))
+    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)))
     with pytest.raises(DataError, match="breaks the dump format") as caught:
         Dump.open(str(tmp_path)).read_unit(0)
     assert caught.value.fix
@@ -102,12 +102,12 @@ SUBTLE: dict[str, tuple[Callable[[UnitRows], UnitRows], dict[str, int], str]] = 
 @pytest.mark.parametrize("case", SUBTLE)
 def test_what_breaks_one_rule_alone_is_refused(case: str, tmp_path: Path) -> None:
     """Unit 1 has a row with non-finite logits and one without supervised tokens."""
-    run = make_dump(tmp_path, seal=False)
+    provenance = make_dump(tmp_path, seal=False)
     change, claims, message = SUBTLE[case]
     record = Dump.open(str(tmp_path)).record(1)
     assert record is not None
-    data = codec.encode(change(good_unit(run, 1)), metadata_of(run, 1))
-    replace_unit(tmp_path, run, 1, data, **{name: getattr(record, name) + more for name, more in claims.items()})
+    data = codec.encode(change(good_unit(provenance, 1)), metadata_of(provenance, 1))
+    replace_unit(tmp_path, provenance, 1, data, **{name: getattr(record, name) + more for name, more in claims.items()})
     with pytest.raises(DataError, match=message):
         Dump.open(str(tmp_path)).read_unit(1)
 
@@ -115,40 +115,42 @@ def test_what_breaks_one_rule_alone_is_refused(case: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("estimator", ESTIMATORS[1:], ids=lambda e: e.kind)
 @pytest.mark.parametrize("case", ["not drawn", "too many entries", "head of sampled"])
 def test_draws_that_break_a_rule_are_refused(case: str, estimator: object, tmp_path: Path) -> None:
-    run = run_info(estimator=estimator)  # type: ignore[arg-type]
-    make_dump(tmp_path, run, seal=False)
-    unit = good_unit(run)
+    provenance = some_provenance(estimator=estimator)  # type: ignore[arg-type]
+    make_dump(tmp_path, provenance, seal=False)
+    unit = good_unit(provenance)
     if case == "not drawn":
         unit.targets.counts[unit.targets.counts > 0] = 0  # type: ignore[index]
     elif case == "too many entries":
-        run = run.model_copy(update={"estimator": Adaptive(kind="adaptive", k_max=2, tail_draws=2)})
-        (tmp_path / "run.json").write_bytes(run.to_json())
+        provenance = provenance.model_copy(update={"estimator": Adaptive(kind="adaptive", k_max=2, tail_draws=2)})
+        (tmp_path / "run.json").write_bytes(provenance.to_json())
     elif isinstance(estimator, Sampled):
         unit.targets.head_size[:] = 1
     else:
         pytest.skip("only `sampled` has no head")
-    replace_unit(tmp_path, run, 0, codec.encode(unit, metadata_of(run, 0)), fingerprint=run.fingerprint)
+    replace_unit(
+        tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)), fingerprint=provenance.fingerprint
+    )
     with pytest.raises(DataError, match=r"breaks the dump format|belongs elsewhere"):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
 def test_the_unchanged_unit_is_accepted(tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, run, 0, codec.encode(good_unit(run), metadata_of(run, 0)))
+    provenance = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata_of(provenance, 0)))
     assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
 
 
 @pytest.mark.parametrize("claim", [{"bytes": 1}, {"sha256": "0" * 64}])
 def test_size_and_hash_of_a_file_are_both_compared(claim: dict[str, object], tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, run, 0, codec.encode(good_unit(run), metadata_of(run, 0)), **claim)
+    provenance = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata_of(provenance, 0)), **claim)
     with pytest.raises(DataError, match=r"not the file that was committed|larger than it can be"):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
-def rewritten(run: RunInfo, change: Callable[[pa.Table], pa.Table]) -> bytes:
+def rewritten(provenance: Provenance, change: Callable[[pa.Table], pa.Table]) -> bytes:
     """A unit's file after a change to its table: schema drift."""
-    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(run), metadata_of(run, 0))))
+    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(provenance), metadata_of(provenance, 0))))
     metadata = table.schema.metadata
     sink = pa.BufferOutputStream()
     pq.write_table(change(table).replace_schema_metadata(metadata), sink, write_page_checksum=True)
@@ -227,8 +229,8 @@ NESTED: dict[str, tuple[str, Callable[[list], None], str]] = {  # type: ignore[t
 
 @pytest.mark.parametrize("case", NESTED)
 def test_lists_that_do_not_fit_together_are_refused(case: str, tmp_path: Path) -> None:
-    run = run_info(estimator=ESTIMATORS[1])
-    make_dump(tmp_path, run, seal=False)
+    provenance = some_provenance(estimator=ESTIMATORS[1])
+    make_dump(tmp_path, provenance, seal=False)
     name, edit, message = NESTED[case]
 
     def change(table: pa.Table) -> pa.Table:
@@ -236,23 +238,25 @@ def test_lists_that_do_not_fit_together_are_refused(case: str, tmp_path: Path) -
         edit(rows[name])
         return pa.table(rows, FIRST_SCHEMA)  # Here a null can be written.
 
-    replace_unit(tmp_path, run, 0, rewritten(run, change))
+    replace_unit(tmp_path, provenance, 0, rewritten(provenance, change))
     with pytest.raises(DataError, match=message):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
 @pytest.mark.parametrize("case", DRIFT)
 def test_schema_drift_is_refused(case: str, tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, run, 0, rewritten(run, DRIFT[case]))
+    provenance = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, provenance, 0, rewritten(provenance, DRIFT[case]))
     with pytest.raises(DataError, match="breaks the dump format"):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
 def test_a_rewritten_but_equal_table_is_accepted(tmp_path: Path) -> None:
     """Encodings are free: what counts is the schema and the values."""
-    run = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, run, 0, rewritten(run, lambda t: pa.Table.from_arrays(t.columns, schema=SCHEMA)))
+    provenance = make_dump(tmp_path, seal=False)
+    replace_unit(
+        tmp_path, provenance, 0, rewritten(provenance, lambda t: pa.Table.from_arrays(t.columns, schema=SCHEMA))
+    )
     assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
 
 
@@ -266,18 +270,18 @@ def test_a_rewritten_but_equal_table_is_accepted(tmp_path: Path) -> None:
     ],
 )
 def test_footers_of_other_dumps(key: str, value: str | None, error: type[Exception], tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
-    metadata = metadata_of(run, 0)
+    provenance = make_dump(tmp_path, seal=False)
+    metadata = metadata_of(provenance, 0)
     metadata = {k: v for k, v in (metadata | {key: value or ""}).items() if v}
-    replace_unit(tmp_path, run, 0, codec.encode(good_unit(run), metadata))
+    replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata))
     with pytest.raises(error):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
-def bomb(run: RunInfo, values: int) -> bytes:
+def bomb(provenance: Provenance, values: int) -> bytes:
     """A file of a kilobyte or two that unfolds into `values` token ids."""
     unit = replace(
-        good_unit(run),
+        good_unit(provenance),
         token_offsets=np.array([0, 0, 0, 0, values]),
         input_ids=np.zeros(values, np.int32),
         loss_mask=np.zeros(values, bool),
@@ -285,7 +289,7 @@ def bomb(run: RunInfo, values: int) -> bytes:
     from storage_schemas.rows import unit_to_table
 
     sink = pa.BufferOutputStream()
-    schema = SCHEMA.with_metadata(metadata_of(run, 0))
+    schema = SCHEMA.with_metadata(metadata_of(provenance, 0))
     table = pa.Table.from_arrays(unit_to_table(unit).columns, schema=schema)
     pq.write_table(table, sink, compression="zstd", compression_level=19, write_page_checksum=True)
     return sink.getvalue().to_pybytes()
@@ -293,10 +297,10 @@ def bomb(run: RunInfo, values: int) -> bytes:
 
 @pytest.mark.parametrize("honest", [False, True])
 def test_a_bomb_is_refused_before_it_unfolds(honest: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_dump(tmp_path, seal=False)
-    data = bomb(run, 20_000_000)
+    provenance = make_dump(tmp_path, seal=False)
+    data = bomb(provenance, 20_000_000)
     assert len(data) < 100_000
-    replace_unit(tmp_path, run, 0, data, **({"tokens": 20_000_000} if honest else {}))
+    replace_unit(tmp_path, provenance, 0, data, **({"tokens": 20_000_000} if honest else {}))
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match="tokens" if honest else "claims"):
         Dump.open(str(tmp_path)).read_unit(0)
@@ -307,27 +311,27 @@ def test_the_smallest_bomb_is_refused_before_it_unfolds(
     version: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """About 600 bytes that unfold into 20 million numbers, with and without the metadata of a dump."""
-    run = make_dump(tmp_path, seal=False)
+    provenance = make_dump(tmp_path, seal=False)
     sink = pa.BufferOutputStream()
     table = pa.table({"x": pa.repeat(pa.scalar(0, pa.int32()), 20_000_000)})
     one_page = {"data_page_size": 2**30, "max_rows_per_page": 2**30, "row_group_size": 2**30, "write_batch_size": 2**30}
-    metadata = None if version is None else {k.encode(): v.encode() for k, v in metadata_of(run, 0).items()}
+    metadata = None if version is None else {k.encode(): v.encode() for k, v in metadata_of(provenance, 0).items()}
     pq.write_table(table.replace_schema_metadata(metadata), sink, store_schema=version is not None, **one_page)
     data = sink.getvalue().to_pybytes()
     assert version is not None or len(data) < 700
-    replace_unit(tmp_path, run, 0, data)
+    replace_unit(tmp_path, provenance, 0, data)
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(MismatchError if version is None else DataError):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
-def string_bomb(run: RunInfo, size: int, **settings: object) -> bytes:
+def string_bomb(provenance: Provenance, size: int, **settings: object) -> bytes:
     """A few KB that hold one id of `size` bytes for every row."""
-    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(run), metadata_of(run, 0))))
+    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(provenance), metadata_of(provenance, 0))))
     ids = pa.array(["x" * size] * len(table), pa.string())
     sink = pa.BufferOutputStream()
     table = pa.Table.from_arrays([table["sample_index"], ids, *table.columns[2:]], schema=SCHEMA)
-    table = table.replace_schema_metadata(metadata_of(run, 0))
+    table = table.replace_schema_metadata(metadata_of(provenance, 0))
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **settings)
     return sink.getvalue().to_pybytes()
 
@@ -345,28 +349,28 @@ WRITERS: dict[str, dict[str, object]] = {
 def test_ids_that_unfold_are_refused_before_they_do(
     writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, run, 0, string_bomb(run, 40, **WRITERS[writer]))
+    provenance = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, provenance, 0, string_bomb(provenance, 40, **WRITERS[writer]))
     if writer not in ("shared prefixes", "lengths apart"):
         assert Dump.open(str(tmp_path)).read_unit(0).sample_id == ["x" * 40] * 4
-    data = string_bomb(run, 2**22, **WRITERS[writer])
+    data = string_bomb(provenance, 2**22, **WRITERS[writer])
     assert len(data) < 20_000
-    replace_unit(tmp_path, run, 0, data)
+    replace_unit(tmp_path, provenance, 0, data)
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match=r"sample_id has|encoding that strings may not have"):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
 def test_rows_that_share_a_long_id_share_its_memory(tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, run, 0, string_bomb(run, 60_000, use_dictionary=["sample_id"]))
+    provenance = make_dump(tmp_path, seal=False)
+    replace_unit(tmp_path, provenance, 0, string_bomb(provenance, 60_000, use_dictionary=["sample_id"]))
     ids = Dump.open(str(tmp_path)).read_unit(0).sample_id
     assert ids == ["x" * 60_000] * 4
     assert len({id(text) for text in ids}) == 1
 
 
 def test_ids_that_no_reader_would_take_are_not_written(tmp_path: Path) -> None:
-    run = run_info()
-    rows = [replace(row, sample_id="x" * 10**5) for row in unit_rows(run, 0)]
+    provenance = some_provenance()
+    rows = [replace(row, sample_id="x" * 10**5) for row in unit_rows(provenance, 0)]
     with pytest.raises(DataError, match="ids of the samples of unit 0 are too long"):
-        DumpWriter.open(str(tmp_path), run).commit_unit(0, rows)
+        DumpWriter.open(str(tmp_path), provenance).commit_unit(0, rows)

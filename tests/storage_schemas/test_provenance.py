@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.dumps import HASH, run_info, unit_rows
+from support.dumps import HASH, some_provenance, unit_rows
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.provenance import EngineIdentity, MadeBy, RunInfo, canonical_json, leaves, parse_json
+from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, canonical_json, leaves, parse_json
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256
@@ -50,20 +50,21 @@ DIFFERENCES = {
 }
 
 
-def changed(run: RunInfo, field: str, value: object) -> RunInfo:
+def changed(provenance: Provenance, field: str, value: object) -> Provenance:
     name = field.split(" ")[0]
     if "." not in name:
-        return run.model_copy(update={name: value})
+        return provenance.model_copy(update={name: value})
     section, leaf = name.split(".")
-    return run.model_copy(update={section: getattr(run, section).model_copy(update={leaf: value})})
+    leaf = {"head_size": "lm_head_rows"}.get(leaf, leaf)  # The stored name of the rows of the LM head.
+    return provenance.model_copy(update={section: getattr(provenance, section).model_copy(update={leaf: value})})
 
 
 @pytest.mark.parametrize("field", DIFFERENCES)
 def test_a_difference_in_one_field_is_refused(field: str, tmp_path: Path) -> None:
-    run = run_info()
-    DumpWriter.open(str(tmp_path / "dump"), run)
-    other = changed(run, field, DIFFERENCES[field])
-    assert other.fingerprint != run.fingerprint
+    provenance = some_provenance()
+    DumpWriter.open(str(tmp_path / "dump"), provenance)
+    other = changed(provenance, field, DIFFERENCES[field])
+    assert other.fingerprint != provenance.fingerprint
     with pytest.raises(MismatchError) as caught:
         DumpWriter.open(str(tmp_path / "dump"), other)
     error = caught.value
@@ -72,25 +73,25 @@ def test_a_difference_in_one_field_is_refused(field: str, tmp_path: Path) -> Non
     assert error.got != error.expected
     assert error.fix
     assert "to do:" in str(error)
-    assert (tmp_path / "dump" / RUN).read_bytes() == run.to_json()
-    DumpWriter.open(str(tmp_path / "dump"), run)
+    assert (tmp_path / "dump" / RUN).read_bytes() == provenance.to_json()
+    DumpWriter.open(str(tmp_path / "dump"), provenance)
 
 
-def elsewhere(run: RunInfo) -> RunInfo:
+def elsewhere(provenance: Provenance) -> Provenance:
     """The same content, made at another place with other versions."""
     made_by = MadeBy(model="hub/id", revision="a" * 40, config_file_sha256=OTHER, versions={"test": "2", "torch": "3"})
-    return run.model_copy(update={"made_by": made_by})
+    return provenance.model_copy(update={"made_by": made_by})
 
 
 def test_where_it_lies_and_which_versions_ran_it_are_a_note(tmp_path: Path) -> None:
-    run = run_info()
-    DumpWriter.open(str(tmp_path), run)
-    other = elsewhere(run)
-    assert other.fingerprint == run.fingerprint
+    provenance = some_provenance()
+    DumpWriter.open(str(tmp_path), provenance)
+    other = elsewhere(provenance)
+    assert other.fingerprint == provenance.fingerprint
     joined = DumpWriter.open(str(tmp_path), other)
-    assert joined.run == run, "the first worker's note is kept"
-    assert (tmp_path / RUN).read_bytes() == run.to_json()
-    assert Dump.open(str(tmp_path)).run.origin.versions == {"test": "1"}
+    assert joined.provenance == provenance, "the first worker's note is kept"
+    assert (tmp_path / RUN).read_bytes() == provenance.to_json()
+    assert Dump.open(str(tmp_path)).provenance.origin.versions == {"test": "1"}
 
 
 @pytest.mark.parametrize("estimator", ["topk", "adaptive", "sampled"])
@@ -100,18 +101,20 @@ def test_a_dump_of_the_first_writers_is_continued_where_the_content_agrees(
 ) -> None:
     golden = Path(__file__).parent.parent / "golden" / folder / estimator
     shutil.copytree(golden, tmp_path / "dump")
-    old = Dump.open(str(golden)).run
+    old = Dump.open(str(golden)).provenance
     assert old.teacher.model == old.origin.model == "teacher"
     assert old.fingerprint == hashlib.sha256(canonical_json(json.loads((golden / RUN).read_bytes()))).hexdigest()
-    now = run_info(samples=7, samples_per_unit=7, head_size=40, estimator=old.estimator, temperatures=old.temperatures)
+    now = some_provenance(
+        samples=7, samples_per_unit=7, lm_head_rows=40, estimator=old.estimator, temperatures=old.temperatures
+    )
     shutil.rmtree(tmp_path / "dump" / "commits")
     for path in (*(tmp_path / "dump" / "data").iterdir(), tmp_path / "dump" / "SEALED.json"):
         path.unlink()
     made_by = elsewhere(now).origin.model_copy(update={"config_file_sha256": HASH})
     wanted = now.model_copy(update={"made_by": made_by})
     writer = DumpWriter.open(str(tmp_path / "dump"), wanted)
-    assert writer.run == old
-    writer.commit_unit(0, unit_rows(writer.run, 0))
+    assert writer.provenance == old
+    writer.commit_unit(0, unit_rows(writer.provenance, 0))
     assert writer.seal()
     assert verify(str(tmp_path / "dump")).ok
     for field, value in DIFFERENCES.items():
@@ -123,51 +126,55 @@ def test_a_dump_of_the_first_writers_is_continued_where_the_content_agrees(
 
 
 def test_arguments_of_an_engine_were_in_its_version_once() -> None:
-    run = run_info()
-    content = json.loads(run.to_json()) | {"engine": {"name": "test", "version": '1 with {"quantization": "fp8"}'}}
+    provenance = some_provenance()
+    content = json.loads(provenance.to_json()) | {
+        "engine": {"name": "test", "version": '1 with {"quantization": "fp8"}'}
+    }
     del content["made_by"], content["checksum"]
     content["teacher"] |= {"model": "teacher", "revision": None}
-    old = RunInfo.from_json(canonical_json(content, indent=2), url="u")
-    same = changed(run, "engine.arguments", {"quantization": "fp8"})
+    old = Provenance.from_json(canonical_json(content, indent=2), url="u")
+    same = changed(provenance, "engine.arguments", {"quantization": "fp8"})
     assert old.differences_to(same) is None
-    found = old.differences_to(run)
+    found = old.differences_to(provenance)
     assert found is not None
     assert found.keys == ["engine.arguments.quantization"]
 
 
 def test_a_note_stands_in_one_place() -> None:
-    content = json.loads(run_info().to_json())
+    content = json.loads(some_provenance().to_json())
     for other in (
         content | {"teacher": content["teacher"] | {"model": "teacher"}},
         {name: value for name, value in content.items() if name != "made_by"},
     ):
         with pytest.raises(DataError, match="either made_by"):
-            RunInfo.from_json(canonical_json(other, indent=2), url="u")
+            Provenance.from_json(canonical_json(other, indent=2), url="u")
     note = content | {"made_by": content["made_by"] | {"model": "another"}}
     with pytest.raises(DataError, match="was changed"):
-        RunInfo.from_json(canonical_json(note, indent=2), url="u")
+        Provenance.from_json(canonical_json(note, indent=2), url="u")
 
 
 def test_the_table_covers_every_field() -> None:
     names = {field.split(" ")[0] for field in DIFFERENCES}
-    for name, _ in leaves(run_info(engine=EngineIdentity(name="test", arguments={"a": 1})).content):
+    for name, _ in leaves(some_provenance(engine=EngineIdentity(name="test", arguments={"a": 1})).content):
         assert name == "format_version" or any(name.startswith(covered) for covered in names), name
     assert len(DIFFERENCES) >= 25
 
 
 def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
-    DumpWriter.open(str(tmp_path), run_info())
+    DumpWriter.open(str(tmp_path), some_provenance())
     with pytest.raises(MismatchError, match=r"corpus\.samples, teacher\.dtype"):
-        DumpWriter.open(str(tmp_path), changed(changed(run_info(), "corpus.samples", 3), "teacher.dtype", "float16"))
+        DumpWriter.open(
+            str(tmp_path), changed(changed(some_provenance(), "corpus.samples", 3), "teacher.dtype", "float16")
+        )
 
 
 def test_fingerprint_depends_on_content_alone() -> None:
-    run = run_info()
-    again = RunInfo.model_validate(dict(reversed(run.model_dump(mode="json").items())))
-    assert again.fingerprint == run.fingerprint
-    assert RunInfo.from_json(run.to_json(), url="u") == again
+    provenance = some_provenance()
+    again = Provenance.model_validate(dict(reversed(provenance.model_dump(mode="json").items())))
+    assert again.fingerprint == provenance.fingerprint
+    assert Provenance.from_json(provenance.to_json(), url="u") == again
     with pytest.raises(DataError, match="canonical"):
-        RunInfo.from_json(run.to_json() + b" ", url="u")
+        Provenance.from_json(provenance.to_json() + b" ", url="u")
 
 
 @pytest.mark.parametrize(
@@ -175,16 +182,16 @@ def test_fingerprint_depends_on_content_alone() -> None:
                            (True, MismatchError), (1, None)]
 )  # fmt: skip
 def test_other_versions_are_refused(version: object, error: type[Exception] | None, tmp_path: Path) -> None:
-    content = json.loads(run_info().to_json()) | {"format_version": version}
+    content = json.loads(some_provenance().to_json()) | {"format_version": version}
     (tmp_path / RUN).write_bytes(canonical_json(content, indent=2))
     if error is None:
-        assert Dump.open(str(tmp_path)).run == run_info()
+        assert Dump.open(str(tmp_path)).provenance == some_provenance()
         return
     with pytest.raises(error, match="format version") as caught:
         Dump.open(str(tmp_path))
     assert caught.value.expected == 1
     with pytest.raises(error, match="format version"):
-        DumpWriter.open(str(tmp_path), run_info())
+        DumpWriter.open(str(tmp_path), some_provenance())
 
 
 HOSTILE_JSON = {
@@ -192,11 +199,11 @@ HOSTILE_JSON = {
     "deep": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     "NaN": b'{"format_version": 1, "max_kl": NaN}',
     "not an object": b"[1]",
-    "torn": run_info().to_json()[:-9],
+    "torn": some_provenance().to_json()[:-9],
     "empty": b"",
     "not text": b"\xff\xfe\x00",
-    "unknown key": run_info().to_json().replace(b'"max_kl"', b'"min_kl"'),
-    "infinite": run_info().to_json().replace(b'"max_kl": 0.0001', b'"max_kl": 1e999'),
+    "unknown key": some_provenance().to_json().replace(b'"max_kl"', b'"min_kl"'),
+    "infinite": some_provenance().to_json().replace(b'"max_kl": 0.0001', b'"max_kl": 1e999'),
 }
 
 
@@ -225,12 +232,12 @@ def test_json_with_two_meanings_or_without_end(data: bytes, message: str) -> Non
 
 @pytest.mark.parametrize("size", [0, 2**31])
 def test_vocabularies_end_below_two_to_the_31(size: int) -> None:
-    content = json.loads(run_info().to_json())
+    content = json.loads(some_provenance().to_json())
     for section, field in (("teacher", "head_size"), ("tokenizer", "vocab_size")):
         changed_content = content | {section: content[section] | {field: size}}
         with pytest.raises(DataError, match=rf"{section}\.{field}"):
-            RunInfo.from_json(canonical_json(changed_content, indent=2), url="u")
-    assert run_info(head_size=2**31 - 1).teacher.head_size == 2**31 - 1
+            Provenance.from_json(canonical_json(changed_content, indent=2), url="u")
+    assert some_provenance(lm_head_rows=2**31 - 1).teacher.lm_head_rows == 2**31 - 1
 
 
 def test_no_dump(tmp_path: Path) -> None:
@@ -240,18 +247,18 @@ def test_no_dump(tmp_path: Path) -> None:
 
 
 def test_temperatures() -> None:
-    run = run_info(temperatures=(1.0, 2.0))
-    assert run.temperature_index(2.0) == 1
+    provenance = some_provenance(temperatures=(1.0, 2.0))
+    assert provenance.temperature_index(2.0) == 1
     with pytest.raises(MismatchError, match=r"\[1.0, 2.0\]"):
-        run.temperature_index(3.0)
+        provenance.temperature_index(3.0)
     with pytest.raises(MismatchError, match="temperature 1"):
-        run_info(estimator=Sampled(kind="sampled"), temperatures=(1.0, 2.0)).temperature_index(2.0)
+        some_provenance(estimator=Sampled(kind="sampled"), temperatures=(1.0, 2.0)).temperature_index(2.0)
 
 
 @given(st.integers(1, 1000), st.integers(1, 50))
 def test_units_partition_the_samples(samples: int, per_unit: int) -> None:
-    run = run_info(samples=samples, samples_per_unit=per_unit)
-    assert [i for unit in range(run.units) for i in run.unit_range(unit)] == list(range(samples))
+    provenance = some_provenance(samples=samples, samples_per_unit=per_unit)
+    assert [i for unit in range(provenance.units) for i in provenance.unit_range(unit)] == list(range(samples))
 
 
 # Tokenizers

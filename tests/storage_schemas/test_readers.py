@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dumps import make_dump, run_info
+from support.dumps import make_dump, some_provenance
 
 from storage_schemas.config import Adaptive, Estimator, TopK
 from storage_schemas.reader import Dump
@@ -17,21 +17,23 @@ SAMPLE, POSITION = 8, 0
 def dump(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dump:
     estimator: Estimator = request.param
     folder = tmp_path_factory.mktemp("readers")
-    make_dump(folder, run_info(estimator=estimator, temperatures=(1.0, 2.0) if estimator.kind == "topk" else (1.0,)))
+    make_dump(
+        folder, some_provenance(estimator=estimator, temperatures=(1.0, 2.0) if estimator.kind == "topk" else (1.0,))
+    )
     return Dump.open(str(folder))
 
 
 def answers(dump: Dump) -> tuple[list[float], int]:
     """Mean entropy per unit, over head and tail bucket as stored, and the most probable token of the asked target."""
     means = []
-    for unit in range(dump.run.units):
+    for unit in range(dump.provenance.units):
         targets = dump.read_unit(unit).targets
         entropies = [
             entropy(targets.logprobs[a : a + h], targets.tail_logprob[i, 0])
             for i, (a, h) in enumerate(zip(targets.offsets[:-1], targets.head_size, strict=True))
         ]
         means.append(float(np.mean(entropies)))
-    unit, place = divmod(SAMPLE, dump.run.samples_per_unit)
+    unit, place = divmod(SAMPLE, dump.provenance.samples_per_unit)
     found = dump.read_unit(unit).row(place).targets
     assert found is not None
     one = found.slice(POSITION, POSITION + 1)
@@ -130,9 +132,9 @@ def test_datasets(dump: Dump, streaming: bool, tmp_path: Path) -> None:
         if row["sample_index"] == SAMPLE:
             token = row["target_ids"][POSITION][int(np.argmax(row["target_logprobs"][POSITION]))]
         for head, size, tail in zip(row["target_logprobs"], row["head_size"], row["tail_logprob"], strict=True):
-            unit = row["sample_index"] // dump.run.samples_per_unit
+            unit = row["sample_index"] // dump.provenance.samples_per_unit
             of_unit.setdefault(unit, []).append(entropy(head[:size], tail[0]))
-    assert sorted(seen) == list(range(dump.run.corpus.samples))
+    assert sorted(seen) == list(range(dump.provenance.corpus.samples))
     records = dump.records()
     check(dump, {records[unit].file: float(np.mean(found)) for unit, found in of_unit.items()}, token)  # type: ignore[arg-type]
 
@@ -143,7 +145,7 @@ def test_the_query_on_the_card_works(dump: Dump, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(dump.store.url)
     query = Path("README.md").read_text().split("```sql")[1].split("```")[0]
     found = dict(duckdb.sql(query).fetchall())
-    unit, place = divmod(SAMPLE, dump.run.samples_per_unit)
+    unit, place = divmod(SAMPLE, dump.provenance.samples_per_unit)
     targets = dump.read_unit(unit).row(place).targets
     assert targets is not None
     assert found[SAMPLE][0] == pytest.approx(float(np.exp(targets.slice(0, 1).logprobs.max())))

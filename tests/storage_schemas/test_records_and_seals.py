@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import make_dump, metadata_of, replace_unit, run_info, unit_rows
+from support.dumps import make_dump, metadata_of, replace_unit, some_provenance, unit_rows
 from support.poison import good_unit
 
 from storage_schemas import codec
@@ -105,7 +105,7 @@ def test_records_of_another_version(tmp_path: Path) -> None:
 
 def test_the_seal_covers_everything(tmp_path: Path) -> None:
     make_dump(tmp_path / "a")
-    make_dump(tmp_path / "b", run_info(samples=11))
+    make_dump(tmp_path / "b", some_provenance(samples=11))
     seal = tmp_path / "a" / "SEALED.json"
     original = seal.read_bytes()
     seal.write_bytes((tmp_path / "b" / "SEALED.json").read_bytes())
@@ -220,9 +220,9 @@ def test_verify_names_the_damage(case: str, tmp_path: Path) -> None:
 
 
 def test_verify_reports_sums(tmp_path: Path) -> None:
-    run = make_dump(tmp_path)
+    provenance = make_dump(tmp_path)
     report = verify(str(tmp_path))
-    rows = [row for unit in range(3) for row in unit_rows(run, unit)]
+    rows = [row for unit in range(3) for row in unit_rows(provenance, unit)]
     assert report.model_dump() == {
         "ok": True,
         "sealed": True,
@@ -236,20 +236,20 @@ def test_verify_reports_sums(tmp_path: Path) -> None:
 
 
 def test_a_record_that_was_replaced_after_the_seal_is_found(tmp_path: Path) -> None:
-    run = make_dump(tmp_path)
+    provenance = make_dump(tmp_path)
     path = tmp_path / record_key(0)
     record = CommitRecord.from_json(path.read_bytes(), name="r")
     path.write_bytes(record.model_copy(update={"mean_entropy": 0.0}).to_json())
-    assert run.units == 3
+    assert provenance.units == 3
     assert any("differs from the manifest" in error for error in verify(str(tmp_path)).errors)
 
 
 def test_counts_that_nothing_can_hold_are_refused_and_no_list_of_them_is_made(tmp_path: Path) -> None:
-    run = make_dump(tmp_path, run_info(samples=10), seal=False)
+    provenance = make_dump(tmp_path, some_provenance(samples=10), seal=False)
 
     def claim(samples: int) -> None:
-        corpus = run.corpus.model_copy(update={"samples": samples})
-        (tmp_path / "run.json").write_bytes(run.model_copy(update={"corpus": corpus}).to_json())
+        corpus = provenance.corpus.model_copy(update={"samples": samples})
+        (tmp_path / "run.json").write_bytes(provenance.model_copy(update={"corpus": corpus}).to_json())
 
     for samples in (10**18, 2**70):
         claim(samples)
@@ -265,13 +265,13 @@ def test_counts_that_nothing_can_hold_are_refused_and_no_list_of_them_is_made(tm
 
 def test_an_orphan_of_a_sealed_dump_is_named_and_goes_with_a_rerun(tmp_path: Path) -> None:
     """A worker that was stopped before its put, continued after the seal and then died."""
-    run = make_dump(tmp_path)
+    provenance = make_dump(tmp_path)
     orphan = data_key(1, "f" * 32)
     foreign = tmp_path / "data" / "notes.txt"
     foreign.write_text("of somebody else")
     Store(str(tmp_path)).put_new(orphan, b"the late worker's")
     assert verify(str(tmp_path)).orphans == [orphan]
-    assert DumpWriter.open(str(tmp_path), run).seal()
+    assert DumpWriter.open(str(tmp_path), provenance).seal()
     report = verify(str(tmp_path))
     assert report.ok
     assert report.orphans == []
@@ -280,7 +280,7 @@ def test_an_orphan_of_a_sealed_dump_is_named_and_goes_with_a_rerun(tmp_path: Pat
 
 
 def test_the_remedy_for_one_corrupt_unit_makes_the_dump_whole(tmp_path: Path) -> None:
-    run = make_dump(tmp_path)
+    provenance = make_dump(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     record = Dump.open(str(tmp_path)).record(1)
     assert record is not None
@@ -292,9 +292,9 @@ def test_the_remedy_for_one_corrupt_unit_makes_the_dump_whole(tmp_path: Path) ->
     for path in (record.file, named[1], named[2], named[3]):
         (found,) = tmp_path.glob(path)
         found.unlink()
-    writer = DumpWriter.open(str(tmp_path), run)
+    writer = DumpWriter.open(str(tmp_path), provenance)
     assert writer.committed() == {0, 2}
-    assert writer.commit_unit(1, unit_rows(run, 1)) is not None
+    assert writer.commit_unit(1, unit_rows(provenance, 1)) is not None
     assert writer.seal()
     assert verify(str(tmp_path)).ok
     changed = {path.name for path, data in before.items() if path.read_bytes() != data}
@@ -328,24 +328,26 @@ def test_verify_compares_every_field_of_a_record_with_the_data(case: str, tmp_pa
 @pytest.mark.parametrize("case", ["all log-probs 0", "heads that hold too little", "a longer sample", "no entries"])
 def test_verify_sees_what_no_teacher_says(case: str, tmp_path: Path) -> None:
     """Hashes and statistics agree with the data."""
-    run = make_dump(tmp_path, seal=False)
-    unit = good_unit(run)
+    provenance = make_dump(tmp_path, seal=False)
+    unit = good_unit(provenance)
     targets, longest = unit.targets, int(np.diff(unit.token_offsets).max())
     if case == "all log-probs 0":
         targets.logprobs[:] = 0.0
     elif case == "heads that hold too little":
         targets.logprobs[:] -= 1.0
     elif case == "a longer sample":
-        run = run.model_copy(update={"corpus": run.corpus.model_copy(update={"max_length": longest - 1})})
-        (tmp_path / "run.json").write_bytes(run.to_json())
+        provenance = provenance.model_copy(
+            update={"corpus": provenance.corpus.model_copy(update={"max_length": longest - 1})}
+        )
+        (tmp_path / "run.json").write_bytes(provenance.to_json())
     else:
         targets.offsets[1] = 0
         targets.head_size[:2] = (0, 16)
     changes = {
         "mean_kept_mass": codec.mean_kept_mass(targets), "mean_entropy": codec.mean_entropy(targets),
-        "max_id": int(targets.ids.max()), "fingerprint": run.fingerprint,
+        "max_id": int(targets.ids.max()), "fingerprint": provenance.fingerprint,
     }  # fmt: skip
-    replace_unit(tmp_path, run, 0, codec.encode(unit, metadata_of(run, 0)), **changes)
+    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)), **changes)
     (error,) = [line for line in verify(str(tmp_path)).errors if line.startswith("unit 0")]
     says = {"a longer sample": f"tokens, the corpus at most {longest - 1}", "no entries": "no entry"}
     assert says.get(case, "hold 1 +-") in error
@@ -353,11 +355,11 @@ def test_verify_sees_what_no_teacher_says(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("estimator", [TopK(k=1), Adaptive(kind="adaptive", k_max=2, tail_draws=2)])
 def test_what_verify_accepts_decodes_to_finite_numbers(estimator: Estimator, tmp_path: Path) -> None:
-    run = run_info(estimator=estimator)
-    make_dump(tmp_path, run)
+    provenance = some_provenance(estimator=estimator)
+    make_dump(tmp_path, provenance)
     report = verify(str(tmp_path))
     assert report.ok, report.errors
-    for unit in range(run.units):
+    for unit in range(provenance.units):
         decoded = decode(Dump.open(str(tmp_path)).read_unit(unit).targets)
         assert np.isfinite(decoded.logprobs).all()
         assert np.isfinite(decoded.weights).all()

@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from support.dumps import TOKENIZER, make_dump, run_info, unit_rows
+from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
 from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, moto, options, seaweedfs, tls
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
@@ -55,14 +55,14 @@ def tiny() -> Iterator[TinyS3]:
 
 
 def whole_dump(url: str, given: dict[str, str], cache: Path) -> None:
-    run = make_dump(url, options=given)
+    provenance = make_dump(url, options=given)
     report = verify(url, options=given)
     assert report.ok, report.errors
     dump = Dump.open(url, options=given, cache_dir=cache)
     assert dump.tokenizer_files() == TOKENIZER
     assert [len(dump.read_unit(unit)) for unit in dump.records()] == [4, 4, 2]
-    assert DumpWriter.open(url, run, options=given).commit_unit(0, unit_rows(run, 0)) is None
-    other = run.model_copy(update={"teacher": run.teacher.model_copy(update={"dtype": "float16"})})
+    assert DumpWriter.open(url, provenance, options=given).commit_unit(0, unit_rows(provenance, 0)) is None
+    other = provenance.model_copy(update={"teacher": provenance.teacher.model_copy(update={"dtype": "float16"})})
     with pytest.raises(MismatchError, match=r"teacher\.dtype"):
         DumpWriter.open(url, other, options=given)
     files = Store(url, options=given)
@@ -114,12 +114,12 @@ def test_four_writers_race_on_seaweedfs(seaweed_port: int) -> None:
 
 def test_a_reader_needs_no_right_to_write(seaweed_port: int, tmp_path: Path) -> None:
     url = f"s3://{BUCKET}/shared"
-    run = make_dump(url, options=options(seaweed_port))
+    provenance = make_dump(url, options=options(seaweed_port))
     given = options(seaweed_port, READER)
     assert verify(url, options=given).ok
     assert len(Dump.open(url, options=given, cache_dir=tmp_path).read_unit(0)) == 4
     with pytest.raises(MismatchError, match="no access") as caught:
-        DumpWriter.open(url + "-new", run, options=given)
+        DumpWriter.open(url + "-new", provenance, options=given)
     assert caught.value.exit_code == Exit.MISMATCH
 
 
@@ -127,7 +127,7 @@ def test_wrong_credentials_are_a_configuration_error(seaweed_port: int) -> None:
     given = options(seaweed_port, WRONG)
     for call in (
         lambda: Dump.open(URL, options=given),
-        lambda: DumpWriter.open(URL, run_info(), options=given),
+        lambda: DumpWriter.open(URL, some_provenance(), options=given),
         lambda: list(Store(URL, options=given).list("data")),
         lambda: Store(URL, options=given).put_new("x", b"1"),
     ):
@@ -140,7 +140,7 @@ def test_wrong_credentials_are_a_configuration_error(seaweed_port: int) -> None:
 
 def test_no_bucket_is_a_configuration_error(moto_port: int) -> None:
     with pytest.raises(MismatchError, match="bucket"):
-        DumpWriter.open("s3://no-such-bucket/a", run_info(), options=options(moto_port))
+        DumpWriter.open("s3://no-such-bucket/a", some_provenance(), options=options(moto_port))
 
 
 def test_a_store_that_is_away_is_temporary(impatient: None) -> None:
@@ -148,7 +148,7 @@ def test_a_store_that_is_away_is_temporary(impatient: None) -> None:
     start = time.monotonic()
     for call in (
         lambda: Dump.open(URL, options=given),
-        lambda: DumpWriter.open(URL, run_info(), options=given),
+        lambda: DumpWriter.open(URL, some_provenance(), options=given),
         lambda: Store(URL, options=given).put_new("x", b"1"),
         lambda: list(Store(URL, options=given).list("x")),
     ):
@@ -168,7 +168,7 @@ def test_the_probe_refuses_a_store_that_ignores_the_condition() -> None:
     server = TinyS3(conditional=False)
     try:
         with pytest.raises(MismatchError, match="If-None-Match") as caught:
-            DumpWriter.open(URL, run_info(), options=options(server.port))
+            DumpWriter.open(URL, some_provenance(), options=options(server.port))
         assert "SeaweedFS" in str(caught.value.fix)
         assert not [key for key in server.objects if "run.json" in key]
     finally:
@@ -202,21 +202,21 @@ def test_every_request_may_fail_once(verb: str, fault: str, tiny: TinyS3, impati
 
 
 def test_a_store_that_goes_away_in_the_middle(tiny: TinyS3, impatient: None) -> None:
-    run = run_info()
-    writer = DumpWriter.open(URL, run, options=options(tiny.port))
-    writer.commit_unit(0, unit_rows(run, 0))
+    provenance = some_provenance()
+    writer = DumpWriter.open(URL, provenance, options=options(tiny.port))
+    writer.commit_unit(0, unit_rows(provenance, 0))
     tiny.fault = lambda method, key, n: "before" if "unit-00000001" in key else None
     with pytest.raises(TemporaryError, match="does not answer"):
-        writer.commit_unit(1, unit_rows(run, 1))
+        writer.commit_unit(1, unit_rows(provenance, 1))
     tiny.fault = lambda method, key, n: None
-    assert make_again(run, tiny)
+    assert make_again(provenance, tiny)
 
 
-def make_again(run: object, tiny: TinyS3) -> bool:
-    writer = DumpWriter.open(URL, run_info(), options=options(tiny.port))
+def make_again(provenance: object, tiny: TinyS3) -> bool:
+    writer = DumpWriter.open(URL, some_provenance(), options=options(tiny.port))
     writer.put_tokenizer(TOKENIZER)
     for unit in sorted({0, 1, 2} - writer.committed()):
-        assert writer.commit_unit(unit, unit_rows(run_info(), unit)) is not None
+        assert writer.commit_unit(unit, unit_rows(some_provenance(), unit)) is not None
     return writer.seal() and verify(URL, options=options(tiny.port)).ok
 
 
@@ -302,11 +302,13 @@ DOWNLOADS = [
 
 @pytest.mark.parametrize("file", DOWNLOADS)
 def test_every_file_that_was_damaged_on_its_way_is_fetched_once_more(file: str, tiny: TinyS3) -> None:
-    run = make_dump(URL, options=options(tiny.port), seal=file not in ("TOKENIZER.json", "commits/unit-00000001"))
+    provenance = make_dump(
+        URL, options=options(tiny.port), seal=file not in ("TOKENIZER.json", "commits/unit-00000001")
+    )
     tiny.requests.clear()
     tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key and n == 1 else None
     dump = Dump.open(URL, options=options(tiny.port))
-    assert len(dump.records()) == run.units
+    assert len(dump.records()) == provenance.units
     assert dump.tokenizer_files() == TOKENIZER
     fetched = [key for method, key in tiny.requests if f"/{file}" in key]
     assert len(fetched) >= 2

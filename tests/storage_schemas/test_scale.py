@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dumps import dense_targets, make_dump, metadata_of, replace_unit, run_info
+from support.dumps import dense_targets, make_dump, metadata_of, replace_unit, some_provenance
 
 from storage_schemas import codec
 from storage_schemas.config import Adaptive, Estimator, TopK
@@ -40,12 +40,12 @@ print(seconds, int(memory) / 1024, len(requests))
 
 @pytest.mark.slow
 def test_a_reader_of_a_hundred_thousand_units(tmp_path: Path) -> None:
-    run = run_info(samples=4 * UNITS, samples_per_unit=4)
+    provenance = some_provenance(samples=4 * UNITS, samples_per_unit=4)
     records = {}
     for unit in range(UNITS):
         digest = hashlib.sha256(str(unit).encode()).hexdigest()
         records[unit] = CommitRecord(
-            fingerprint=run.fingerprint,
+            fingerprint=provenance.fingerprint,
             unit=unit,
             file=data_key(unit, digest[:32]),
             bytes=10**7,
@@ -63,7 +63,7 @@ def test_a_reader_of_a_hundred_thousand_units(tmp_path: Path) -> None:
         )
     manifest = manifest_bytes(records)
     seal = Seal(
-        fingerprint=run.fingerprint,
+        fingerprint=provenance.fingerprint,
         units=UNITS,
         statuses={"ok": 4 * UNITS},
         tokenizer={},
@@ -72,7 +72,7 @@ def test_a_reader_of_a_hundred_thousand_units(tmp_path: Path) -> None:
         **totals(records),
     )
     store = Store(str(tmp_path))
-    for key, data in {"run.json": run.to_json(), seal.manifest: manifest, "SEALED.json": seal.to_json()}.items():
+    for key, data in {"run.json": provenance.to_json(), seal.manifest: manifest, "SEALED.json": seal.to_json()}.items():
         assert store.put_new(key, data)
     output = subprocess.check_output([sys.executable, "-c", READ, str(tmp_path)], text=True)
     seconds, megabytes, requests = map(float, output.split())
@@ -100,9 +100,11 @@ print(peak / sum(array.nbytes for array in arrays if array is not None))
 @pytest.mark.parametrize("estimator", [TopK(k=64), Adaptive(kind="adaptive", k_max=60)], ids=lambda e: e.kind)
 def test_a_unit_is_decoded_in_three_times_its_memory(estimator: Estimator, tmp_path: Path) -> None:
     """Peak resident memory, the file's own bytes included, for 45,000 tokens with 64 entries each."""
-    run = run_info(estimator=estimator, samples=40, samples_per_unit=20, head_size=2000, logprob_step=0.0)
-    run = run.model_copy(update={"corpus": run.corpus.model_copy(update={"max_length": 10_000})})
-    make_dump(tmp_path, run, seal=False)
+    provenance = some_provenance(
+        estimator=estimator, samples=40, samples_per_unit=20, lm_head_rows=2000, logprob_step=0.0
+    )
+    provenance = provenance.model_copy(update={"corpus": provenance.corpus.model_copy(update={"max_length": 10_000})})
+    make_dump(tmp_path, provenance, seal=False)
     few = dense_targets(np.random.default_rng(0).normal(0, 3, (100, 2000)), k=64)
     copies, n = 450, 45_000
     draws = None if estimator.kind == "topk" else 4
@@ -127,7 +129,7 @@ def test_a_unit_is_decoded_in_three_times_its_memory(estimator: Estimator, tmp_p
         target_offsets=np.arange(21) * (n // 20),
         targets=targets,
     )
-    data = codec.encode(unit, metadata_of(run, 0), step=0.0625)
+    data = codec.encode(unit, metadata_of(provenance, 0), step=0.0625)
     claims = {"tokens": 20 * length, "supervised_tokens": n, "entries": 64 * n, "statuses": {OK: 20}}
-    replace_unit(tmp_path, run, 0, data, **claims)
+    replace_unit(tmp_path, provenance, 0, data, **claims)
     assert float(subprocess.check_output([sys.executable, "-c", DECODE, str(tmp_path)])) <= 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dumps import TOKENIZER, make_dump, run_info, unit_rows
+from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
 from support.poison import POISON, poisoned
 
 from storage_schemas import codec
@@ -27,16 +27,16 @@ ESTIMATORS = [TopK(k=8), Adaptive(kind="adaptive", k_max=6, tail_draws=4), Sampl
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.kind)
 def test_what_is_written_is_read(estimator: object, tmp_path: Path) -> None:
     temperatures = (1.0, 2.0) if isinstance(estimator, TopK) else (1.0,)
-    run = run_info(estimator=estimator, temperatures=temperatures)  # type: ignore[arg-type]
-    make_dump(tmp_path, run)
+    provenance = some_provenance(estimator=estimator, temperatures=temperatures)  # type: ignore[arg-type]
+    make_dump(tmp_path, provenance)
     dump = Dump.open(str(tmp_path))
-    assert dump.run == run
+    assert dump.provenance == provenance
     assert dump.sealed()
     assert dump.tokenizer_files() == TOKENIZER
     records = dump.records()
     assert list(records) == [0, 1, 2]
     for unit, record in records.items():
-        made, read = unit_rows(run, unit), dump.read_unit(unit)
+        made, read = unit_rows(provenance, unit), dump.read_unit(unit)
         assert len(read) == dump.unit_rows(unit) == record.rows == len(made)
         for i, row in enumerate(made):
             got = read.row(i)
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(estimator: object, tmp_path: Path) -> None:
                 np.testing.assert_allclose(got.targets.logprobs, row.targets.logprobs, atol=0.016, rtol=0.016)
                 np.testing.assert_allclose(got.targets.tail_logprob, row.targets.tail_logprob, rtol=2e-3)
                 np.testing.assert_allclose(got.targets.logsumexp, row.targets.logsumexp, atol=0.01)
-        assert max(record.fidelity) <= run.max_kl
+        assert max(record.fidelity) <= provenance.max_kl
         assert record.bytes == (tmp_path / record.file).stat().st_size
     assert verify(str(tmp_path)).ok
 
@@ -59,9 +59,9 @@ def test_what_is_written_is_read(estimator: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize("vocabulary", [151_936, 262_144])
 def test_large_vocabularies(vocabulary: int, tmp_path: Path) -> None:
     """Absolute ids up to the last row of the head, and not one further."""
-    run = run_info(head_size=vocabulary, samples=2, samples_per_unit=2)
-    writer = DumpWriter.open(str(tmp_path), run)
-    rows = unit_rows(run, 0)
+    provenance = some_provenance(lm_head_rows=vocabulary, samples=2, samples_per_unit=2)
+    writer = DumpWriter.open(str(tmp_path), provenance)
+    rows = unit_rows(provenance, 0)
     first = next(row.targets for row in rows if row.targets is not None)
     first.ids[7] = vocabulary
     with pytest.raises(DataError, match=f"the head has {vocabulary} rows"):
@@ -77,35 +77,37 @@ def test_large_vocabularies(vocabulary: int, tmp_path: Path) -> None:
 
 
 def test_a_rerun_does_nothing(tmp_path: Path) -> None:
-    run = make_dump(tmp_path)
+    provenance = make_dump(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    writer = DumpWriter.open(str(tmp_path), run)
+    writer = DumpWriter.open(str(tmp_path), provenance)
     writer.put_tokenizer(TOKENIZER)
     assert writer.committed() == {0, 1, 2}
-    assert writer.commit_unit(1, unit_rows(run, 1, seed=9)) is None, "the first commit wins, whatever comes later"
+    assert writer.commit_unit(1, unit_rows(provenance, 1, seed=9)) is None, (
+        "the first commit wins, whatever comes later"
+    )
     assert writer.seal()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_continues_where_it_was(tmp_path: Path) -> None:
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
     dump = Dump.open(str(tmp_path))
     assert not dump.sealed()
     assert dump.records() == {}
     assert dump.record(1) is None
     with pytest.raises(DataError, match="not committed"):
         dump.read_unit(1)
-    writer.commit_unit(1, unit_rows(run, 1))
+    writer.commit_unit(1, unit_rows(provenance, 1))
     assert dump.record(1) is not None
     assert len(dump.read_unit(1)) == 4
     assert not writer.seal()
-    other = DumpWriter.open(str(tmp_path), run)
+    other = DumpWriter.open(str(tmp_path), provenance)
     assert other.committed() == {1}
     assert other.is_committed(1)
     assert not other.is_committed(0)
     for unit in (0, 2):
-        other.commit_unit(unit, unit_rows(run, unit))
+        other.commit_unit(unit, unit_rows(provenance, unit))
     assert other.seal()
     assert writer.seal()
     assert dump.sealed(), "a follower sees the seal"
@@ -123,18 +125,18 @@ def test_a_sealed_reader_needs_no_commit_records(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_unit_are_refused(tmp_path: Path) -> None:
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
     with pytest.raises(ValueError, match="samples 0:4"):
-        writer.commit_unit(0, unit_rows(run, 1))
+        writer.commit_unit(0, unit_rows(provenance, 1))
     with pytest.raises(ValueError, match="samples 0:4"):
-        writer.commit_unit(0, unit_rows(run, 0)[:-1])
+        writer.commit_unit(0, unit_rows(provenance, 0)[:-1])
     assert not (tmp_path / "data").exists()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    run = make_dump(tmp_path)
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = make_dump(tmp_path)
+    writer = DumpWriter.open(str(tmp_path), provenance)
     for other in ({"tokenizer.json": b"other"}, TOKENIZER | {"more.json": b"{}"}, {"../run.json": b"other"}, {}):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(MismatchError, match="another tokenizer") as caught:
@@ -150,8 +152,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_half_written_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A follower opens the dump while its first worker is still at the tokenizer."""
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
     dump = Dump.open(str(tmp_path))
     seen: list[object] = []
     real = Store.put_new
@@ -172,22 +174,22 @@ def test_a_tokenizer_that_is_half_written_is_not_seen(tmp_path: Path, monkeypatc
 
 
 def test_a_tokenizer_of_another_run_or_with_names_that_lead_away_is_refused(tmp_path: Path) -> None:
-    run = make_dump(tmp_path, seal=False)
+    provenance = make_dump(tmp_path, seal=False)
     path = tmp_path / TOKENIZER_RECORD
     for changes, message in (
         ({"fingerprint": "f" * 64}, "another dump"),
         ({"files": {"../run.json": "0" * 64}}, "plain relative path"),
         ({"files": {"absent.json": "0" * 64}}, "has no tokenizer"),
     ):
-        path.write_bytes(TokenizerRecord(**{"fingerprint": run.fingerprint, "files": {}} | changes).to_json())
+        path.write_bytes(TokenizerRecord(**{"fingerprint": provenance.fingerprint, "files": {}} | changes).to_json())
         with pytest.raises(DataError, match=message):
             Dump.open(str(tmp_path)).tokenizer_files()
 
 
 def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find no record; the files of one name decide, or else the record does."""
-    run = run_info()
-    first, second = (DumpWriter.open(str(tmp_path), run) for _ in range(2))
+    provenance = some_provenance()
+    first, second = (DumpWriter.open(str(tmp_path), provenance) for _ in range(2))
     monkeypatch.setattr(second, "_tokenizer", lambda: None)
     first.put_tokenizer(TOKENIZER)
     with pytest.raises(MismatchError, match=r"another tokenizer: tokenizer\.json"):
@@ -201,7 +203,7 @@ def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypa
 
 
 def test_a_tokenizer_of_which_another_worker_left_a_part_is_refused(tmp_path: Path) -> None:
-    writer = DumpWriter.open(str(tmp_path), run_info())
+    writer = DumpWriter.open(str(tmp_path), some_provenance())
     writer.store.put_new("tokenizer/tokenizer.json", b"of a worker that was killed before its record")
     with pytest.raises(MismatchError, match=r"another tokenizer: tokenizer\.json"):
         writer.put_tokenizer(TOKENIZER)
@@ -213,12 +215,12 @@ def test_a_worker_needs_no_right_to_delete(tmp_path: Path, monkeypatch: pytest.M
         raise MismatchError("no access")
 
     monkeypatch.setattr(Store, "delete", refuse)
-    run = make_dump(tmp_path, seal=False)
+    provenance = make_dump(tmp_path, seal=False)
     orphan = tmp_path / f"data/unit-00000000-{'a' * 32}.parquet"
     orphan.write_bytes(b"of a killed worker")
-    writer = DumpWriter.open(str(tmp_path), run)
+    writer = DumpWriter.open(str(tmp_path), provenance)
     assert writer.clean() == 0
-    assert writer.commit_unit(0, unit_rows(run, 0, seed=1)) is None, "the loser's file stays, too"
+    assert writer.commit_unit(0, unit_rows(provenance, 0, seed=1)) is None, "the loser's file stays, too"
     assert writer.seal()
     assert orphan.exists()
     assert verify(str(tmp_path)).ok
@@ -226,10 +228,10 @@ def test_a_worker_needs_no_right_to_delete(tmp_path: Path, monkeypatch: pytest.M
 
 def test_names_that_others_made_are_durable_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On local files a name may be visible and yet be lost with the power; whoever relies on it syncs it first."""
-    run = make_dump(tmp_path, seal=False)
+    provenance = make_dump(tmp_path, seal=False)
     settled: list[str] = []
     monkeypatch.setattr(Store, "settle", lambda self, folder: settled.append(folder))
-    writer = DumpWriter.open(str(tmp_path), run)
+    writer = DumpWriter.open(str(tmp_path), provenance)
     uses: list[tuple[Callable[[], object], str]] = [
         (lambda: Dump.open(str(tmp_path)).record(0), "commits"),
         (lambda: Dump.open(str(tmp_path)).records(), "commits"),
@@ -244,9 +246,9 @@ def test_names_that_others_made_are_durable_before_they_count(tmp_path: Path, mo
 
 
 def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
-    writer.commit_unit(0, unit_rows(run, 0))
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
+    writer.commit_unit(0, unit_rows(provenance, 0))
     files = {unit: f"data/unit-{unit:08d}-{'a' * 32}.parquet" for unit in range(2)}
     for file in files.values():
         (tmp_path / file).write_bytes(b"of a killed or stopped worker")
@@ -267,9 +269,9 @@ def test_orphans_are_cleaned_up_without_a_clock(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_the_dump_is(tmp_path: Path) -> None:
-    run = make_dump(tmp_path)
+    provenance = make_dump(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert run.fingerprint in card
+    assert provenance.fingerprint in card
     assert "path: data/*.parquet" in card
     assert "| samples | 10 in 3 units |" in card
     assert "8.1e-4" not in card
@@ -277,7 +279,7 @@ def test_the_card_says_what_the_dump_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_card_of_a_16_bit_teacher_says_what_error_remains(dtype: str, tmp_path: Path) -> None:
-    exact = run_info()
+    exact = some_provenance()
     make_dump(tmp_path, exact.model_copy(update={"teacher": exact.teacher.model_copy(update={"dtype": dtype})}))
     card = (tmp_path / "README.md").read_text()
     assert f"weights and body computed in {dtype}" in card
@@ -290,34 +292,36 @@ def test_the_card_of_a_16_bit_teacher_says_what_error_remains(dtype: str, tmp_pa
 
 @pytest.mark.parametrize("case", POISON)
 def test_bad_targets_are_never_written(case: str, tmp_path: Path) -> None:
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
     with pytest.raises((DataError, ValueError)) as caught:
-        writer.commit_unit(0, poisoned(unit_rows(run, 0), **POISON[case]))
+        writer.commit_unit(0, poisoned(unit_rows(provenance, 0), **POISON[case]))
     assert not isinstance(caught.value, NeoError) or caught.value.exit_code == Exit.BAD_DATA
     assert not (tmp_path / "data").exists()
-    assert writer.commit_unit(0, unit_rows(run, 0)) is not None
+    assert writer.commit_unit(0, unit_rows(provenance, 0)) is not None
 
 
 def test_a_unit_that_misses_the_gate_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
     real = codec.round_targets
     monkeypatch.setattr(codec, "round_targets", lambda t, **k: real(t, **k | {"coarsest": 1.0, "max_kl": 10.0}))
     with pytest.raises(DataError, match="fidelity gate"):
-        writer.commit_unit(0, unit_rows(run, 0))
+        writer.commit_unit(0, unit_rows(provenance, 0))
     assert not (tmp_path / "data").exists()
 
 
 def test_a_fidelity_that_is_no_number_misses_the_gate(tmp_path: Path) -> None:
-    run = run_info()
+    provenance = some_provenance()
     with pytest.raises(DataError, match="fidelity gate"):
-        DumpWriter.open(str(tmp_path), run).commit_unit(0, poisoned(unit_rows(run, 0), **POISON["NaN log-prob"]))
+        DumpWriter.open(str(tmp_path), provenance).commit_unit(
+            0, poisoned(unit_rows(provenance, 0), **POISON["NaN log-prob"])
+        )
 
 
 def test_an_encoder_that_loses_values_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_info()
-    writer = DumpWriter.open(str(tmp_path), run)
+    provenance = some_provenance()
+    writer = DumpWriter.open(str(tmp_path), provenance)
     real = codec.encode
 
     def damage(unit: UnitRows, metadata: dict[str, str], *, step: float) -> bytes:
@@ -326,5 +330,5 @@ def test_an_encoder_that_loses_values_is_caught(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(codec, "encode", damage)
     with pytest.raises(DataError, match="read back"):
-        writer.commit_unit(0, unit_rows(run, 0))
+        writer.commit_unit(0, unit_rows(provenance, 0))
     assert not (tmp_path / "data").exists()

@@ -33,7 +33,7 @@ def plain_student(model: str, *, lora: bool, r: int = 4, seed: int = 0) -> Any:
 
 def rows_of(dump: Dump, samples: Sequence[int]) -> list[Row]:
     """Rows by sample index."""
-    size, n = dump.run.samples_per_unit, dump.run.corpus.samples
+    size, n = dump.provenance.samples_per_unit, dump.provenance.corpus.samples
     return [dump.read_unit(sample % n // size).row(sample % n % size) for sample in samples]
 
 

@@ -52,7 +52,7 @@ def student_of(folder: Path, dump: Dump, name: str, arm: str, temperature: float
         StudentSection(model=str(folder / name), lora=LoraSection(r=4)),
         LossSection(alpha=alpha, temperature=temperature),
         train_section(folder, arm=arm),
-        dump.run,
+        dump.provenance,
     ).module
     if arm == "neo" and name == "student":
         torch.manual_seed(5)
@@ -65,7 +65,7 @@ def student_of(folder: Path, dump: Dump, name: str, arm: str, temperature: float
 def offline(module: Distilled, dump: Dump, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, CE, KL) per token and gradients by name, from the stored targets."""
     rows = rows_of(dump, SAMPLES)
-    index = dump.run.temperature_index(temperature)
+    index = dump.provenance.temperature_index(temperature)
     batch = collate(rows, temperature_index=index, temperature=temperature, pad_id=0)
     loss, parts = module(batch)
     return parts[:3] / len(batch.targets), _gradients(module, loss / len(batch.targets))
@@ -114,7 +114,7 @@ def test_stored_values_stay_within_the_gate(folder: Path, temperature: float) ->
     rows = rows_of(dump, SAMPLES)
     (loss, *_), found = offline(module, dump, temperature)
     expected_loss, expected = online(module, rows, temperature, 0.5)
-    gate = dump.run.max_kl
+    gate = dump.provenance.max_kl
     assert max(record.fidelity[0] for record in dump.records().values()) <= gate
     assert abs(float(loss - expected_loss)) <= 0.5 * temperature**2 * 2 * (gate / 2) ** 0.5
     assert float(loss) != float(expected_loss), "the values must have been rounded"
@@ -136,7 +136,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(folder: Path, arm: str, k
             assert abs(float(kl)) < FORWARD
             assert size < GRADIENT
         else:
-            assert abs(float(kl)) <= dump.run.max_kl
+            assert abs(float(kl)) <= dump.provenance.max_kl
             assert size < 0.02
 
 

@@ -55,7 +55,7 @@ def student(folder: Path, name: str, *, targets: str | list[str] | None = None, 
         StudentSection(model=str(folder / name), lora=LoraSection(r=4, target_modules=targets)),
         LossSection(),
         train_section(folder, **changes),
-        Dump.open(str(folder / "dump")).run,
+        Dump.open(str(folder / "dump")).provenance,
     ).module
     torch.manual_seed(5)
     for parameter_name, parameter in module.trained():

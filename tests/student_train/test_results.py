@@ -82,7 +82,7 @@ def _write_adapter(
     dump = Dump.open(str(folder / "top8"))
     section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, variant=variant, extra=extra))
     train = train_section(folder, precision=precision)
-    student = load_student(section, LossSection(), train, dump.run)
+    student = load_student(section, LossSection(), train, dump.provenance)
     if files:
         student = dataclasses.replace(student, files=identity(section.model, None))
     torch.manual_seed(3)
@@ -150,7 +150,7 @@ def test_evaluation_of_the_teacher(folder: Path) -> None:
     """Nothing between it and itself, within the fidelity gate."""
     dump = Dump.open(str(folder / "top8"))
     found = evaluate(folder / "teacher", dump)
-    assert abs(found.kl_mean) <= dump.run.max_kl
+    assert abs(found.kl_mean) <= dump.provenance.max_kl
     # Rounding may make two entries equal.
     assert found.top1_agreement is not None
     assert found.top1_agreement > 0.95
@@ -170,8 +170,8 @@ def test_limit_and_drawn_targets(folder: Path) -> None:
     rows = rows_of(dump, range(7))
     found = evaluate(folder / "student", dump, limit=7)
     assert found.supervised_tokens == sum(len(row.targets) for row in rows if row.targets is not None)
-    dump.run = dump.run.model_copy(update={"estimator": Sampled(kind="sampled")})
-    assert dump.run.temperature_index(1.0) == 0
+    dump.provenance = dump.provenance.model_copy(update={"estimator": Sampled(kind="sampled")})
+    assert dump.provenance.temperature_index(1.0) == 0
     with pytest.raises(MismatchError):
         evaluate(folder / "student", dump, temperature=2.0)
 

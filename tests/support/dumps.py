@@ -10,7 +10,7 @@ from storage_schemas.provenance import (
     CorpusIdentity,
     EngineIdentity,
     MadeBy,
-    RunInfo,
+    Provenance,
     TeacherIdentity,
     TokenizerIdentity,
 )
@@ -22,24 +22,24 @@ from storage_schemas.writer import DumpWriter
 HASH = "0" * 64
 
 
-def run_info(
+def some_provenance(
     *,
     samples: int = 10,
     samples_per_unit: int = 4,
-    head_size: int = 100,
+    lm_head_rows: int = 100,
     estimator: Estimator | None = None,
     temperatures: tuple[float, ...] = (1.0,),
     **changes: object,
-) -> RunInfo:
+) -> Provenance:
     """A run.json of a made-up teacher."""
-    run = RunInfo(
+    provenance = Provenance(
         teacher=TeacherIdentity(
             config_sha256=HASH,
             weights_sha256={"model.safetensors": HASH},
             dtype="float32",
-            head_size=head_size,
+            lm_head_rows=lm_head_rows,
         ),
-        tokenizer=TokenizerIdentity(vocab_size=head_size, vocab_sha256=HASH, chat_template_sha256=None),
+        tokenizer=TokenizerIdentity(vocab_size=lm_head_rows, vocab_sha256=HASH, chat_template_sha256=None),
         corpus=CorpusIdentity(fingerprint=HASH, samples=samples, mask="assistant", max_length=128, too_long="truncate"),
         samples_per_unit=samples_per_unit,
         estimator=estimator or TopK(k=8),
@@ -50,7 +50,7 @@ def run_info(
         engine=EngineIdentity(name="test", arguments={}),
         made_by=MadeBy(model="teacher", config_file_sha256=HASH, versions={"test": "1"}),
     )
-    return run.model_copy(update=changes)
+    return provenance.model_copy(update=changes)
 
 
 def dense_targets(
@@ -96,13 +96,13 @@ def dense_targets(
     )
 
 
-def unit_rows(run: RunInfo, unit: int, *, seed: int = 0) -> list[Row]:
+def unit_rows(provenance: Provenance, unit: int, *, seed: int = 0) -> list[Row]:
     """The rows of one unit, of all kinds: ordinary ones, one without supervised tokens, one with non-finite logits."""
     rows = []
-    for index in run.unit_range(unit):
+    for index in provenance.unit_range(unit):
         rng = np.random.default_rng([seed, index])
         length = int(rng.integers(2, 12))
-        ids = rng.integers(0, run.teacher.head_size, length).astype(np.int32)
+        ids = rng.integers(0, provenance.teacher.lm_head_rows, length).astype(np.int32)
         mask = rng.random(length) < 0.6
         mask[0] = False
         mask[-1] = True
@@ -111,8 +111,8 @@ def unit_rows(run: RunInfo, unit: int, *, seed: int = 0) -> list[Row]:
             mask[:] = False
         targets = None
         if status == OK:
-            logits = rng.normal(0, 3, (int(mask.sum()), run.teacher.head_size))
-            targets = random_targets(run, logits, seed=index)
+            logits = rng.normal(0, 3, (int(mask.sum()), provenance.teacher.lm_head_rows))
+            targets = random_targets(provenance, logits, seed=index)
         rows.append(
             Row(sample_index=index, sample_id=f"sample-{index}", status=status, input_ids=ids, loss_mask=mask,
                 targets=targets)
@@ -120,34 +120,34 @@ def unit_rows(run: RunInfo, unit: int, *, seed: int = 0) -> list[Row]:
     return rows
 
 
-def random_targets(run: RunInfo, logits: np.ndarray, *, seed: int) -> Targets:
+def random_targets(provenance: Provenance, logits: np.ndarray, *, seed: int) -> Targets:
     """Targets of the run's estimator, without early ending."""
-    match run.estimator:
+    match provenance.estimator:
         case TopK(k=k):
-            return dense_targets(logits, k=min(k, logits.shape[1]), temperatures=run.temperatures)
+            return dense_targets(logits, k=min(k, logits.shape[1]), temperatures=provenance.temperatures)
         case Adaptive(k_max=k, tail_draws=draws):
-            return dense_targets(logits, k=k, temperatures=run.temperatures, draws=draws, seed=seed)
+            return dense_targets(logits, k=k, temperatures=provenance.temperatures, draws=draws, seed=seed)
         case Sampled(draws=draws):
-            return dense_targets(logits, k=0, temperatures=run.temperatures, draws=draws, seed=seed)
+            return dense_targets(logits, k=0, temperatures=provenance.temperatures, draws=draws, seed=seed)
 
 
 TOKENIZER = {"tokenizer.json": b'{"model": {}}', "tokenizer_config.json": b"{}"}
 
 
 def make_dump(
-    url: str | Path, run: RunInfo | None = None, *, seal: bool = True, options: dict[str, str] | None = None
-) -> RunInfo:
+    url: str | Path, provenance: Provenance | None = None, *, seal: bool = True, options: dict[str, str] | None = None
+) -> Provenance:
     """A whole dump of random targets."""
-    run = run or run_info()
-    writer = DumpWriter.open(str(url), run, options=options)
+    provenance = provenance or some_provenance()
+    writer = DumpWriter.open(str(url), provenance, options=options)
     writer.put_tokenizer(TOKENIZER)
-    for unit in range(run.units):
-        assert writer.commit_unit(unit, unit_rows(run, unit)) is not None
+    for unit in range(provenance.units):
+        assert writer.commit_unit(unit, unit_rows(provenance, unit)) is not None
     assert writer.seal() if seal else True
-    return run
+    return provenance
 
 
-def replace_unit(url: Path, run: RunInfo, unit: int, data: bytes, **claims: object) -> None:
+def replace_unit(url: Path, provenance: Provenance, unit: int, data: bytes, **claims: object) -> None:
     """Put `data` in the place of a unit's file and make its commit record say so: a hostile or broken writer."""
     path = url / record_key(unit)
     record = CommitRecord.from_json(path.read_bytes(), name="record")
@@ -156,13 +156,13 @@ def replace_unit(url: Path, run: RunInfo, unit: int, data: bytes, **claims: obje
     path.write_bytes(record.model_copy(update=changes).to_json())
 
 
-def metadata_of(run: RunInfo, unit: int) -> dict[str, str]:
+def metadata_of(provenance: Provenance, unit: int) -> dict[str, str]:
     """Key-value metadata of a unit's file."""
     return {
         "llm_neo.format_version": "1",
-        "llm_neo.fingerprint": run.fingerprint,
+        "llm_neo.fingerprint": provenance.fingerprint,
         "llm_neo.unit": str(unit),
-        "llm_neo.run": run.to_json().decode(),
+        "llm_neo.run": provenance.to_json().decode(),
     }
 
 

@@ -30,10 +30,10 @@ def batches_of_step(
     dump: Dump, train: TrainSection, step: int, *, rank: int, world_size: int, temperature: float = 1.0
 ) -> tuple[list[TrainBatch], int]:
     """This rank's micro-batches of a step that takes the samples as they come, and the step's supervised tokens."""
-    unit_size, g = dump.run.samples_per_unit, train.global_batch_size
+    unit_size, g = dump.provenance.samples_per_unit, train.global_batch_size
     rows = []
     for sample in range(step * g, (step + 1) * g):
-        unit, place = divmod(sample % dump.run.corpus.samples, unit_size)
+        unit, place = divmod(sample % dump.provenance.corpus.samples, unit_size)
         rows.append(dump.read_unit(unit).row(place))
     tokens = sum(len(row.targets) for row in rows if row.targets is not None)
     shares = rank_slice(
@@ -41,7 +41,7 @@ def batches_of_step(
     )
     make = lambda share: collate(  # noqa: E731
         [rows[i] for i in share],
-        temperature_index=dump.run.temperature_index(temperature),
+        temperature_index=dump.provenance.temperature_index(temperature),
         temperature=temperature,
         pad_id=0,
         entries=train.distils,
@@ -66,7 +66,7 @@ def make_engine(
         StudentSection(model=model, lora=LoraSection(**{"r": 4, **(lora or {})})),
         LossSection(**(loss or {})),
         train,
-        dump.run,
+        dump.provenance,
     )
     if state:
         load_weights(student.module, state.items())

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from support.dumps import unit_rows
 
-from storage_schemas.provenance import RunInfo
+from storage_schemas.provenance import Provenance
 from storage_schemas.rows import Row, UnitRows, rows_to_unit
 
 
@@ -46,6 +46,11 @@ POISON = {
 }
 
 
-def good_unit(run: RunInfo, unit: int = 0) -> UnitRows:
-    draws = run.estimator.kind != "topk"
-    return rows_to_unit(unit_rows(run, unit), temperatures=len(run.temperatures), draws=draws, logsumexp=run.logsumexp)
+def good_unit(provenance: Provenance, unit: int = 0) -> UnitRows:
+    draws = provenance.estimator.kind != "topk"
+    return rows_to_unit(
+        unit_rows(provenance, unit),
+        temperatures=len(provenance.temperatures),
+        draws=draws,
+        logsumexp=provenance.logsumexp,
+    )

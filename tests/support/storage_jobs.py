@@ -28,7 +28,7 @@ class Zygote(ForkServer):
         return self.wait(self.start(url, **options))
 
 
-def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
+def _work(request: dict[str, Any], rows: list[Any], provenance: Any) -> int:
     from support.dumps import TOKENIZER
 
     from storage_schemas.common.errors import NeoError
@@ -37,9 +37,9 @@ def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
 
     os.environ["LLM_NEO_FAULT"], os.environ["LLM_NEO_FAULT_LOG"] = request["fault"], request["log"]
     try:
-        writer = DumpWriter.open(request["url"], run)
+        writer = DumpWriter.open(request["url"], provenance)
         writer.put_tokenizer(TOKENIZER)
-        for unit in request["order"] or range(run.units):
+        for unit in request["order"] or range(provenance.units):
             if not writer.is_committed(unit):
                 writer.commit_unit(unit, rows[unit])
         assert writer.seal()
@@ -53,16 +53,16 @@ def _work(request: dict[str, Any], rows: list[Any], run: Any) -> int:
 
 
 def _serve() -> None:
-    from support.dumps import run_info, unit_rows
+    from support.dumps import some_provenance, unit_rows
 
-    run = run_info()
-    rows = [unit_rows(run, unit) for unit in range(run.units)]
+    provenance = some_provenance()
+    rows = [unit_rows(provenance, unit) for unit in range(provenance.units)]
     from storage_schemas.stores.store import Store
     from storage_schemas.writer import DumpWriter
 
     # What Arrow does on first use is done here, once. No thread may be started before a fork, but the allocator's own.
-    for unit in range(run.units):
-        DumpWriter(Store("/nowhere"), run)._encode(unit, rows[unit], "0" * 32)
+    for unit in range(provenance.units):
+        DumpWriter(Store("/nowhere"), provenance)._encode(unit, rows[unit], "0" * 32)
     threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
     assert len([name for name in threads if not name.startswith("jemalloc")]) == 1, threads
 
@@ -74,7 +74,7 @@ def _serve() -> None:
             answer = os.fork()
             if answer == 0:
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os._exit(_work(request, rows, run))
+                os._exit(_work(request, rows, provenance))
         print(json.dumps(answer), flush=True)
 
 

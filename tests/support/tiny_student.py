@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from storage_schemas.config import Estimator, TopK
-from storage_schemas.provenance import CorpusIdentity, EngineIdentity, RunInfo, TeacherIdentity, TokenizerIdentity
+from storage_schemas.provenance import CorpusIdentity, EngineIdentity, Provenance, TeacherIdentity, TokenizerIdentity
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
 from storage_schemas.shift import supervised_positions
 from storage_schemas.tokenizer import vocab_sha256
@@ -68,7 +68,7 @@ def write_dump(
     bad_samples: bool = True,
     none_usable: bool = False,
     seal: bool = True,
-) -> RunInfo:
+) -> Provenance:
     """A dump of a tiny teacher's targets on random ids, with a sample without supervised tokens and a non-finite one.
 
     Args:
@@ -85,9 +85,9 @@ def write_dump(
     """
     tokenizer = tiny_tokenizer()
     estimator = estimator or TopK(k=8, mass=1.0)
-    run = RunInfo(
+    provenance = Provenance(
         teacher=TeacherIdentity(
-            model="tiny", revision=None, config_sha256=HASH, weights_sha256={}, dtype="float32", head_size=VOCAB
+            model="tiny", revision=None, config_sha256=HASH, weights_sha256={}, dtype="float32", lm_head_rows=VOCAB
         ),
         tokenizer=TokenizerIdentity(
             vocab_size=VOCAB, vocab_sha256=vocab_sha256(tokenizer.get_vocab()), chat_template_sha256=None
@@ -101,18 +101,20 @@ def write_dump(
         max_kl=1e-4,
         engine=EngineIdentity(name="test", version="1"),
     )
-    writer = DumpWriter.open(str(url), run)
+    writer = DumpWriter.open(str(url), provenance)
     folder = url.parent / f"{url.name}-tokenizer"
     tokenizer.save_pretrained(folder)
     writer.put_tokenizer({file.name: file.read_bytes() for file in folder.iterdir()})
     teacher = tiny_llama(0).double()
     bad = (3, 7) if bad_samples else ()
     empty = range(samples) if none_usable else bad[:1]
-    for unit in units or range(run.units):
-        writer.commit_unit(unit, [_row(i, teacher, run, empty=empty, nonfinite=bad[1:]) for i in run.unit_range(unit)])
+    for unit in units or range(provenance.units):
+        writer.commit_unit(
+            unit, [_row(i, teacher, provenance, empty=empty, nonfinite=bad[1:]) for i in provenance.unit_range(unit)]
+        )
     if seal:
         writer.seal()
-    return run
+    return provenance
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def teacher_logits(input_ids: np.ndarray) -> torch.Tensor:
 
 
 def _row(
-    index: int, teacher: LlamaForCausalLM, run: RunInfo, *, empty: Container[int], nonfinite: Container[int]
+    index: int, teacher: LlamaForCausalLM, provenance: Provenance, *, empty: Container[int], nonfinite: Container[int]
 ) -> Row:
     rng = np.random.default_rng([7, index])
     length = int(rng.integers(3, 28))
@@ -140,7 +142,7 @@ def _row(
         with torch.no_grad():
             logits = teacher(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
         chosen = logits[supervised_positions(mask).logits].numpy()
-        targets = random_targets(run, chosen, seed=index)
+        targets = random_targets(provenance, chosen, seed=index)
     return Row(sample_index=index, sample_id=f"s{index}", status=status, input_ids=ids, loss_mask=mask, targets=targets)
 
 

@@ -4,14 +4,14 @@ import threading
 import time
 
 import pytest
-from support.dumps import run_info, unit_rows
+from support.dumps import some_provenance, unit_rows
 
 from storage_schemas.common.errors import TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.writer import DumpWriter
 from teacher_dump.committer import Committer
 
-RUN = run_info(samples=20, samples_per_unit=4)
+RUN = some_provenance(samples=20, samples_per_unit=4)
 
 
 def writer_of(path) -> DumpWriter:
@@ -22,7 +22,7 @@ class Held(DumpWriter):
     """Commits only once it is let go."""
 
     def __init__(self, writer: DumpWriter, *, fails: bool = False) -> None:
-        super().__init__(writer.store, writer.run)
+        super().__init__(writer.store, writer.provenance)
         self.started, self.go, self.fails = threading.Event(), threading.Event(), fails
 
     def commit_unit(self, unit, rows):

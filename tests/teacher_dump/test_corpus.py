@@ -33,7 +33,7 @@ def write_jsonl(path, records):
 def freeze(*paths, tokenizer=None, split="train", format="auto", ignored=(), **options):
     sources = [SourceSection(path=str(path), split=split, format=format, ignore_columns=ignored) for path in paths]
     section = CorpusSection(sources=sources, **options)
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), head_size=VOCABULARY)
+    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
 
 
 def supervised(corpus, i, tokenizer=None):
@@ -295,7 +295,7 @@ def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_o
     with pytest.raises(DataError, match=r"record 1: a column decides(.|\n)*images(.|\n)*ignore_columns"):
         freeze(path)
     section = CorpusSection(sources=[SourceSection(path=str(path), ignore_columns=["images"])])
-    assert freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY).statuses == ["ok"] * 5
+    assert freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY).statuses == ["ok"] * 5
     assert caplog.text.count("does not read: mood") == 1
 
 

@@ -51,12 +51,12 @@ def write(path: Path, records, *, age: float = 60) -> Path:
     return path
 
 
-def freeze(path: Path, *, tokenizer=None, head_size=VOCABULARY, source=None, **options) -> Corpus:
+def freeze(path: Path, *, tokenizer=None, lm_head_rows=VOCABULARY, source=None, **options) -> Corpus:
     section = CorpusSection(
         sources=[SourceSection(path=str(path), **source or {})],
         **{"cache_dir": str(path.parent / "neo")} | options,
     )
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), head_size=head_size)
+    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=lm_head_rows)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_second_start_tokenises_nothing(path, made):
         {"source": {"weight": 0.5}},
         {"source": {"split": "train[:4]"}},
         {"source": {"format": "messages"}},
-        {"head_size": VOCABULARY + 1},
+        {"lm_head_rows": VOCABULARY + 1},
         {"tokenizer": HEADERS},
         {"records": RECORDS[::-1]},
         {"moved": True},
@@ -286,7 +286,7 @@ def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch
 
     section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(path.parent / "neo"))
     with pytest.raises(KeyboardInterrupt):
-        freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY, check=stop)
+        freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY, check=stop)
     assert made == [1] * 3
     (part,) = (path.parent / "neo" / "corpora").glob("*.part")
     saved = {file.name: file.read_bytes() for file in part.iterdir()}
@@ -368,7 +368,7 @@ def test_a_hub_dataset_is_kept_by_its_commit(tmp_path, path, made):
     prepare_hub(path, tmp_path, "a" * 40)
 
     def frozen(**change) -> Corpus:
-        return freeze_corpus(CorpusSection(**options | change), tiny_tokenizer(CHATML), head_size=VOCABULARY)
+        return freeze_corpus(CorpusSection(**options | change), tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
 
     assert frozen().fingerprint == plain.fingerprint
     assert_equal(frozen(), frozen())
@@ -403,8 +403,8 @@ def test_preview_plan_and_dump_share_one_kept_corpus(tmp_path, made):
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
     job = sections(tmp_path / "dump", file, save_teacher(tmp_path / "teacher"))
-    tokenizer, head_size = load_tokenizer(job["teacher"])
-    seen, _ = preview(job["corpus"], tokenizer, head_size=head_size, row=None, samples=1)
+    tokenizer, lm_head_rows = load_tokenizer(job["teacher"])
+    seen, _ = preview(job["corpus"], tokenizer, lm_head_rows=lm_head_rows, row=None, samples=1)
     plan = plan_dump(**job | {"teacher": Teacher(job["teacher"]), "temperatures": (1.0,)}, samples=2)
     assert (plan.samples, plan.statuses) == (seen.samples, seen.statuses)
     assert run_dump(**job).rows == plan.samples

@@ -132,7 +132,7 @@ def test_every_sample_has_one_row_and_the_summary_counts_them(tmp_path, corpus_f
     assert summary.tokens == sum(len(row.input_ids) for row in rows)
     assert summary.tokens_here == sum(len(row.input_ids) for row in rows if row.status == "ok")
     assert summary.bytes == sum(path.stat().st_size for path in tmp_path.glob("data/*"))
-    assert summary.fingerprint == Dump.open(str(tmp_path)).run.fingerprint
+    assert summary.fingerprint == Dump.open(str(tmp_path)).provenance.fingerprint
     assert summary.tokens_per_second > 0
     assert 0 < summary.mean_kept_mass < 1
 
@@ -252,7 +252,7 @@ def test_ids_that_the_tokenizer_lacks_have_no_probability(tmp_path, corpus_file,
     section = sections(tmp_path / "dump", corpus_file, folder, logprob_step=0.0) | {"estimator": estimator}
     run_dump(**section)
     dump = Dump.open(str(tmp_path / "dump"))
-    assert (dump.run.masked_from, dump.run.teacher.head_size) == (VOCABULARY, PADDED)
+    assert (dump.provenance.masked_from, dump.provenance.teacher.lm_head_rows) == (VOCABULARY, PADDED)
     assert max(record.max_id for record in dump.records().values()) < VOCABULARY
     model = tiny_model("llama", vocab_size=PADDED)
     for row in rows_of(tmp_path / "dump"):
@@ -338,7 +338,7 @@ def test_a_teacher_that_cannot_be_run_is_refused_before_the_corpus_is_read(tmp_p
 def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpus_file, model_folder):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     section = sections(tmp_path, corpus_file, model_folder)["corpus"]
-    corpus = freeze_corpus(section, tokenizer, head_size=VOCABULARY)
+    corpus = freeze_corpus(section, tokenizer, lm_head_rows=VOCABULARY)
     used = [set(corpus.sample(i).input_ids.tolist()) for i in range(SAMPLES)]
     poisoned = next(token for token in range(VOCABULARY) if 2 <= sum(token in ids for ids in used) <= 5)
     with torch.no_grad():

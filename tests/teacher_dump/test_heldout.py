@@ -22,7 +22,7 @@ def freeze(tmp_path, monkeypatch):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
         section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(tmp_path / "neo"))
-        return freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY)
+        return freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
 
     return make
 

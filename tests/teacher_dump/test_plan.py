@@ -163,7 +163,7 @@ def settings(place: Path, url: Path, *, kind: str = "topk", samples_per_unit: in
 @pytest.mark.parametrize("estimator", [TopK(k=12), TopK(k=40, mass=0.7), TopK(k=VOCABULARY, mass=1.0), TopK(k=1)])
 def test_cut_heads_are_those_of_the_estimator(place, tmp_path, estimator):
     teacher, temperatures = settings(place, tmp_path)["teacher"], (1.0, 2.0)
-    corpus = freeze_corpus(settings(place, tmp_path)["corpus"], teacher.tokenizer, head_size=VOCABULARY)
+    corpus = freeze_corpus(settings(place, tmp_path)["corpus"], teacher.tokenizer, lm_head_rows=VOCABULARY)
     samples = [corpus.sample(i) for i in (2, 3)]
     widest = TopK(k=VOCABULARY, mass=1.0)
     wide, expected = (
@@ -180,7 +180,7 @@ def test_cut_heads_are_those_of_the_estimator(place, tmp_path, estimator):
 
 def test_the_mass_of_the_k_largest_is_that_of_the_model(place, tmp_path):
     teacher = settings(place, tmp_path)["teacher"]
-    corpus = freeze_corpus(settings(place, tmp_path)["corpus"], teacher.tokenizer, head_size=VOCABULARY)
+    corpus = freeze_corpus(settings(place, tmp_path)["corpus"], teacher.tokenizer, lm_head_rows=VOCABULARY)
     sample = corpus.sample(2)
     (wide,) = teacher.targets([sample], Recipe(estimator=TopK(k=256, mass=1.0), logsumexp=True))
     with torch.no_grad():

@@ -31,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def freeze(path: Path, *, template=CHATML, **options) -> Corpus:
     section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(path.parent / "neo"), **options)
-    return freeze_corpus(section, tiny_tokenizer(template), head_size=VOCABULARY)
+    return freeze_corpus(section, tiny_tokenizer(template), lm_head_rows=VOCABULARY)
 
 
 def write(path: Path, count: int) -> list[dict]:

@@ -30,11 +30,11 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def freeze(path: Path, *, tokenizer=None, head_size=VOCABULARY, **options) -> Corpus:
+def freeze(path: Path, *, tokenizer=None, lm_head_rows=VOCABULARY, **options) -> Corpus:
     section = CorpusSection(
         sources=[SourceSection(path=str(path))], **{"max_length": 200_000, "max_bad_share": 0.1} | options
     )
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), head_size=head_size)
+    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=lm_head_rows)
 
 
 def records_of(path: Path) -> list[dict]:
@@ -61,14 +61,14 @@ def test_every_answer_of_a_real_corpus_is_supervised(name, samples, empty, real_
     path = LARGER / name if name else SHIPPED
     if not path.is_file():
         pytest.skip(f"no {path}; set LLM_NEO_DATA to a folder with it")
-    tokenizer, head_size = tiny_tokenizer(CHATML), VOCABULARY
+    tokenizer, lm_head_rows = tiny_tokenizer(CHATML), VOCABULARY
     if real_tokenizer:
         if not SMOLLM.is_dir():
             pytest.skip(f"no {SMOLLM}; `make demo` makes it")
         from transformers import AutoTokenizer
 
-        tokenizer, head_size = AutoTokenizer.from_pretrained(SMOLLM), 49_152
-    corpus = freeze(path, tokenizer=tokenizer, head_size=head_size)
+        tokenizer, lm_head_rows = AutoTokenizer.from_pretrained(SMOLLM), 49_152
+    corpus = freeze(path, tokenizer=tokenizer, lm_head_rows=lm_head_rows)
     assert len(corpus) == samples
     assert corpus.statuses.count("empty") == empty
     assert corpus.statuses.count("ok") == samples - empty

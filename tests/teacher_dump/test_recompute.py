@@ -54,13 +54,13 @@ def teacher_of(place: Path, name: str = "teacher", *, batch_tokens: int = 1, dty
     return Teacher(TeacherSection(model=str(place / name), dtype=dtype, device="cpu", batch_tokens=batch_tokens))
 
 
-def forge(place: Path, folder: Path, change, *, of: str = "topk", run=None) -> Dump:
+def forge(place: Path, folder: Path, change, *, of: str = "topk", provenance=None) -> Dump:
     """The dump `of` with each row that has targets changed, as if it had been made so."""
-    run = run or Dump.open(str(place / of)).run
-    writer = DumpWriter.open(str(folder), run)
+    provenance = provenance or Dump.open(str(place / of)).provenance
+    writer = DumpWriter.open(str(folder), provenance)
     rows = [row if row.targets is None else change(row) for row in rows_of(place / f"{of}-exact")]
-    for unit in range(run.units):
-        writer.commit_unit(unit, [rows[i] for i in run.unit_range(unit)])
+    for unit in range(provenance.units):
+        writer.commit_unit(unit, [rows[i] for i in provenance.unit_range(unit)])
     assert writer.seal()
     # A forged mass may be seen without the teacher, too.
     assert all("beyond rounding" in error for error in verify(str(folder)).errors)
@@ -99,7 +99,7 @@ def test_rows_are_spread_over_the_units_and_chosen_by_the_seed(place):
         picked, errors = pick_rows(dump, 4, seed=seed)
         assert errors == []
         assert len(picked) == 4
-        assert max(np.bincount([index // dump.run.samples_per_unit for index in picked])) <= 2
+        assert max(np.bincount([index // dump.provenance.samples_per_unit for index in picked])) <= 2
         assert list(pick_rows(dump, 4, seed=seed)[0]) == list(picked)
     chosen = {tuple(pick_rows(dump, 3, seed=seed)[0]) for seed in range(20)}
     assert len(chosen) > 5
@@ -126,11 +126,11 @@ def test_targets_that_are_off_by_one_are_caught(place, tmp_path, kind):
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_another_teachers_targets_are_caught(place, tmp_path, kind):
     """Its run.json says that they are the right teacher's."""
-    run = Dump.open(str(place / kind)).run
+    provenance = Dump.open(str(place / kind)).provenance
     estimator = ESTIMATORS[kind]
     run_dump(
         **sections(tmp_path / "other", place / "corpus.jsonl", place / "other") | {"estimator": estimator},
-        temperatures=run.temperatures,
+        temperatures=provenance.temperatures,
     )
     others = {row.sample_index: row.targets for row in rows_of(tmp_path / "other")}
     dump = forge(place, tmp_path / "dump", lambda row: replace(row, targets=others[row.sample_index]), of=kind)
@@ -210,9 +210,9 @@ def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place, tmp_path):
 
 def test_draws_of_another_seed_are_caught(place, tmp_path):
     for kind in ("adaptive", "sampled"):
-        run = Dump.open(str(place / kind)).run
-        claimed = run.model_copy(update={"estimator": run.estimator.model_copy(update={"seed": 1})})
-        dump = forge(place, tmp_path / kind, lambda row: row, of=kind, run=claimed)
+        provenance = Dump.open(str(place / kind)).provenance
+        claimed = provenance.model_copy(update={"estimator": provenance.estimator.model_copy(update={"seed": 1})})
+        dump = forge(place, tmp_path / kind, lambda row: row, of=kind, provenance=claimed)
         report = recompute(dump, teacher_of(place), rows=SAMPLES)
         assert report.draws_equal < 0.7
         assert len([line for line in report.errors if "draws are reproduced" in line]) > 5
@@ -230,7 +230,7 @@ def test_a_row_that_hides_as_nonfinite_is_caught(place, tmp_path):
 def test_labels_and_loss_masks_are_compared_with_the_corpus(place, tmp_path):
     """The targets fit the row as it stands, so that the teacher alone sees nothing."""
     section = sections(tmp_path, place / "corpus.jsonl", place / "teacher")["corpus"]
-    corpus = freeze_corpus(section, tiny_tokenizer(), head_size=320)
+    corpus = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=320)
     good = Dump.open(str(place / "topk"))
     assert recompute(good, teacher_of(place), rows=SAMPLES, corpus=corpus).errors == []
 
@@ -252,7 +252,7 @@ def test_labels_and_loss_masks_are_compared_with_the_corpus(place, tmp_path):
     lines = (place / "corpus.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[::-1]))
     section = sections(tmp_path, tmp_path / "other.jsonl", place / "teacher")["corpus"]
-    other = freeze_corpus(section, tiny_tokenizer(), head_size=320)
+    other = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=320)
     with pytest.raises(MismatchError, match="the corpus is not the one"):
         recompute(good, teacher_of(place), rows=1, corpus=other)
 
@@ -287,8 +287,10 @@ def targets_of(p: list[float], *, k: int, mass: float = 1.0) -> Targets:
 
 
 def problems_of(exact: Targets, stored: Targets, estimator, *, step: float = 0.0) -> dict[int, str]:
-    run = Dump.open("tests/golden/v1/topk").run.model_copy(update={"estimator": estimator, "temperatures": (1.0,)})
-    return compare(exact, stored, run=run, step=step, noise=NOISE["float32"]).problems
+    provenance = Dump.open("tests/golden/v1/topk").provenance.model_copy(
+        update={"estimator": estimator, "temperatures": (1.0,)}
+    )
+    return compare(exact, stored, provenance=provenance, step=step, noise=NOISE["float32"]).problems
 
 
 def test_ties_may_be_broken_otherwise_and_nothing_else():

@@ -49,7 +49,7 @@ def write(path: Path, records) -> str:
 
 def freeze(*sources, folder: Path, **corpus) -> Corpus:
     section = CorpusSection(sources=list(sources), cache_dir=str(folder / "neo"), **corpus)
-    return freeze_corpus(section, tiny_tokenizer(CHATML), head_size=VOCABULARY)
+    return freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
 
 
 @pytest.mark.parametrize(

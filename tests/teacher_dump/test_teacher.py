@@ -258,7 +258,7 @@ def test_identity_needs_no_weights_and_follows_the_files(tmp_path):
     hashes = [teacher.identity().weights_sha256 for teacher in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert list(hashes[0]) == ["model.safetensors"]
-    assert first.identity().head_size == VOCABULARY
+    assert first.identity().lm_head_rows == VOCABULARY
     assert "model" not in vars(first), "the weights were loaded"
 
 

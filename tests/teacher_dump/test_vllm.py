@@ -141,9 +141,9 @@ def test_an_engine_that_is_killed_is_noticed(model_folder, installed, monkeypatc
 def test_the_dump_says_vllm_and_takes_no_other_engine(tmp_path, corpus_file, model_folder, installed):
     job = vllm_job(tmp_path, corpus_file, model_folder)
     run_dump(**job)
-    run = json.loads((tmp_path / "run.json").read_text())
-    assert run["engine"] == {"name": "vllm", "arguments": {}}
-    assert run["made_by"]["versions"]["vllm"] == "0.32.0"
+    provenance = json.loads((tmp_path / "run.json").read_text())
+    assert provenance["engine"] == {"name": "vllm", "arguments": {}}
+    assert provenance["made_by"]["versions"]["vllm"] == "0.32.0"
     plain = job["teacher"].section.model_copy(update={"backend": "transformers"})
     with pytest.raises(MismatchError, match=r"engine\.name"):
         run_dump(**job | {"teacher": plain})
@@ -184,7 +184,7 @@ def test_a_sample_without_numbers_is_a_row_without_targets(tmp_path, corpus_file
             return answers
 
     job = vllm_job(tmp_path / "a", corpus_file, model_folder, kind=Broken, vllm_check_samples=0)
-    corpus = freeze_corpus(job["corpus"], tiny_tokenizer(), head_size=VOCABULARY)
+    corpus = freeze_corpus(job["corpus"], tiny_tokenizer(), lm_head_rows=VOCABULARY)
     sample = corpus.sample(2)
     job["teacher"].broken = int(np.flatnonzero(sample.loss_mask)[-1]) + 1
     run_dump(**job)
@@ -276,7 +276,7 @@ def test_the_command_line_lists_all_that_vllm_cannot_do(tmp_path, capsys):
 
 def test_check_samples_run_from_the_shortest_to_the_longest(corpus_file, model_folder, tmp_path):
     section = sections(tmp_path, corpus_file, model_folder)["corpus"]
-    corpus = freeze_corpus(section, tiny_tokenizer(), head_size=VOCABULARY)
+    corpus = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=VOCABULARY)
     usable = sorted(len(corpus.sample(i).input_ids) for i in range(SAMPLES) if corpus.statuses[i] == "ok")
     for count in (0, 1, 2, 4, 9, 50):
         found = check_samples(corpus, count)

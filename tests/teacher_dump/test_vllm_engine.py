@@ -63,9 +63,9 @@ def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model
     summary = run_dump(**job | {"teacher": running})
     assert summary.statuses == {"empty": 1, "ok": 9, "too_long": 1}
     assert_each_sample_once(tmp_path / "vllm")
-    run = json.loads((tmp_path / "vllm" / "run.json").read_text())
-    assert run["engine"] == open_teacher(teacher).engine.model_dump()
-    assert run["engine"]["name"] == "vllm"
+    provenance = json.loads((tmp_path / "vllm" / "run.json").read_text())
+    assert provenance["engine"] == open_teacher(teacher).engine.model_dump()
+    assert provenance["engine"]["name"] == "vllm"
 
     plain = teacher.model_copy(update={"backend": "transformers"})
     with pytest.raises(MismatchError, match=r"engine\.name"):
