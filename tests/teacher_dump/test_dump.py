@@ -131,6 +131,10 @@ def test_every_sample_has_one_row_and_the_summary_counts_them(tmp_path, corpus_f
     assert summary.supervised_tokens == sum(int(row.loss_mask.sum()) for row in rows if row.status == "ok")
     assert summary.tokens == sum(len(row.input_ids) for row in rows)
     assert summary.tokens_here == sum(len(row.input_ids) for row in rows if row.status == "ok")
+    assert summary.truncated == 0
+    job = sections(tmp_path / "cut", corpus_file, model_folder)
+    cut = run_dump(**job | {"corpus": job["corpus"].model_copy(update={"too_long": "truncate"})})
+    assert (cut.truncated, cut.statuses) == (1, {"empty": 1, "ok": 10})
     assert summary.bytes == sum(path.stat().st_size for path in tmp_path.glob("data/*"))
     assert summary.fingerprint == Dump.open(str(tmp_path)).provenance.fingerprint
     assert summary.tokens_per_second > 0
