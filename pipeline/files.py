@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import TemporaryError, UsageError, explained
 
 
 def write_whole(path: Path, text: str, *, private: bool = False) -> None:
@@ -20,9 +20,12 @@ def write_asked_for(path: Path, text: str) -> None:
 
     Raises:
         UsageError: it cannot be written there.
+        TemporaryError: the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     except OSError as error:
+        if isinstance(told := explained(error), TemporaryError):
+            raise told from error
         raise UsageError(f"cannot write {path}", got=error.strerror, expected="a file in a writable place") from error
