@@ -19,7 +19,7 @@ from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.common.devices import take_own_gpus, visible_gpus
-from storage_schemas.common.errors import NeoError, UsageError, explained
+from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 from storage_schemas.common.signals import interrupt
@@ -339,6 +339,8 @@ def inspect(
             html.parent.mkdir(parents=True, exist_ok=True)
             publish(html, page.page(found, rows))
         except OSError as error:
+            if isinstance(told := explained(error), TemporaryError):  # The disk is full.
+                raise told from error
             expected = "a file in a writable place"
             raise UsageError(f"cannot write {html}", got=error.strerror, expected=expected) from error
     if as_json:

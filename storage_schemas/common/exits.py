@@ -49,3 +49,5 @@ def tell_deaths(codes: Sequence[int], names: Sequence[str]) -> None:
             number = signal.Signals(-code)
             why = KILLED.get(number, "native code has crashed; please report it with the lines above")
             sys.stderr.write(f"llm-neo: {name} was ended by {number.name}\n  why:      {why}\n")
+    if all(-code in STOPPED for code in codes):  # While they started: later each answers the signal itself.
+        sys.stderr.write("llm-neo: stopped before it had begun; run the same command again\n")

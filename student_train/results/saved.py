@@ -105,7 +105,7 @@ def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | N
             expected="a directory or hub id",
             fix="name it: --base DIR",
         )
-    if Path(source).is_absolute() and not Path(source).is_dir():
+    if (base is not None or Path(source).is_absolute()) and not Path(source).is_dir():
         raise MismatchError(
             f"the base model of the adapter in {model} is not there",
             got=f"no directory {source}",

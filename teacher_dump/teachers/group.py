@@ -101,6 +101,24 @@ class GroupTeacher(Teacher):
         """How many devices it runs on."""
         return self.group.size
 
+    def refuse_unloadable(self) -> None:
+        """As `Teacher.refuse_unloadable`; and tensor parallelism deals whole attention heads.
+
+        Raises:
+            MismatchError: their number is no multiple of that of the processes.
+        """
+        super().refuse_unloadable()
+        named = ("num_attention_heads", "num_key_value_heads")
+        found = {name: getattr(self.config.get_text_config(), name, None) for name in named}
+        heads = {name: count for name, count in found.items() if isinstance(count, int)}
+        if self.section.sharding == "tensor" and any(count % self.group.size for count in heads.values()):
+            raise MismatchError(
+                f"tensor parallelism cannot spread the teacher's attention heads over {self.group.size} processes",
+                got=", ".join(f"{name} = {count}" for name, count in heads.items()),
+                expected="multiples of the number of processes",
+                fix="choose another --nproc, or teacher.sharding: zero3, which takes any",
+            )
+
     @cached_property
     def device(self) -> torch.device:
         """Where this process's share runs."""

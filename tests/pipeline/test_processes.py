@@ -206,7 +206,15 @@ def test_a_rank_that_was_killed_is_told_and_means_run_again(tmp_path: Path, capf
     assert "out of memory" in told
     assert "rank 1 was ended by SIGABRT" in told
     assert "rank 2" not in told
+    assert "before it had begun" not in told
     assert combined(codes) == 75
+
+
+def test_ranks_that_were_stopped_before_they_could_say_so_are_spoken_for(capfd: pytest.CaptureFixture[str]) -> None:
+    tell_deaths([-signal.SIGTERM] * 2, ["rank 0", "rank 1"])
+    assert "stopped before it had begun" in capfd.readouterr().err
+    tell_deaths([0, 75], ["rank 0", "rank 1"])
+    assert not capfd.readouterr().err
 
 
 def test_the_first_signal_asks_for_a_checkpoint_and_the_second_ends_the_ranks(tmp_path: Path) -> None:

@@ -401,6 +401,8 @@ def test_base_that_moved(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     with pytest.raises(MismatchError, match="is not the model that the adapter"):
         merge(final, tmp_path / "other", base=folder / "teacher")
+    with pytest.raises(MismatchError, match="no directory nowhere"):
+        merge(final, tmp_path / "other", base=Path("nowhere"))
 
 
 @pytest.mark.parametrize(("positions", "refused"), [(63, True), (64, False)])

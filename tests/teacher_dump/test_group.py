@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from support.distributed import TESTS, environment, run_ranks
 from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
 
-from storage_schemas.common.errors import UsageError
+from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.config import TopK
 from storage_schemas.provenance import Recipe
 from storage_schemas.rows import OK
@@ -24,6 +26,7 @@ from storage_schemas.targets import Targets
 from storage_schemas.verify import verify
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import Sample
+from teacher_dump.teachers.group import Group, GroupTeacher
 from teacher_dump.teachers.open import open_teacher
 from teacher_dump.teachers.teacher import Teacher
 
@@ -127,6 +130,20 @@ def test_what_does_not_go_together_is_refused() -> None:
             section(**changes)
     with pytest.raises(UsageError, match="--nproc N"):
         open_teacher(section(sharding="zero3"))
+
+
+@pytest.mark.parametrize(("sharding", "size", "fits"), [("tensor", 2, True), ("tensor", 4, False), ("zero3", 3, True)])
+def test_heads_that_cannot_be_dealt_are_refused_before_the_corpus_is_read(
+    tmp_path: Path, sharding: str, size: int, fits: bool
+) -> None:
+    """The teacher has four heads, and two of keys and values."""
+    section = TeacherSection.model_validate(
+        {"model": str(save_teacher(tmp_path)), "device": "cpu", "sharding": sharding}
+    )
+    control: Any = None
+    teacher = GroupTeacher(section, Group(rank=0, size=size, local_rank=0, on_gpu=False, control=control))
+    with nullcontext() if fits else pytest.raises(MismatchError, match="num_key_value_heads = 2"):
+        teacher.refuse_unloadable()
 
 
 @pytest.fixture
