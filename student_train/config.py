@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import LocalFolder
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
@@ -54,7 +54,7 @@ OTHER_VARIANTS = {
 """Other names that users know, and why they are not offered."""
 
 
-class LoraSection(Section):
+class LoraSection(FrozenModel):
     """The low-rank adapter (peft)."""
 
     r: int = Field(64, ge=1)
@@ -86,7 +86,7 @@ class LoraSection(Section):
         return variant
 
 
-class StudentSection(Section):
+class StudentSection(FrozenModel):
     """The model that is trained."""
 
     model: str
@@ -97,7 +97,7 @@ class StudentSection(Section):
     """Used by the arms `lora` and `neo`."""
 
 
-class LossSection(Section):
+class LossSection(FrozenModel):
     """L = (1 - alpha) * CE + alpha * T^2 * KL, summed over supervised tokens, divided once by their global number."""
 
     alpha: float = Field(0.5, ge=0.0, le=1.0)
@@ -110,7 +110,7 @@ class LossSection(Section):
     """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
-class TrainSection(Section):
+class TrainSection(FrozenModel):
     """The optimisation."""
 
     output: LocalFolder

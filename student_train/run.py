@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from storage_schemas.canonical import parse_json, validated
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError, exit_code
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import DumpSection
-from storage_schemas.provenance import Provenance, parse_json, validated
+from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN
 from storage_schemas.rows import OK, Row
@@ -46,7 +47,7 @@ FILES, WEIGHTS = "student.files", "student.weights"
 and in checkpoints of version 1 `student.weights_digest`."""
 
 
-class Summary(Section):
+class Summary(FrozenModel):
     """summary.json: a run that is done."""
 
     arm: str

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from storage_schemas.canonical import canonical_json
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
-from storage_schemas.provenance import canonical_json
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import (
     EXP_AVG,
