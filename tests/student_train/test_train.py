@@ -238,7 +238,7 @@ def test_damaged_checkpoint_is_passed_over(name: str, results: Results) -> None:
         ("shard", 65, "unit-00000002"),
         ("temperature", 78, "temperature"),
         ("model", 78, "nowhere"),
-        ("stalled", 75, "is not written as far"),
+        ("stalled", 75, "timed out waiting for the dump"),
         ("longer, unsaid", 78, "train.extend: true"),
         ("shorter", 78, "has done 6 steps already"),
         ("other order", 78, "train.seed = 5"),
