@@ -72,6 +72,10 @@ def run_pipeline(
     steps = Steps(train.output / "steps")
 
     sealed = _sealed(config, config.dump.url) and _sealed(config, heldout.url)
+    if not sealed:
+        from student_train.run import refuse_early
+
+        refuse_early(student, train)
     known = steps.last("dump")
     dumped = steps.do(
         "dump", lambda: _dump(config, path, overrides, workers, nproc, known), _dump_inputs(config), redo=not sealed
