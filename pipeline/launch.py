@@ -153,7 +153,7 @@ def dump_argv(
     """The command line of one worker of stage one."""
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
     where += ["--events", str(events)] if events else []
-    return [python, "-P", "-m", "pipeline.cli", "dump", str(config), *where, "--json", *set_arguments(overrides)]
+    return [python, "-P", "-m", "pipeline.entry", "dump", str(config), *where, "--json", *set_arguments(overrides)]
 
 
 def set_arguments(overrides: Sequence[str]) -> list[str]:

@@ -236,7 +236,7 @@ def _merge(final: Path, merged: Path) -> dict[str, Any]:
 def _child(command: str, arguments: Sequence[str]) -> str:
     """Run one of our own commands; its standard output."""
     with tempfile.TemporaryFile("w+") as output:
-        argv = [sys.executable, "-P", "-m", "pipeline.cli", command, *arguments]
+        argv = [sys.executable, "-P", "-m", "pipeline.entry", command, *arguments]
         codes = run_together([Command(argv, {}, output)])
         tell_deaths(codes, [f"llm-neo {command}"])
         _check(command, combined(codes))
