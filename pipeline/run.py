@@ -73,6 +73,10 @@ def run_pipeline(
     steps = Steps(train.output / "steps")
 
     sealed = _sealed(config, config.dump.url) and _sealed(config, heldout.url)
+    if not sealed:
+        from student_train.run import refuse_early
+
+        refuse_early(student, train)
     known = steps.last("dump")
     dumped = steps.do(
         "dump", lambda: _dump(config, path, overrides, workers, nproc, known), _dump_inputs(config), redo=not sealed
@@ -239,7 +243,7 @@ def _merge(final: Path, merged: Path) -> dict[str, Any]:
 
 def _child(command: str, arguments: Sequence[str]) -> None:
     """Run one of our own commands."""
-    argv = [sys.executable, "-P", "-m", "pipeline.cli", command, *arguments]
+    argv = [sys.executable, "-P", "-m", "pipeline.entry", command, *arguments]
     codes = run_together([Command(argv, {}, subprocess.DEVNULL)])
     tell_deaths(codes, [f"llm-neo {command}"])
     _check(command, combined(codes))

@@ -23,8 +23,10 @@ from student_train.data.order import Order
 from student_train.data.stream import consumed_root
 from student_train.metrics import EVENTS, refuse_missing_trackers
 from student_train.model.losses import refuse_unsupported
+from student_train.model.student import refuse_unloadable
 from student_train.results.saved import read_record
 from student_train.world import World
+from student_train.zero import deepspeed_config
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +106,24 @@ class Run:
     extended: tuple[Extension, ...] = ()
 
 
-def await_dump(world: World, section: DumpSection, *, seconds: float, stop: Callable[[], bool]) -> None:
-    """Wait until stage one has begun. Collective.
+def refuse_early(student: StudentSection, train: TrainSection) -> None:
+    """Raise what training would end in whatever the dump is, before anybody waits or pays for one."""
+    refuse_missing_trackers(train.report_to)
+    deepspeed_config(train)
+    refuse_unloadable(student.model, student.revision)
+
+
+def await_dump(
+    world: World, section: DumpSection, *, seconds: float, stop: Callable[[], bool], early: Callable[[], None]
+) -> None:
+    """Wait until stage one has begun, if there is nothing to refuse before. Collective.
+
+    Args:
+        world: all ranks.
+        section: where the dump will be.
+        seconds: how long.
+        stop: asked again and again.
+        early: called once if there is something to wait for; raises what waiting would not mend.
 
     Raises:
         TemporaryError: there is no dump after so many seconds, or a stop is asked for.
@@ -133,6 +151,8 @@ def await_dump(world: World, section: DumpSection, *, seconds: float, stop: Call
         if any(founds):
             return
         stopping = any(stops)
+        if not told:
+            world.together(lambda: early() if world.main else None)
         if world.main and not told:
             log.info("there is no dump at %s yet; waiting for stage one, %.0f s at most", section.url, seconds)
         told = True

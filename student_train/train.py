@@ -53,6 +53,7 @@ from student_train.run import (
     intact,
     open_run,
     probe_of,
+    refuse_early,
     refuse_untrained,
     stored_rows,
     weigh,
@@ -121,7 +122,8 @@ def train_in(
     stated: Mapping[str, Any] | None = None,
 ) -> Summary:
     """`train` for ranks that have met already, and stay together afterwards."""
-    await_dump(world, dump, seconds=train.data_wait_seconds, stop=stop)
+    early = partial(refuse_early, student, train)
+    await_dump(world, dump, seconds=train.data_wait_seconds, stop=stop, early=early)
     run = world.together(lambda: open_run(dump, student, loss, train, stated or {}))
     world.together(lambda: weigh(run) if world.main else None)
     checkpoint = agree_on_checkpoint(world, run)

@@ -180,7 +180,16 @@ def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> 
         MismatchError: there is no such model, it is quantised, or needs code of its own.
         DataError: a file of it is torn.
     """
-    try:
+    with _loading(name):
+        refuse_unloadable(name, revision)
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+
+
+def refuse_unloadable(name: str, revision: str | None) -> None:
+    """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
+    with _loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise MismatchError(
@@ -190,9 +199,12 @@ def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> 
                 fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
             )
         weight_files(name, revision)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise MismatchError(
             f"the model {name} cannot be loaded",

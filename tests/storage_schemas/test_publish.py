@@ -74,15 +74,15 @@ def test_a_directory_with_content_is_replaced_on_request_only(tmp_path: Path) ->
 def test_nothing_else_gives_a_file_its_name() -> None:
     """No other module renames or links: put-if-absent is the store's, everything else `publish`'s."""
     found = set()
-    for path in (path for package in PACKAGES for path in (ROOT / package).glob("*.py")):
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             match call.func:
                 case ast.Attribute(value=ast.Name(id=module), attr=name) if (module, name) in GIVERS:
-                    found.add(f"{path.parent.name}/{path.name}")
+                    found.add(str(path.relative_to(ROOT)))
                 # Of a path: a string's `replace` takes two arguments, a dataclass's names them.
                 case ast.Attribute(attr="rename" | "replace" | "hardlink_to") if len(call.args) == 1:
                     if not call.keywords:
-                        found.add(f"{path.parent.name}/{path.name}")
+                        found.add(str(path.relative_to(ROOT)))
                 case _:
                     pass
     assert found == {"storage_schemas/common/publish.py", "storage_schemas/stores/store.py"}

@@ -75,7 +75,11 @@ def test_damaged_tokenizer_is_not_none(tmp_path: Path, caplog: pytest.LogCapture
 def test_code_is_refused_in_every_call() -> None:
     """Of both stages: transformers asks on standard input where nothing is said."""
     root, calls = Path(__file__).parents[2], 0
-    for path in [*root.glob("teacher_dump/*.py"), *root.glob("student_train/*.py"), *root.glob("pipeline/*.py")]:
+    for path in [
+        *root.glob("teacher_dump/**/*.py"),
+        *root.glob("student_train/**/*.py"),
+        *root.glob("pipeline/**/*.py"),
+    ]:
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             function = ast.unparse(call.func)
             # `kind` is the class that stage one's teacher is asked for.

@@ -26,7 +26,8 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.common.signals import stoppable
 from storage_schemas.stores.requests import object_store
 from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus.freeze import Corpus, freeze_corpus, remote
+from teacher_dump.corpus import remote
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.sources import chosen_records
 
 RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
