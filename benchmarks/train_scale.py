@@ -94,7 +94,7 @@ def stream_speed(url: Path) -> float:
     train = TrainSection(output=SCRATCH)
     order = order_of(dump.provenance, train)
     make = partial(
-        collate, temperature_index=0, temperature=1.0, pad_id=0, vocab_size=dump.provenance.teacher.lm_head_rows
+        collate, temperature_index=0, temperature=1.0, vocab_size=dump.provenance.teacher.lm_head_rows
     )  # fmt: skip
     begin, tokens = time.process_time(), 0
     stream = Stream(

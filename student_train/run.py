@@ -22,7 +22,7 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.order import Order
 from student_train.data.stream import consumed_root
 from student_train.metrics import EVENTS, refuse_missing_trackers
-from student_train.model.losses import refuse_unsupported
+from student_train.model.losses import refuse_biased
 from student_train.results.saved import read_record
 from student_train.world import World
 
@@ -207,7 +207,8 @@ def open_run(
     refuse_contradicted(dump.provenance, stated)
     if train.distils:
         dump.provenance.temperature_index(loss.temperature)
-        refuse_unsupported(loss.divergence, loss.temperature, dump.provenance.estimator.kind != "topk")
+        if dump.provenance.estimator.kind != "topk":
+            refuse_biased(loss.divergence)
     order = Order(
         samples=dump.provenance.corpus.samples,
         samples_per_unit=dump.provenance.samples_per_unit,

@@ -402,7 +402,6 @@ class _Loop:
                 rows,
                 temperature_index=run.dump.provenance.temperature_index(temperature) if distils else 0,
                 temperature=temperature if distils else 1.0,
-                pad_id=0,
                 entries=distils,
                 vocab_size=spec.valid_vocab,
                 packed=run.train.packing,

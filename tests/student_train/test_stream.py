@@ -156,19 +156,6 @@ def test_an_error_is_raised_at_its_step(url: Path) -> None:
     stream.close()
 
 
-def test_unit_with_the_wrong_rows_is_refused(url: Path) -> None:
-    """A unit that holds other samples than its number says is bad data, not a shifted training."""
-
-    class Shifted(Dump):
-        def read_unit(self, unit: int) -> UnitRows:
-            return super().read_unit((unit + 1) % 11)
-
-    stream = open_stream(Shifted.open(str(url)), order())
-    with pytest.raises(DataError, match="does not hold sample"):
-        stream.get(0, timeout=20)
-    stream.close()
-
-
 def test_nothing_is_read_beyond_what_is_allowed(url: Path) -> None:
     """A window waits until it may be read; until then there is nothing to get, and no error."""
     dump, what = Counting.at(url), order()
