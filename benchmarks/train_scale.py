@@ -33,9 +33,10 @@ from storage_schemas.writer import DumpWriter
 from student_train.config import TrainSection
 from student_train.data.batch import collate
 from student_train.data.order import Order
-from student_train.data.stream import Follower, Stream, consumed_root
+from student_train.data.stream import Follower, Stream
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.losses import LossSpec
+from student_train.resume import consumed_root
 
 Rows = dict[str, float]
 LOADER_UNITS, LOADER_SAMPLES = 32, 128

@@ -16,7 +16,8 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row, UnitRows
 from student_train.data import stream as streams
 from student_train.data.order import Order
-from student_train.data.stream import Follower, Stream, consumed_root
+from student_train.data.stream import Follower, Stream
+from student_train.resume import consumed_root
 
 SAMPLES, PER_UNIT = 46, 4
 
