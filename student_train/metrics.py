@@ -65,8 +65,6 @@ class Meter:
         self._begin = time.monotonic()
         self.total_tokens = 0
         """Tokens since the beginning."""
-        self.total_supervised = 0
-        """Supervised tokens since the beginning."""
         self._reset()
 
     def _reset(self) -> None:
@@ -92,7 +90,6 @@ class Meter:
         self._tokens += tokens
         self._supervised += supervised
         self.total_tokens += tokens
-        self.total_supervised += supervised
 
     def event(self, step: int, *, learning_rate: float, grad_norm: float) -> Event:
         """The event after `step` steps; starts the next one."""

@@ -99,7 +99,7 @@ def evaluate(
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for done, batches in _batches(dump, total, batch_tokens):
         for batch_rows in batches:
-            batch = collate(batch_rows, temperature_index=index, temperature=temperature, pad_id=0, vocab_size=valid)
+            batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
             with torch.no_grad():
                 sums += module(batch.to(where))[1].cpu()
             tokens += len(batch.targets)

@@ -24,10 +24,9 @@ from student_train.checkpoint import (
     Checkpoint,
     Checkpoints,
     TrainState,
-    choose,
     exactly,
-    refuse_other_run,
 )
+from student_train.resume import choose, refuse_other_run
 
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 

@@ -46,8 +46,8 @@ from student_train.results.final import refuse_other_logits, save_model, write_f
 from student_train.results.merge import merge
 from student_train.results.model_card import model_card
 from student_train.results.saved import load_adapter
-from student_train.run import open_run
 from student_train.train import _load_student
+from student_train.training_run import open_run
 
 IDS = torch.arange(24)[None]
 
