@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -76,13 +76,17 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     return result
 
 
-def run_trainings(rank: int, world_size: int, rendezvous: str, *, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Several trainings one after the other, in one process."""
+def trainer(rank: int, world_size: int, rendezvous: str) -> Callable[..., dict[str, Any]]:
+    """A rank that has met the others, and trains one job after the other."""
     torch.manual_seed(99 + rank)  # Nothing may depend on a rank's own random state.
     world = join(rank, world_size, rank, rendezvous=rendezvous)
-    results = [run_training(world, job) for job in jobs]
-    world.close()
-    return results
+    return lambda job: run_training(world, job)
+
+
+def run_trainings(rank: int, world_size: int, rendezvous: str, *, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Several trainings, one after the other."""
+    train = trainer(rank, world_size, rendezvous)
+    return [train(job=job) for job in jobs]
 
 
 def spoil(output: Path, how: str) -> None:
