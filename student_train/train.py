@@ -140,7 +140,7 @@ def _load_student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool
     if main:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
         refuse_long_rows(learner.module.student, run.dump.provenance.corpus.max_length)
-        refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
+        refuse_tokenizer(run.student.model, run.student.revision, run.dump.tokenizer_files(), head_rows=rows)
     return learner
 
 

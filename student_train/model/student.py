@@ -311,21 +311,22 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def refuse_tokenizer(student: StudentSection, files: Mapping[str, bytes], *, head_rows: int) -> None:
+def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> None:
     """Raise MismatchError unless the student's tokenizer gives the dump's ids the same meaning.
 
     Args:
-        student: a model without tokenizer files of its own is accepted, with a warning.
+        model: the student; one without tokenizer files of its own is accepted, with a warning.
+        revision: of a hub model.
         files: the dump's tokenizer files.
         head_rows: rows of the student's head.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files)
         theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
-    if not has_tokenizer(student.model, student.revision):
-        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", student.model)
+    if not has_tokenizer(model, revision):
+        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
         return
-    ours = _vocabulary(student.model, student.revision, "correct it, or remove it from the student's directory")
+    ours = _vocabulary(model, revision, "correct it, or remove it from the student's directory")
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
 
 

@@ -13,7 +13,6 @@ import torch
 from support.tiny_student import VOCAB, save_student, tiny_tokenizer
 
 from storage_schemas.common.errors import MismatchError
-from student_train.config import StudentSection
 from student_train.model.student import load_model, refuse_tokenizer
 
 
@@ -39,7 +38,7 @@ def test_code_of_a_dump(tmp_path: Path) -> None:
     hostile(dump, marker, "tokenizer_config.json", auto_map, tokenizer_class="EvilTokenizer")
     files = {file.name: file.read_bytes() for file in dump.iterdir()}
     with pytest.raises(MismatchError, match="cannot be loaded"):
-        refuse_tokenizer(StudentSection(model=str(student)), files, head_rows=VOCAB)
+        refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
     assert not marker.exists()
 
 
@@ -53,7 +52,7 @@ def test_code_of_a_student(tmp_path: Path) -> None:
         load_model(str(student), None, dtype=torch.float32)
     hostile(student, marker, "tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
     with pytest.raises(MismatchError, match="cannot be loaded"):
-        refuse_tokenizer(StudentSection(model=str(student)), files, head_rows=VOCAB)
+        refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
     assert not marker.exists()
 
 
@@ -61,14 +60,13 @@ def test_damaged_tokenizer_is_not_none(tmp_path: Path, caplog: pytest.LogCapture
     """A student without a tokenizer is taken at its word; one whose tokenizer has lost its last byte is refused."""
     student = save_student(tmp_path / "student")
     files = {file.name: file.read_bytes() for file in student.glob("token*")}
-    section = StudentSection(model=str(student))
     (student / "tokenizer.json").write_bytes(files["tokenizer.json"][:-1])
     with pytest.raises(MismatchError, match=r"tokenizer in .* cannot be loaded"):
-        refuse_tokenizer(section, files, head_rows=VOCAB)
+        refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
     for name in files:
         (student / name).unlink()
     with caplog.at_level(logging.WARNING):
-        refuse_tokenizer(section, files, head_rows=VOCAB)
+        refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
     assert "has no tokenizer" in caplog.text
 
 
