@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 EVENTS = "events.jsonl"
 LINE_SECONDS = 5.0
 """Seconds between two log lines where there is no terminal, at least."""
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-"""Tracker -> the package that it needs, which is also the name of our extra."""
 
 
 class Event(Section):
@@ -324,10 +322,10 @@ def open_reporter(
 def refuse_missing_trackers(report_to: Sequence[str]) -> None:
     """Raise MismatchError if a tracker's package is not installed."""
     for tracker in report_to:
-        if find_spec(PACKAGES[tracker]) is None:
+        if find_spec(tracker) is None:  # Also the name of our extra.
             raise MismatchError(
                 f"train.report_to names {tracker}, which is not installed",
-                got=f"no package {PACKAGES[tracker]}",
+                got=f"no package {tracker}",
                 expected=f"train.report_to: {list(report_to)} to be usable",
                 fix=f"pip install 'llm-neo[{tracker}]', or take it out of train.report_to",
             )

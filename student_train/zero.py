@@ -1,10 +1,11 @@
 """The DeepSpeed configuration of a run: a preset per ZeRO stage, under what the user gives for DeepSpeed itself."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.suggest import did_you_mean
+from storage_schemas.provenance import leaves
 from student_train.config import TrainSection
 
 AUTO = "auto"
@@ -52,7 +53,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
     claims = _claims(train)
     _refuse_unknown(train.deepspeed, claims)
     _refuse_impossible(train)
-    for path, value in _leaves(train.deepspeed):
+    for path, value in leaves(train.deepspeed):
         claimed, field = claims.get(path, (value, ""))
         if value not in (claimed, AUTO):
             raise MismatchError(
@@ -72,7 +73,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
 
 def _refuse_impossible(train: TrainSection) -> None:
     """Refuse what DeepSpeed would meet with an assertion, or with gradients that are coarser than asked for."""
-    given = dict(_leaves(train.deepspeed))
+    given = dict(leaves(train.deepspeed))
     accumulation, overlap = "data_types.grad_accum_dtype", "zero_optimization.overlap_comm"
     allowed = (None, AUTO, "fp32", *(["bf16"] if train.precision == "bf16" else []))
     if given.get(accumulation) not in allowed:
@@ -147,14 +148,6 @@ def _refuse_unknown(given: Mapping[str, Any], claims: Mapping[str, Any]) -> None
                 expected=hint or f"one of {', '.join(sorted(known))}",
                 fix=f"correct or remove train.deepspeed.{key}",
             )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -239,9 +239,10 @@ def _refuse_head(model: PeftModel) -> None:
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key, value in extra.items():
         if key not in EXTRA:
-            hint = f"{OWNED[key]} instead" if key in OWNED else did_you_mean(key, EXTRA)
+            hint = f"{OWNED[key]} instead" if key in OWNED else None if key in known else did_you_mean(key, EXTRA)
             raise MismatchError(
                 f"student.lora.extra.{key} cannot be set",
                 got=f"student.lora.extra.{key} = {value!r}",

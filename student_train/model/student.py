@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of
@@ -322,18 +322,23 @@ def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files)
-        theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
+        fix = "dump with a teacher whose tokenizer needs no code of its own"
+        theirs = load_tokenizer(folder, None, fix=fix).get_vocab()
     if not has_tokenizer(model, revision):
         log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
         return
-    ours = _vocabulary(model, revision, "correct it, or remove it from the student's directory")
+    ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
 
 
-def _vocabulary(model: str, revision: str | None, fix: str) -> dict[str, int]:
+def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that runs no code of its own.
+
+    Raises:
+        MismatchError: it is damaged, or needs such code; `fix` says what to do.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        return dict(tokenizer.get_vocab())
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # The tokenizers library raises nothing more exact.
         raise MismatchError(
             f"the tokenizer in {model} cannot be loaded",
