@@ -21,7 +21,7 @@ from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Check
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.stream import Follower, Stream
-from student_train.engine import Engine, join, load_weights
+from student_train.engine import Engine, load_weights
 from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
 from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
 from student_train.model.student_files import identity
@@ -49,29 +49,23 @@ POLL_SECONDS = 1.0
 
 
 def train(
+    world: World,
     dump: DumpSection,
     student: StudentSection,
     loss: LossSection,
     settings: TrainSection,
     *,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    rendezvous: str = "env://",
     stop: Callable[[], bool] = lambda: False,
     stated: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Train a student; one call per rank.
+    """Train a student. Collective.
 
     Args:
+        world: all ranks, see `engine.join`.
         dump: where the targets lie; the rest of the section is stage one's.
         student: model and adapter.
         loss: what is minimised.
         settings: everything else, the section `train`.
-        rank: 0 ... world_size - 1.
-        world_size: number of ranks.
-        local_rank: rank among those of this node.
-        rendezvous: where the ranks meet, see `world.join`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
@@ -86,23 +80,6 @@ def train(
         TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
         PeerError: another rank raised one of these.
     """
-    world = join(rank, world_size, local_rank, rendezvous=rendezvous)
-    summary = train_in(world, dump, student, loss, settings, stop=stop, stated=stated)
-    world.close()
-    return summary
-
-
-def train_in(
-    world: World,
-    dump: DumpSection,
-    student: StudentSection,
-    loss: LossSection,
-    settings: TrainSection,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    stated: Mapping[str, Any] | None = None,
-) -> Summary:
-    """`train` for ranks that have met already, and stay together afterwards."""
     await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop)
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}))
     world.together(lambda: weigh(opened) if world.main else None)
