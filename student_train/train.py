@@ -135,9 +135,11 @@ def _refuse_changed_student(run: TrainingRun, learner: Student) -> None:
 def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step: int) -> None:
     """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
     exported = engine.export() if step else iter(())
-    error: Exception | None = None
-    try:
-        if world.main:
+
+    def write() -> None:
+        try:
+            if not world.main:
+                return
             state = TrainState(
                 step=step,
                 updates=engine.updates,
@@ -147,12 +149,11 @@ def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step
             )
             initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
             run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
-    except Exception as caught:
-        error = caught
-    # The other ranks are in the middle of the export: a disk that is full here must not leave them there.
-    for _ in exported:
-        pass
-    world.leave_together([vote[0] for vote in world.gather([exit_code(error)])], error)
+        finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
+            for _ in exported:
+                pass
+
+    world.together(write)
 
 
 class _Vote(NamedTuple):
@@ -347,7 +348,7 @@ class _Loop:
             batch = collate(
                 rows,
                 temperature_index=run.dump.provenance.temperature_index(temperature) if distils else 0,
-                temperature=temperature if distils else 1.0,
+                temperature=temperature,
                 entries=distils,
                 vocab_size=spec.valid_vocab,
                 packed=run.train.packing,

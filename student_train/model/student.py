@@ -125,7 +125,7 @@ class Student:
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
     files: dict[str, str] = field(default_factory=dict)
-    """Identity of the files it came from, see `model_files.identity`; on the main rank alone."""
+    """Identity of the files it came from, see `student_files.identity`; on the main rank alone."""
 
 
 def load_student(
@@ -142,7 +142,7 @@ def load_student(
         student: model and adapter.
         loss: what is minimised; the arms `sft` and `lora` use its cross-entropy alone.
         train: arm, precision and seed.
-        run: the dump's run.json.
+        provenance: of the dump.
         initial: of a resumed run, see `adapter.attach`.
 
     Raises:
