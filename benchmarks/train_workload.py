@@ -254,7 +254,6 @@ def random_batch(rows: int, tokens: int, *, vocab: int, k: int, seed: int = 0) -
         position_ids=torch.arange(tokens).repeat(rows, 1),
         positions=positions,
         targets=random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),
-        sample_indices=tuple(range(rows)),
         tokens=rows * tokens,
     )
 

@@ -62,7 +62,7 @@ class TrainState(Section):
     updates: int
     """Adam's step count: steps whose global batch had supervised tokens."""
     consumed: str
-    """Hash over the units that were trained on, see `stream.consumed_root`."""
+    """Hash over the units that were trained on, see `resume.consumed_root`."""
     identity: dict[str, Any]
     """What must be equal for a resumed run to be the same run: dotted name -> value."""
     extended: tuple[Extension, ...] = ()

@@ -4,13 +4,13 @@ Which samples come next needs no deciding: the order is a function of the step.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
+from storage_schemas.provenance import differences
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
 from student_train.data.order import Order
@@ -151,12 +151,11 @@ def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
 
 def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
-    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if different:
+    if other := differences(found, wanted):
         raise MismatchError(
-            f"the checkpoint is of another run: {', '.join(different)}",
-            got="; ".join(f"{key} = {json.dumps(wanted.get(key))}" for key in different),
-            expected="; ".join(f"{key} = {json.dumps(found.get(key))}" for key in different),
+            f"the checkpoint is of another run: {', '.join(other.keys)}",
+            got=other.there,
+            expected=other.here,
             fix="restore these settings, or choose another train.output; "
             "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
         )

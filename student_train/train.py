@@ -21,7 +21,7 @@ from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Check
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.stream import Follower, Stream
-from student_train.engine import Engine, join, load_weights
+from student_train.engine import Engine, load_weights
 from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
 from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
 from student_train.model.student_files import identity
@@ -50,29 +50,23 @@ POLL_SECONDS = 1.0
 
 
 def train(
+    world: World,
     dump: DumpSection,
     student: StudentSection,
     loss: LossSection,
     settings: TrainSection,
     *,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    rendezvous: str = "env://",
     stop: Callable[[], bool] = lambda: False,
     stated: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Train a student; one call per rank.
+    """Train a student. Collective.
 
     Args:
+        world: all ranks, see `engine.join`.
         dump: where the targets lie; the rest of the section is stage one's.
         student: model and adapter.
         loss: what is minimised.
         settings: everything else, the section `train`.
-        rank: 0 ... world_size - 1.
-        world_size: number of ranks.
-        local_rank: rank among those of this node.
-        rendezvous: where the ranks meet, see `world.join`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
@@ -87,23 +81,6 @@ def train(
         TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
         PeerError: another rank raised one of these.
     """
-    world = join(rank, world_size, local_rank, rendezvous=rendezvous)
-    summary = train_in(world, dump, student, loss, settings, stop=stop, stated=stated)
-    world.close()
-    return summary
-
-
-def train_in(
-    world: World,
-    dump: DumpSection,
-    student: StudentSection,
-    loss: LossSection,
-    settings: TrainSection,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    stated: Mapping[str, Any] | None = None,
-) -> Summary:
-    """`train` for ranks that have met already, and stay together afterwards."""
     early = partial(refuse_early, student, settings)
     await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop, early=early)
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}))
@@ -142,7 +119,7 @@ def _load_student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool
     if main:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
         refuse_long_rows(learner.module.student, run.dump.provenance.corpus.max_length)
-        refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
+        refuse_tokenizer(run.student.model, run.student.revision, run.dump.tokenizer_files(), head_rows=rows)
     return learner
 
 
@@ -160,9 +137,11 @@ def _refuse_changed_student(run: TrainingRun, learner: Student) -> None:
 def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step: int) -> None:
     """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
     exported = engine.export() if step else iter(())
-    error: Exception | None = None
-    try:
-        if world.main:
+
+    def write() -> None:
+        try:
+            if not world.main:
+                return
             state = TrainState(
                 step=step,
                 updates=engine.updates,
@@ -172,12 +151,11 @@ def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step
             )
             initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
             run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
-    except Exception as caught:
-        error = caught
-    # The other ranks are in the middle of the export: a disk that is full here must not leave them there.
-    for _ in exported:
-        pass
-    world.leave_together([vote[0] for vote in world.gather([exit_code(error)])], error)
+        finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
+            for _ in exported:
+                pass
+
+    world.together(write)
 
 
 class _Vote(NamedTuple):
@@ -372,7 +350,7 @@ class _Loop:
             batch = collate(
                 rows,
                 temperature_index=run.dump.provenance.temperature_index(temperature) if distils else 0,
-                temperature=temperature if distils else 1.0,
+                temperature=temperature,
                 entries=distils,
                 vocab_size=spec.valid_vocab,
                 packed=run.train.packing,

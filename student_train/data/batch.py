@@ -68,8 +68,6 @@ class TrainBatch:
     """Flat index, row * seq + column, of the hidden states whose logits predict the supervised tokens."""
     targets: SparseTargets
     """Of the supervised tokens, sample by sample."""
-    sample_indices: tuple[int, ...]
-    """All samples of the micro-batch, also those without supervised tokens, which have no row in `input_ids`."""
     tokens: int
     """Tokens in `input_ids` that are not padding."""
 
@@ -138,7 +136,6 @@ def collate(
         position_ids=torch.from_numpy(position_ids).view(batch, seq),
         positions=torch.from_numpy(at.logits),
         targets=targets,
-        sample_indices=tuple(row.sample_index for row in rows),
         tokens=tokens,
     )
 

@@ -10,7 +10,6 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.common.frozen import Section
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
-from student_train.config import StudentSection
 from student_train.data.batch import collate
 from student_train.model.head import HeadSpec
 from student_train.model.losses import LossSpec
@@ -89,7 +88,7 @@ def evaluate(
     refuse_long_rows(student, dump.provenance.corpus.max_length)
     causal = causal_of(student)
     rows = causal.get_output_embeddings().weight.shape[0]
-    refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)
+    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=rows)
     valid = min(rows, dump.provenance.teacher.lm_head_rows)
     loss = LossSpec(alpha=0.5, temperature=temperature)
     module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()

@@ -68,7 +68,6 @@ def test_rows_are_right_padded_and_supervised_one_position_earlier() -> None:
         assert batch.input_ids[i].tolist() == row.input_ids.tolist() + [0] * (7 - len(row.input_ids))
     assert batch.position_ids.tolist() == [list(range(7))] * 3
     assert batch.positions.tolist() == [1, 2, 4, 7 + 0, 14 + 2, 14 + 3, 14 + 4, 14 + 5]
-    assert batch.sample_indices == (4, 9, 2)
     assert batch.tokens == 6 + 2 + 7
     expected = [int(row.input_ids[t]) for row in ROWS for t in np.flatnonzero(row.loss_mask)]
     assert batch.targets.labels.tolist() == expected
@@ -122,7 +121,6 @@ def test_bad_samples_are_counted_but_not_fed() -> None:
     bad = dataclasses.replace(make_row(6, [0, 1, 1, 0, 0, 0, 0, 0, 1]), status=NONFINITE, targets=None)
     empty = make_row(8, [0, 0])
     batch = batch_of([bad, ROWS[0], empty])
-    assert batch.sample_indices == (6, 4, 8)
     assert batch.input_ids.shape == (1, 6)
     assert len(batch.targets) == 3
 
@@ -134,7 +132,6 @@ def test_a_filler_is_one_padding_token(rows: list[Row]) -> None:
     assert batch.position_ids.tolist() == [[0]]
     assert len(batch.targets) == len(batch.positions) == batch.tokens == 0
     assert batch.select(torch.randn(1, 1, 4)).shape == (0, 4)
-    assert batch.sample_indices == tuple(row.sample_index for row in rows)
 
 
 def test_slices_and_copies_keep_every_field() -> None:
@@ -147,7 +144,6 @@ def test_slices_and_copies_keep_every_field() -> None:
     moved = batch.to("meta")
     assert {t.device.type for t in (moved.input_ids, moved.position_ids, moved.positions)} == {"meta"}
     assert {getattr(moved.targets, name).device.type for name in ("labels", "ids", "logprobs", "weights")} == {"meta"}
-    assert moved.sample_indices == batch.sample_indices
 
 
 def test_an_id_beyond_the_students_head_is_refused() -> None:

@@ -66,11 +66,13 @@ def test_total_variation_of_equal_models_is_0() -> None:
 
 
 def test_cross_entropy_is_at_temperature_1_and_needs_no_entries() -> None:
-    logits, labels = random_logits(5), torch.arange(N)
+    logits, labels = random_logits(5).requires_grad_(), torch.arange(N)
     targets = head_targets(random_logits(6), [0] * N, labels=labels)
     assert targets.ids.shape == (N, 0)
     got = losses(logits, targets, LossSpec(alpha=0.0, temperature=2.0))
-    torch.testing.assert_close(got.ce_sum, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(got.loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got.loss, expected)))
     assert got.loss == got.ce_sum
     assert not got.divergence_sum
 

@@ -163,22 +163,16 @@ def test_a_failing_tracker_is_told_once_and_costs_nothing(
     """Whenever it fails: every line of events.jsonl is there, and it is not asked again."""
     asked: list[str] = []
 
-    class Broken:
-        def __init__(self) -> None:
-            self._ask("open")
+    def ask(what: str) -> None:
+        asked.append(what)
+        if what == fails_at:
+            raise OSError("the tracker is away")
 
-        def write(self, event: Event) -> None:
-            self._ask("write")
+    def opened() -> Any:
+        ask("open")
+        return lambda values, step: ask("write"), lambda: ask("close")
 
-        def close(self) -> None:
-            self._ask("close")
-
-        def _ask(self, what: str) -> None:
-            asked.append(what)
-            if what == fails_at:
-                raise OSError("the tracker is away")
-
-    reporter = Reporter([Tracker("broken", Broken), EventLog(tmp_path / EVENTS, after=0)])
+    reporter = Reporter([Tracker("broken", opened), EventLog(tmp_path / EVENTS, after=0)])
     reporter.write(event(1))
     reporter.write(event(2))
     reporter.close()

@@ -104,7 +104,6 @@ def test_layout(folder: Path) -> None:
     mask = np.concatenate([row.loss_mask for row in used])
     assert batch.positions.tolist() == (np.flatnonzero(mask) - 1).tolist()
     assert batch.targets.labels.tolist() == batch.input_ids[0][torch.from_numpy(mask)].tolist()
-    assert batch.sample_indices == tuple(range(10))
     assert batch.tokens == batch.input_ids.numel()
     filler = collate([], temperature_index=0, temperature=1.0, packed=True)
     assert (filler.input_ids.tolist(), filler.position_ids.tolist(), len(filler.targets)) == ([[0]], [[0]], 0)
