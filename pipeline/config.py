@@ -18,7 +18,7 @@ from pipeline.credentials import secrets_in
 from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.frozen import Section
-from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK
+from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK, retempered
 from student_train.config import LossSection, StudentSection, TrainSection
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
 
@@ -106,7 +106,7 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
-    if config.temperatures != (1.0,) and estimator.kind != "topk":
+    if retempered(estimator, *config.temperatures):
         problem = f"must be [1.0] with estimator.kind {estimator.kind}: draws cannot be re-tempered"
         yield "temperatures", problem, list(config.temperatures)
     if config.teacher is not None and config.teacher.backend == "vllm":
@@ -119,7 +119,7 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
         yield "loss.divergence", problem, config.loss.divergence
     if config.loss.temperature not in config.temperatures:
         yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
-    elif config.loss.temperature != 1.0 and estimator.kind != "topk":
+    elif retempered(estimator, config.loss.temperature):
         problem = f"must be 1.0 with estimator.kind {estimator.kind}: draws cannot be re-tempered"
         yield "loss.temperature", problem, config.loss.temperature
 

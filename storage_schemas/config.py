@@ -70,6 +70,11 @@ def described(estimator: Estimator) -> str:
     return f"{estimator.kind} ({parameters})"
 
 
+def retempered(estimator: Estimator, *temperatures: float) -> bool:
+    """Whether one of these is a temperature that targets of the estimator cannot be used at: draws are made at 1."""
+    return estimator.kind != "topk" and any(temperature != 1.0 for temperature in temperatures)
+
+
 def _usable(temperatures: tuple[float, ...]) -> tuple[float, ...]:
     if not temperatures or temperatures[0] != 1.0:
         raise ValueError("the first temperature must be 1.0; add others after it")

@@ -18,7 +18,7 @@ from pydantic import (
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import Section
-from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK
+from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK, retempered
 
 FORMAT_VERSION = 1
 M = TypeVar("M", bound=BaseModel)
@@ -217,7 +217,7 @@ class Provenance(_Identity):
         Raises:
             MismatchError: the dump was not made for this temperature; draws are only valid at 1.
         """
-        if self.estimator.kind != "topk" and temperature != 1.0:
+        if retempered(self.estimator, temperature):
             raise MismatchError(
                 f"targets of the estimator `{self.estimator.kind}` are only valid at temperature 1",
                 got=temperature,
