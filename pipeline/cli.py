@@ -109,9 +109,8 @@ def dump(
         raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
     code = 0
     if teacher.grouped:
-        nproc = nproc or len(visible_gpus(os.environ)) or 1
         out = sys.stderr.fileno()
-        code, summary = dump_group(config, overrides or (), nproc, node=placement, events=events, stdout=out)
+        code, summary = dump_group(config, overrides or (), _ranks(nproc), node=placement, events=events, stdout=out)
     elif workers > 1:
         code, summary = dump_workers(config, overrides or (), workers, node=placement, events=events)
     else:
@@ -160,7 +159,7 @@ def train(
     """Stage two: train the student from the dump under DeepSpeed. Starts a rank per GPU; resumes by itself."""
     found = load_config(config, overrides or ())
     nodes = training_nodes(os.environ, nnodes, node_rank, rdzv_endpoint)
-    code = _train(found, nproc=nproc or len(visible_gpus(os.environ)) or 1, nodes=nodes)
+    code = _train(found, nproc=_ranks(nproc), nodes=nodes)
     if code:
         raise typer.Exit(code)
 
@@ -184,7 +183,7 @@ def run(
             config,
             overrides or (),
             workers=workers,
-            nproc=nproc or len(visible_gpus(os.environ)) or 1,
+            nproc=_ranks(nproc),
             console=Console(stderr=as_json),
         )
     if as_json:
@@ -206,20 +205,23 @@ def evaluate(
     result: Result = None,
 ) -> None:
     """Compare a model with the teacher on a dump: KL, cross-entropy, top-1 agreement per supervised token."""
-    from pipeline.commands import run_evaluation
+    from pipeline.commands import shown_progress
+    from storage_schemas.reader import Dump
+    from student_train.results.evaluate import evaluate as evaluate_model
 
-    found = run_evaluation(
-        model,
-        dump,
-        _pairs(store),
-        temperature=temperature,
-        batch_tokens=batch_tokens,
-        device=device,
-        limit=limit,
-        partial=partial,
-        base=base,
-    )
-    _print(found, as_json, result)
+    with shown_progress(f"evaluating {model}") as progress:
+        found = evaluate_model(
+            model,
+            Dump.open(dump, options=_pairs(store)),
+            temperature=temperature,
+            batch_tokens=batch_tokens,
+            device=device,
+            limit=limit,
+            partial=partial,
+            base=base,
+            progress=progress,
+        )
+    _print(found.model_dump(mode="json"), as_json, result)
 
 
 @app.command()
@@ -263,15 +265,14 @@ def plan(
     pilot: dict[str, Any] = {"samples": pilot_samples, "seed": seed}
     pilot |= {"tokens_per_second": tokens_per_second, "price_per_hour": price_per_hour}
     if teacher.grouped:
-        nproc = nproc or len(visible_gpus(os.environ)) or 1
-        out = sys.stderr.fileno()
-        code, found = dump_group(config, overrides or (), nproc, node=Placement(0, 1), pilot=pilot, stdout=out)
+        node, out = Placement(0, 1), sys.stderr.fileno()
+        code, found = dump_group(config, overrides or (), _ranks(nproc), node=node, pilot=pilot, stdout=out)
         if code:
             raise typer.Exit(code)
     else:
         from pipeline.commands import run_plan
 
-        found = run_plan(whole, **pilot)
+        found = run_plan(whole, pilot)
     if as_json:
         _print(found, as_json)
     else:
@@ -361,6 +362,10 @@ def prune(
     from pipeline.prune import prune as prune_model
 
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
+
+
+def _ranks(nproc: int | None) -> int:
+    return nproc or len(visible_gpus(os.environ)) or 1
 
 
 def _refuse_nproc(nproc: int | None, teacher: TeacherSection) -> None:

@@ -1,6 +1,6 @@
-"""What the command line does inside its own process that needs torch: stage one, evaluation, plans, recomputing rows.
+"""What commands do inside of their own process that needs torch and is more than one call: dumps, plans, recomputing.
 
-Each imports its own stage when it is called, since peft alone takes seconds.
+Each imports its own stage when it is called, since that takes seconds.
 """
 
 import logging
@@ -66,55 +66,13 @@ def run_dumps(
     return summaries[0] | ({"heldout": summaries[1]} if config.heldout else {})
 
 
-def run_evaluation(
-    model: str,
-    url: str,
-    options: Mapping[str, str],
-    *,
-    temperature: float,
-    batch_tokens: int,
-    device: str,
-    limit: int | None,
-    partial: bool,
-    base: Path | None,
-) -> dict[str, Any]:
-    """Compare a model with the teacher on a dump."""
-    from student_train.results.evaluate import evaluate
-
-    dump = Dump.open(url, options=options)
-    with shown_progress(f"evaluating {model}") as progress:
-        found = evaluate(
-            model,
-            dump,
-            temperature=temperature,
-            batch_tokens=batch_tokens,
-            device=device,
-            limit=limit,
-            partial=partial,
-            base=base,
-            progress=progress,
-        )
-    return found.model_dump(mode="json")
-
-
-def run_plan(
-    config: Config,
-    teacher: "Teacher | None" = None,
-    *,
-    samples: int,
-    seed: int,
-    tokens_per_second: float | None,
-    price_per_hour: float | None,
-) -> dict[str, Any]:
+def run_plan(config: Config, pilot: Mapping[str, Any], teacher: "Teacher | None" = None) -> dict[str, Any]:
     """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples.
 
     Args:
         config: with `teacher` and `corpus`.
+        pilot: arguments of `plan_dump` that the command line gives.
         teacher: if the configured one is not to be opened here.
-        samples: of the pilot.
-        seed: of their choice.
-        tokens_per_second: of another worker; by default it is measured here.
-        price_per_hour: of one device.
     """
     from teacher_dump.pilot import plan_dump
     from teacher_dump.teachers.open import open_teacher, under_transformers
@@ -130,11 +88,8 @@ def run_plan(
             corpus=need(config.corpus, "corpus", "plan"),
             estimator=config.estimator,
             temperatures=config.temperatures,
-            samples=samples,
-            seed=seed,
-            tokens_per_second=tokens_per_second,
-            price_per_hour=price_per_hour,
             progress=progress,
+            **pilot,
         )
     return found.model_dump(mode="json")
 

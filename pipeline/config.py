@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from pipeline.credentials import secrets_in
 from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.common.errors import MismatchError, UsageError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK, retempered
 from student_train.config import LossSection, StudentSection, TrainSection
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
@@ -31,7 +31,7 @@ MAX_VALUES = 50_000
 T = TypeVar("T")
 
 
-class HeldoutSection(Section):
+class HeldoutSection(FrozenModel):
     """Held-out samples: dumped with the same teacher and settings into a second dump, and only ever evaluated on."""
 
     url: str
@@ -40,7 +40,7 @@ class HeldoutSection(Section):
     """Read in order and concatenated, like those of `corpus`, whose mask and lengths apply."""
 
 
-class Config(Section):
+class Config(FrozenModel):
     """All that the two stages need. A section that a command does not use may be absent."""
 
     dump: DumpSection

@@ -78,7 +78,7 @@ def run(
     from pipeline.commands import run_dumps, run_plan
 
     if teacher.group.leads:
-        planned = None if pilot is None else run_plan(config, teacher, **pilot)
+        planned = None if pilot is None else run_plan(config, pilot, teacher)
         publish(result, json.dumps(planned or run_dumps(config, placement, teacher, events=events)))
     else:
         teacher.follow()

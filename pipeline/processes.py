@@ -115,7 +115,7 @@ def dump_group(
         nproc: how many processes.
         node: which of how many workers they are together.
         events: file that one JSON object per event is appended to.
-        pilot: arguments of `pipeline.commands.run_plan`, instead of a dump.
+        pilot: of `pipeline.commands.run_plan`, instead of a dump.
         stdout: file descriptor for what they print; standard output by default.
 
     Returns:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage_schemas.common.errors import DataError, MismatchError, UsageError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publishing
 
 RECORD = "pruning.json"
@@ -17,7 +17,7 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".
 """Weights of any kind; all else beside them (tokenizer, chat template, generation config, licence) is copied."""
 
 
-class Pruning(Section):
+class Pruning(FrozenModel):
     """What was done; lies as pruning.json beside the weights."""
 
     source: str

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import DumpUrl
 
 
-class DumpSection(Section):
+class DumpSection(FrozenModel):
     """Where the dump lies and how it is cut."""
 
     url: DumpUrl
@@ -25,7 +25,7 @@ class DumpSection(Section):
     """Passed to the object store, e.g. `{endpoint: "http://127.0.0.1:8333"}`. Secrets belong into the environment."""
 
 
-class TopK(Section):
+class TopK(FrozenModel):
     """The k largest probabilities, ending early once they hold `mass`; one bucket for the rest. Exact bucketed KL."""
 
     kind: Literal["topk"] = "topk"
@@ -35,7 +35,7 @@ class TopK(Section):
     """End the head once it holds this much probability. 1.0: always k entries."""
 
 
-class Adaptive(Section):
+class Adaptive(FrozenModel):
     """Fewest entries that reach `mass`, then systematic draws from the tail: an unbiased full-vocabulary gradient."""
 
     kind: Literal["adaptive"]
@@ -51,7 +51,7 @@ class Adaptive(Section):
     """Seed of the draws; a draw depends on (seed, sample_index, position) alone."""
 
 
-class Sampled(Section):
+class Sampled(FrozenModel):
     """n independent draws from p, with counts (random-sampling KD, "Sparse Logit Sampling", ACL 2025)."""
 
     kind: Literal["sampled"]

@@ -3,7 +3,7 @@
 from typing import Any, Self
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 
 _MULTIPLIED_BY = {
     "cohere": "logit_scale",
@@ -25,7 +25,7 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
-class LogitTransform(Section):
+class LogitTransform(FrozenModel):
     """logits = softcap * tanh(scale * x / softcap), where x is what the LM head returns."""
 
     scale: float

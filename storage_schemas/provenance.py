@@ -1,30 +1,29 @@
 """run.json: what made a dump. Its canonical hash is the dump's fingerprint."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from storage_schemas.canonical import (
+    FORMAT_VERSION,
+    Differences,
+    canonical_json,
+    differences,
+    digest,
+    parse_json,
+    refuse_other_version,
+    validated,
+    with_checksum,
 )
-
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK, retempered
 
-FORMAT_VERSION = 1
-M = TypeVar("M", bound=BaseModel)
 
-
-class _Identity(Section):
+class _Identity(FrozenModel):
     """A record whose absent fields are left out, not null: what the first writers had alone, and what they lacked."""
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
@@ -52,7 +51,7 @@ class TeacherIdentity(_Identity):
     """Of the first writers alone; see `MadeBy.revision`."""
 
 
-class TokenizerIdentity(Section):
+class TokenizerIdentity(FrozenModel):
     """The tokenizer that made the ids."""
 
     vocab_size: int = Field(ge=1, lt=2**31)
@@ -63,7 +62,7 @@ class TokenizerIdentity(Section):
     """Hash of the chat template."""
 
 
-class CorpusIdentity(Section):
+class CorpusIdentity(FrozenModel):
     """The frozen corpus."""
 
     fingerprint: str
@@ -89,7 +88,7 @@ class EngineIdentity(_Identity):
     """Of the first writers alone: version, and ` with ` arguments as JSON."""
 
 
-class MadeBy(Section):
+class MadeBy(FrozenModel):
     """Where the teacher lay and what it ran with when the dump was begun: a note, which nothing is compared with."""
 
     model: str
@@ -158,7 +157,7 @@ class Provenance(_Identity):
     @property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON without `made_by`."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json", exclude={"made_by"}))).hexdigest()
+        return digest(self.model_dump(mode="json", exclude={"made_by"}))
 
     @property
     def origin(self) -> MadeBy:
@@ -243,7 +242,7 @@ class Provenance(_Identity):
                 fix="restore the settings this dump was started with, or choose another dump.url",
             )
 
-    def differences_to(self, wanted: "Provenance") -> "Differences | None":
+    def differences_to(self, wanted: "Provenance") -> Differences | None:
         """In what the content of a dump that `wanted` describes would be another one than this dump's."""
         here, there = self.content, wanted.content
         if self.made_by is None and wanted.made_by is not None:  # Of the first writers, who hashed the file.
@@ -254,7 +253,7 @@ class Provenance(_Identity):
         """The bytes of run.json; its `checksum` is the sha256 of the canonical JSON without it."""
         content = self.model_dump(mode="json")
         if self.made_by is not None:  # Else all of it is in the fingerprint, which every other file repeats.
-            content["checksum"] = hashlib.sha256(canonical_json(content)).hexdigest()
+            content = with_checksum(content)
         return canonical_json(content, indent=2)
 
     @classmethod
@@ -277,92 +276,3 @@ class Provenance(_Identity):
                 fix="restore the file from a backup, or dump again into another URL",
             )
         return provenance
-
-
-def canonical_json(value: Any, *, indent: int | None = None) -> bytes:
-    """Sorted keys, no NaN, UTF-8, one trailing newline; two equal values give equal bytes."""
-    separators = (",", ":") if indent is None else (",", ": ")
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=separators, indent=indent)
-    return (text + "\n").encode()
-
-
-def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
-    """Parse an object of at most 64 MiB; duplicate keys, NaN and deep nesting are refused with DataError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError("duplicate key")
-        return dict(pairs)
-
-    def refuse(token: str) -> None:
-        raise ValueError(f"{token} is not a number")
-
-    try:
-        if len(data) > 64 * 2**20:
-            raise ValueError("more than 64 MiB")
-        value = json.loads(data, object_pairs_hook=unique, parse_constant=refuse)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{name} is not valid",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            expected="a JSON object",
-            fix="the file is torn or was not written by this project; run `llm-neo verify`",
-        ) from error
-    return value
-
-
-def refuse_other_version(content: Mapping[str, Any], *, name: str) -> None:
-    """Raise MismatchError unless `content` is of the version that this code reads and writes."""
-    version = content.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise MismatchError(
-            f"{name} has another format version",
-            got=version,
-            expected=FORMAT_VERSION,
-            fix="use the version of llm-neo that wrote this dump, or dump again",
-        )
-
-
-def validated(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
-    """`model` from parsed JSON, or DataError that names every bad field."""
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise DataError(
-            f"{name} is not valid",
-            got=problems[:1000],
-            expected=f"the fields of {model.__name__}, see docs/format.md",
-            fix="the file is torn or was not written by this project; run `llm-neo verify`",
-        ) from error
-
-
-class Differences(NamedTuple):
-    """In what two nested dictionaries differ."""
-
-    keys: list[str]
-    """Dotted names."""
-    here: str
-    """`name = value` of the first, for each."""
-    there: str
-    """The same of the second."""
-
-
-def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Differences | None:
-    """Every leaf that is not the same, or None if all are."""
-    one, other = dict(leaves(here)), dict(leaves(there))
-    keys = [key for key in sorted(one | other) if one.get(key, ...) != other.get(key, ...)]
-    told = ["; ".join(f"{key} = {side.get(key, 'absent')}" for key in keys) for side in (one, other)]
-    return Differences(keys, *told) if keys else None
-
-
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of nested dictionaries."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value

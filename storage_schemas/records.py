@@ -18,16 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from storage_schemas.common.errors import DataError
-from storage_schemas.common.frozen import Section
-from storage_schemas.provenance import (
+from storage_schemas.canonical import (
     FORMAT_VERSION,
-    Provenance,
     canonical_json,
     parse_json,
     refuse_other_version,
     validated,
+    with_checksum,
 )
+from storage_schemas.common.errors import DataError
+from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.provenance import Provenance
 
 RUN = "run.json"
 TOKENIZER = "TOKENIZER.json"
@@ -58,7 +59,7 @@ def unit_of_data(key: str) -> int | None:
     return int(match[1]) if match and key.startswith(data_key(int(match[1]), "")[:-8]) else None
 
 
-class ProvenJson(Section):
+class ProvenJson(FrozenModel):
     """A JSON file with a checksum in it: there is one sequence of bytes for one content, and no other is accepted."""
 
     format_version: int = FORMAT_VERSION
@@ -66,8 +67,7 @@ class ProvenJson(Section):
 
     def to_json(self) -> builtins.bytes:
         """Canonical JSON; `checksum` is the sha256 of the canonical JSON without it."""
-        content = self.model_dump(mode="json")
-        return canonical_json(content | {"checksum": hashlib.sha256(canonical_json(content)).hexdigest()})
+        return canonical_json(with_checksum(self.model_dump(mode="json")))
 
     @classmethod
     def from_json(cls, data: builtins.bytes, *, name: str) -> Self:

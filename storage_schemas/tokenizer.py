@@ -1,15 +1,14 @@
 """Tokenizer identity: the id -> token map, not a name and not a size."""
 
-import hashlib
 from collections.abc import Mapping
 
+from storage_schemas.canonical import digest
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.provenance import canonical_json
 
 
 def vocab_sha256(vocab: Mapping[str, int]) -> str:
     """Hash of a token -> id map, independent of its order."""
-    return hashlib.sha256(canonical_json(sorted((index, token) for token, index in vocab.items()))).hexdigest()
+    return digest(sorted((index, token) for token, index in vocab.items()))
 
 
 def refuse_other_tokenizer(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
 from storage_schemas.common.errors import DataError, NeoError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import (
@@ -35,7 +35,7 @@ _THREADS = 4
 """Units that are in work at the same time: reading, hashing and decoding overlap."""
 
 
-class VerifyReport(Section):
+class VerifyReport(FrozenModel):
     """What was found."""
 
     ok: bool

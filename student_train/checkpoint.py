@@ -21,9 +21,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.frozen import Section
-from storage_schemas.provenance import canonical_json, parse_json, validated
+from storage_schemas.canonical import canonical_json, digest, parse_json, refuse_other_version, validated, with_checksum
+from storage_schemas.common.errors import DataError
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.store import Store
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 READABLE = (1, FORMAT_VERSION)
 """Version 1 has no checksum in its commit record."""
+_OTHER_VERSION = "resume with the version of llm-neo that wrote it, or choose another train.output"
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 """Kinds of tensors: fp32 weights, and Adam's first and second moments. A tensor's key is `kind/parameter name`."""
 INITIAL = "initial"
@@ -41,7 +42,7 @@ FILE_BYTES = 1 << 30
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
-class Extension(Section):
+class Extension(FrozenModel):
     """A run went on under other settings, see `train.extend`."""
 
     step: int
@@ -52,7 +53,7 @@ class Extension(Section):
     """Their values from then on."""
 
 
-class TrainState(Section):
+class TrainState(FrozenModel):
     """All that is needed to go on, apart from tensors. The world size is not part of it."""
 
     format_version: int = FORMAT_VERSION
@@ -69,7 +70,7 @@ class TrainState(Section):
     """Where the run went on under other settings."""
 
 
-class FileRecord(Section):
+class FileRecord(FrozenModel):
     """One file of a checkpoint."""
 
     name: str
@@ -79,7 +80,7 @@ class FileRecord(Section):
     sha256: str
 
 
-class Commit(Section):
+class Commit(FrozenModel):
     """COMMIT.json."""
 
     format_version: int = FORMAT_VERSION
@@ -102,7 +103,7 @@ class Checkpoint:
         self._store, self.step = store, step
         name = f"{store.url}/{_folder(step)}/COMMIT.json"
         content = parse_json(store.get(f"{_folder(step)}/COMMIT.json"), name=name)
-        _refuse_other_version(content, name)
+        refuse_other_version(content, name=name, readable=READABLE, fix=_OTHER_VERSION)
         if content["format_version"] > 1 or "checksum" in content:
             _refuse_changed(content, name)
         self._commit: Commit = validated(Commit, content, name=name)
@@ -110,7 +111,7 @@ class Checkpoint:
         if record is None or self._commit.step != step:
             raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
         state = parse_json(self._read(record), name=record.name)
-        _refuse_other_version(state, record.name)
+        refuse_other_version(state, name=record.name, readable=READABLE, fix=_OTHER_VERSION)
         self.state: TrainState = validated(TrainState, state, name=record.name)
 
     def tensors(self, kinds: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -198,8 +199,7 @@ class Checkpoints:
             name = f"{attempt}-{kind}-{number:03d}.safetensors"
             files.append(self._put(state.step, name, kind, safetensors.torch.save(part)))
         commit = Commit(step=state.step, files=tuple(files)).model_dump(mode="json", exclude={"checksum"})
-        record = canonical_json(commit | {"checksum": _checksum(commit)})
-        self._store.put_new(f"{_folder(state.step)}/COMMIT.json", record)
+        self._store.put_new(f"{_folder(state.step)}/COMMIT.json", canonical_json(with_checksum(commit)))
         self.at(state.step).verify()
         older = [step for step in self.steps() if step < state.step]
         for step in older:
@@ -251,28 +251,14 @@ def _other_tensors(got: str, expected: object) -> DataError:
     )
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(record)).hexdigest()
-
-
 def _refuse_changed(content: Mapping[str, Any], name: str) -> None:
-    found = _checksum({key: value for key, value in content.items() if key != "checksum"})
+    found = digest({key: value for key, value in content.items() if key != "checksum"})
     if found != content.get("checksum"):
         raise DataError(
             f"{name} was changed",
             got=f"sha256 {found[:16]}",
             expected=str(content.get("checksum"))[:16],
             fix="nothing, if an earlier checkpoint is complete; else restore the file",
-        )
-
-
-def _refuse_other_version(content: Mapping[str, Any], name: str) -> None:
-    if content.get("format_version") not in READABLE:
-        raise MismatchError(
-            f"{name} has another format version",
-            got=content.get("format_version"),
-            expected=" or ".join(map(str, READABLE)),
-            fix="resume with the version of llm-neo that wrote it, or choose another train.output",
         )
 
 

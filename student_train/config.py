@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import LocalFolder
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
@@ -43,7 +43,7 @@ def _deepspeed_settings(given: object) -> object:
     return content
 
 
-class LoraSection(Section):
+class LoraSection(FrozenModel):
     """The low-rank adapter (peft)."""
 
     r: int = Field(64, ge=1)
@@ -67,7 +67,7 @@ class LoraSection(Section):
         return float(2 * self.r if self.alpha is None else self.alpha)
 
 
-class StudentSection(Section):
+class StudentSection(FrozenModel):
     """The model that is trained."""
 
     model: str
@@ -78,7 +78,7 @@ class StudentSection(Section):
     """Used by the arms `lora` and `neo`."""
 
 
-class LossSection(Section):
+class LossSection(FrozenModel):
     """L = (1 - alpha) * CE + alpha * T^2 * KL, summed over supervised tokens, divided once by their global number."""
 
     alpha: float = Field(0.5, ge=0.0, le=1.0)
@@ -91,7 +91,7 @@ class LossSection(Section):
     """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
-class TrainSection(Section):
+class TrainSection(FrozenModel):
     """The optimisation."""
 
     output: LocalFolder

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from storage_schemas.common.errors import MismatchError, TemporaryError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ LINE_SECONDS = 5.0
 """Seconds between two log lines where there is no terminal, at least."""
 
 
-class Event(Section):
+class Event(FrozenModel):
     """One line of events.jsonl: the steps since the line before."""
 
     model_config = ConfigDict(allow_inf_nan=True)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from storage_schemas.canonical import differences
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
-from storage_schemas.provenance import differences
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
 from student_train.data.order import Order

@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from storage_schemas.common.frozen import Section
+from storage_schemas.canonical import canonical_json, parse_json, validated
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
-from storage_schemas.provenance import canonical_json, parse_json, validated
 from student_train.checkpoint import Extension
 
 SUMMARY, FINAL = "summary.json", "final"
 """Names in the run directory: the summary, and what the run leaves behind."""
 
 
-class Summary(Section):
+class Summary(FrozenModel):
     """summary.json: a run that is done."""
 
     arm: str

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from storage_schemas.common.devices import refuse_idle_gpus
 from storage_schemas.common.errors import MismatchError, NeoError
 from storage_schemas.common.exits import Exit
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.ranks import ExitCodes, end, failed
 from storage_schemas.common.signals import stop_event
 from storage_schemas.config import DumpSection
@@ -43,7 +43,7 @@ MEMORY = (
 """What to change when training runs out of memory."""
 
 
-class Resolved(Section):
+class Resolved(FrozenModel):
     """resolved.json."""
 
     dump: DumpSection

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from storage_schemas.canonical import leaves
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.suggest import did_you_mean
-from storage_schemas.provenance import leaves
 from student_train.config import TrainSection
 
 AUTO = "auto"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Estimator
 from storage_schemas.stores.address import Located
 
@@ -27,7 +27,7 @@ _OWNED_BY_BACKEND = {
 """Arguments of vLLM's engine that the backend sets itself, and why."""
 
 
-class TeacherSection(Section):
+class TeacherSection(FrozenModel):
     """The model whose distribution is stored."""
 
     model: str
@@ -96,7 +96,7 @@ def _share(weight: float) -> float:
     return weight
 
 
-class SourceSection(Section):
+class SourceSection(FrozenModel):
     """One file, glob, directory, object-store prefix or hub dataset of the corpus."""
 
     path: Located
@@ -115,7 +115,7 @@ class SourceSection(Section):
     """Passed to this source's object store, as `dump.storage_options` is. Secrets belong into the environment."""
 
 
-class CorpusSection(Section):
+class CorpusSection(FrozenModel):
     """What is distilled on, and which tokens are supervised."""
 
     sources: list[SourceSection] = Field(min_length=1)

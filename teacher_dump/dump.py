@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.signals import StopRequest, stoppable
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.provenance import CorpusIdentity, Provenance, TokenizerIdentity
@@ -44,7 +44,7 @@ _LOOK_SECONDS = 10.0
 """A worker looks again what others have committed so long after it has seen the last answer."""
 
 
-class DumpSummary(Section):
+class DumpSummary(FrozenModel):
     """What a dump holds, and what this worker did for it."""
 
     url: str

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.targets import I64
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -54,7 +54,7 @@ class Pilot(NamedTuple):
     """Mean probability inside the heads."""
 
 
-class EstimatorPlan(Section):
+class EstimatorPlan(FrozenModel):
     """One estimator's dump."""
 
     estimator: str
@@ -73,7 +73,7 @@ class EstimatorPlan(Section):
     """Mean probability inside the heads."""
 
 
-class Duration(Section):
+class Duration(FrozenModel):
     """How long some devices take."""
 
     devices: int
@@ -84,7 +84,7 @@ class Duration(Section):
     """Price of that, in the unit of --price-per-hour; null without one."""
 
 
-class Plan(Section):
+class Plan(FrozenModel):
     """What a dump of the corpus will hold, weigh and cost."""
 
     samples: int

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from storage_schemas.codec import round_logprobs
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
@@ -44,7 +44,7 @@ float32 log-probs are off by at most 6e-5, and 0.1 % of the draws fall elsewhere
 5e-4 on average and 0.03 at most, and 12 % of the draws of `adaptive`, 2 % of those of `sampled`, fall elsewhere."""
 
 
-class RecomputeReport(Section):
+class RecomputeReport(FrozenModel):
     """What comparing some rows with the teacher has found."""
 
     rows: list[int]

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from storage_schemas.common.errors import UsageError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import described
 from storage_schemas.reader import Dump
 from storage_schemas.records import count_statuses, mean_per_token, totals
@@ -51,7 +51,7 @@ def shade(p: float | None) -> int:
     return next(i for i, step in enumerate(SHADES) if (-1.0 if p is None else p) >= step.least)
 
 
-class Header(Section):
+class Header(FrozenModel):
     """A dump as a whole."""
 
     url: str
@@ -86,7 +86,7 @@ class Header(Section):
     """Mean KL(exact || stored) in nats, per temperature."""
 
 
-class TokenView(Section):
+class TokenView(FrozenModel):
     """One supervised token of a row."""
 
     position: int
@@ -107,7 +107,7 @@ class TokenView(Section):
     """Of what is stored, the tail being one event, nats."""
 
 
-class RowView(Section):
+class RowView(FrozenModel):
     """One row."""
 
     sample_index: int

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pipeline.views.inspect import counts
 from pipeline.views.terminal import facts_table
 from storage_schemas.common.errors import MismatchError, UsageError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.cache import cache_folder
@@ -30,7 +30,7 @@ _SHOWN = 600
 """Characters of one stretch of a sample that are shown at its beginning and at its end."""
 
 
-class SourceView(Section):
+class SourceView(FrozenModel):
     """One source."""
 
     path: str
@@ -54,7 +54,7 @@ class SourceView(Section):
     """Whether they are more than `corpus.max_bad_share`, so that nothing would be dumped."""
 
 
-class Preview(Section):
+class Preview(FrozenModel):
     """A corpus as a whole."""
 
     fingerprint: str
@@ -91,7 +91,7 @@ class Preview(Section):
     """Supervised tokens per sample that is used: the same."""
 
 
-class SampleView(Section):
+class SampleView(FrozenModel):
     """One sample."""
 
     sample_index: int

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class Section(BaseModel):
+class FrozenModel(BaseModel):
     """A frozen, keyword-only model that refuses unknown keys; the docstring under a field is its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)

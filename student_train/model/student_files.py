@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from storage_schemas.canonical import digest, parse_json
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.hashes import file_state
-from storage_schemas.provenance import canonical_json, parse_json
 
 UNTOLD = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what a model was saved."""
@@ -67,7 +67,7 @@ def identity(model: str, revision: str | None) -> dict[str, str]:
     weights = weight_files(model, revision)
     with ThreadPoolExecutor(4) as pool:
         hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
-    return {name: hashlib.sha256(canonical_json(value)).hexdigest() for name, value in
+    return {name: digest(value) for name, value in
             (("config", told), ("weights", hashes))}  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.common.frozen import Section
+from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.data.batch import collate
@@ -24,7 +24,7 @@ from student_train.model.student import (
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
 
-class EvalResult(Section):
+class EvalResult(FrozenModel):
     """Means over supervised tokens."""
 
     kl_mean: float

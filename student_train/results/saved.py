@@ -6,9 +6,9 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
+from storage_schemas.canonical import canonical_json, parse_json, validated, with_checksum
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.frozen import Section
-from storage_schemas.provenance import canonical_json, parse_json, validated
+from storage_schemas.common.frozen import FrozenModel
 from student_train.model.student_files import identity, refuse_torn, sha256
 from student_train.results.model_card import CARD
 
@@ -16,7 +16,7 @@ RECORD = "llm-neo.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-class Record(Section):
+class Record(FrozenModel):
     """llm-neo.json."""
 
     format_version: int = 1
@@ -29,8 +29,7 @@ class Record(Section):
 
     def sealed(self) -> bytes:
         """The file's content, checksum included."""
-        content = self.model_dump(mode="json", exclude={"checksum"})
-        return canonical_json(content | {"checksum": hashlib.sha256(canonical_json(content)).hexdigest()}, indent=2)
+        return canonical_json(with_checksum(self.model_dump(mode="json", exclude={"checksum"})), indent=2)
 
 
 def write_record(folder: Path, base: dict[str, str] | None) -> str:

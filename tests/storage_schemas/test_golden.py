@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.provenance import FORMAT_VERSION
+from storage_schemas.canonical import FORMAT_VERSION
 from storage_schemas.reader import Dump
 from storage_schemas.rows import SCHEMA, STATUSES
 from storage_schemas.verify import verify

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.dumps import HASH, some_provenance, unit_rows
 
+from storage_schemas.canonical import canonical_json, leaves, parse_json
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import Adaptive, Sampled, TopK
-from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, canonical_json, leaves, parse_json
+from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN
 from storage_schemas.tokenizer import refuse_other_tokenizer, vocab_sha256
@@ -189,7 +190,7 @@ def test_other_versions_are_refused(version: object, error: type[Exception] | No
         return
     with pytest.raises(error, match="format version") as caught:
         Dump.open(str(tmp_path))
-    assert caught.value.expected == 1
+    assert caught.value.expected == "1"
     with pytest.raises(error, match="format version"):
         DumpWriter.open(str(tmp_path), some_provenance())
 

@@ -14,9 +14,9 @@ from support.dumps import make_dump, metadata_of, replace_unit, some_provenance,
 from support.poison import good_unit
 
 from storage_schemas import codec
+from storage_schemas.canonical import canonical_json
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import Adaptive, Estimator, TopK
-from storage_schemas.provenance import canonical_json
 from storage_schemas.reader import Dump
 from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, record_key
 from storage_schemas.stores.store import Store
