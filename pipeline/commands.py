@@ -116,7 +116,7 @@ def run_plan(
         tokens_per_second: of another worker; by default it is measured here.
         price_per_hour: of one device.
     """
-    from teacher_dump.pilot import plan_dump
+    from teacher_dump.plan import plan_dump
     from teacher_dump.teachers.open import open_teacher, under_transformers
 
     section = need(config.teacher, "teacher", "plan")
