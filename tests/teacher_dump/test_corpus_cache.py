@@ -25,7 +25,7 @@ from teacher_dump.corpus.cache import kept
 from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Columns, Part
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.dump import run_dump
-from teacher_dump.pilot import plan_dump
+from teacher_dump.plan import plan_dump
 from teacher_dump.teachers.teacher import Teacher
 
 RECORDS = [
