@@ -92,7 +92,7 @@ def dump(
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
     events: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Append progress to it, one JSON object per event.")
+        Path | None, typer.Option(metavar="FILE", help="Append progress to FILE, one JSON object per event.")
     ] = None,
     as_json: AsJson = False,
     result: Result = None,
@@ -126,9 +126,9 @@ def dump(
 def preview(
     config: ConfigPath,
     overrides: Overrides = None,
-    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show this sample.")] = None,
-    samples: Annotated[int, typer.Option(min=0, metavar="K", help="Show so many, evenly spaced.")] = 1,
-    heldout: Annotated[bool, typer.Option("--heldout", help="The held-out samples instead.")] = False,
+    row: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show sample number N.")] = None,
+    samples: Annotated[int, typer.Option(min=0, metavar="K", help="Show K samples, evenly spaced.")] = 1,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Preview the held-out samples instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what the corpus becomes: formats, counts, lengths, samples with what is supervised. Loads no weights."""
@@ -150,7 +150,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this node; default: one per GPU.")] = None,
-    nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes; default: from Slurm.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes; default: from Slurm.")] = None,
     node_rank: Annotated[int | None, typer.Option(help="Number of this node; default: from Slurm.")] = None,
     rdzv_endpoint: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where nodes meet, on node 0; default: from Slurm.")
@@ -193,13 +193,15 @@ def run(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(metavar="DIR", help="A model, or a peft adapter.")],
-    dump: Annotated[str, typer.Option(metavar="URL", help="The dump to compare with; held-out samples, that is.")],
+    dump: Annotated[str, typer.Option(metavar="URL", help="The dump to compare with, of held-out samples.")],
     store: StoreOptions = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, padding included.")] = 4096,
-    temperature: Annotated[float, typer.Option(help="One that the dump was made with.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    temperature: Annotated[float, typer.Option(help="Temperature of both distributions; the dump must hold it.")] = 1.0,
+    device: Annotated[str, typer.Option(help="Device to evaluate on: auto, cpu, cuda, cuda:1, ...")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate no more than the first N samples.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Evaluate on what a growing dump has already.")] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Evaluate on what an unfinished dump already holds.")
+    ] = False,
     base: Base = None,
     as_json: AsJson = False,
     result: Result = None,
@@ -230,7 +232,9 @@ def merge(
         Path, typer.Argument(metavar="ADAPTER", help="Directory of a peft adapter, such as runs/a/final.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the model to.")],
-    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as the base model's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type to save the weights in; default: the base model's.")
+    ] = None,
     base: Base = None,
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
@@ -244,13 +248,16 @@ def merge(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    pilot_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples that the teacher runs on.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    pilot_samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of samples to run the teacher on.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for selecting the pilot samples.")] = 0,
     tokens_per_second: Annotated[
-        float | None, typer.Option(min=1e-3, metavar="X", help="Of the worker to plan for; default: measured here.")
+        float | None,
+        typer.Option(min=1e-3, metavar="X", help="Speed of the worker to plan for; default: measured here."),
     ] = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0.0, metavar="P", help="Of one device; gives what the dump costs.")
+        float | None, typer.Option(min=0.0, metavar="P", help="Price per device-hour; adds a cost estimate.")
     ] = None,
     nproc: GroupSize = None,
     as_json: AsJson = False,
@@ -285,17 +292,18 @@ def verify(
     recompute: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Also compute N rows again with the teacher, and compare.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of these rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for selecting the rows to compute again.")] = 0,
     config: Annotated[
-        Path | None, typer.Option(metavar="CONFIG", help="What the dump was made with: teacher, and corpus to compare.")
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Configuration of the dump: its teacher runs, its corpus is compared."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the teacher lies; default: where run.json says.")
+        str | None, typer.Option(metavar="DIR", help="Where the teacher lies; default: where CONFIG or the dump say.")
     ] = None,
     store: StoreOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove a dump: every record, file and value, and that they add up. Only --recompute needs the teacher."""
+    """Verify a dump's integrity: every record, file and value. Only --recompute needs the teacher."""
     from pipeline.commands import recomputing, shown_progress
     from storage_schemas.verify import verify as verify_dump
 
@@ -320,7 +328,7 @@ def verify(
 def inspect(
     url: Url,
     row: Annotated[
-        list[int] | None, typer.Option(min=0, metavar="N", help="Show this sample, token by token. Repeatable.")
+        list[int] | None, typer.Option(min=0, metavar="N", help="Show sample number N, token by token. Repeatable.")
     ] = None,
     html: Annotated[
         Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write a page that shows the same in a browser.")
@@ -355,8 +363,8 @@ def inspect(
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Llama-like model: directory or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the smaller model to.")],
-    layers: Annotated[int | None, typer.Option(min=1, help="Keep this many: the first and the last ones.")] = None,
-    keep: Annotated[str | None, typer.Option(metavar="0-9,20-29", help="Keep these.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Keep N layers: the first and the last ones.")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="0-9,20-29", help="Keep the layers with these numbers.")] = None,
 ) -> None:
     """Make a student by leaving out layers of a model. Says which ones stay."""
     from pipeline.prune import prune as prune_model

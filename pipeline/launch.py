@@ -37,7 +37,9 @@ def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: 
     if rank is not None or world_size is not None:
         if rank is None or world_size is None:
             got = f"--rank {rank}, --world-size {world_size}"
-            raise UsageError("half a worker number", got=got, expected="both --rank and --world-size, or neither")
+            raise UsageError(
+                "--rank needs --world-size, and --world-size needs --rank", got=got, expected="both, or neither"
+            )
         return Placement(rank, world_size)
     if "RANK" in env:
         return Placement(_int(env, "RANK"), _int(env, "WORLD_SIZE"))
@@ -103,7 +105,7 @@ def training_nodes(
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
         if not nodes:
             fix = "--rdzv-endpoint HOST:PORT, the same on all nodes, where HOST is node 0"
-            raise UsageError("several nodes, but no place to meet", got="no endpoint", fix=fix)
+            raise UsageError("multi-node training without a rendezvous endpoint", got="no endpoint", fix=fix)
         # Below the range from which the kernel takes ports, and another one for every job on a shared node.
         endpoint = f"{first_host(nodes)}:{12000 + _int(env, 'SLURM_JOB_ID', 0) % 16000}"
     return Nodes(nnodes, node_rank, endpoint)

@@ -42,6 +42,16 @@ from student_train.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
 
+_DOING = {
+    "dump": "running the teacher over the corpus",
+    "verify": "verifying the dump",
+    "verify-heldout": "verifying the held-out dump",
+    "before": "evaluating the student on the held-out samples before training",
+    "after": "evaluating the trained student on the held-out samples",
+    "merge": "merging the adapter into its base model",
+}
+"""What the log says of each step."""
+
 
 class StepFailedError(NeoError):
     """A step has failed and has printed why."""
@@ -151,13 +161,13 @@ class Steps:
             inputs: all that its result depends on, as JSON.
             redo: do it whatever was found before.
         """
-        file = self._folder / f"{name}.json"
+        doing, file = _DOING.get(name, name), self._folder / f"{name}.json"
         of = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         if not redo and file.is_file() and (kept := json.loads(file.read_text()))["inputs"] == of:
-            log.info("%s: done before", name)
+            log.info("%s: done before", doing)
             found: dict[str, Any] = kept["result"]
             return found
-        log.info("%s: starting", name)
+        log.info("%s", doing)
         result = work()
         self._folder.mkdir(parents=True, exist_ok=True)
         publish(file, json.dumps({"inputs": of, "result": result}, indent=2, sort_keys=True) + "\n")

@@ -266,7 +266,9 @@ class Tracker:
             yield
         except Exception as error:
             self._told = None
-            log.warning("%s has failed and is told nothing more; %s goes on: %r", self._name, EVENTS, error)
+            log.warning(
+                "%s logging failed and is off for this run; metrics continue in %s: %r", self._name, EVENTS, error
+            )
 
 
 class Reporter:

@@ -312,8 +312,8 @@ class _Loop:
     def _refuse_stalled(self, windows: int, waited: float) -> None:
         if waited > self._run.train.data_wait_seconds:
             raise TemporaryError(
-                "the dump is not written as far as training needs it",
-                got=f"{windows} of {self._run.order.windows} windows after {waited:.0f} s",
+                "timed out waiting for the dump",
+                got=f"{windows} of {self._run.order.windows} shuffle windows ready after {waited:.0f} s",
                 expected="the next window of units to be committed",
                 fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
             )

@@ -41,7 +41,7 @@ class TeacherSection(FrozenModel):
     vllm: dict[str, Any] = {}
     """More arguments of vLLM's engine, e.g. `{tensor_parallel_size: 4, gpu_memory_utilization: 0.8}`."""
     vllm_check_samples: int = Field(8, ge=0)
-    """Samples that transformers computes too, before the run: vLLM must agree. 0: nobody checks."""
+    """Samples that transformers computes too, before the run: vLLM must agree. 0 disables the check."""
     sharding: Literal["none", "device_map", "tensor", "zero3"] = "none"
     """For a teacher that is larger than one device. `device_map`: its layers over this process's GPUs, the host's
     memory and disk (accelerate). `tensor`: each layer over several processes (transformers' tensor parallelism).

@@ -219,7 +219,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def _not_taken(error: Exception) -> MismatchError:
     return MismatchError(
-        "peft does not take this adapter for this student",
+        "PEFT rejected the LoRA settings for this model",
         got=f"{type(error).__name__}: {str(error)[:500]}",
         expected="target_modules: names of linear layers, a pattern, or `all-linear`; extra: as peft.LoraConfig says",
         fix="correct student.lora.target_modules or student.lora.extra",

@@ -365,7 +365,7 @@ def test_a_dump_without_a_usable_sample_leaves_nothing_trained(training: Trainin
 def test_stalled_dump_keeps_the_work(training: Trainings) -> None:
     """A checkpoint of the last step that could be trained."""
     run = training("stalled", dump="stalled", train=WINDOWS | {"data_wait_seconds": 1.0})
-    assert_refused(run, 75, "is not written as far")
+    assert_refused(run, 75, "timed out waiting for the dump")
     assert run["step"] == len(run["events"]) > 0
 
 
