@@ -199,10 +199,8 @@ class Provenance(_Identity):
     def max_entries(self) -> int:
         """Entries per token, at most."""
         match self.estimator:
-            case TopK(k=k):
-                return k
-            case Adaptive(k_max=k_max, k_min=k_min, tail_draws=draws):
-                return max(k_max, k_min) + draws
+            case TopK(k=k) | Adaptive(k_max=k):
+                return k + self.estimator.draws
             case Sampled(draws=draws):
                 return draws
 
@@ -217,7 +215,7 @@ class Provenance(_Identity):
         Raises:
             MismatchError: the dump was not made for this temperature; draws are only valid at 1.
         """
-        if self.estimator.kind != "topk" and temperature != 1.0:
+        if self.estimator.draws and temperature != 1.0:
             raise MismatchError(
                 f"targets of the estimator `{self.estimator.kind}` are only valid at temperature 1",
                 got=temperature,

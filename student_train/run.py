@@ -207,7 +207,7 @@ def open_run(
     refuse_contradicted(dump.provenance, stated)
     if train.distils:
         dump.provenance.temperature_index(loss.temperature)
-        refuse_unsupported(loss.divergence, loss.temperature, dump.provenance.estimator.kind != "topk")
+        refuse_unsupported(loss.divergence, loss.temperature, dump.provenance.estimator.draws > 0)
     order = Order(
         samples=dump.provenance.corpus.samples,
         samples_per_unit=dump.provenance.samples_per_unit,
