@@ -18,7 +18,7 @@ from pipeline.credentials import secrets_in
 from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK, retempered
+from storage_schemas.config import DumpSection, Estimator, Temperatures, TopK, retempered
 from student_train.config import LossSection, StudentSection, TrainSection
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
 
@@ -101,8 +101,6 @@ class Config(FrozenModel):
 def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     """(dotted path, problem, got) of what no section can see alone."""
     estimator = config.estimator
-    if isinstance(estimator, Adaptive) and estimator.k_min > estimator.k_max:
-        yield "estimator.k_min", f"must not be above estimator.k_max ({estimator.k_max})", estimator.k_min
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
@@ -114,7 +112,7 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
     if config.train is None or not config.train.distils or config.teacher is None:
         return
-    if config.loss.divergence != "forward_kl" and estimator.kind != "topk":
+    if config.loss.divergence != "forward_kl" and estimator.draws:
         problem = f"must be forward_kl with estimator.kind {estimator.kind}: only that is unbiased on draws"
         yield "loss.divergence", problem, config.loss.divergence
     if config.loss.temperature not in config.temperatures:

@@ -198,10 +198,8 @@ class Provenance(_Identity):
     def max_entries(self) -> int:
         """Entries per token, at most."""
         match self.estimator:
-            case TopK(k=k):
-                return k
-            case Adaptive(k_max=k_max, k_min=k_min, tail_draws=draws):
-                return max(k_max, k_min) + draws
+            case TopK(k=k) | Adaptive(k_max=k):
+                return k + self.estimator.draws
             case Sampled(draws=draws):
                 return draws
 

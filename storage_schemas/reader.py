@@ -254,7 +254,7 @@ def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, nam
         unit = codec.decode_file(
             codec.open_parquet(data, checked=file),
             temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.kind != "topk",
+            draws=provenance.estimator.draws > 0,
             logsumexp=provenance.logsumexp,
         )
         _check_values(unit, record, provenance)

@@ -168,7 +168,7 @@ def open_run(
     refuse_contradicted(dump.provenance, stated)
     if train.distils:
         dump.provenance.temperature_index(loss.temperature)
-        if dump.provenance.estimator.kind != "topk":
+        if dump.provenance.estimator.draws:
             refuse_biased(loss.divergence)
     order = Order(
         samples=dump.provenance.corpus.samples,

@@ -179,7 +179,7 @@ def plan_dump(
 
 def _with(provenance: Provenance, estimator: Estimator) -> Provenance:
     """The run.json of the same dump by another estimator; draws know no temperature but 1."""
-    temperatures = provenance.temperatures[:1] if estimator.kind != "topk" else provenance.temperatures
+    temperatures = provenance.temperatures[:1] if estimator.draws else provenance.temperatures
     return provenance.model_copy(update={"estimator": estimator, "temperatures": temperatures})
 
 

@@ -204,7 +204,7 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
 
 def _temperatures(provenance: Provenance) -> tuple[float, ...]:
     """At which stored targets can be compared: draws only at T = 1."""
-    return provenance.temperatures[:1] if provenance.estimator.kind != "topk" else provenance.temperatures
+    return provenance.temperatures[:1] if provenance.estimator.draws else provenance.temperatures
 
 
 def _corpus_problems(row: Row, sample: Sample) -> list[str]:
