@@ -62,6 +62,22 @@ class LogitTransform(FrozenModel):
         return cls(scale=scale, softcap=softcap)
 
 
+def finish_logits(x: Any, *, scale: float, softcap: float | None, slope: bool = False) -> Any:
+    """What the LM head returns becomes logits, in place; `x` is a tensor of any library with torch's methods.
+
+    Returns:
+        With `slope` the softcap's derivative, if there is a softcap; else None.
+    """
+    if scale != 1.0:
+        x.mul_(scale)
+    if softcap is None:
+        return None
+    x.div_(softcap).tanh_()
+    found = x.square().neg_().add_(1.0) if slope else None
+    x.mul_(softcap)
+    return found
+
+
 def body_of(model: Any, *, role: str) -> Any:
     """The part of a causal language model of transformers that gives the hidden states its head is applied to.
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.views.inspect import counts
 from pipeline.views.terminal import facts_table
-from storage_schemas.common.errors import MismatchError, UsageError
+from storage_schemas.common.errors import MismatchError, UsageError, first_line
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
@@ -119,7 +119,7 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     except (OSError, ValueError, KeyError) as error:
         raise MismatchError(
             f"the tokenizer of the teacher {teacher.model} cannot be loaded",
-            got=str(error).strip().splitlines()[0][:300],
+            got=first_line(error),
             expected="a directory or hub id with config.json and a tokenizer",
             fix="correct teacher.model or teacher.revision",
         ) from error

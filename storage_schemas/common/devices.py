@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.errors import MismatchError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,12 @@ def refuse_idle_gpus(env: Mapping[str, str], *, build: str, fix: str) -> None:
             expected="a build of torch for these GPUs and their driver",
             fix=f"install it (a plain `pip install torch` may have chosen one for the CPU), or {fix}",
         )
+
+
+def no_such_device(name: str, error: Exception, *, setting: str) -> MismatchError:
+    """What to raise for a device that torch has answered with `error`."""
+    expected, fix = "auto, cpu, cuda or cuda:N", f"correct {setting}"
+    return MismatchError(f"there is no device {name}", got=first_line(error), expected=expected, fix=fix)
 
 
 def usable_cores() -> int:

@@ -98,6 +98,11 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for a message of ours: its first line, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def exit_code(error: BaseException | None) -> Exit:
     """The exit code that an error stands for."""
     if error is None:

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from storage_schemas.common.errors import TemporaryError, explained
+from storage_schemas.common.errors import TemporaryError, explained, first_line
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 
@@ -92,7 +92,7 @@ def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) ->
     if lost:
         gone = TemporaryError(
             f"rank {rank} has lost another rank",
-            got=str(error).splitlines()[0][:300],
+            got=first_line(error),
             expected="all ranks to be there",
             fix="look for what ended it (out of memory? a lost node?), then run the same command again",
         )

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from storage_schemas.logits import LogitTransform
+from storage_schemas.logits import LogitTransform, finish_logits
 from student_train.data.batch import SparseTargets
 from student_train.model.losses import ABSENT, LossSpec, entry_divergence, ranks_first
 
@@ -172,7 +172,9 @@ class _Pass:
         torch.mm(hidden, self.weight.T, out=product)
         if logits is not product:
             logits.copy_(product)
-        slope = self._finish_logits(logits)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        slope = finish_logits(logits, scale=self.head.scale, softcap=self.head.softcap, slope=any(self.needs))
         self._loss_to_gradient(logits, targets[tokens])
         if not any(self.needs):
             return
@@ -189,20 +191,6 @@ class _Pass:
             self.d_weight[:vocab].add_(_wide_product(product.T, hidden, self.dtype), alpha=scale)
         if self.d_bias is not None:
             self.d_bias[:vocab].add_(logits.sum(0), alpha=scale)
-
-    def _finish_logits(self, x: Tensor) -> Tensor | None:
-        """Bias, scale and softcap in place; returns the softcap's derivative, if there is one."""
-        if self.bias is not None:
-            x.add_(self.bias)
-        cap = self.head.softcap
-        if (factor := self.head.scale / (cap or 1.0)) != 1.0:
-            x.mul_(factor)
-        if cap is None:
-            return None
-        x.tanh_()
-        slope = x.square().neg_().add_(1.0) if any(self.needs) else None
-        x.mul_(cap)
-        return slope
 
     def _loss_to_gradient(self, z: Tensor, targets: SparseTargets) -> None:
         """Add the rows' losses to the sums; z, the logits, becomes dLoss/dz."""

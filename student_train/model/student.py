@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import body_of
+from storage_schemas.common.errors import MismatchError, first_line
+from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
 from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.config import LossSection, StudentSection, TrainSection
@@ -70,8 +70,9 @@ class Head(nn.Module):
         return sums.loss, parts
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = nn.functional.linear(hidden, weight, bias).float() * self.spec.scale
-        return logits if self.spec.softcap is None else self.spec.softcap * torch.tanh(logits / self.spec.softcap)
+        logits = nn.functional.linear(hidden, weight, bias).float()
+        finish_logits(logits, scale=self.spec.scale, softcap=self.spec.softcap)
+        return logits
 
 
 class Distilled(nn.Module):
@@ -208,7 +209,7 @@ def _loading(name: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise MismatchError(
             f"the model {name} cannot be loaded",
-            got=str(error).strip().splitlines()[0][:300],
+            got=first_line(error),
             expected="a directory or hub id with config.json and *.safetensors",
             fix="correct student.model; convert other weight formats to safetensors first",
         ) from error

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.common.devices import no_such_device
+from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
@@ -134,16 +135,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise MismatchError(
-            f"there is no device {name}",
-            got=str(error).splitlines()[0],
-            expected="auto, cpu, or cuda where there is one",
-            fix="choose another device",
-        ) from error
-    return device
+        raise no_such_device(name, error, setting="--device") from error
 
 
 def _samples(dump: Dump, total: int) -> int:

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from storage_schemas.common.devices import usable_cores
 from storage_schemas.common.errors import TemporaryError
-from teacher_dump.corpus.pool import cores
 
 COLUMNS = {
     "offsets": np.int64,
@@ -199,7 +199,7 @@ def whole_parts(folder: Path) -> list[dict[str, Any]]:
         return bool(_hash(rest, blocks) == line["sha256"])
 
     try:
-        with ThreadPoolExecutor(min(8, cores())) as pool:
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:
             good = pool.map(lambda pair: whole(*pair), zip(starts[:-1], lines, strict=True))
             return [line for line, _ in takewhile(lambda pair: pair[1], zip(lines, good, strict=True))]
     finally:

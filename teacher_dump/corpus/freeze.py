@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from storage_schemas.common.devices import usable_cores
 from storage_schemas.common.errors import DataError
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG
 from storage_schemas.targets import I32, I64
@@ -20,7 +21,7 @@ from teacher_dump.config import CorpusSection
 from teacher_dump.corpus.cache import Frozen, cache_folder, corpus_key, is_looked_up, kept
 from teacher_dump.corpus.columns import Columns, Part, joined
 from teacher_dump.corpus.masks import Tokens, Unusable
-from teacher_dump.corpus.pool import Pool, chunked, cores
+from teacher_dump.corpus.pool import Pool, chunked
 from teacher_dump.corpus.sources import RawRecord, Records, find_source, open_source, read_source
 from teacher_dump.corpus.tokenise import NOTHING, tokenise
 
@@ -267,7 +268,7 @@ def _corpus(frozen: Frozen, sources: int) -> Corpus:
 
 def _processes(section: CorpusSection, records: int) -> int:
     """How many processes tokenise so many records."""
-    return section.num_proc or max(1, min(cores(), records // _PER_PROCESS))
+    return section.num_proc or max(1, min(usable_cores(), records // _PER_PROCESS))
 
 
 def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:

@@ -72,11 +72,6 @@ class Pool(Generic[C, R]):
         self._pool.shutdown(cancel_futures=True)
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def chunked(items: Iterable[C], size: int) -> Iterator[list[C]]:
     """Lists of `size` items; the last may be shorter."""
     iterator = iter(items)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from transformers.distributed import DistributedConfig
 
-from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.provenance import Recipe
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import Sample
@@ -143,7 +143,7 @@ class GroupTeacher(Teacher):
         except torch.OutOfMemoryError as error:
             raise MismatchError(
                 f"a batch does not fit into the memory of {self.device}",
-                got=str(error).strip().splitlines()[0],
+                got=first_line(error),
                 expected="room for teacher.batch_tokens tokens beside this process's share of the weights",
                 fix="lower teacher.batch_tokens, or start more processes",
             ) from error

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.common.hashes import file_sha256
 from teacher_dump.corpus.cache import cache_folder
 
@@ -73,7 +73,7 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
         try:
             found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
         except (OSError, ValueError) as error:
-            why = str(error).strip().splitlines()[0][:300]
+            why = first_line(error)
             fix = (
                 "correct the path or hub id, or teacher.revision; without network, download it first "
                 f"(`hf download {name}`) and set HF_HOME to where it lies"

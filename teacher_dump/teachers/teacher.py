@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from storage_schemas.common.devices import refuse_idle_gpus
-from storage_schemas.common.errors import MismatchError, explained
+from storage_schemas.common.devices import no_such_device, refuse_idle_gpus
+from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.config import Estimator
-from storage_schemas.logits import LogitTransform, body_of
+from storage_schemas.logits import LogitTransform, body_of, finish_logits
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe, TeacherIdentity
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I64, Targets
@@ -106,12 +106,7 @@ class Teacher:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise MismatchError(
-                "the teacher's device cannot be used",
-                got=f"{name}: {str(error).strip().splitlines()[0]}",
-                expected="auto, cpu, cuda or cuda:N",
-                fix="correct teacher.device",
-            ) from error
+            raise no_such_device(name, error, setting="teacher.device") from error
 
     @property
     def devices(self) -> int:
@@ -240,7 +235,7 @@ class Teacher:
             try:
                 return launch(self.model, samples, recipe)
             except torch.OutOfMemoryError as error:
-                message = str(error).strip().splitlines()[0]
+                message = first_line(error)
             self._refuse_or_halve(samples, padded, message)
         half = (len(samples) + 1) // 2
         parts = [self.launch(part, recipe) for part in (samples[:half], samples[half:])]
@@ -423,10 +418,7 @@ def _logits(model: Any, hidden: Tensor, transform: LogitTransform, scratch: Tens
     else:
         with Float32Results():
             logits = head(hidden).float()
-    if transform.scale != 1.0:
-        logits.mul_(transform.scale)
-    if transform.softcap is not None:
-        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    finish_logits(logits, scale=transform.scale, softcap=transform.softcap)
     return logits
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.errors import MismatchError, TemporaryError, first_line
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
 from storage_schemas.rows import OK
@@ -252,14 +252,14 @@ class VllmTeacher(Teacher):
         self.close()
         return TemporaryError(
             "vLLM's engine died",
-            got=_first_line(error),
+            got=f"{type(error).__name__}: {first_line(error)}",
             fix="run the same command again; if it dies again, its own log above says why",
         )
 
     def _refused(self, error: Exception) -> MismatchError:
         return MismatchError(
             f"vLLM cannot run the teacher {self.section.model}",
-            got=_first_line(error),
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected=f"a model and engine arguments that vLLM {_vllm_version()} supports; its log above says more",
             fix="correct teacher.vllm, or set teacher.backend: transformers",
         )
@@ -348,7 +348,3 @@ def _vllm_version() -> str:
     from vllm import __version__
 
     return str(__version__)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
