@@ -89,7 +89,7 @@ def described(estimator: Estimator) -> str:
 
 def retempered(estimator: Estimator, *temperatures: float) -> bool:
     """Whether one of these is a temperature that targets of the estimator cannot be used at: draws are made at 1."""
-    return estimator.draws and any(temperature != 1.0 for temperature in temperatures)
+    return estimator.draws > 0 and any(temperature != 1.0 for temperature in temperatures)
 
 
 def _usable(temperatures: tuple[float, ...]) -> tuple[float, ...]:
