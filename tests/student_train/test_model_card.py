@@ -78,7 +78,7 @@ def test_it_tells_what_decides_the_result(dump: Dump) -> None:
     """Teacher, dump, loss, adapter and training."""
     text = card(dump, variant="pissa", revision="v1", loss={"divergence": "jsd", "beta": 0.3, "alpha": 0.9})
     for part in (
-        "`org/student`, revision `v1`", "| teacher | `tiny`, float32 |", f"fingerprint `{dump.fingerprint}`",
+        "`org/student`, revision `v1`", "| teacher | `teacher`, float32 |", f"fingerprint `{dump.fingerprint}`",
         "kind topk, k 8, mass 1.0", "alpha = 0.9, D = `jsd` at T = 1, beta = 0.3",
         "`pissa`, r = 4, alpha = 8, dropout 0, on `all-linear`, saved as a plain LoRA of twice the rank",
         "3 steps of 6 samples, 0.38 epochs, 60 supervised tokens", "AdamW, 0.01, cosine with 10 % warm-up",

@@ -27,6 +27,8 @@ def some_provenance(
     samples: int = 10,
     samples_per_unit: int = 4,
     lm_head_rows: int = 100,
+    max_length: int = 128,
+    vocab_sha256: str = HASH,
     estimator: Estimator | None = None,
     temperatures: tuple[float, ...] = (1.0,),
     **changes: object,
@@ -39,8 +41,10 @@ def some_provenance(
             dtype="float32",
             lm_head_rows=lm_head_rows,
         ),
-        tokenizer=TokenizerIdentity(vocab_size=lm_head_rows, vocab_sha256=HASH, chat_template_sha256=None),
-        corpus=CorpusIdentity(fingerprint=HASH, samples=samples, mask="assistant", max_length=128, too_long="truncate"),
+        tokenizer=TokenizerIdentity(vocab_size=lm_head_rows, vocab_sha256=vocab_sha256, chat_template_sha256=None),
+        corpus=CorpusIdentity(
+            fingerprint=HASH, samples=samples, mask="assistant", max_length=max_length, too_long="truncate"
+        ),
         samples_per_unit=samples_per_unit,
         estimator=estimator or TopK(k=8),
         temperatures=temperatures,

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.dumps import HASH, random_targets
+from support.dumps import random_targets, some_provenance
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from storage_schemas.config import Estimator, TopK
-from storage_schemas.provenance import CorpusIdentity, EngineIdentity, Provenance, TeacherIdentity, TokenizerIdentity
+from storage_schemas.provenance import Provenance
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
 from storage_schemas.shift import supervised_positions
 from storage_schemas.tokenizer import vocab_sha256
@@ -84,22 +84,15 @@ def write_dump(
         seal: seal it, if it is complete.
     """
     tokenizer = tiny_tokenizer()
-    estimator = estimator or TopK(k=8, mass=1.0)
-    provenance = Provenance(
-        teacher=TeacherIdentity(
-            model="tiny", revision=None, config_sha256=HASH, weights_sha256={}, dtype="float32", lm_head_rows=VOCAB
-        ),
-        tokenizer=TokenizerIdentity(
-            vocab_size=VOCAB, vocab_sha256=vocab_sha256(tokenizer.get_vocab()), chat_template_sha256=None
-        ),
-        corpus=CorpusIdentity(fingerprint=HASH, samples=samples, mask="all", max_length=64, too_long="truncate"),
+    provenance = some_provenance(
+        samples=samples,
         samples_per_unit=samples_per_unit,
-        estimator=estimator,
+        lm_head_rows=VOCAB,
+        max_length=64,
+        vocab_sha256=vocab_sha256(tokenizer.get_vocab()),
+        estimator=estimator or TopK(k=8, mass=1.0),
         temperatures=temperatures,
-        logsumexp=True,
         logprob_step=0.0 if exact else 0.0625,
-        max_kl=1e-4,
-        engine=EngineIdentity(name="test", version="1"),
     )
     writer = DumpWriter.open(str(url), provenance)
     folder = url.parent / f"{url.name}-tokenizer"

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support import dump_jobs
 from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_of, sections, write_corpus
-from support.dump_jobs import Workers
+from support.forks import ForkServer
 from support.tiny_teachers import save_teacher
 
 from storage_schemas.common.errors import MismatchError
@@ -105,7 +106,7 @@ def test_a_rank_outside_the_world_is_refused(tmp_path, corpus_file, model_folder
 
 @pytest.fixture(scope="module")
 def workers():
-    found = Workers()
+    found = ForkServer(dump_jobs.__file__)
     yield found
     found.close()
 
