@@ -102,7 +102,7 @@ def exact_unit(arguments: argparse.Namespace, name: str, estimator: Estimator) -
 
         teacher = find_teacher(Path(arguments.teacher))
         sources = [SourceSection(path=arguments.corpus, split=f"train[:{arguments.samples}]")]
-        temperatures = TEMPERATURES if estimator.kind == "topk" else (1.0,)
+        temperatures = (1.0,) if estimator.draws else TEMPERATURES
         run_dump(
             dump=DumpSection(url=str(url), samples_per_unit=arguments.samples, logprob_step=0.0),
             teacher=TeacherSection(model=str(teacher), dtype="float32", batch_tokens=2048),

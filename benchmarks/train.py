@@ -157,7 +157,7 @@ def memory(work: Workload) -> Rows:
 
 
 def loop(work: Workload) -> Rows:
-    """`train_in` as `llm-neo train` runs it, on one rank: DeepSpeed ZeRO-2, loader, metrics, log."""
+    """`train` as `llm-neo train` runs it, on one rank: DeepSpeed ZeRO-2, loader, metrics, log."""
     import shutil
 
     import student_train.train as training
@@ -205,7 +205,7 @@ def loop(work: Workload) -> Rows:
         output = SCRATCH / name
         shutil.rmtree(output, ignore_errors=True)
         section = work.train_section(output, max_steps=steps, save_steps=10**6, warmup_ratio=0.0)
-        training.train_in(world, DumpSection(url=str(work.dump)), work.student_section(), LossSection(), section)
+        training.train(world, DumpSection(url=str(work.dump)), work.student_section(), LossSection(), section)
         say(f"{name}: {steps} steps")
         return read_events(output / EVENTS)
 

@@ -33,9 +33,10 @@ from storage_schemas.writer import DumpWriter
 from student_train.config import TrainSection
 from student_train.data.batch import collate
 from student_train.data.order import Order
-from student_train.data.stream import Follower, Stream, consumed_root
+from student_train.data.stream import Follower, Stream
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.losses import LossSpec
+from student_train.resume import consumed_root
 
 Rows = dict[str, float]
 LOADER_UNITS, LOADER_SAMPLES = 32, 128
@@ -94,7 +95,7 @@ def stream_speed(url: Path) -> float:
     train = TrainSection(output=SCRATCH)
     order = order_of(dump.provenance, train)
     make = partial(
-        collate, temperature_index=0, temperature=1.0, pad_id=0, vocab_size=dump.provenance.teacher.lm_head_rows
+        collate, temperature_index=0, temperature=1.0, vocab_size=dump.provenance.teacher.lm_head_rows
     )  # fmt: skip
     begin, tokens = time.process_time(), 0
     stream = Stream(

@@ -54,7 +54,7 @@ class Workload:
     def batch(self) -> TrainBatch:
         """The first samples, as training gets them."""
         vocab = self.provenance.teacher.lm_head_rows
-        return collate(rows_of(self.dump)[:BATCH], temperature_index=0, temperature=1.0, pad_id=0, vocab_size=vocab)
+        return collate(rows_of(self.dump)[:BATCH], temperature_index=0, temperature=1.0, vocab_size=vocab)
 
     def student_section(self) -> StudentSection:
         """The student and its adapter."""
@@ -254,7 +254,6 @@ def random_batch(rows: int, tokens: int, *, vocab: int, k: int, seed: int = 0) -
         position_ids=torch.arange(tokens).repeat(rows, 1),
         positions=positions,
         targets=random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),
-        sample_indices=tuple(range(rows)),
         tokens=rows * tokens,
     )
 

@@ -239,10 +239,9 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.results.merge import merge as merge_adapter
-    from student_train.results.serving import AdapterFacts, serving_commands
 
     saved_as = merge_adapter(adapter, out, dtype=dtype, base=base)
-    typer.echo(f"{out} is a plain model in {saved_as}.\n{serving_commands(AdapterFacts.of(adapter), out, saved_as)}")
+    typer.echo(f"{out} is a plain model in {saved_as}; docs/serving.md says how to serve it, or the adapter unmerged")
 
 
 @app.command()

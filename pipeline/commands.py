@@ -74,7 +74,7 @@ def run_plan(config: Config, pilot: Mapping[str, Any], teacher: "Teacher | None"
         pilot: arguments of `plan_dump` that the command line gives.
         teacher: if the configured one is not to be opened here.
     """
-    from teacher_dump.pilot import plan_dump
+    from teacher_dump.plan import plan_dump
     from teacher_dump.teachers.open import open_teacher, under_transformers
 
     section = need(config.teacher, "teacher", "plan")

@@ -18,7 +18,7 @@ from pipeline.credentials import secrets_in
 from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.config import Adaptive, DumpSection, Estimator, Temperatures, TopK
+from storage_schemas.config import DumpSection, Estimator, Temperatures, TopK, retempered
 from student_train.config import LossSection, StudentSection, TrainSection
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
 
@@ -101,12 +101,10 @@ class Config(FrozenModel):
 def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     """(dotted path, problem, got) of what no section can see alone."""
     estimator = config.estimator
-    if isinstance(estimator, Adaptive) and estimator.k_min > estimator.k_max:
-        yield "estimator.k_min", f"must not be above estimator.k_max ({estimator.k_max})", estimator.k_min
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
-    if config.temperatures != (1.0,) and estimator.kind != "topk":
+    if retempered(estimator, *config.temperatures):
         problem = f"must be [1.0] with estimator.kind {estimator.kind}: draws cannot be re-tempered"
         yield "temperatures", problem, list(config.temperatures)
     if config.teacher is not None and config.teacher.backend == "vllm":
@@ -114,12 +112,12 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
     if config.train is None or not config.train.distils or config.teacher is None:
         return
-    if config.loss.divergence != "forward_kl" and estimator.kind != "topk":
+    if config.loss.divergence != "forward_kl" and estimator.draws:
         problem = f"must be forward_kl with estimator.kind {estimator.kind}: only that is unbiased on draws"
         yield "loss.divergence", problem, config.loss.divergence
     if config.loss.temperature not in config.temperatures:
         yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
-    elif config.loss.temperature != 1.0 and estimator.kind != "topk":
+    elif retempered(estimator, config.loss.temperature):
         problem = f"must be 1.0 with estimator.kind {estimator.kind}: draws cannot be re-tempered"
         yield "loss.temperature", problem, config.loss.temperature
 

@@ -155,7 +155,7 @@ def dump_argv(
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
     where += ["--events", str(events)] if events else []
     where += ["--result", str(result), *set_arguments(overrides)]
-    return [python, "-P", "-m", "pipeline.cli", "dump", str(config), *where]
+    return [python, "-P", "-m", "pipeline.entry", "dump", str(config), *where]
 
 
 def set_arguments(overrides: Sequence[str]) -> list[str]:

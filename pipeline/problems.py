@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.secrets import masked
+from storage_schemas.common.suggest import did_you_mean
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
@@ -109,11 +110,11 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
             yield Problem(".".join([dotted, *needed[:1]]), "missing, but required")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-            hint = _similar(_short(details["input"]).strip("'"), allowed)
+            hint = did_you_mean(_short(details["input"]).strip("'"), allowed)
             yield Problem(dotted, f"must be {context['expected']}", details["input"], hint)
         case "union_tag_invalid":
             allowed = re.findall(r"'([^']*)'", context["expected_tags"])
-            hint = _similar(_short(context["tag"]).strip("'"), allowed)
+            hint = did_you_mean(_short(context["tag"]).strip("'"), allowed)
             yield Problem(f"{dotted}.kind", f"must be one of {', '.join(allowed)}", context["tag"], hint)
         case "model_type" | "model_attributes_type" | "dict_type":
             yield Problem(dotted, "must be a section, that is a mapping", details["input"])
@@ -139,11 +140,6 @@ def _location(details: ErrorDetails, data: Any) -> list[str]:
             continue
         parts.append(str(part))
     return parts
-
-
-def _similar(word: str, choices: Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(word, list(choices), n=1)
-    return f"did you mean {found[0]}?" if found else None
 
 
 def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str | None:

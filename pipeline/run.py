@@ -38,6 +38,7 @@ from storage_schemas.rows import OK
 from storage_schemas.verify import verify
 from student_train.metrics import EVENTS, read_events
 from student_train.results.model_card import CARD, Evaluation, model_card
+from student_train.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ def run_pipeline(
     steps = Steps(train.output / "steps")
 
     sealed = _sealed(config, config.dump.url) and _sealed(config, heldout.url)
+    if not sealed:
+        from student_train.training_run import refuse_early
+
+        refuse_early(student, train)
     known = steps.last("dump")
     dumped = steps.do(
         "dump", lambda: _dump(config, path, overrides, workers, nproc, known), _dump_inputs(config), redo=not sealed
@@ -96,7 +101,6 @@ def run_pipeline(
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
     _check("train", train_workers(config, nproc=nproc, nodes=Nodes(), stdout=2 if console.stderr else None))
     publish(train.output / "config.yaml", config.to_yaml(), private=True)
-    trained = json.loads((train.output / "summary.json").read_text())
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
     after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url), trained_inputs)
@@ -109,14 +113,16 @@ def run_pipeline(
     if train.lora:
         steps.do("merge", lambda: _merge(final, merged), trained_inputs, redo=not (merged / "config.json").is_file())
 
-    summary: dict[str, Any] = trained | {f"{QUALITY[name]}_before": before[name] for name in QUALITY}
+    trained = read_summary(train.output)
+    assert trained is not None
+    summary = trained.model_dump(mode="json") | {f"{QUALITY[name]}_before": before[name] for name in QUALITY}
     summary |= {f"{QUALITY[name]}_after": after[name] for name in QUALITY}
     summary |= {
         "dump_tokens_per_second": dumped["tokens_per_second"],
-        "train_tokens_per_second": trained["tokens_per_second"],
+        "train_tokens_per_second": trained.tokens_per_second,
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
-        "train_steps": trained["steps"],
+        "train_steps": trained.steps,
         "train_samples": count_statuses(trained_on.records()).get(OK, 0),
         "teacher": teacher.model,
         "student": student.model,
@@ -125,7 +131,7 @@ def run_pipeline(
         "report": str(train.output / "report.md"),
     }
     publish(Path(summary["report"]), report(config, summary, dumped), private=True)
-    publish(train.output / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    write_summary(train.output, summary)
     console.print(result_table(summary))
     for remark in remarks(config, summary):
         console.print(remark, soft_wrap=True, highlight=False)
@@ -249,7 +255,7 @@ def _merge(final: Path, merged: Path) -> dict[str, Any]:
 
 def _child(command: str, arguments: Sequence[str]) -> None:
     """Run one of our own commands."""
-    argv = [sys.executable, "-P", "-m", "pipeline.cli", command, *arguments]
+    argv = [sys.executable, "-P", "-m", "pipeline.entry", command, *arguments]
     codes = run_together([Command(argv, {}, subprocess.DEVNULL)])
     tell_deaths(codes, [f"llm-neo {command}"])
     _check(command, combined(codes))

@@ -36,8 +36,6 @@ FINEST_STEP = 2.0**-12
 """Below this grid, in nats, values are stored unrounded."""
 STRINGS = ("sample_id", "status")
 """Columns of strings."""
-STRING_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}
-"""Of strings and their levels: those that pyarrow reads as a dictionary without unfolding them."""
 _NO_TAIL = -100.0
 """Log of a mass that is as good as none."""
 _CELLS = 2**18
@@ -225,6 +223,12 @@ def refuse_other_schema(file: pq.ParquetFile) -> None:
     schema = file.schema_arrow.remove_metadata()
     if not schema.equals(SCHEMA) and not schema.equals(FIRST_SCHEMA):
         raise ValueError(f"the columns are {schema}")
+
+
+def levels(file: pq.ParquetFile) -> list[tuple[int, int]]:
+    """Largest definition and repetition level of each column: one for each thing that may be null, or repeat."""
+    columns = map(file.schema.column, range(len(SCHEMA)))
+    return [(column.max_definition_level, column.max_repetition_level) for column in columns]
 
 
 def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:

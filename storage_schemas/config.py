@@ -1,8 +1,8 @@
 """The sections of the configuration that both stages read, because the dump is where they meet."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import DumpUrl
@@ -34,6 +34,11 @@ class TopK(FrozenModel):
     mass: float = Field(0.999, gt=0.0, le=1.0)
     """End the head once it holds this much probability. 1.0: always k entries."""
 
+    @property
+    def draws(self) -> int:
+        """Draws per token."""
+        return 0
+
 
 class Adaptive(FrozenModel):
     """Fewest entries that reach `mass`, then systematic draws from the tail: an unbiased full-vocabulary gradient."""
@@ -50,6 +55,17 @@ class Adaptive(FrozenModel):
     seed: int = 0
     """Seed of the draws; a draw depends on (seed, sample_index, position) alone."""
 
+    @property
+    def draws(self) -> int:
+        """Draws per token."""
+        return self.tail_draws
+
+    @model_validator(mode="after")
+    def _k_min_is_least(self) -> Self:
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min must not be above k_max ({self.k_max}), got {self.k_min}")
+        return self
+
 
 class Sampled(FrozenModel):
     """n independent draws from p, with counts (random-sampling KD, "Sparse Logit Sampling", ACL 2025)."""
@@ -62,12 +78,18 @@ class Sampled(FrozenModel):
 
 
 Estimator = Annotated[TopK | Adaptive | Sampled, Field(discriminator="kind")]
+"""Targets with `draws` are valid at temperature 1 alone, and unbiased for the forward KL alone."""
 
 
 def described(estimator: Estimator) -> str:
     """An estimator for people: `topk (k 64, mass 0.999)`."""
     parameters = ", ".join(f"{key} {value}" for key, value in estimator.model_dump(exclude={"kind"}).items())
     return f"{estimator.kind} ({parameters})"
+
+
+def retempered(estimator: Estimator, *temperatures: float) -> bool:
+    """Whether one of these is a temperature that targets of the estimator cannot be used at: draws are made at 1."""
+    return estimator.draws > 0 and any(temperature != 1.0 for temperature in temperatures)
 
 
 def _usable(temperatures: tuple[float, ...]) -> tuple[float, ...]:

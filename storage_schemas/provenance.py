@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from storage_schemas.canonical import Differences, ProvenJson, canonical_json, differences, digest, with_checksum
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK
+from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK, retempered
 
 
 class _Identity(FrozenModel):
@@ -186,10 +186,8 @@ class Provenance(_Identity, ProvenJson):
     def max_entries(self) -> int:
         """Entries per token, at most."""
         match self.estimator:
-            case TopK(k=k):
-                return k
-            case Adaptive(k_max=k_max, k_min=k_min, tail_draws=draws):
-                return max(k_max, k_min) + draws
+            case TopK(k=k) | Adaptive(k_max=k):
+                return k + self.estimator.draws
             case Sampled(draws=draws):
                 return draws
 
@@ -204,7 +202,7 @@ class Provenance(_Identity, ProvenJson):
         Raises:
             MismatchError: the dump was not made for this temperature; draws are only valid at 1.
         """
-        if self.estimator.kind != "topk" and temperature != 1.0:
+        if retempered(self.estimator, temperature):
             raise MismatchError(
                 f"targets of the estimator `{self.estimator.kind}` are only valid at temperature 1",
                 got=temperature,

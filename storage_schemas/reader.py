@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from storage_schemas import codec
 from storage_schemas.canonical import refuse_other_version
 from storage_schemas.common.errors import DataError, TemporaryError
+from storage_schemas.footer import claimed_values, string_bytes
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import (
     RUN,
@@ -246,11 +247,11 @@ def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, nam
     """
     try:
         file = codec.open_parquet(data)
-        _check_footer(file, record, provenance, name=name)
+        _check_footer(file, data, record, provenance, name=name)
         unit = codec.decode_file(
             codec.open_parquet(data, checked=file),
             temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.kind != "topk",
+            draws=provenance.estimator.draws > 0,
             logsumexp=provenance.logsumexp,
         )
         _check_values(unit, record, provenance)
@@ -264,7 +265,9 @@ def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, nam
     return unit
 
 
-def _check_footer(file: pq.ParquetFile, record: CommitRecord, provenance: Provenance, *, name: str) -> None:
+def _check_footer(
+    file: pq.ParquetFile, data: bytes, record: CommitRecord, provenance: Provenance, *, name: str
+) -> None:
     """Refuse another version, and a file that would decode to more than its record says, before decoding it."""
     metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
     version = metadata.get("llm_neo.format_version")
@@ -273,24 +276,18 @@ def _check_footer(file: pq.ParquetFile, record: CommitRecord, provenance: Proven
         if metadata.get(key) != expected:
             raise ValueError(f"{key} is {metadata.get(key)}, expected {expected}")
     codec.refuse_other_schema(file)
-    # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb. One that
-    # lies in its footer is not found out before it is decoded, see SECURITY.md.
+    # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
     tokens, targets, width = record.tokens, record.supervised_tokens, len(provenance.temperatures)
     limits = {"input_ids": tokens, "loss_mask": tokens, "target_ids": record.entries, "target_logprobs": record.entries}
     limits |= {"head_size": targets, "target_counts": record.entries}
     limits |= {"tail_logprob": targets * width, "logsumexp": targets * width}
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    most = codec.string_limit(record.rows, tokens)
-    for i, column in enumerate(SCHEMA.names):
-        chunks = [group.column(i) for group in groups]
-        values, limit = sum(chunk.num_values for chunk in chunks), limits.get(column, 0) + record.rows + targets
+    for column, values in zip(SCHEMA.names, claimed_values(data, codec.levels(file)), strict=True):
+        limit = limits.get(column, 0) + record.rows + targets
         if values > limit:
             raise ValueError(f"column {column} claims {values} values, expected at most {limit}")
-        if column not in codec.STRINGS:
-            continue
-        if odd := {name for chunk in chunks for name in chunk.encodings} - codec.STRING_ENCODINGS:
-            raise ValueError(f"column {column} has an encoding that strings may not have: {', '.join(odd)}")
-        if (size := sum(chunk.total_uncompressed_size for chunk in chunks)) > most:
+    most = codec.string_limit(record.rows, tokens)
+    for column in codec.STRINGS:
+        if (size := string_bytes(data, SCHEMA.get_field_index(column))) > most:
             raise ValueError(f"column {column} has {size} bytes, expected at most {most}")
 
 

@@ -212,7 +212,7 @@ class DumpWriter:
         flat = rows_to_unit(
             rows,
             temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.kind != "topk",
+            draws=provenance.estimator.draws > 0,
             logsumexp=provenance.logsumexp,
         )
         ids, most = (

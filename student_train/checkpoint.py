@@ -9,7 +9,6 @@ is unpickled. What is read is verified as it is read, the commit record by a che
 """
 
 import hashlib
-import json
 import logging
 import re
 import uuid
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from storage_schemas.canonical import canonical_json, digest, parse_json, refuse_other_version, validated, with_checksum
-from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
+from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.store import Store
 
@@ -64,7 +63,7 @@ class TrainState(FrozenModel):
     updates: int
     """Adam's step count: steps whose global batch had supervised tokens."""
     consumed: str
-    """Hash over the units that were trained on, see `stream.consumed_root`."""
+    """Hash over the units that were trained on, see `resume.consumed_root`."""
     identity: dict[str, Any]
     """What must be equal for a resumed run to be the same run: dotted name -> value."""
     extended: tuple[Extension, ...] = ()
@@ -153,11 +152,11 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         """Of the directory `folder`, which need not exist yet."""
         self._store = Store(str(folder))
-        self._folder = folder
+        self.folder = folder
 
     def steps(self) -> list[int]:
         """Steps of which there is any trace, ascending."""
-        names = [entry.name for entry in self._folder.iterdir()] if self._folder.is_dir() else []
+        names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := _STEP.match(name)))
 
     def newest(self) -> Checkpoint | None:
@@ -213,7 +212,7 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         """The commit record goes first, so that a half-removed checkpoint does not look like a complete one."""
-        folder = self._folder / _folder(step)
+        folder = self.folder / _folder(step)
         if folder.is_symlink():  # What lies behind it is not ours.
             folder.unlink()
         if not folder.is_dir():
@@ -224,53 +223,7 @@ class Checkpoints:
                 file.unlink()
         with suppress(OSError):  # A network file system may hold a name that is still open elsewhere.
             folder.rmdir()
-        self._store = Store(str(self._folder))  # The other one remembers the directory.
-
-
-def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
-    """The checkpoint to go on from; None to start at the beginning.
-
-    Args:
-        checkpoints: of the run.
-        resume: `auto`, `must` or `never`.
-        used: whether the run directory holds anything that training has left there.
-
-    Raises:
-        NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
-        MismatchError: the directory is used and `resume` is `never`.
-    """
-    if resume == "never":
-        if used or checkpoints.steps():
-            raise MismatchError(
-                "the run directory has been used, and train.resume is `never`",
-                got=str(checkpoints._folder.parent),
-                expected="an empty or new directory",
-                fix="choose another train.output, or set train.resume: auto",
-            )
-        return None
-    found = checkpoints.newest()
-    # A start that was cut short while it wrote the record of step 0 has trained nothing that could be lost.
-    if found is None and (used or any(checkpoints.steps()) or resume == "must"):
-        raise NothingToResumeError(
-            "there is no valid checkpoint to resume from",
-            got=f"{len(checkpoints.steps())} checkpoints in {checkpoints._folder}, none of them complete",
-            expected="a checkpoint whose COMMIT.json and files agree",
-            fix="restore the checkpoints, or train from the start in a new train.output",
-        )
-    return found
-
-
-def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
-    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if different:
-        raise MismatchError(
-            f"the checkpoint is of another run: {', '.join(different)}",
-            got="; ".join(f"{key} = {json.dumps(wanted.get(key))}" for key in different),
-            expected="; ".join(f"{key} = {json.dumps(found.get(key))}" for key in different),
-            fix="restore these settings, or choose another train.output; "
-            "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
-        )
+        self._store = Store(str(self.folder))  # The other one remembers the directory.
 
 
 def exactly(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import LocalFolder
@@ -43,17 +43,6 @@ def _deepspeed_settings(given: object) -> object:
     return content
 
 
-OTHER_VARIANTS = {
-    "olora": "its start changes the base weights, so that the adapter would not fit the original model; use pissa",
-    "lorafa": "it freezes A, and ZeRO-3 loses frozen adapter weights when it saves; use lora",
-    "mora": "its update has full rank and cannot be saved as a peft adapter; use moslora",
-    "adalora": "its ranks change while it trains, which checkpoints do not carry; use lora with extra.rank_pattern",
-    "loraplus": "it is an optimizer with two learning rates, and there is one here; use lora",
-    "qlora": "a quantised base is not supported yet; use lora",
-}
-"""Other names that users know, and why they are not offered."""
-
-
 class LoraSection(FrozenModel):
     """The low-rank adapter (peft)."""
 
@@ -70,20 +59,12 @@ class LoraSection(FrozenModel):
     components of the weights, `moslora` puts a trained r x r mixer between A and B. Each is saved so that peft alone
     loads it."""
     extra: dict[str, Any] = {}
-    """More arguments of `peft.LoraConfig`."""
+    """More arguments of `peft.LoraConfig`, those that leave base weights, head and embeddings as they are."""
 
     @property
     def scaled_by(self) -> float:
         """`alpha`, or what null stands for."""
         return float(2 * self.r if self.alpha is None else self.alpha)
-
-    @field_validator("variant", mode="before")
-    @classmethod
-    def _offered(cls, variant: object) -> object:
-        name = str(variant).lower().replace("-", "").replace("_", "").replace("+", "plus")
-        if name in OTHER_VARIANTS:
-            raise ValueError(f"{variant} is not offered: {OTHER_VARIANTS[name]}")
-        return variant
 
 
 class StudentSection(FrozenModel):

@@ -9,9 +9,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
 import torch
@@ -45,22 +44,15 @@ from student_train.world import PeerError, World
 from student_train.zero import deepspeed_config, monitors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """Sums over the global batch, the same on every rank."""
+class StepResult(NamedTuple):
+    """Sums over the supervised tokens of the global batch, the same on every rank."""
 
     loss: float
     """(1 - alpha) * CE + alpha * T^2 * D."""
     ce: float
     divergence: float
-    agreement: float
-    """Tokens on which teacher and student have the same most likely token."""
-    tokens: int
-    """Supervised tokens."""
     grad_norm: float
     """Of the mean loss, before clipping."""
-    updated: bool
-    """False for a global batch without supervised tokens: nothing is learned from it."""
 
 
 def join(rank: int, world_size: int, local_rank: int, *, rendezvous: str = "env://") -> World:
@@ -100,7 +92,9 @@ class Engine:
         config = deepspeed_config(train)
         self.monitors: dict[str, Callable[[], Any]] = {}
         """DeepSpeed's own monitors, to be opened by the rank that reports: name -> how."""
-        self._world, self._module, self._stage = world, module, train.zero_stage
+        self._world, self._stage = world, train.zero_stage
+        self.module = module
+        """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
         self._trained = module.trained()
         adam = (torch.optim.AdamW if train.zero_stage else _ClippedAdamW)(
             [p for _, p in self._trained],
@@ -134,8 +128,8 @@ class Engine:
             DataError: the loss or the gradient is not finite; the weights are untouched.
         """
         if not tokens:
-            return StepResult(loss=0, ce=0, divergence=0, agreement=0, tokens=0, grad_norm=0, updated=False)
-        loss, ce, divergence, agreement = self._accumulate(batches, tokens)
+            return StepResult(0, 0, 0, 0)
+        loss, ce, divergence, _ = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate
         finite = all(map(math.isfinite, (loss, ce, divergence)))
@@ -147,15 +141,7 @@ class Engine:
             raise _not_finite("gradient" if finite else "loss")
         assert finite
         self.updates += 1
-        return StepResult(
-            loss=loss,
-            ce=ce,
-            divergence=divergence,
-            agreement=agreement,
-            tokens=tokens,
-            grad_norm=float(self._engine.get_global_grad_norm()),
-            updated=True,
-        )
+        return StepResult(loss, ce, divergence, float(self._engine.get_global_grad_norm()))
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""
@@ -198,15 +184,10 @@ class Engine:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
-    @property
-    def module(self) -> Distilled:
-        """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
-        return self._module
-
     def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> list[float]:
         """Gradients of the mean loss per token; (loss, CE, divergence, agreement) sums over all ranks."""
         sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
-        self._module.train()
+        self.module.train()
         for batch in batches:
             # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
             sums += self._backward(batch, self._world.world_size / tokens)

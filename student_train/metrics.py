@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 EVENTS = "events.jsonl"
 LINE_SECONDS = 5.0
 """Seconds between two log lines where there is no terminal, at least."""
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-"""Tracker -> the package that it needs, which is also the name of our extra."""
 
 
 class Event(FrozenModel):
@@ -65,8 +63,6 @@ class Meter:
         self._begin = time.monotonic()
         self.total_tokens = 0
         """Tokens since the beginning."""
-        self.total_supervised = 0
-        """Supervised tokens since the beginning."""
         self._reset()
 
     def _reset(self) -> None:
@@ -92,7 +88,6 @@ class Meter:
         self._tokens += tokens
         self._supervised += supervised
         self.total_tokens += tokens
-        self.total_supervised += supervised
 
     def event(self, step: int, *, learning_rate: float, grad_norm: float) -> Event:
         """The event after `step` steps; starts the next one."""
@@ -210,83 +205,67 @@ class Lines:
         """Nothing to do."""
 
 
-class TensorBoard:
+Values = dict[str, float]
+Told = tuple[Callable[[Values, int], object], Callable[[], object]]
+"""Of a tracker: what takes the values of a step, and what ends it."""
+
+
+def _tensorboard(output: Path, *, start: int) -> Told:
     """Scalars in `tensorboard/` of the run directory."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, output: Path, *, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    # Steps after `start` that an earlier attempt has told are hidden.
+    writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
 
-        # Steps after `start` that an earlier attempt has told are hidden.
-        self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
+    def write(values: Values, step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
 
-    def write(self, event: Event) -> None:
-        """One point per field."""
-        for name, value in _values(event).items():
-            self._writer.add_scalar(f"train/{name}", value, event.step)
-
-    def close(self) -> None:
-        """Flush."""
-        self._writer.close()
+    return write, writer.close
 
 
-class Wandb:
+def _wandb(output: Path, config: Mapping[str, Any], name: str) -> Told:
     """A run of Weights & Biases that is continued when training is."""
-
-    def __init__(self, output: Path, config: Mapping[str, Any], name: str) -> None:
-        self._run: Any = import_module("wandb").init(
-            dir=str(output), id=name, name=output.name, resume="allow", config=dict(config)
-        )
-
-    def write(self, event: Event) -> None:
-        """One point per field."""
-        self._run.log({f"train/{name}": value for name, value in _values(event).items()}, step=event.step)
-
-    def close(self) -> None:
-        """Upload the rest."""
-        self._run.finish()
+    run: Any = import_module("wandb").init(
+        dir=str(output), id=name, name=output.name, resume="allow", config=dict(config)
+    )
+    return lambda values, step: run.log(values, step=step), run.finish
 
 
-class Monitor:
-    """One of DeepSpeed's own monitors, with a run's events in place of the little that DeepSpeed tells it."""
-
-    def __init__(self, monitor: Any) -> None:
-        self._monitor = monitor
-
-    def write(self, event: Event) -> None:
-        """One point per field."""
-        self._monitor.write_events([(f"train/{name}", value, event.step) for name, value in _values(event).items()])
-
-    def close(self) -> None:
-        """Nothing is held back."""
+def _monitor(monitor: Any) -> Told:
+    """One of DeepSpeed's own, with a run's events in place of the little that DeepSpeed tells it."""
+    return lambda values, step: monitor.write_events([(*pair, step) for pair in values.items()]), lambda: None
 
 
 class Tracker:
     """A sink that training does not depend on: once it fails, it is told so once and left alone."""
 
-    def __init__(self, name: str, open_sink: Callable[[], Sink]) -> None:
+    def __init__(self, name: str, opened: Callable[[], Told]) -> None:
         self._name = name
-        self._sink: Sink | None = None
+        self._told: Told | None = None
         with self._forgiven():
-            self._sink = open_sink()
+            self._told = opened()
 
     def write(self, event: Event) -> None:
-        """Pass it on, unless it has failed before."""
+        """Pass all fields on, unless it has failed before."""
         with self._forgiven():
-            if self._sink is not None:
-                self._sink.write(event)
+            if self._told is not None:
+                values = event.model_dump()
+                step = values.pop("step")
+                self._told[0]({f"train/{name}": value for name, value in values.items()}, step)
 
     def close(self) -> None:
         """Close it, unless it has failed before."""
         with self._forgiven():
-            if self._sink is not None:
-                self._sink.close()
+            if self._told is not None:
+                self._told[1]()
 
     @contextmanager
     def _forgiven(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._sink = None
+            self._told = None
             log.warning(
                 "%s logging failed and is off for this run; metrics continue in %s: %r", self._name, EVENTS, error
             )
@@ -334,28 +313,24 @@ def open_reporter(
     sinks: list[Sink] = [EventLog(output / EVENTS, after=start)]
     sinks.append(Bar(console, start=start, stop=stop) if console.is_terminal else Lines(console, stop=stop))
     if "tensorboard" in report_to:
-        sinks.append(Tracker("tensorboard", lambda: TensorBoard(output, start=start)))
+        sinks.append(Tracker("tensorboard", lambda: _tensorboard(output, start=start)))
     if "wandb" in report_to:
-        sinks.append(Tracker("wandb", lambda: Wandb(output, config, name)))
+        sinks.append(Tracker("wandb", lambda: _wandb(output, config, name)))
     for section, opened in (monitors or {}).items():
-        sinks.append(Tracker(f"DeepSpeed's {section}", lambda opened=opened: Monitor(opened())))  # type: ignore[misc]
+        sinks.append(Tracker(f"DeepSpeed's {section}", lambda opened=opened: _monitor(opened())))  # type: ignore[misc]
     return Reporter(sinks)
 
 
 def refuse_missing_trackers(report_to: Sequence[str]) -> None:
     """Raise MismatchError if a tracker's package is not installed."""
     for tracker in report_to:
-        if find_spec(PACKAGES[tracker]) is None:
+        if find_spec(tracker) is None:  # Also the name of our extra.
             raise MismatchError(
                 f"train.report_to names {tracker}, which is not installed",
-                got=f"no package {PACKAGES[tracker]}",
+                got=f"no package {tracker}",
                 expected=f"train.report_to: {list(report_to)} to be usable",
                 fix=f"pip install 'llm-neo[{tracker}]', or take it out of train.report_to",
             )
-
-
-def _values(event: Event) -> dict[str, float]:
-    return {name: value for name, value in event.model_dump().items() if name != "step"}
 
 
 def _duration(seconds: float) -> str:

@@ -1,63 +1,46 @@
 """Stage two: a student is trained on the targets of a dump."""
 
 import gc
+import hashlib
 import logging
-import random
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from storage_schemas.canonical import canonical_json
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
-from storage_schemas.stores.store import Store
-from student_train.checkpoint import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    INITIAL,
-    MASTER,
-    Checkpoint,
-    TrainState,
-    exactly,
-    refuse_other_run,
-)
+from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState, exactly
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
-from student_train.data.stream import Follower, Stream, consumed_root
-from student_train.engine import Engine, join, load_weights
+from student_train.data.stream import Follower, Stream
+from student_train.engine import Engine, load_weights
 from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
 from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
 from student_train.model.student_files import identity
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import model_card
-from student_train.run import (
-    FILES,
-    FINAL,
-    SUMMARY,
-    WEIGHTS,
-    Run,
-    Summary,
-    agree_on_checkpoint,
+from student_train.resume import FILES, consumed_root, decide, finished, identity_of, refuse_other_student
+from student_train.schedule import learning_rate
+from student_train.summary import FINAL, Summary, write_summary
+from student_train.training_run import (
+    TrainingRun,
     await_dump,
-    extension,
-    finished,
-    intact,
     open_run,
     probe_of,
+    refuse_early,
     refuse_untrained,
     stored_rows,
     weigh,
 )
-from student_train.schedule import learning_rate
 from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)
@@ -67,29 +50,23 @@ POLL_SECONDS = 1.0
 
 
 def train(
+    world: World,
     dump: DumpSection,
     student: StudentSection,
     loss: LossSection,
-    train: TrainSection,
+    settings: TrainSection,
     *,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    rendezvous: str = "env://",
     stop: Callable[[], bool] = lambda: False,
     stated: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Train a student; one call per rank.
+    """Train a student. Collective.
 
     Args:
+        world: all ranks, see `engine.join`.
         dump: where the targets lie; the rest of the section is stage one's.
         student: model and adapter.
         loss: what is minimised.
-        train: everything else.
-        rank: 0 ... world_size - 1.
-        world_size: number of ranks.
-        local_rank: rank among those of this node.
-        rendezvous: where the ranks meet, see `world.join`.
+        settings: everything else, the section `train`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
@@ -104,56 +81,29 @@ def train(
         TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
         PeerError: another rank raised one of these.
     """
-    world = join(rank, world_size, local_rank, rendezvous=rendezvous)
-    summary = train_in(world, dump, student, loss, train, stop=stop, stated=stated)
-    world.close()
-    return summary
-
-
-def train_in(
-    world: World,
-    dump: DumpSection,
-    student: StudentSection,
-    loss: LossSection,
-    train: TrainSection,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    stated: Mapping[str, Any] | None = None,
-) -> Summary:
-    """`train` for ranks that have met already, and stay together afterwards."""
-    await_dump(world, dump, seconds=train.data_wait_seconds, stop=stop)
-    run = world.together(lambda: open_run(dump, student, loss, train, stated or {}))
-    world.together(lambda: weigh(run) if world.main else None)
-    checkpoint = agree_on_checkpoint(world, run)
-    whole, done = world.together(lambda: world.main and intact(run)), None
-    if checkpoint is not None and world.gather([whole])[0][0]:
-        done = world.together(lambda: finished(run, checkpoint.step))
+    early = partial(refuse_early, student, settings)
+    await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop, early=early)
+    opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}))
+    world.together(lambda: weigh(opened) if world.main else None)
+    run, checkpoint, done = decide(world, opened)
     if done is not None:
-        if world.main:
-            log.info("%s is finished: %d steps; nothing to do", train.output, done.steps)
         return done
-    if checkpoint is not None:
-        changes = extension(run, checkpoint.state)
-        run = replace(run, extended=checkpoint.state.extended + ((changes,) if changes else ()))
-        if changes and world.main:
-            log.info(
-                "from step %d on under other settings: %s; until then: %s", changes.step, changes.after, changes.before
-            )
     learner = world.together(lambda: _load_student(run, checkpoint, main=world.main))
     if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
         world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
-    engine = Engine(learner.module, train, world)
+    engine = Engine(learner.module, settings, world)
     try:
         if checkpoint is None:
             _save(world, run, learner, engine, 0)
-        else:
-            world.together(partial(_restore, engine, checkpoint))
+        elif updates := checkpoint.state.updates:
+            kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
+            world.together(lambda: engine.restore(kinds, updates=updates))
         return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
     finally:
         engine.close()
 
 
-def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Student:
+def _load_student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> Student:
     """The student, on the main rank with all that identifies it."""
     initial = None
     if checkpoint is not None:
@@ -162,20 +112,18 @@ def _load_student(run: Run, checkpoint: Checkpoint | None, *, main: bool) -> Stu
     if main:
         learner = replace(learner, files=identity(run.student.model, run.student.revision))
     if checkpoint is not None:
-        known = checkpoint.state.identity
-        # Checkpoints of version 1 know a digest of some weights, and nothing of config.json.
-        own = {WEIGHTS: learner.digest} if WEIGHTS in known else {FILES: learner.files if main else known.get(FILES)}
-        refuse_other_run({key: known.get(key) for key in own}, own)
+        if main:
+            refuse_other_student(checkpoint.state.identity, learner)
         for _ in exactly((initial or {}).items(), {name: start.shape for name, start in learner.initial.items()}):
             pass
     if main:
         rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
         refuse_long_rows(learner.module.student, run.dump.provenance.corpus.max_length)
-        refuse_tokenizer(run.student, run.dump.tokenizer_files(), head_rows=rows)
+        refuse_tokenizer(run.student.model, run.student.revision, run.dump.tokenizer_files(), head_rows=rows)
     return learner
 
 
-def _refuse_changed_student(run: Run, learner: Student) -> None:
+def _refuse_changed_student(run: TrainingRun, learner: Student) -> None:
     """Raise DataError if the adapter would be saved for another base than it was trained on."""
     if (found := identity(run.student.model, run.student.revision)) != learner.files:
         raise DataError(
@@ -186,52 +134,47 @@ def _refuse_changed_student(run: Run, learner: Student) -> None:
         )
 
 
-def _restore(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Masters and moments; nothing to do before the first update."""
-    if checkpoint.state.updates:
-        kinds = (MASTER, EXP_AVG, EXP_AVG_SQ)
-        engine.restore(checkpoint.tensors(kinds), updates=checkpoint.state.updates)
-
-
-def _save(world: World, run: Run, learner: Student, engine: Engine, step: int) -> None:
+def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step: int) -> None:
     """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
     exported = engine.export() if step else iter(())
-    error: Exception | None = None
-    try:
-        if world.main:
+
+    def write() -> None:
+        try:
+            if not world.main:
+                return
             state = TrainState(
                 step=step,
                 updates=engine.updates,
                 consumed=consumed_root(run.dump, run.order, step),
-                identity=run.identity | {FILES: learner.files},
+                identity=identity_of(run) | {FILES: learner.files},
                 extended=run.extended,
             )
             initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
             run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
-    except Exception as caught:
-        error = caught
-    # The other ranks are in the middle of the export: a disk that is full here must not leave them there.
-    for _ in exported:
-        pass
-    world.leave_together([vote[0] for vote in world.gather([exit_code(error)])], error)
+        finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
+            for _ in exported:
+                pass
+
+    world.together(write)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Due:
-    """What the ranks agreed on before a step."""
+class _Vote(NamedTuple):
+    """What each rank tells the others before a step."""
 
-    batches: list[TrainBatch] | None
-    """This rank's; None if the step is not done."""
-    supervised: int
-    """Tokens over all ranks."""
-    tokens: int
-    """Tokens over all ranks."""
+    code: float
+    """Exit code of its error, 0 for none."""
+    stop: float
+    """Whether it is asked to stop."""
+    ready: float
+    """Whether it has its micro-batches."""
+    supervised: float
+    """Supervised tokens of these."""
+    tokens: float
+    """All their tokens."""
     wait: float
-    """Seconds that the slowest rank waited."""
-    codes: list[int]
-    """Exit code of each rank's error, 0 for none."""
-    error: BaseException | None
-    """This rank's."""
+    """Seconds that it waited for them."""
+    windows: float
+    """On the main rank: windows of the dump that may be read."""
 
 
 class _Loop:
@@ -240,7 +183,7 @@ class _Loop:
     def __init__(
         self,
         world: World,
-        run: Run,
+        run: TrainingRun,
         learner: Student,
         engine: Engine,
         *,
@@ -266,11 +209,11 @@ class _Loop:
         gc.freeze()
         try:
             for step in range(self._start, run.steps):
-                due = self._next(stream, step)
-                if due.batches is None:
-                    self._leave(due, step, reporter)
+                batches, votes = self._next(stream, step)
+                if batches is None:
+                    self._leave(votes, step, reporter)
                     break
-                self._train(due.batches, due, step)
+                self._train(batches, votes, step)
                 done = step + 1
                 save = done % run.train.save_steps == 0 or done == run.steps
                 if save or done % run.train.logging_steps == 0:
@@ -285,8 +228,9 @@ class _Loop:
                 reporter.close()
         return self._finish()
 
-    def _train(self, batches: Sequence[TrainBatch], due: _Due, step: int) -> None:
+    def _train(self, batches: Sequence[TrainBatch], votes: Sequence[_Vote], step: int) -> None:
         train = self._run.train
+        supervised, wait = int(sum(vote.supervised for vote in votes)), max(vote.wait for vote in votes)
         self._rate = learning_rate(
             step,
             total_steps=self._run.steps,
@@ -295,10 +239,10 @@ class _Loop:
             peak=train.learning_rate,
         )
         # Dropout must not depend on what was drawn before the last start.
-        torch.manual_seed(random.Random(f"{train.seed}/{step}/{self._world.rank}").getrandbits(63))
+        torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))
         faults.point("train:step")
         try:
-            result = self._engine.step(batches, tokens=due.supervised, learning_rate=self._rate)
+            result = self._engine.step(batches, tokens=supervised, learning_rate=self._rate)
         except NeoError as error:  # Found by all ranks at once, so one of them speaks.
             raise (error if self._world.main else PeerError(0, exit_code(error))) from None
         self._grad_norm = result.grad_norm
@@ -306,14 +250,18 @@ class _Loop:
             loss=result.loss,
             ce=result.ce,
             kl=result.divergence,
-            supervised=due.supervised,
-            tokens=due.tokens,
-            wait=due.wait,
+            supervised=supervised,
+            tokens=int(sum(vote.tokens for vote in votes)),
+            wait=wait,
         )
-        self._wait += due.wait
+        self._wait += wait
 
-    def _next(self, stream: Stream, step: int) -> _Due:
-        """Wait until every rank has its micro-batches of this step, or one has a reason to leave. Collective."""
+    def _next(self, stream: Stream, step: int) -> tuple[list[TrainBatch] | None, list[_Vote]]:
+        """Wait until every rank has its micro-batches of this step, or one has a reason to leave. Collective.
+
+        Returns:
+            This rank's micro-batches, None if the step is not done, and what all ranks have told.
+        """
         world, began = self._world, time.monotonic()
         batches: list[TrainBatch] | None = None
         windows, wait = 0, 0.0
@@ -329,28 +277,29 @@ class _Loop:
                     wait = time.monotonic() - began
             except Exception as caught:
                 self._trouble = caught
-            supervised = sum(len(batch.targets) for batch in batches or ())
-            tokens = sum(batch.tokens for batch in batches or ())
-            ready = batches is not None
-            mine = [exit_code(self._trouble), self._stop(), ready, supervised, tokens, wait, windows]
-            codes, stops, readies, *sums, waits, seen = zip(*world.gather(mine), strict=True)
-            stream.allow(int(seen[0]))
-            if any(codes) or any(stops) or all(readies):
-                return _Due(
-                    batches=None if any(codes) or any(stops) else batches,
-                    supervised=int(sum(sums[0])),
-                    tokens=int(sum(sums[1])),
-                    wait=max(waits),
-                    codes=[int(code) for code in codes],
-                    error=self._trouble,
-                )
+            mine = _Vote(
+                code=exit_code(self._trouble),
+                stop=self._stop(),
+                ready=batches is not None,
+                supervised=sum(len(batch.targets) for batch in batches or ()),
+                tokens=sum(batch.tokens for batch in batches or ()),
+                wait=wait,
+                windows=windows,
+            )
+            votes = [_Vote(*told) for told in world.gather(mine)]
+            stream.allow(int(votes[0].windows))
+            if any(vote.code or vote.stop for vote in votes):
+                return None, votes
+            if all(vote.ready for vote in votes):
+                return batches, votes
 
-    def _leave(self, due: _Due, step: int, reporter: Reporter | None) -> None:
+    def _leave(self, votes: Sequence[_Vote], step: int, reporter: Reporter | None) -> None:
         """Keep what was trained, and raise. Collective."""
-        if step > self._saved and Exit.BUG not in due.codes:
+        codes, error = [vote.code for vote in votes], self._trouble
+        if step > self._saved and Exit.BUG not in codes:
             self._report(reporter, step)
             _save(self._world, self._run, self._learner, self._engine, step)
-        self._world.leave_together(due.codes, due.error)
+        self._world.leave_together(codes, error)
         if not self._world.main:
             raise PeerError(0, Exit.TEMPORARY)
         raise TemporaryError(
@@ -387,9 +336,9 @@ class _Loop:
             run.train.report_to,
             start=self._start,
             stop=run.steps,
-            config=run.identity,
+            config=identity_of(run),
             monitors=self._engine.monitors,
-            name=f"neo-{random.Random(str(run.train.output.resolve())).getrandbits(64):016x}",
+            name=f"neo-{_number(str(run.train.output.resolve())):016x}",
         )
 
     def _open_stream(self) -> Stream:
@@ -401,15 +350,13 @@ class _Loop:
             batch = collate(
                 rows,
                 temperature_index=run.dump.provenance.temperature_index(temperature) if distils else 0,
-                temperature=temperature if distils else 1.0,
-                pad_id=0,
+                temperature=temperature,
                 entries=distils,
                 vocab_size=spec.valid_vocab,
                 packed=run.train.packing,
             )
             return batch.pin_memory() if world.device.type == "cuda" else batch
 
-        looked = world.together(lambda: self._follower.windows() if world.main else 0)
         return Stream(
             run.dump,
             run.order,
@@ -419,7 +366,7 @@ class _Loop:
             micro_batch_size=run.train.micro_batch_size,
             start=self._start,
             stop=run.steps,
-            windows=int(world.gather([looked])[0][0]),
+            windows=int(world.told(self._follower.windows)),
         )
 
     def _finish(self) -> Summary:
@@ -451,9 +398,7 @@ class _Loop:
                 ends=span_ends(rows),
             )
             summary = summary.model_copy(update={"final_record": record})
-            store = Store(str(run.train.output))
-            store.delete(SUMMARY)  # Of an end whose checkpoint was damaged since.
-            store.put_new(SUMMARY, canonical_json(summary.model_dump(mode="json"), indent=2))
+            write_summary(run.train.output, summary.model_dump(mode="json"))
             return summary
 
         world.together(write)
@@ -486,3 +431,8 @@ class _Loop:
             final=str(run.train.output / FINAL),
             extended=run.extended,
         )
+
+
+def _number(text: str) -> int:
+    """64 bits that a text decides."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

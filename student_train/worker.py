@@ -122,6 +122,7 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     cpu_is_meant = os.environ.get("DS_ACCELERATOR") == "cpu"  # The engine chooses where nobody has.
+    from student_train.engine import join
     from student_train.train import train
     from student_train.world import PeerError
 
@@ -133,18 +134,9 @@ def run(
     try:
         if not cpu_is_meant and not torch.cuda.is_available():
             refuse_idle_gpus(os.environ, build=torch.__version__, fix="set DS_ACCELERATOR=cpu to train on the CPU")
-        train(
-            config.dump,
-            config.student,
-            config.loss,
-            config.train,
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            rendezvous=rendezvous,
-            stop=stopped,
-            stated=config.stated,
-        )
+        world = join(rank, world_size, local_rank, rendezvous=rendezvous)
+        train(world, config.dump, config.student, config.loss, config.train, stop=stopped, stated=config.stated)
+        world.close()
     except PeerError as error:
         return int(error.exit_code)
     except BaseException as error:

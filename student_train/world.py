@@ -79,6 +79,10 @@ class World:
         self.leave_together([vote[0] for vote in self.gather([exit_code(error)])], error)
         return result  # type: ignore[return-value]
 
+    def told(self, work: Callable[[], float]) -> float:
+        """What `work` finds on the main rank, on every rank. Collective; `work` itself must not be."""
+        return self.gather([self.together(lambda: work() if self.main else 0.0)])[0][0]
+
     def close(self) -> None:
         """Leave the job. Collective."""
         dist.barrier(group=self.control)

@@ -1,18 +1,18 @@
 """The DeepSpeed configuration of a run: a preset per ZeRO stage, under what the user gives for DeepSpeed itself."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from storage_schemas.canonical import leaves
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.suggest import did_you_mean
 from student_train.config import TrainSection
 
 AUTO = "auto"
 """What configurations for transformers' Trainer say where it shall decide; here it is as if the key were not there."""
 
 MONITORS = ("csv_monitor", "tensorboard", "wandb")
-"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.Monitor`."""
+"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.open_reporter`."""
 
 TUNABLE = (
     *MONITORS,
@@ -31,27 +31,15 @@ TUNABLE = (
 )
 """Top-level keys of DeepSpeed that change speed, memory or logs, and that nothing here decides."""
 
-REFUSED = {
-    "activation_checkpointing": "train.gradient_checkpointing recomputes activations, without DeepSpeed",
-    "compile": "nothing here asks DeepSpeed to compile, and its deepcompile takes no accumulation without boundaries",
-    "amp": "train.precision chooses the dtype",
-    "fp16": "train.precision offers bf16 and fp32; fp16 needs a loss scale, which exact resume does not carry",
-    "torch_autocast": "train.precision chooses the dtype",
-    "optimizer": "train.learning_rate, weight_decay and adam_* set the optimizer",
-    "scheduler": "train.lr_scheduler_type and warmup_ratio set the schedule, which is a function of the step alone",
-    "gradient_allreduce_op": "gradients are normalised by the tokens of the global batch",
-    "gradient_predivide_factor": "gradients are normalised by the tokens of the global batch",
-    "prescale_gradients": "gradients are normalised by the tokens of the global batch",
-    "sparse_gradients": "the global gradient norm needs dense gradients",
-    "comet": "of DeepSpeed's monitors, csv_monitor, tensorboard and wandb get events here",
-    "checkpoint": "checkpoints are written without DeepSpeed, free of world size and ZeRO stage",
-    "data_efficiency": "the order of samples is a function of train.seed alone",
-    "pipeline": "only data parallelism is supported",
-    "tensor_parallel": "only data parallelism is supported",
-    "sequence_parallel_size": "only data parallelism is supported",
-    "expert_parallel": "only data parallelism is supported",
+OURS = {
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "amp": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "train.learning_rate, weight_decay and adam_*",
+    "scheduler": "train.lr_scheduler_type and warmup_ratio",
 }
-"""Top-level keys of DeepSpeed that contradict what this project does, and why."""
+"""Top-level keys of DeepSpeed for what has a place of its own in the configuration."""
 
 
 def deepspeed_config(train: TrainSection) -> dict[str, Any]:
@@ -74,7 +62,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
                 expected=f"{claimed!r}, from {field}",
                 fix=f"remove train.deepspeed.{path}",
             )
-    given = {key: value for key, value in train.deepspeed.items() if key not in (*REFUSED, *MONITORS)}
+    given = {key: value for key, value in train.deepspeed.items() if key in _known(claims) - {*MONITORS}}
     config = _merge(_preset(train), given)
     for path, (value, _) in claims.items():
         _set(config, path, value)
@@ -143,28 +131,23 @@ def _preset(train: TrainSection) -> dict[str, Any]:
     return preset
 
 
+def _known(claims: Mapping[str, Any]) -> set[str]:
+    return {path.split(".")[0] for path in claims} | set(TUNABLE)
+
+
 def _refuse_unknown(given: Mapping[str, Any], claims: Mapping[str, Any]) -> None:
-    known = {path.split(".")[0] for path in claims} | set(TUNABLE)
-    for key in given:
-        if key in REFUSED and not _disabled(given[key]):
+    """Refuse a key that would have no effect, or contradicts what is done here; one that is switched off does not."""
+    known = _known(claims)
+    for key, value in given.items():
+        off = isinstance(value, Mapping) and value.get("enabled") in (False, AUTO)
+        if key not in known and not off:
+            hint = f"{OURS[key]} instead" if key in OURS else did_you_mean(key, known)
             raise MismatchError(
-                f"train.deepspeed.{key} is not supported: {REFUSED[key]}",
-                got=f"train.deepspeed.{key} = {given[key]!r}",
-                expected="no such key",
-                fix=f"remove train.deepspeed.{key}",
+                f"train.deepspeed.{key} is not a key of DeepSpeed that can be set here",
+                got=f"train.deepspeed.{key} = {value!r}",
+                expected=hint or f"one of {', '.join(sorted(known))}",
+                fix=f"correct or remove train.deepspeed.{key}",
             )
-        if key not in known and key not in REFUSED:
-            near = difflib.get_close_matches(key, [*known, *REFUSED], n=1)
-            raise MismatchError(
-                f"train.deepspeed.{key} is not a key of DeepSpeed that has an effect here",
-                got=key,
-                expected=f"did you mean `{near[0]}`?" if near else f"one of {', '.join(sorted(known))}",
-                fix="DeepSpeed ignores keys it does not know; correct or remove it",
-            )
-
-
-def _disabled(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("enabled") in (False, AUTO)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

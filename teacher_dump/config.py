@@ -144,7 +144,7 @@ def vllm_cannot(
     estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool
 ) -> Iterator[tuple[str, str, object]]:
     """(dotted path, problem, got) of every setting that vLLM's log-probs of the k largest entries cannot serve."""
-    if estimator.kind != "topk":
+    if estimator.draws:
         problem = "must be topk with teacher.backend vllm: it names the largest entries only, and draws need them all"
         yield "estimator.kind", problem, estimator.kind
     if tuple(temperatures) != (1.0,):

@@ -136,7 +136,7 @@ def run_dump(
             writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
         log_events = EventLog(events, rank=rank)
         try:
-            worker = Worker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
+            worker = UnitWorker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
             worker.run(log_events, console)
             summary = summarise(dump, worker)
             log_events.write("end", **summary.model_dump(mode="json"))
@@ -246,7 +246,7 @@ def unit_order(units: int, *, rank: int, world_size: int) -> Iterator[int]:
     yield from others[start:] + others[:start]
 
 
-class Worker:
+class UnitWorker:
     """One worker's way through the units."""
 
     def __init__(
@@ -258,9 +258,6 @@ class Worker:
         self.seconds = 0.0
         self._committed: set[int] = set()
         """Units that are committed, as far as was seen."""
-        self._computed: dict[int, int] = {}
-        """Tokens that went through the teacher here, by unit."""
-        self._tokens_left = 0
         self._looked = 0.0
         self._listing: Future[set[int]] | None = None
         """What is asked for and not seen yet."""
@@ -274,17 +271,17 @@ class Worker:
             TemporaryError: the dump is not complete at the end.
         """
         provenance = self.writer.provenance
-        self._see(self.writer.committed())
+        self._looked, self._committed = time.monotonic(), self.writer.committed()
         events.write("start", world_size=self.world_size, units=provenance.units, done=len(self._committed))
         if len(self._committed) < provenance.units:
             self.teacher.start(self.corpus, provenance)
-            progress = DumpProgress(units=provenance.units, world_size=self.world_size, events=events, console=console)
+            starts = np.minimum(np.arange(provenance.units + 1) * provenance.samples_per_unit, len(self.corpus))
+            sizes = np.diff(self.corpus.offsets[starts])
+            progress = DumpProgress(unit_tokens=sizes, world_size=self.world_size, events=events, console=console)
             with progress, Committer(self.writer) as commits:
                 self._take_all(commits, progress)
                 commits.close()
-                self._see(self.writer.committed())
-                self._report(commits, progress)
-                progress.finish()
+                progress.update(committed=self.writer.committed(), records=commits.won, last=True)
             self.units_done_here, self.tokens, self.seconds = len(commits.won), progress.tokens, progress.seconds
             self.units_lost_here += len(commits.lost)
         if not self.writer.seal():
@@ -332,9 +329,8 @@ class Worker:
             if waiting is not None:
                 found |= waiting.result()
             waiting = self._collector.submit(_by_sample, batch, pending)
-            tokens = sum(len(sample.input_ids) for sample in batch)
-            self._computed[unit] = self._computed.get(unit, 0) + tokens
-            self._report(commits, progress, tokens=tokens)
+            progress.count(unit, sum(len(sample.input_ids) for sample in batch))
+            progress.update(committed=self._committed, records=commits.won)
         if waiting is not None:
             found |= waiting.result()
         refuse_nonfinite(unit, [found[sample.sample_index] is None for sample in usable], self.teacher)
@@ -349,25 +345,7 @@ class Worker:
                 threading.Thread(target=_answer, args=(self._listing, self.writer.committed), daemon=True).start()
         elif self._listing.done():
             listing, self._listing = self._listing, None
-            self._see(listing.result())
-
-    def _see(self, committed: set[int]) -> None:
-        provenance = self.writer.provenance
-        self._looked, self._committed = time.monotonic(), committed
-        starts = np.minimum(np.arange(provenance.units + 1) * provenance.samples_per_unit, len(self.corpus))
-        tokens = np.diff(self.corpus.offsets[starts])
-        done = np.fromiter(self._committed, np.int64, len(self._committed))
-        computed = sum(n for unit, n in self._computed.items() if unit not in self._committed)
-        self._tokens_left = int(tokens.sum() - tokens[done].sum()) - computed
-
-    def _report(self, commits: Committer, progress: DumpProgress, *, tokens: int = 0) -> None:
-        self._tokens_left = max(0, self._tokens_left - tokens)
-        progress.update(
-            tokens=tokens,
-            units_done=len(self._committed | commits.won.keys()),
-            tokens_left=self._tokens_left,
-            records=commits.won,
-        )
+            self._looked, self._committed = time.monotonic(), listing.result()
 
 
 def _by_sample(batch: Sequence[Sample], pending: PendingTargets) -> dict[int, Targets | None]:
@@ -392,7 +370,7 @@ def refuse_nonfinite(unit: int, nonfinite: Sequence[bool], teacher: Teacher) -> 
         )
 
 
-def summarise(dump: DumpSection, worker: Worker) -> DumpSummary:
+def summarise(dump: DumpSection, worker: UnitWorker) -> DumpSummary:
     """Totals of a sealed dump, from its manifest."""
     found = Dump.open(dump.url, options=dump.storage_options)
     records = found.records()

@@ -1,57 +1,30 @@
-"""What a dump will hold, weigh and cost, from the numbers of a pilot. Pure functions: numbers in, numbers out."""
+"""What a dump will hold, weigh and cost: a pilot of the corpus through the real teacher and the real encoder."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.targets import I64
+from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
+from storage_schemas.provenance import Provenance
+from storage_schemas.records import CommitRecord
+from storage_schemas.rows import OK
+from storage_schemas.targets import Targets, concatenate
+from storage_schemas.writer import DumpWriter
+from teacher_dump.config import CorpusSection
+from teacher_dump.corpus.freeze import Sample, freeze_corpus
+from teacher_dump.dump import provenance_of, refuse_too_long, refuse_wider_than_vocabulary, row_of
+from teacher_dump.teachers.teacher import Teacher
 
+WIDTHS = (8, 16, 32, 64, 128, 256)
+"""The k that the kept mass is given for."""
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of workers that hours are given for."""
-
-
-class Bytes(NamedTuple):
-    """Size of a data file, by what it grows with."""
-
-    file: float
-    """Footer, page headers, indices, provenance: once per file."""
-    rows: float
-    """Columns with one value per row."""
-    tokens: float
-    """Columns with one value per token."""
-    targets: float
-    """Columns of the supervised tokens."""
-
-
-class UnitSize(NamedTuple):
-    """One encoded unit."""
-
-    rows: int
-    tokens: int
-    supervised: int
-    bytes: Bytes
-
-
-class Pilot(NamedTuple):
-    """What a pilot has measured for one estimator."""
-
-    name: str
-    """The estimator and its parameters."""
-    configured: bool
-    """Whether it is the one of the configuration; the others are there to compare."""
-    whole: Sequence[UnitSize]
-    """The pilot's rows in as few units as the configured size allows."""
-    halves: Sequence[UnitSize]
-    """The same rows in twice as many units; empty if a unit is one row."""
-    entries: Sequence[int]
-    """Stored entries, per sample with targets."""
-    supervised: Sequence[int]
-    """Supervised tokens of these samples."""
-    kept_mass: float
-    """Mean probability inside the heads."""
 
 
 class EstimatorPlan(FrozenModel):
@@ -60,13 +33,11 @@ class EstimatorPlan(FrozenModel):
     estimator: str
     """Kind and parameters."""
     configured: bool
-    """Whether it is the one of the configuration."""
+    """Whether it is the one of the configuration; the others are there to compare."""
     bytes: int
     """Of all data files, every column and each file's own overhead included."""
     bytes_per_supervised_token: float
-    """The same per supervised token."""
-    relative_standard_error: float | None
-    """Of the bytes, by the scatter of the pilot's samples; null for a pilot of one sample."""
+    """The same per supervised token, as the pilot has it in one file."""
     entries_per_supervised_token: float
     """Stored entries."""
     kept_mass: float
@@ -117,64 +88,146 @@ class Plan(FrozenModel):
     """By number of devices; more workers than units do not help."""
 
 
-def choose_pilot(lengths: I64, count: int, *, seed: int) -> I64:
-    """Which samples the pilot runs on: each with the same probability, spread over the corpus and over the lengths.
-
-    Systematic sampling (one random start, equal steps) through an order that winds: the corpus is cut into stretches,
-    and within them samples go from short to long and from long to short in turns.
+def plan_dump(
+    *,
+    dump: DumpSection,
+    teacher: Teacher,
+    corpus: CorpusSection,
+    estimator: Estimator,
+    temperatures: Sequence[float],
+    samples: int,
+    seed: int = 0,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """What the dump of a configuration will hold, weigh and cost. Nothing is written to its URL.
 
     Args:
-        lengths: (samples,) tokens of each sample.
-        count: samples to choose; all if there are fewer.
-        seed: of the random start.
+        dump: how it is cut and encoded.
+        teacher: runs on the pilot's samples, once per kind of estimator and once for the masses.
+        corpus: tokenised as a whole, so that its numbers of tokens are exact.
+        estimator: the configured one; the defaults of the other kinds are planned too.
+        temperatures: of the stored tail masses.
+        samples: of the pilot, drawn at random.
+        seed: of their choice.
+        tokens_per_second: of another worker; by default it is measured here.
+        price_per_hour: of one device.
+        progress: called with (batches done, batches in all).
 
-    Returns:
-        (min(count, samples),) ascending indices.
+    Raises:
+        MismatchError: the teacher cannot be loaded, or a sample is too long for it.
+        DataError: the corpus cannot be used.
     """
-    total = len(lengths)
-    count = min(count, total)
-    stretches = max(1, math.isqrt(count))
-    stretch = np.arange(total) * stretches // max(1, total)
-    order = np.lexsort((np.where(stretch % 2, -lengths, lengths), stretch))
-    step = total / max(1, count)
-    places = np.floor((np.arange(count) + np.random.default_rng(seed).random()) * step).astype(np.int64)
-    return np.sort(order[np.minimum(places, total - 1)])
+    refuse_wider_than_vocabulary(estimator, teacher)
+    teacher.refuse_unloadable()
+    frozen = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
+    refuse_too_long(frozen, teacher)
+    provenance = provenance_of(dump, teacher, corpus, frozen, estimator=estimator, temperatures=temperatures)
+    chosen = np.random.default_rng(seed).choice(len(frozen), min(samples, len(frozen)), replace=False)
+    picked = [frozen.sample(int(i)) for i in np.sort(chosen)]
+    defaults: list[Estimator] = [TopK(), Adaptive(kind="adaptive"), Sampled(kind="sampled")]
+    estimators = [estimator, *(each for each in defaults if each.kind != estimator.kind)]
+    # The masses come first: the first pass on a device is slow, and this one is not timed.
+    recipes = [_with(provenance, each) for each in (TopK(k=max(WIDTHS), mass=1.0), *estimators)]
+    (wide, _), *passes = _passes(teacher, picked, recipes, progress)
+    if not wide:
+        raise DataError(
+            "no sample of the pilot has targets",
+            got=f"{len(picked)} samples",
+            expected="at least one that is usable, with finite logits",
+            fix="raise --pilot-samples, or look at the corpus",
+        )
+    units = [_encoded(picked, found, recipe) for (found, _), recipe in zip(passes, recipes[1:], strict=True)]
+    supervised = int(frozen.loss_mask.sum())
+    lengths, usable = np.diff(frozen.offsets), frozen.statuses.are(OK)
+    teacher_tokens = int(lengths[usable].sum())
+    speed = tokens_per_second or sum(len(s.input_ids) for s in picked if s.status == OK) / passes[0][1]
+    return Plan(
+        samples=len(frozen),
+        statuses=frozen.statuses.counts(),
+        units=provenance.units,
+        tokens=int(frozen.offsets[-1]),
+        teacher_tokens=teacher_tokens,
+        supervised_tokens=supervised,
+        pilot_samples=len(wide),
+        pilot_supervised_tokens=units[0].supervised_tokens,
+        estimators=[
+            EstimatorPlan(
+                estimator=described(each),
+                configured=each == estimator,
+                bytes=round(unit.bytes / unit.supervised_tokens * supervised),
+                bytes_per_supervised_token=unit.bytes / unit.supervised_tokens,
+                entries_per_supervised_token=unit.entries / unit.supervised_tokens,
+                kept_mass=unit.mean_kept_mass,
+            )
+            for each, unit in zip(estimators, units, strict=True)
+        ],
+        mass_at_k=mass_at(concatenate(list(wide.values())), WIDTHS),
+        tokens_per_second=speed,
+        devices_per_worker=teacher.devices,
+        measured=tokens_per_second is None,
+        durations=durations(
+            teacher_tokens=teacher_tokens,
+            units=provenance.units,
+            tokens_per_second=speed,
+            price_per_hour=price_per_hour,
+            devices_per_worker=teacher.devices,
+        ),
+    )
 
 
-def forecast_bytes(pilot: Pilot, *, units: int, rows: int, tokens: int, supervised: int) -> float:
-    """Bytes of all data files of a dump.
+def _with(provenance: Provenance, estimator: Estimator) -> Provenance:
+    """The run.json of the same dump by another estimator; draws know no temperature but 1."""
+    temperatures = provenance.temperatures[:1] if estimator.draws else provenance.temperatures
+    return provenance.model_copy(update={"estimator": estimator, "temperatures": temperatures})
 
-    Each part of a file is taken to be a + b x, x being the rows, tokens or supervised tokens in it. Larger units
-    compress better, so that b is what one more costs at the size of the pilot's units, not the mean. Both follow from
-    the same rows in units of one size and of half of it; the whole corpus is then `units` times a and b times all x.
-    """
-    totals = {"rows": rows, "tokens": tokens, "targets": supervised}
-    found = units * float(np.mean([unit.bytes.file for unit in pilot.whole]))
-    for part, total in totals.items():
-        x, size = _means(pilot.whole, part)
-        if not pilot.halves:
-            found += total * size / max(x, 1.0)
-            continue
-        x_half, size_half = _means(pilot.halves, part)
-        slope = (size - size_half) / (x - x_half) if x > x_half else 0.0
-        found += units * (size - slope * x) + slope * total
+
+def _passes(
+    teacher: Teacher,
+    picked: Sequence[Sample],
+    recipes: Sequence[Provenance],
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[dict[int, Targets], float]]:
+    """Targets by sample, and seconds, of one pass over the samples per recipe."""
+    batches = teacher.batches([sample for sample in picked if sample.status == OK])
+    _ = teacher.model
+    found = []
+    for place, recipe in enumerate(recipes):
+        targets: dict[int, Targets] = {}
+        started = time.monotonic()
+        for i, batch in enumerate(batches):
+            answers = teacher.targets(batch, recipe.recipe)
+            targets |= {s.sample_index: t for s, t in zip(batch, answers, strict=True) if t is not None}
+            if progress is not None:
+                progress(place * len(batches) + i + 1, len(recipes) * len(batches))
+        found.append((targets, time.monotonic() - started))
     return found
 
 
-def _means(units: Sequence[UnitSize], part: str) -> tuple[float, float]:
-    """Mean over units of what a part counts, and of its bytes."""
-    count = {"rows": "rows", "tokens": "tokens", "targets": "supervised"}[part]
-    x = float(np.mean([getattr(unit, count) for unit in units]))
-    return x, float(np.mean([getattr(unit.bytes, part) for unit in units]))
+def _encoded(picked: Sequence[Sample], targets: dict[int, Targets], provenance: Provenance) -> CommitRecord:
+    """The pilot as one unit, written by the dump's own writer to a scratch directory.
+
+    Raises:
+        DataError: the fidelity gate is missed, as it would be in the dump.
+    """
+    rows = [replace(row_of(s, targets.get(s.sample_index)), sample_index=i) for i, s in enumerate(picked)]
+    corpus = provenance.corpus.model_copy(update={"samples": len(rows)})
+    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": len(rows)})
+    with tempfile.TemporaryDirectory() as folder:
+        record = DumpWriter.open(folder, provenance).commit_unit(0, rows)
+    assert record is not None
+    return record
 
 
-def relative_standard_error(entries: Sequence[int], supervised: Sequence[int]) -> float | None:
-    """Of the ratio of two sums over a random sample, relative to it; None for a sample of one."""
-    x, y = np.asarray(supervised, float), np.asarray(entries, float)
-    if len(x) < 2 or not y.sum():
-        return None
-    residual = y - y.sum() / x.sum() * x
-    return float(np.sqrt(len(x) * (residual**2).sum() / (len(x) - 1)) / y.sum())
+def mass_at(wide: Targets, widths: Sequence[int]) -> dict[int, float]:
+    """Mean probability of the k most likely tokens, for each k up to the vocabulary; `wide` holds the largest k."""
+    masses = dict.fromkeys(widths, 0.0)
+    for start, stop in zip(wide.offsets[:-1], wide.offsets[1:], strict=True):
+        kept = np.cumsum(-np.sort(-np.exp(wide.logprobs[start:stop].astype(np.float64))))
+        for k in widths:
+            masses[k] += float(kept[min(k, len(kept)) - 1])
+    return {k: min(1.0, total / len(wide)) for k, total in masses.items()}
 
 
 def durations(
@@ -194,58 +247,3 @@ def durations(
         money = None if price_per_hour is None else hours * devices * price_per_hour
         found.append(Duration(devices=devices, hours=hours, money=money))
     return found
-
-
-def make_plan(
-    pilots: Sequence[Pilot],
-    *,
-    statuses: Mapping[str, int],
-    samples_per_unit: int,
-    tokens: int,
-    teacher_tokens: int,
-    supervised_tokens: int,
-    mass_at_k: Mapping[int, float],
-    tokens_per_second: float,
-    measured: bool,
-    devices: int,
-    price_per_hour: float | None,
-) -> Plan:
-    """The plan, from a pilot and from what is known about the whole corpus."""
-    samples = sum(statuses.values())
-    units = -(-samples // samples_per_unit)
-    plans = []
-    for pilot in pilots:
-        size = forecast_bytes(pilot, units=units, rows=samples, tokens=tokens, supervised=supervised_tokens)
-        plans.append(
-            EstimatorPlan(
-                estimator=pilot.name,
-                configured=pilot.configured,
-                bytes=round(size),
-                bytes_per_supervised_token=size / supervised_tokens,
-                relative_standard_error=relative_standard_error(pilot.entries, pilot.supervised),
-                entries_per_supervised_token=sum(pilot.entries) / sum(pilot.supervised),
-                kept_mass=pilot.kept_mass,
-            )
-        )
-    return Plan(
-        samples=samples,
-        statuses=dict(statuses),
-        units=units,
-        tokens=tokens,
-        teacher_tokens=teacher_tokens,
-        supervised_tokens=supervised_tokens,
-        pilot_samples=len(pilots[0].supervised),
-        pilot_supervised_tokens=sum(pilots[0].supervised),
-        estimators=plans,
-        mass_at_k=dict(mass_at_k),
-        tokens_per_second=tokens_per_second,
-        devices_per_worker=devices,
-        measured=measured,
-        durations=durations(
-            teacher_tokens=teacher_tokens,
-            units=units,
-            tokens_per_second=tokens_per_second,
-            price_per_hour=price_per_hour,
-            devices_per_worker=devices,
-        ),
-    )

@@ -3,17 +3,19 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.records import CommitRecord
+from storage_schemas.targets import I64
 
 log = logging.getLogger(__name__)
 
@@ -53,22 +55,24 @@ class EventLog:
 class DumpProgress:
     """What a worker shows while it runs. Speeds are this worker's; units are those of all workers."""
 
-    def __init__(self, *, units: int, world_size: int, events: EventLog, console: Console | None = None) -> None:
-        self.units, self.world_size, self.events = units, world_size, events
+    def __init__(self, *, unit_tokens: I64, world_size: int, events: EventLog, console: Console | None = None) -> None:
+        """`unit_tokens` (units,) are the tokens of each unit."""
+        self.unit_tokens, self.world_size, self.events = unit_tokens, world_size, events
+        self.units = len(unit_tokens)
         self.tokens = 0
         """Tokens that went through the teacher here."""
         self.units_done = 0
-        self.tokens_left = 0
-        """Tokens of all units that nobody has committed."""
+        self.tokens_left = int(unit_tokens.sum())
+        """Of the units that nobody has committed, those that have not gone through the teacher here."""
+        self._computed = np.zeros_like(unit_tokens)
         self.started = time.monotonic()
         self._shown = self.started
-        self._records: Mapping[int, CommitRecord] = {}
         console = console or Console(stderr=True)
         self._bar = Progress(
             TextColumn("dump"), BarColumn(), MofNCompleteColumn(), TextColumn("units  {task.fields[text]}"),
             console=console, transient=False,
         ) if console.is_terminal else None  # fmt: skip
-        self._task = self._bar.add_task("dump", total=units, text="") if self._bar else None
+        self._task = self._bar.add_task("dump", total=self.units, text="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -79,28 +83,27 @@ class DumpProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(
-        self, *, tokens: int = 0, units_done: int, tokens_left: int, records: Mapping[int, CommitRecord]
-    ) -> None:
-        """Count tokens that went through the teacher, and show where the dump is, if it is time.
+    def count(self, unit: int, tokens: int) -> None:
+        """Tokens of a unit have gone through the teacher."""
+        self.tokens += tokens
+        self._computed[unit] += tokens
+
+    def update(self, *, committed: Set[int], records: Mapping[int, CommitRecord], last: bool = False) -> None:
+        """Show where the dump is, if it is time.
 
         Args:
-            tokens: since the last call.
-            units_done: by all workers.
-            tokens_left: of the units that are not committed.
+            committed: units that all workers have committed, as far as was seen.
             records: of the units committed here.
+            last: it is the end, and so is always time.
         """
-        self.tokens += tokens
-        self.units_done, self.tokens_left, self._records = units_done, tokens_left, records
         now = time.monotonic()
-        if now - self._shown < (_LINE_SECONDS if self._bar is None else _BAR_SECONDS):
+        if not last and now - self._shown < (_LINE_SECONDS if self._bar is None else _BAR_SECONDS):
             return
-        self._shown = now
-        self._show()
-
-    def finish(self) -> None:
-        """Show the last state, whatever the time."""
-        self._show()
+        done = list(committed | records.keys())
+        left = np.maximum(self.unit_tokens - self._computed, 0)
+        left[done] = 0
+        self.units_done, self.tokens_left, self._shown = len(done), int(left.sum()), now
+        self._show(records)
 
     @property
     def seconds(self) -> float:
@@ -117,10 +120,10 @@ class DumpProgress:
         """Seconds left if every worker is as fast as this one."""
         return self.tokens_left / (self.tokens_per_second * self.world_size) if self.tokens else None
 
-    def _show(self) -> None:
-        supervised = sum(record.supervised_tokens for record in self._records.values())
-        size = sum(record.bytes for record in self._records.values())
-        mass = sum(record.mean_kept_mass * record.supervised_tokens for record in self._records.values())
+    def _show(self, records: Mapping[int, CommitRecord]) -> None:
+        supervised = sum(record.supervised_tokens for record in records.values())
+        size = sum(record.bytes for record in records.values())
+        mass = sum(record.mean_kept_mass * record.supervised_tokens for record in records.values())
         values = {
             "tokens_per_second": round(self.tokens_per_second, 1),
             "eta_seconds": None if self.eta_seconds is None else round(self.eta_seconds, 1),

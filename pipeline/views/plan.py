@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -25,17 +26,16 @@ def _corpus(plan: dict[str, Any]) -> Table:
 
 
 def _estimators(plan: dict[str, Any]) -> Table:
-    table = Table(title="Bytes: all columns and files; +- is one standard error of the pilot", title_justify="left")
+    table = Table(title="Bytes: all columns and files, within about 10 %", title_justify="left")
     for name in ("estimator", "entries", "mass", "bytes per token", "bytes"):
         table.add_column(name, justify="left" if name == "estimator" else "right")
     for each in plan["estimators"]:
-        error = each["relative_standard_error"]
         table.add_row(
             Text(each["estimator"], style="bold" if each["configured"] else ""),
             f"{each['entries_per_supervised_token']:.1f}",
             f"{each['kept_mass']:.4f}",
             f"{each['bytes_per_supervised_token']:.1f}",
-            _size(each["bytes"]) + ("" if error is None else f" +- {error:.1%}"),
+            decimal(each["bytes"]),
         )
     return table
 
@@ -60,11 +60,3 @@ def _durations(plan: dict[str, Any]) -> Table:
         money = "-" if each["money"] is None else f"{each['money']:,.2f}"
         table.add_row(str(each["devices"]), f"{each['hours']:,.2f}", money)
     return table
-
-
-def _size(count: float) -> str:
-    units = ("B", "kB", "MB", "GB", "TB", "PB")
-    place = 0
-    while count >= 1000 and place < len(units) - 1:
-        count, place = count / 1000, place + 1
-    return f"{count:,.3g} {units[place]}"

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +24,7 @@ from storage_schemas.common.errors import NEVER, DataError, MismatchError, NeoEr
 from storage_schemas.common.publish import fsync_directory
 from storage_schemas.common.secrets import masked
 from storage_schemas.stores.address import dump_url, local_path
-from storage_schemas.stores.requests import WRITING, failure, object_store, persistently
+from storage_schemas.stores.requests import SETTING, WRITING, failure, object_store, persistently
 
 T = TypeVar("T")
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -33,18 +33,21 @@ PARALLEL_REQUESTS = 32
 """Requests in flight when many small keys are read."""
 JSON_BYTES = 64 * 2**20
 """The largest JSON file that is read."""
+_CHUNK = 8 * 2**20
+"""Bytes of a stream's chunks."""
 _STAGED = re.compile(r"\.staged-(?P<name>.+)-[0-9a-f]{32}")
 
 
 class Store:
     """Keys and bytes under a URL."""
 
-    def __init__(self, url: str, *, options: Mapping[str, str] | None = None) -> None:
+    def __init__(self, url: str, *, options: Mapping[str, str] | None = None, setting: str = SETTING) -> None:
         """Open a store; nothing is created or contacted.
 
         Args:
             url: local path, `file://`, `s3://`, `gs://` or `az://`.
             options: settings of the object store, such as `endpoint`; credentials come from the environment.
+            setting: where the user wrote both.
 
         Raises:
             MismatchError: the URL or an option is not understood, or the URL carries credentials.
@@ -53,18 +56,19 @@ class Store:
             self.url = dump_url(url)
         except ValueError as error:
             raise MismatchError(
-                f"the dump's URL {error}",
+                f"the URL {error}",
                 got=masked(ascii(url)[:200]),
                 expected="a local path, file://, s3://, gs:// or az://",
-                fix="correct dump.url",
+                fix=f"correct {setting}",
             ) from error
+        self._setting = setting
         self.root = local_path(self.url)
         self._store: Any = None
         self._durable: set[Path] = set()
         self._answered = False
         if self.root is None:
-            self._store = object_store(self.url, options or {})
-            self._writing = object_store(self.url, options or {}, client=WRITING)
+            self._store = object_store(self.url, options or {}, setting=setting)
+            self._writing = object_store(self.url, options or {}, setting=setting, client=WRITING)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write `data` under `key` unless the key exists; True if this call's bytes are what the key holds.
@@ -179,25 +183,38 @@ class Store:
     def size(self, key: str) -> int | None:
         """Size of `key` in bytes, or None if there is no such key."""
         _check(key)
+        found = self.head(key)
+        return None if found is None else int(found["size"])
+
+    def head(self, key: str) -> Any:
+        """What the store knows of a key, whatever its name (`path`, `size`, `e_tag`, `last_modified`), or None."""
         if self._absent():
             return None
         try:
-            return self._ask(lambda: int(obstore.head(self._store, key)["size"]))
+            return self._ask(lambda: obstore.head(self._store, key))
         except FileNotFoundError:
             return None
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """(key, size) of all keys under the folder `prefix`, in no particular order."""
         _check(prefix)
+        yield from ((e["path"], e["size"]) for e in self.heads(prefix) if KEY.fullmatch(e["path"]))
+
+    def heads(self, folder: str) -> Sequence[Any]:
+        """What `head` knows of all keys under a folder, whatever their names."""
         if self._absent():
-            return
+            return []
+        # A listing that failed in its middle does not go on: it is made again.
+        return self._ask(lambda: [e for batch in obstore.list(self._store, folder or None) for e in batch])
 
-        def whole() -> list[tuple[str, int]]:
-            # A listing that failed in its middle does not go on: it is made again.
-            batches = obstore.list(self._store, prefix)
-            return [(e["path"], e["size"]) for batch in batches for e in batch if KEY.fullmatch(e["path"])]
+    def stream(self, key: str, take: Callable[[Any, Iterable[Any]], T]) -> T:
+        """What `take` makes of an object's `head` and of its bytes in chunks; called again where the store failed."""
 
-        yield from self._ask(whole)
+        def whole() -> T:
+            found = obstore.get(self._store, key)
+            return take(found.meta, found.stream(_CHUNK))
+
+        return persistently(whole, self.url, setting=self._setting, answered=self._answered)
 
     def delete(self, key: str) -> None:
         """Remove `key`; a key that is not there is no error."""
@@ -340,7 +357,7 @@ class Store:
     def _ask(self, call: Callable[[], T]) -> T:
         try:
             if self.root is None:
-                found = persistently(call, self.url, answered=self._answered)
+                found = persistently(call, self.url, setting=self._setting, answered=self._answered)
                 self._answered = True
             else:
                 found = call()
@@ -348,7 +365,7 @@ class Store:
             self._answered = True
             raise
         except (BaseError, OSError) as error:
-            raise failure(error, self.url) from error
+            raise failure(error, self.url, setting=self._setting) from error
         return found
 
 

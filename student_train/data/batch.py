@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.errors import DataError
 from storage_schemas.rows import Row
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import I32, I64, Targets, concatenate, decode
@@ -68,8 +68,6 @@ class TrainBatch:
     """Flat index, row * seq + column, of the hidden states whose logits predict the supervised tokens."""
     targets: SparseTargets
     """Of the supervised tokens, sample by sample."""
-    sample_indices: tuple[int, ...]
-    """All samples of the micro-batch, also those without supervised tokens, which have no row in `input_ids`."""
     tokens: int
     """Tokens in `input_ids` that are not padding."""
 
@@ -92,7 +90,6 @@ def collate(
     *,
     temperature_index: int,
     temperature: float,
-    pad_id: int,
     entries: bool = True,
     vocab_size: int | None = None,
     packed: bool = False,
@@ -100,21 +97,19 @@ def collate(
     """Rows of the dump as one micro-batch.
 
     Args:
-        rows: samples; none, or none with targets, makes a filler: one padding token without targets, so that every
-            rank does the same number of forward passes.
+        rows: samples; none, or none with targets, makes a filler: one token 0 without targets, so that every rank
+            does the same number of forward passes.
         temperature_index: column of the stored tail masses that belongs to `temperature`.
         temperature: T that targets are decoded at.
-        pad_id: any valid token id.
         entries: False leaves the entries undecoded (K = 0), for training on CE alone.
         vocab_size: every id must lie below it, if given: the columns of the student's head that are in use.
         packed: put the samples one after the other in one row, without padding.
 
     Raises:
-        DataError: a row's targets do not match its mask, or an id is out of range.
-        MismatchError: draws at a temperature other than 1.
+        DataError: an id is out of range.
     """
-    used = [(row, row.targets) for row in rows if row.targets is not None and len(row.targets)]
-    lengths = np.array([len(row.input_ids) for row, _ in used], np.int64)
+    used = [row for row in rows if row.targets is not None]
+    lengths = np.array([len(row.input_ids) for row in used], np.int64)
     tokens = int(lengths.sum())
     # Flat index of each sample's first token.
     if packed:
@@ -125,23 +120,15 @@ def collate(
         batch, seq = max(1, len(used)), int(lengths.max(initial=1))
         starts = np.arange(len(used)) * seq
         position_ids = np.tile(np.arange(seq), batch)
-    input_ids, loss_mask = np.full(batch * seq, pad_id, np.int64), np.zeros(batch * seq, bool)
-    for (row, row_targets), start in zip(used, starts.tolist(), strict=True):
-        length, supervised = len(row.input_ids), np.count_nonzero(row.loss_mask)
-        if len(row.loss_mask) != length or supervised != len(row_targets):
-            raise DataError(
-                f"sample {row.sample_index} ({row.sample_id}) contradicts itself",
-                got=f"{length} tokens, {len(row.loss_mask)} mask entries, {len(row_targets)} targets",
-                expected=f"one mask entry per token, one target for each of {supervised} supervised tokens",
-                fix="the dump was not written by this version; run `llm-neo verify`, then dump this unit again",
-            )
-        place = slice(start, start + length)
+    input_ids, loss_mask = np.zeros(batch * seq, np.int64), np.zeros(batch * seq, bool)
+    for row, start in zip(used, starts.tolist(), strict=True):
+        place = slice(start, start + len(row.input_ids))
         input_ids[place], loss_mask[place] = row.input_ids, row.loss_mask
     if vocab_size is not None:
         _refuse_out_of_range(input_ids, vocab_size)
     at = supervised_positions(loss_mask, starts=starts)
     targets = _sparse_targets(
-        [row_targets for _, row_targets in used if entries], input_ids[at.tokens],
+        [row.targets for row in used if row.targets is not None and entries], input_ids[at.tokens],
         temperature_index=temperature_index, temperature=temperature, vocab_size=vocab_size,
     )  # fmt: skip
     return TrainBatch(
@@ -149,7 +136,6 @@ def collate(
         position_ids=torch.from_numpy(position_ids).view(batch, seq),
         positions=torch.from_numpy(at.logits),
         targets=targets,
-        sample_indices=tuple(row.sample_index for row in rows),
         tokens=tokens,
     )
 
@@ -175,12 +161,6 @@ def _sparse_targets(
             has_draws=False,
         )
     stored = concatenate(parts)
-    if stored.counts is not None and temperature != 1.0:
-        raise MismatchError(
-            "the draws of this dump were made at temperature 1 and cannot be re-tempered",
-            got=f"loss.temperature: {temperature}", expected=1.0,
-            fix="set loss.temperature to 1.0, or dump with estimator.kind: topk",
-        )  # fmt: skip
     if vocab_size is not None:
         _refuse_out_of_range(stored.ids, vocab_size)
     decoded = decode(stored, temperature_index=temperature_index, temperature=temperature)
@@ -197,12 +177,12 @@ def _sparse_targets(
 
 def _refuse_out_of_range(ids: I32 | I64, size: int) -> None:
     """An id outside the head would be read past its end, on a GPU without a message."""
-    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
-    if low < 0 or high >= size:
+    highest = int(ids.max(initial=0))
+    if highest >= size:
         raise DataError(
             "a token id lies outside the student's vocabulary",
-            got=low if low < 0 else high,
-            expected=f"0 <= id < {size}",
+            got=highest,
+            expected=f"less than {size}",
             fix="use a student with the teacher's tokenizer and at least as many head rows, or dump again",
         )
 

@@ -5,14 +5,12 @@ when a run ends. Units are fetched and decoded whole. At most two blocks of unit
 and the next one.
 """
 
-import hashlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
-from storage_schemas.common.errors import DataError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row, UnitRows
 from student_train.data.batch import TrainBatch
@@ -172,16 +170,7 @@ class Stream:
         while not (future.done() or wait([future], timeout=0.5).done):
             if self._closed:
                 raise CancelledError
-        rows = future.result()
-        found = rows.sample_index[place] if place < len(rows) else None
-        if found != sample:
-            raise DataError(
-                f"unit {unit} does not hold sample {sample} at its place",
-                got="no such row" if found is None else f"sample {found}",
-                expected=f"sample {sample} in row {place}",
-                fix="run `llm-neo verify` on the dump",
-            )
-        return rows, place
+        return future.result(), place
 
 
 class Follower:
@@ -219,28 +208,3 @@ class Follower:
             self._windows += 1
         self._next_look = time.monotonic() + self._interval
         return self._windows
-
-
-def consumed_root(dump: Dump, order: Order, step: int) -> str:
-    """Hash over the data files of all windows that the first `step` steps have read.
-
-    Whether the dump was sealed by then makes no difference. Raises DataError if one of these units is gone.
-    """
-    digest = hashlib.sha256()
-    windows = 0
-    if step >= order.steps_per_epoch:
-        windows = order.windows
-    elif step:
-        windows = order.windows_of_step(step - 1).stop
-    for window in range(windows):
-        for unit in order.units_of_window(window):
-            record = dump.record(unit)
-            if record is None:
-                raise DataError(
-                    f"unit {unit} was trained on, and is not committed any more",
-                    got="no commit record",
-                    expected=f"commits/unit-{unit:08d}.json",
-                    fix="restore the dump, or train from the start in a new train.output",
-                )
-            digest.update(f"{unit} {record.sha256}\n".encode())
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.suggest import did_you_mean
 from student_train.config import LoraSection
 
 ADAPTER = "default"
@@ -40,25 +40,12 @@ OWNED = {
 }
 """Arguments of LoraConfig that have a place of their own in the configuration."""
 
-_CHANGES_BASE = "it changes the base weights, so that the saved adapter would not fit the original model"
-_FROZEN = "the head and the embeddings stay frozen: the fused head and the plain adapter rest on it"
-REFUSED = {
-    "task_type": "it is always CAUSAL_LM",
-    "peft_type": "it is always LORA",
-    "inference_mode": "it would freeze the adapter",
-    "modules_to_save": _FROZEN,
-    "trainable_token_indices": _FROZEN,
-    "layer_replication": _CHANGES_BASE,
-    "loftq_config": _CHANGES_BASE,
-    "eva_config": "it needs a pass over the data before training",
-    "corda_config": "it needs a pass over the data before training",
-    "lora_ga_config": "it needs a pass over the data before training",
-    "alora_invocation_tokens": "it switches the adapter on in peft's forward pass, which training does not go through",
-    "use_qalora": "a quantised base is not supported yet",
-    "megatron_config": "only data parallelism is supported",
-    "megatron_core": "only data parallelism is supported",
-}
-"""Arguments of LoraConfig that are not supported, and why."""
+EXTRA = {
+    "exclude_modules", "fan_in_fan_out", "bias", "init_lora_weights", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "velora_config",
+}  # fmt: skip
+"""Arguments of LoraConfig that `student.lora.extra` may hold: they leave base weights, head and embeddings as they are,
+need no pass over the data, and are saved as a plain adapter."""
 
 _NOT_TAKEN = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
 """What peft raises for arguments that it cannot use."""
@@ -247,48 +234,26 @@ def _refuse_head(model: PeftModel) -> None:
                 "the adapter would train the head or the embeddings",
                 got=type(module).__name__,
                 expected="adapters on the layers in between",
-                fix=f"take them out of student.lora.target_modules: {_FROZEN}",
+                fix="take them out of student.lora.target_modules: fused head and plain adapter rest on frozen ones",
             )
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key, value in extra.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
+        if key not in EXTRA:
+            hint = f"{OWNED[key]} instead" if key in OWNED else None if key in known else did_you_mean(key, EXTRA)
             raise MismatchError(
-                f"student.lora.extra.{key} is not an argument of peft's LoraConfig",
-                got=key,
-                expected=f"did you mean `{near[0]}`?" if near else "an argument of peft.LoraConfig",
+                f"student.lora.extra.{key} cannot be set",
+                got=f"student.lora.extra.{key} = {value!r}",
+                expected=hint or f"one of {', '.join(sorted(EXTRA))}",
                 fix="correct or remove it",
-            )
-        if key in OWNED:
-            raise MismatchError(
-                f"student.lora.extra.{key} has a place of its own",
-                got=f"student.lora.extra.{key} = {value!r}",
-                expected=OWNED[key],
-                fix=f"set {OWNED[key]} instead",
-            )
-        if key in REFUSED:
-            raise MismatchError(
-                f"student.lora.extra.{key} is not supported: {REFUSED[key]}",
-                got=f"student.lora.extra.{key} = {value!r}",
-                expected="no such key",
-                fix=f"remove student.lora.extra.{key}",
             )
     init = extra.get("init_lora_weights", True)
     if init not in INITS:
         raise MismatchError(
-            f"student.lora.extra.init_lora_weights: {init!r} is not supported: {_why_not(init)}",
+            "student.lora.extra.init_lora_weights must leave the base model as it is, without a pass over the data",
             got=init,
             expected=f"one of {list(INITS)}, or student.lora.variant: pissa",
             fix="correct or remove it",
         )
-
-
-def _why_not(init: object) -> str:
-    if isinstance(init, str) and init.startswith("pissa_niter"):
-        return "the fast decomposition draws random numbers, so a resumed run would start from other base weights"
-    if init == "pissa":
-        return "it is a variant"
-    return _CHANGES_BASE if init in ("olora", "loftq") else "it needs a pass over the data, or changes the base weights"

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from storage_schemas.logits import LogitTransform, finish_logits
 from student_train.data.batch import SparseTargets
-from student_train.model.losses import ABSENT, LossSpec, entry_divergence, ranks_first, refuse_unsupported
+from student_train.model.losses import ABSENT, LossSpec, entry_divergence, ranks_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +74,7 @@ def fused_head_loss(
 
     Under ZeRO-3 the weight must be gathered around this call only (a frozen one is not needed in the backward).
     With gradients disabled, only the sums are computed. A trainable weight or bias gets its gradient in the same pass.
-
-    Raises:
-        MismatchError: the divergence or temperature is not defined on these targets.
     """
-    if loss.alpha > 0:
-        refuse_unsupported(loss.divergence, loss.temperature, targets.has_draws)
     grad = torch.is_grad_enabled()
     needs = tuple(grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     return HeadLoss(*_FusedHead.apply(hidden, weight, bias, targets, loss, head, needs))  # type: ignore[no-untyped-call]

@@ -8,7 +8,6 @@ whole vocabulary has no bucket. With draws, the forward KL is an unbiased estima
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,33 +37,14 @@ class LossSpec:
     """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
-class TokenLosses(NamedTuple):
-    """Per supervised token, in nats."""
-
-    ce: Float[Tensor, " n"]
-    """-log q(label) at T = 1."""
-    divergence: Float[Tensor, " n"]
-    """D(teacher, student) at T, without the factor T^2. 0 where alpha is 0."""
-
-
-def refuse_unsupported(divergence: Divergence, temperature: float, has_draws: bool) -> None:
-    """Raise MismatchError where the estimate would be biased: draws allow the forward KL at T = 1 only."""
-    if not has_draws:
-        return
-    fix = "or dump with estimator.kind: topk"
+def refuse_biased(divergence: Divergence) -> None:
+    """Raise MismatchError unless draws estimate this divergence without bias."""
     if divergence != "forward_kl":
         raise MismatchError(
             "drawn targets estimate expectations under the teacher, so only the forward KL is unbiased on them",
             got=f"loss.divergence: {divergence}",
             expected="forward_kl",
-            fix=f"set loss.divergence to forward_kl, {fix}",
-        )
-    if temperature != 1.0:
-        raise MismatchError(
-            "the draws were made at temperature 1 and cannot be re-tempered",
-            got=f"loss.temperature: {temperature}",
-            expected=1.0,
-            fix=f"set loss.temperature to 1.0, {fix}",
+            fix="set loss.divergence to forward_kl, or dump with estimator.kind: topk",
         )
 
 
@@ -77,6 +57,7 @@ def entry_divergence(
     """
     log_p, p = targets.logprobs.to(log_q.dtype), targets.weights.to(log_q.dtype)
     if targets.has_draws:
+        assert spec.divergence == "forward_kl"
         return (p * (log_p - log_q)).sum(1)
     # (n, 1): without a tail on either side there is no bucket. (n, K + 1) from here on; both logs are 0 outside `used`.
     bucket = (torch.isfinite(targets.tail_logprob) & (log_q_tail > ABSENT / 2))[:, None]
@@ -105,47 +86,16 @@ def entry_divergence(
     return terms.sum(1)
 
 
-def student_entries(
-    logits: Float[Tensor, "n vocab"], targets: SparseTargets, temperature: float
-) -> tuple[Float[Tensor, "n K"], Float[Tensor, " n"]]:
-    """The student's log-probs at the targets' entries, and of everything outside the head.
-
-    The tail is a log-sum-exp of its own logits. log(1 - sum q) would lose all its digits where the head holds nearly
-    all mass, which is the usual case.
-    """
-    scaled = logits / temperature
-    log_z = scaled.logsumexp(1)
-    ids, mask = targets.ids.long(), torch.where(targets.in_head, ABSENT, 0.0).to(logits.dtype)
-    tail = scaled.scatter_add(1, ids, mask).logsumexp(1)
-    return scaled.gather(1, ids) - log_z[:, None], tail - log_z
-
-
-def token_losses(logits: Float[Tensor, "n vocab"], targets: SparseTargets, spec: LossSpec) -> TokenLosses:
-    """Losses of each token from full logits, differentiable. The fused head computes the same in place.
-
-    Args:
-        logits: final ones (after scale and softcap), float32 or float64, without padded columns.
-
-    Raises:
-        MismatchError: the divergence or temperature is not defined on these targets.
-    """
-    ce = logits.logsumexp(1) - logits.gather(1, targets.labels[:, None])[:, 0]
-    if spec.alpha == 0.0:
-        return TokenLosses(ce=ce, divergence=torch.zeros_like(ce))
-    refuse_unsupported(spec.divergence, spec.temperature, targets.has_draws)
-    log_q, log_q_tail = student_entries(logits, targets, spec.temperature)
-    return TokenLosses(ce=ce, divergence=entry_divergence(log_q, log_q_tail, targets, spec))
-
-
-def top1_agreement(logits: Float[Tensor, "n vocab"], targets: SparseTargets) -> Bool[Tensor, " n"]:
-    """Whether the student ranks no token above the teacher's most likely one. False without an exact head."""
-    return ranks_first(logits.gather(1, targets.ids.long()), logits.amax(1), targets)
-
-
 def ranks_first(
     entries: Float[Tensor, "n K"], highest: Float[Tensor, " n"], targets: SparseTargets
 ) -> Bool[Tensor, " n"]:
-    """`top1_agreement` from the logits at the entries and the highest logit of all, or of all outside the head."""
+    """Whether the student ranks no token above the teacher's most likely one. False without an exact head.
+
+    Args:
+        entries: the student's logits at the entries.
+        highest: its highest logit of all, or of all outside the head.
+        targets: of the tokens.
+    """
     if not targets.ids.shape[1]:
         return torch.zeros_like(highest, dtype=torch.bool)
     best = torch.where(targets.in_head, targets.logprobs, -torch.inf).argmax(1, keepdim=True)

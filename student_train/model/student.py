@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.logits import body_of, finish_logits
@@ -126,7 +126,7 @@ class Student:
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
     files: dict[str, str] = field(default_factory=dict)
-    """Identity of the files it came from, see `model_files.identity`; on the main rank alone."""
+    """Identity of the files it came from, see `student_files.identity`; on the main rank alone."""
 
 
 def load_student(
@@ -143,7 +143,7 @@ def load_student(
         student: model and adapter.
         loss: what is minimised; the arms `sft` and `lora` use its cross-entropy alone.
         train: arm, precision and seed.
-        run: the dump's run.json.
+        provenance: of the dump.
         initial: of a resumed run, see `adapter.attach`.
 
     Raises:
@@ -181,7 +181,16 @@ def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> 
         MismatchError: there is no such model, it is quantised, or needs code of its own.
         DataError: a file of it is torn.
     """
-    try:
+    with _loading(name):
+        refuse_unloadable(name, revision)
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+
+
+def refuse_unloadable(name: str, revision: str | None) -> None:
+    """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
+    with _loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise MismatchError(
@@ -191,9 +200,12 @@ def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> 
                 fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
             )
         weight_files(name, revision)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise MismatchError(
             f"the model {name} cannot be loaded",
@@ -312,28 +324,34 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def refuse_tokenizer(student: StudentSection, files: Mapping[str, bytes], *, head_rows: int) -> None:
+def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> None:
     """Raise MismatchError unless the student's tokenizer gives the dump's ids the same meaning.
 
     Args:
-        student: a model without tokenizer files of its own is accepted, with a warning.
+        model: the student; one without tokenizer files of its own is accepted, with a warning.
+        revision: of a hub model.
         files: the dump's tokenizer files.
         head_rows: rows of the student's head.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files)
-        theirs = _vocabulary(folder, None, "dump with a teacher whose tokenizer needs no code of its own")
-    if not has_tokenizer(student.model, student.revision):
-        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", student.model)
+        fix = "dump with a teacher whose tokenizer needs no code of its own"
+        theirs = load_tokenizer(folder, None, fix=fix).get_vocab()
+    if not has_tokenizer(model, revision):
+        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
         return
-    ours = _vocabulary(student.model, student.revision, "correct it, or remove it from the student's directory")
+    ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
 
 
-def _vocabulary(model: str, revision: str | None, fix: str) -> dict[str, int]:
+def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that runs no code of its own.
+
+    Raises:
+        MismatchError: it is damaged, or needs such code; `fix` says what to do.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        return dict(tokenizer.get_vocab())
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # The tokenizers library raises nothing more exact.
         raise MismatchError(
             f"the tokenizer in {model} cannot be loaded",

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -106,13 +105,10 @@ def _weight_map(index: str) -> dict[str, str]:
         names = {str(key): str(value) for key, value in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is torn", got=f"{type(error).__name__}: {error}", fix="fetch it again") from error
-    for name in _not_plain(names):
+    strange = [name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange:
         raise DataError(
-            f"{index} names a file outside of the model", got=ascii(name), expected="NAME.safetensors beside it",
+            f"{index} names a file outside of the model", got=ascii(strange[0]), expected="NAME.safetensors beside it",
             fix="do not use this model",
         )  # fmt: skip
     return names
-
-
-def _not_plain(names: dict[str, str]) -> Iterator[str]:
-    return (name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors"))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from storage_schemas.common.errors import MismatchError
 from storage_schemas.rows import Row
+from student_train.model.student import load_tokenizer
 
 GENERATION = "generation_config.json"
 LEARNED_SHARE = 0.1
@@ -53,13 +53,4 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a directory, which runs no code of its own; None if there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # The tokenizers library raises nothing more exact.
-        raise MismatchError(
-            f"the tokenizer in {folder} cannot be loaded",
-            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
-            expected="a tokenizer of transformers, without code of its own",
-            fix="correct it, or remove its files",
-        ) from error
-    return found
+    return load_tokenizer(str(folder), None, fix="correct it, or remove its files")

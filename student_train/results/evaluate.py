@@ -11,7 +11,6 @@ from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
-from student_train.config import StudentSection
 from student_train.data.batch import collate
 from student_train.model.head import HeadSpec
 from student_train.model.losses import LossSpec
@@ -90,7 +89,7 @@ def evaluate(
     refuse_long_rows(student, dump.provenance.corpus.max_length)
     causal = causal_of(student)
     rows = causal.get_output_embeddings().weight.shape[0]
-    refuse_tokenizer(StudentSection(model=source, revision=revision), dump.tokenizer_files(), head_rows=rows)
+    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=rows)
     valid = min(rows, dump.provenance.teacher.lm_head_rows)
     loss = LossSpec(alpha=0.5, temperature=temperature)
     module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()
@@ -100,7 +99,7 @@ def evaluate(
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for done, batches in _batches(dump, total, batch_tokens):
         for batch_rows in batches:
-            batch = collate(batch_rows, temperature_index=index, temperature=temperature, pad_id=0, vocab_size=valid)
+            batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
             with torch.no_grad():
                 sums += module(batch.to(where))[1].cpu()
             tokens += len(batch.targets)

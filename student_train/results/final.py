@@ -50,7 +50,7 @@ def write_final(
         tokenizer: the dump's tokenizer files.
         card: the model card.
         input_ids: tokens of one stored row.
-        ends: how many supervised spans each token ends, see `stopping.span_ends`.
+        ends: how many supervised spans each token ends, see `end_of_turn.span_ends`.
 
     Returns:
         Hash of the record of what was written.

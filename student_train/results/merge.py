@@ -56,11 +56,9 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
             fix="give the directory of a peft adapter; the arms sft and kd save whole models",
         )  # fmt: skip
     source, revision = source_of(adapter_dir, base)
-    stored = load_model(source, revision, dtype="auto").dtype
-    wanted = stored if dtype is None else DTYPES[dtype]
-
-    whole = load_model(source, revision, dtype=torch.float32)
-    adapted = load_adapter(whole, adapter_dir)
+    whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32)
+    wanted = whole.dtype if dtype is None else DTYPES[dtype]
+    adapted = load_adapter(whole.float(), adapter_dir)
     probe = torch.arange(PROBE_TOKENS)[None] * 7 % whole.get_input_embeddings().weight.shape[0]
     expected = adapted(input_ids=probe, use_cache=False).logits
     try:

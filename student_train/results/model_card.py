@@ -1,6 +1,7 @@
 """The model card: README.md of what a run leaves behind, with what was trained from what, how, and what came out."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,12 +32,21 @@ base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, {folder})
 model.generation_config = GenerationConfig.from_pretrained({folder})  # stops at the learned end of turn
 tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+
+```sh
+llm-neo merge {word} merged  # for vLLM and llama.cpp; docs/serving.md of LLM-Neo says when it can be left out
 ```"""
 _USE_MODEL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+
+```sh
+vllm serve {word}
+python convert_hf_to_gguf.py {word} --outfile model.gguf  # of llama.cpp
 ```"""
 
 
@@ -96,7 +106,7 @@ def model_card(
         *(_evaluated(evaluation) if evaluation else ()),
         _USE,
         "",
-        (_USE_ADAPTER if train.lora else _USE_MODEL).format(base=base, folder=repr(str(folder))),
+        (_USE_ADAPTER if train.lora else _USE_MODEL).format(base=base, **_written(folder)),
     ]
     return _front(student, train) + "\n".join(lines) + "\n"
 
@@ -119,8 +129,13 @@ def merged_card(card: str, folder: Path) -> str | None:
     if "base_model" in front:
         front["base_model_relation"] = "finetune"
     before = card[found.end() :].partition(f"\n{_USE}\n")[0].rstrip()
-    use = f"The adapter is folded into the weights.\n\n{_USE_MODEL.format(folder=repr(str(folder)))}"
+    use = f"The adapter is folded into the weights.\n\n{_USE_MODEL.format(**_written(folder))}"
     return f"{_yaml(front)}{before}\n\n{_USE}\n\n{use}\n"
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """A directory as Python and as a shell read it."""
+    return {"folder": repr(str(folder)), "word": shlex.quote(str(folder))}
 
 
 def _front(student: StudentSection, train: TrainSection) -> str:

@@ -23,7 +23,7 @@ class Record(FrozenModel):
     files: dict[str, str]
     """sha256 of each file, but for the card, which is the user's to change."""
     base: dict[str, str] | None
-    """Of an adapter: identity of the model that it belongs to, see `model_files.identity`."""
+    """Of an adapter: identity of the model that it belongs to, see `student_files.identity`."""
     checksum: str = ""
     """sha256 of the record without this field, as canonical JSON."""
 

@@ -264,7 +264,8 @@ _SUPERVISED = "\0supervised"
 def _call(call: Any) -> Any:
     """A tool call with its arguments as a mapping: templates encode them themselves."""
     inner = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+    elsewhere = isinstance(inner, dict) and {"parameters", "input", "args"} & inner.keys() and "arguments" not in inner
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or elsewhere:
         raise _shape("a tool call", call, "{type: function, function: {name, arguments}}")
     arguments = _parsed(inner.get("arguments"), "arguments of a tool call", dict)
     changed = inner | {"arguments": arguments or {}}

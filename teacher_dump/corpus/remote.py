@@ -6,27 +6,23 @@ import logging
 import re
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-import obstore
 from fsspec.utils import glob_translate
 
 from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.interrupt import in_background
 from storage_schemas.common.publish import give_name
 from storage_schemas.stores.address import STORES
-from storage_schemas.stores.requests import object_store, persistently
+from storage_schemas.stores.store import Store
 
 log = logging.getLogger(__name__)
 
 _SETTING = "corpus.sources[] (path, storage_options)"
 _MAGIC = re.compile(r"[*?[]")
-_CHUNK = 8 * 2**20
 _PARALLEL = 8
 """Objects that are fetched at the same time."""
 _TIDY_SECONDS = 3.0
@@ -37,21 +33,13 @@ class _Ended(BaseException):
     """Another fetch failed, or the process is to stop."""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
+class RemoteFile(NamedTuple):
     """One object, as it was when it was found."""
 
-    bucket: str
-    """URL of the bucket."""
-    key: str
+    url: str
     bytes: int
     version: str
     """Its e_tag, or when it was modified: another content has another version."""
-
-    @property
-    def url(self) -> str:
-        """Where it lies."""
-        return f"{self.bucket}/{self.key}"
 
 
 def is_remote(path: str) -> bool:
@@ -73,19 +61,17 @@ def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str],
         TemporaryError: the store does not answer.
     """
     bucket, key = _split(url)
-    store = object_store(bucket, options, setting=_SETTING)
-    found: list[RemoteFile] = []
-    if _MAGIC.search(key):
+    store = Store(bucket, options=options, setting=_SETTING)
+    heads: Sequence[Any]
+    if magic := _MAGIC.search(key):
         pattern = re.compile(glob_translate(key))
-        folder = key[: _MAGIC.search(key).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        found = [file for file in _list(store, bucket, folder, url) if pattern.match(file.key)]
+        heads = [head for head in _heads(store, key[: magic.start()].rpartition("/")[0]) if pattern.match(head["path"])]
+    elif key and not key.endswith("/") and (head := store.head(key)):
+        heads = [head]
     else:
-        if key and not key.endswith("/"):
-            with suppress(FileNotFoundError):
-                found = [_file(bucket, persistently(lambda: obstore.head(store, key), url, setting=_SETTING))]
-        if not found:
-            below = _list(store, bucket, key.rstrip("/"), url)
-            found = [file for file in below if wanted(file.key) and not _hidden(file.key.removeprefix(key))]
+        below = _heads(store, key.rstrip("/"))
+        heads = [h for h in below if wanted(h["path"]) and not _hidden(h["path"].removeprefix(key))]
+    found = [RemoteFile(f"{bucket}/{head['path']}", head["size"], _version(head)) for head in heads]
     if not found:
         raise DataError(
             "a source of the corpus is missing",
@@ -93,7 +79,7 @@ def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str],
             expected="a JSONL, JSON or Parquet file, a glob, or a prefix with such files below it",
             fix=f"correct {_SETTING}",
         )
-    return sorted(found, key=lambda file: file.key)
+    return sorted(found)
 
 
 def fetch(files: Sequence[RemoteFile], options: Mapping[str, str], cache: Path) -> list[Path]:
@@ -126,38 +112,36 @@ def fetch(files: Sequence[RemoteFile], options: Mapping[str, str], cache: Path) 
 
 def _fetch(file: RemoteFile, options: Mapping[str, str], cache: Path, ended: threading.Event) -> Path:
     name = hashlib.sha256(json.dumps([file.url, file.bytes, file.version]).encode()).hexdigest()[:32]
-    target = cache / "sources" / name / PurePosixPath(file.key).name
+    bucket, key = _split(file.url)
+    target = cache / "sources" / name / PurePosixPath(key).name
     proof = target.with_name(f"{target.name}.sha256")
     if target.is_file() and target.stat().st_size == file.bytes and proof.is_file():
         with target.open("rb") as copy:
             if hashlib.file_digest(copy, "sha256").hexdigest() == proof.read_text():
                 return target
         log.warning("%s is damaged; %s is fetched again", target, file.url)
-    store = object_store(file.bucket, options, setting=_SETTING)
     part, note = (target.with_name(f".{what}-{uuid.uuid4().hex}") for what in ("part", "proof"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
         with part.open("xb") as out:
 
-            def download() -> None:
-                nonlocal digest
+            def take(head: Any, chunks: Iterable[Any]) -> str:
+                if _version(head) != file.version:
+                    raise _changed(file)
                 digest = hashlib.sha256()
                 out.seek(0)
                 out.truncate()
-                result = obstore.get(store, file.key)
-                if _version(result.meta) != file.version:
-                    raise _changed(file)
-                for chunk in result.stream(_CHUNK):
+                for chunk in chunks:
                     if ended.is_set():
                         raise _Ended
                     digest.update(chunk)
                     out.write(chunk)
+                return digest.hexdigest()
 
-            persistently(download, file.url, setting=_SETTING)
+            sha256 = Store(bucket, options=options, setting=_SETTING).stream(key, take)
         if part.stat().st_size != file.bytes:
             raise _changed(file)
-        note.write_text(digest.hexdigest())
+        note.write_text(sha256)
         # Another process may do the same at the same time; it gives the same content.
         give_name(note, proof)
         give_name(part, target)
@@ -183,19 +167,11 @@ def _split(url: str) -> tuple[str, str]:
     return f"{scheme}://{bucket}", key
 
 
-def _list(store: Any, bucket: str, folder: str, url: str) -> list[RemoteFile]:
-    def whole() -> list[RemoteFile]:
-        batches = obstore.list(store, folder or None)
-        return [_file(bucket, meta) for batch in batches for meta in batch if meta["size"]]
-
+def _heads(store: Store, folder: str) -> list[Any]:
     try:
-        return persistently(whole, url, setting=_SETTING)
+        return [head for head in store.heads(folder) if head["size"]]
     except FileNotFoundError:
         return []
-
-
-def _file(bucket: str, meta: Any) -> RemoteFile:
-    return RemoteFile(bucket, meta["path"], meta["size"], _version(meta))
 
 
 def _version(meta: Any) -> str:

@@ -56,7 +56,7 @@ def find_source(source: SourceSection) -> Found:
     """
     if is_remote(source.path):
         remote = find_remote(source.path, source.storage_options, wanted=lambda key: _builder(key) is not None)
-        return Found(_one_kind({_builder(file.key) for file in remote}, source), source.path, remote)
+        return Found(_one_kind({_builder(file.url) for file in remote}, source), source.path, remote)
     path = local_path(source.path)
     if path is None:  # Another protocol of `datasets`, such as https://.
         builder = _builder(source.path)

@@ -30,8 +30,8 @@ from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
 from storage_schemas.rows import OK
 from storage_schemas.shift import supervised_positions
-from storage_schemas.targets import Targets
-from teacher_dump.agreement import TOLERANCES, Agreement, agreement
+from storage_schemas.targets import Targets, concatenate
+from teacher_dump.compare import TOLERANCES, Compared, compare
 from teacher_dump.config import TeacherSection, vllm_cannot
 from teacher_dump.corpus.freeze import Corpus, Sample
 from teacher_dump.teachers.open import under_transformers
@@ -275,40 +275,39 @@ def check_samples(corpus: Corpus, count: int) -> list[Sample]:
 
 def refuse_disagreement(
     expected: Sequence[Targets | None], found: Sequence[Targets | None], section: TeacherSection
-) -> Agreement | None:
-    """Compare what transformers and vLLM made of the same samples; None if transformers found only NaN.
+) -> None:
+    """Compare what transformers and vLLM made of the same samples, unless transformers found only NaN.
 
     Raises:
         MismatchError: they differ by more than the dtype's rounding.
     """
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a is not None]
-    broken = sum(b is None for _, b in pairs)
     both = [(a, b) for a, b in pairs if b is not None]
-    if not both and not broken:
-        return None
-    figures = agreement([a for a, _ in both], [b for _, b in both]) if both else None
-    kl, gap = TOLERANCES[section.dtype]
-    if broken or figures is None or not figures.within(section.dtype):
+    if not pairs:
+        return
+    figures = compare(concatenate([a for a, _ in both]), concatenate([b for _, b in both])) if both else None
+    tolerance = TOLERANCES[section.dtype]
+    if len(both) < len(pairs) or figures is None or not figures.within(tolerance):
         raise MismatchError(
             f"vLLM and transformers disagree about {section.model}",
-            got=f"{_shown(figures)}; {broken} of {len(pairs)} samples without numbers",
-            expected=f"in {section.dtype} a mean KL of at most {kl:g} and a gap of at most {gap:g} nats",
+            got=f"{_shown(figures)}; {len(pairs) - len(both)} of {len(pairs)} samples without numbers",
+            expected=f"in {section.dtype} a mean KL of at most {tolerance.kl:g} nats, log-probs and ends of heads "
+            f"within {tolerance.logprob:g}",
             fix="set teacher.backend: transformers; or correct teacher.vllm; or set teacher.vllm_check_samples: 0 if "
             "vLLM is right",
         )
     log.info("vLLM agrees with transformers: %s", _shown(figures))
-    return figures
 
 
-def _shown(figures: Agreement | None) -> str:
+def _shown(figures: Compared | None) -> str:
     if figures is None:
         return "no token to compare"
     same = "the same heads"
-    if figures.gap > -math.inf:
-        same = f"an entry of one head alone lies at most {figures.gap:.2g} above the smallest of the other"
+    if (gap := figures.gap.max()) > -math.inf:
+        same = f"an entry of one head alone lies at most {gap:.2g} above the smallest of the other"
     return (
-        f"{figures.tokens} tokens, mean KL {figures.kl_mean:.2g} (largest {figures.kl_max:.2g}), log-probs within "
-        f"{figures.logprob_max:.2g}, {same}"
+        f"{len(figures.kl)} tokens, mean KL {figures.kl.mean():.2g} (largest {figures.kl.max():.2g}), log-probs within "
+        f"{figures.logprob.max():.2g}, {same}"
     )
 
 

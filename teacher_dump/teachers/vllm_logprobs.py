@@ -1,12 +1,10 @@
 """What vLLM says about a prompt's tokens, as targets of `topk`. Pure functions over its output; vLLM is not imported.
 
 `prompt_logprobs[i]` is the distribution of token i given the tokens before it, the target of a supervised token i. It
-is asked for the K largest entries, and comes in one of two forms: a list of `{id: Logprob(logprob, rank)}` (None for
-token 0), or flat lists of numbers with the bounds of every position (nothing for token 0). Each position begins with
-the prompt's own token, whatever its rank, and then holds ranks 1 ... K.
+is asked for the K largest entries in the flat form: lists of numbers with the bounds of every position (nothing for
+token 0). Each position begins with the prompt's own token, whatever its rank, and then holds ranks 1 ... K.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,7 @@ def ranked(prompt_logprobs: Any, tokens: I64, k: int) -> tuple[I64, F64]:
     """The k largest entries at some positions of a prompt, largest first.
 
     Args:
-        prompt_logprobs: of one request, in either form.
+        prompt_logprobs: of one request, flat.
         tokens: (n,) positions.
         k: entries that were asked for.
 
@@ -39,8 +37,12 @@ def ranked(prompt_logprobs: Any, tokens: I64, k: int) -> tuple[I64, F64]:
     """
     if tokens.max(initial=0) >= len(prompt_logprobs):
         raise _not_understood(f"{len(prompt_logprobs)} positions", f"at least {tokens.max() + 1}")
-    flat = hasattr(prompt_logprobs, "start_indices")
-    counts, ids, logprobs, ranks = (_of_flat if flat else _of_list)(prompt_logprobs, tokens)
+    bounds = (prompt_logprobs.start_indices, prompt_logprobs.end_indices)
+    starts, ends = (np.asarray(each, np.int64)[tokens] for each in bounds)
+    counts = ends - starts
+    entries = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    ids, ranks = (np.asarray(each, np.int64)[entries] for each in (prompt_logprobs.token_ids, prompt_logprobs.ranks))
+    logprobs = np.asarray(prompt_logprobs.logprobs, np.float64)[entries]
     rows = np.repeat(np.arange(len(tokens)), counts)
     # The prompt's own token comes first. Where it is among the K largest, or where a tie gives it the rank of one that
     # is, the entry of that rank comes later; of equal places in an assignment, the last one stays.
@@ -115,26 +117,6 @@ def topk_targets(
         logsumexp=None,
     )
     return targets, finite
-
-
-def _of_flat(found: Any, tokens: I64) -> tuple[I64, I64, F64, I64]:
-    """Entries per position, then ids, log-probs and ranks of all entries, from the flat form."""
-    starts, ends = (np.asarray(bounds, np.int64)[tokens] for bounds in (found.start_indices, found.end_indices))
-    counts = ends - starts
-    first = np.cumsum(counts) - counts
-    place = np.arange(counts.sum()) + np.repeat(starts - first, counts)
-    columns = (found.token_ids, np.int64), (found.logprobs, np.float64), (found.ranks, np.int64)
-    ids, logprobs, ranks = (np.asarray(values, dtype)[place] for values, dtype in columns)
-    return counts, ids, logprobs, ranks
-
-
-def _of_list(found: Sequence[Any], tokens: I64) -> tuple[I64, I64, F64, I64]:
-    """The same from the list of dictionaries."""
-    positions = [found[token] or {} for token in tokens]
-    entries = [(id_, entry.logprob, entry.rank) for position in positions for id_, entry in position.items()]
-    ids, logprobs, ranks = zip(*entries, strict=True) if entries else ((), (), ())
-    counts = np.array([len(position) for position in positions], np.int64)
-    return counts, np.array(ids, np.int64), np.array(logprobs, np.float64), np.array(ranks, np.int64)
 
 
 def _not_understood(got: str, expected: str) -> MismatchError:

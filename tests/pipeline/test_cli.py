@@ -331,6 +331,29 @@ def test_prune_says_which_layers_stay(call: Call, tmp_path: Path) -> None:
     assert "another pruned model" in err
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--nonsense", 64)])
+def test_what_libraries_do_at_the_interpreters_end_changes_no_exit_code(
+    argument: str, code: int, tmp_path: Path
+) -> None:
+    """Their threads may abort the process there, when all is done; what is registered for the end happens before."""
+    script = f"""
+import atexit, os, sys
+from pathlib import Path
+from pipeline import entry
+class Library:
+    def __del__(self):
+        os.abort()
+library = Library()
+atexit.register(Path({str(tmp_path / "told")!r}).touch)
+sys.argv = ["llm-neo", {argument!r}]
+entry.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "told").exists()
+    assert argument == "--nonsense" or done.stdout.startswith("llm-neo ")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_is_quiet_from_the_first_moment(number: signal.Signals, tmp_path: Path) -> None:
     """While the interpreter itself starts, Python answers; from our first line on, we do."""

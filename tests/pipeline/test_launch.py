@@ -136,7 +136,7 @@ def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     from pathlib import Path
 
     argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py", result=Path("r.json"))
-    assert argv[1:5] == ["-P", "-m", "pipeline.cli", "dump"]
+    assert argv[1:5] == ["-P", "-m", "pipeline.entry", "dump"]
     assert argv[5:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--result", "r.json", "--set", "a.b=c"]
     argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), result=Path("r.json"), events=Path("e.jsonl"))
     assert argv[argv.index("--events") + 1] == "e.jsonl"

@@ -148,7 +148,7 @@ def test_no_class_is_unpickled_and_nobody_else_can_connect(finished: Path) -> No
     """Neither by the two workers of stage one nor by evaluation, the two ranks and merge."""
     lines = (finished / AUDIT).read_text().splitlines()
     started = [line for line in lines if line.startswith("start ")]
-    for word, processes in {"cli dump": 2, "cli evaluate": 2, "student_train.worker": 2, "cli merge": 1}.items():
+    for word, processes in {"entry dump": 2, "entry evaluate": 2, "student_train.worker": 2, "entry merge": 1}.items():
         assert len([line for line in started if word in line]) == processes, started
     assert [line for line in lines if line not in started] == []
     assert json.loads((finished / "listening.json").read_text()) == []
@@ -227,7 +227,9 @@ def test_running_again_does_nothing_anew(finished: Path) -> None:
 @pytest.mark.slow
 def test_another_configuration_for_the_same_run_is_refused_and_nothing_is_lost(finished: Path) -> None:
     kept = {
-        path: path.read_bytes() for path in (finished / "run").rglob("*") if path.is_file() and "exit" not in path.parts
+        path: path.read_bytes()
+        for path in (finished / "run").rglob("*")
+        if path.is_file() and "exit" not in path.parts and not path.name.startswith(".lock")
     }
     done = llm_neo(finished, "run", "config.yaml", "--set", "train.learning_rate=0.5", code=78)
     assert "learning_rate" in done.stderr

@@ -1,13 +1,15 @@
 """Damaged files: not one is accepted, whatever is damaged, wherever, however."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from support.dumps import make_dump, some_provenance
 
+from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.footer import claimed_values
 from storage_schemas.reader import Dump, parse_unit
 from storage_schemas.records import TOKENIZER, CommitRecord, record_key
 from storage_schemas.verify import verify
@@ -187,3 +189,77 @@ def test_without_the_hash_nothing_crashes(folder: Path) -> None:
 
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+ABORTING = {
+    "v1": [(2973, 70)],
+    "v1-first": [(2097, 18), (2143, 36), (2155, 52), (2767, 57), (2986, 57), (3243, 54), (3595, 70)],
+}
+"""Bytes of the footer of a golden shard, and values there, on which pyarrow alone ends the process: the first three of
+the first writers' shard give a column other levels, the others give a column chunk a histogram of another length."""
+
+
+def forged(shard: str, changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Parse a golden shard with one byte changed, without its hash: how many were refused, and of how many."""
+    dump = Dump.open(str(GOLDEN / shard / "topk"))
+    record = dump.record(0)
+    assert record is not None
+    data = dump.store.get(record.file)
+    refused = n = 0
+    for place, value in changes:
+        n += 1
+        try:
+            parse_unit(data[:place] + bytes([value]) + data[place + 1 :], record, dump.provenance, name="shard")
+        except REFUSED:
+            refused += 1
+    return refused, n
+
+
+@pytest.mark.parametrize("shard", ABORTING)
+def test_footers_on_which_pyarrow_aborts_are_refused(shard: str) -> None:
+    assert forged(shard, ABORTING[shard]) == (len(ABORTING[shard]), len(ABORTING[shard]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ABORTING)
+def test_no_change_of_a_footer_ends_the_process(shard: str) -> None:
+    data = next((GOLDEN / shard / "topk" / "data").iterdir()).read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    changes = [(i, value) for i in range(footer, len(data)) for value in ((data[i] + 16) % 256, data[i] ^ 1)]
+    refused, n = forged(shard, changes)
+    assert n == 2 * (len(data) - footer)
+    assert refused >= 0.4 * n, "half of a footer are statistics"
+
+
+NO_FOOTERS = {
+    "none": (b"", "no Parquet footer"),
+    "a long list": (b"\x19\xfc\xff\xff\xff\xff\x0f", "torn"),
+    "nested": (b"\x1c" * 5000, "nested too deeply"),
+    "a long number": (b"\x18" + b"\xff" * 12, "too long"),
+    "an unknown type": (b"\x1d", "type 13"),
+    "torn": (b"\x15", "torn"),
+    "a number as row group": (b"\x49\x15\x02\0", "other types"),
+    "a chunk without values": (b"\x49\x1c\x19\x1c\0\0\0", "no number of values"),
+    "another number of columns": (b"\x49\x1c\x19\x0c\0\0", "has 0 columns"),
+    "a chunk elsewhere": (b"\x49\x1c\x19\x1c\x18\x01x\x2c\x56\x02\0\0\0\0", "lies elsewhere"),
+}
+"""Compact Thrift: field 4 of the file holds row groups, field 1 of these chunks, field 3 of these the metadata."""
+
+
+@pytest.mark.parametrize("case", NO_FOOTERS)
+def test_footers_that_are_no_footers(case: str) -> None:
+    def file(footer: bytes) -> bytes:
+        return b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+    assert claimed_values(file(b"\x49\x1c\x19\x1c\x3c\x56\x02\0\0\0\0"), [(0, 0)]) == [1]
+    footer, message = NO_FOOTERS[case]
+    with pytest.raises(ValueError, match=message):
+        claimed_values(file(footer), [(0, 0)])
+    for wrong in (b"", b"PAR1", file(b"\0")[:-1] + b"E", file(b"\0")[1:]):
+        with pytest.raises(ValueError, match="no Parquet footer"):
+            claimed_values(wrong, [(0, 0)])
+
+
+def test_a_footer_claims_what_pyarrow_reads_from_it(folder: Path) -> None:
+    file = codec.open_parquet(path_of(folder, "shard").read_bytes())
+    columns = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    claimed = claimed_values(path_of(folder, "shard").read_bytes(), codec.levels(file))
+    assert claimed == [column.num_values for column in columns]

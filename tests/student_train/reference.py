@@ -8,7 +8,7 @@ from torch import Tensor
 
 from student_train.data.batch import SparseTargets
 from student_train.model.head import HeadSpec
-from student_train.model.losses import LossSpec
+from student_train.model.losses import LossSpec, entry_divergence
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd")
 SMOOTH = DIVERGENCES[:-1]
@@ -168,3 +168,11 @@ def unfused_loss(
         for i in range(len(logits)):
             d = d + token_divergence(logits, targets, i, loss)
     return (1 - loss.alpha) * ce + loss.alpha * loss.temperature**2 * d, ce, d
+
+
+def naive_loss(logits: Tensor, targets: SparseTargets, loss: LossSpec) -> Tensor:
+    """The sum at T = 1 as one would write it first, in the dtype of the logits and through all of them."""
+    log_q, ids = logits.log_softmax(1), targets.ids.long()
+    tail = log_q.masked_fill(torch.zeros_like(log_q, dtype=torch.bool).scatter(1, ids, targets.in_head), -torch.inf)
+    d = entry_divergence(log_q.gather(1, ids), tail.logsumexp(1), targets, loss)
+    return ((1 - loss.alpha) * -log_q.gather(1, targets.labels[:, None])[:, 0] + loss.alpha * d).sum()

@@ -24,10 +24,9 @@ from student_train.checkpoint import (
     Checkpoint,
     Checkpoints,
     TrainState,
-    choose,
     exactly,
-    refuse_other_run,
 )
+from student_train.resume import choose, refuse_other_run
 
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
@@ -351,5 +350,5 @@ def test_another_run_is_told_field_by_field() -> None:
             {"train.seed": 1, "loss.alpha": 0.5, "train.arm": "neo"}, {"train.seed": 2, "train.arm": "neo", "new": True}
         )
     assert "loss.alpha, new, train.seed" in str(error.value)
-    assert "got:      loss.alpha = null; new = true; train.seed = 2" in str(error.value)
-    assert "expected: loss.alpha = 0.5; new = null; train.seed = 1" in str(error.value)
+    assert "got:      loss.alpha = absent; new = True; train.seed = 2" in str(error.value)
+    assert "expected: loss.alpha = 0.5; new = absent; train.seed = 1" in str(error.value)

@@ -66,7 +66,7 @@ def offline(module: Distilled, dump: Dump, temperature: float) -> tuple[Tensor, 
     """(loss, CE, KL) per token and gradients by name, from the stored targets."""
     rows = rows_of(dump, SAMPLES)
     index = dump.provenance.temperature_index(temperature)
-    batch = collate(rows, temperature_index=index, temperature=temperature, pad_id=0)
+    batch = collate(rows, temperature_index=index, temperature=temperature)
     loss, parts = module(batch)
     return parts[:3] / len(batch.targets), _gradients(module, loss / len(batch.targets))
 

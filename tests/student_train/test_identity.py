@@ -17,10 +17,10 @@ from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import DumpSection
 from student_train.checkpoint import TrainState
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.data.stream import consumed_root
 from student_train.model.student import load_model
-from student_train.run import FILES, WEIGHTS, Run, _open_checkpoint, open_run
+from student_train.resume import FILES, WEIGHTS, consumed_root, identity_of, open_checkpoint
 from student_train.train import _load_student
+from student_train.training_run import TrainingRun, open_run
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_of(folder: Path, **lora: Any) -> Run:
+def run_of(folder: Path, **lora: Any) -> TrainingRun:
     """A run of that adapter."""
     student = StudentSection(model="any", lora=LoraSection(r=4, **lora))
     return open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(folder / "run"), {})
@@ -41,11 +41,11 @@ def run_of(folder: Path, **lora: Any) -> Run:
 def test_alpha_counts_by_its_value(first: float | None, then: float | None, folder: Path) -> None:
     """Null is 2 * r: a checkpoint of the one is resumed by the other, and by nothing else."""
     run = run_of(folder, alpha=first)
-    state = TrainState(step=1, updates=1, consumed=consumed_root(run.dump, run.order, 1), identity=run.identity)
+    state = TrainState(step=1, updates=1, consumed=consumed_root(run.dump, run.order, 1), identity=identity_of(run))
     run.checkpoints.save(state, [], keep=1)
-    assert _open_checkpoint(run_of(folder, alpha=then), 1, verify=True).step == 1
+    assert open_checkpoint(run_of(folder, alpha=then), 1, verify=True).step == 1
     with pytest.raises(MismatchError, match=r"student\.lora\.alpha"):
-        _open_checkpoint(run_of(folder, alpha=9), 1, verify=True)
+        open_checkpoint(run_of(folder, alpha=9), 1, verify=True)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -57,7 +57,7 @@ def test_another_student_is_another_run(folder: Path, tmp_path: Path, version: i
     run = open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"), {})
     learner = _load_student(run, None, main=True)
     own = {WEIGHTS: learner.digest} if version == 1 else {FILES: learner.files}
-    state = TrainState(step=0, updates=0, consumed="", identity=run.identity | own)
+    state = TrainState(step=0, updates=0, consumed="", identity=identity_of(run) | own)
     run.checkpoints.save(state, [], keep=1)
 
     def resume(change: Callable[[Path], object]) -> None:
@@ -100,5 +100,8 @@ def test_index_names_files_of_the_model_only(tmp_path: Path, name: str) -> None:
 
 def test_another_variant_is_another_run(folder: Path) -> None:
     """Also where the parameters have the same names."""
-    assert run_of(folder).identity != run_of(folder, variant="rslora").identity
-    assert run_of(folder).identity == run_of(folder, variant="lora").identity
+    plain, other, same = (
+        identity_of(run_of(folder, **lora)) for lora in ({}, {"variant": "rslora"}, {"variant": "lora"})
+    )
+    assert plain != other
+    assert plain == same

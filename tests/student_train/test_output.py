@@ -9,13 +9,13 @@ from support.tiny_student import write_dump
 
 from storage_schemas.config import DumpSection
 from storage_schemas.stores.store import Store
-from student_train import run as runs
 from student_train.config import LossSection, StudentSection
-from student_train.data.stream import Follower, consumed_root
-from student_train.run import open_run, weigh
+from student_train.data.stream import Follower
+from student_train.resume import consumed_root
+from student_train.training_run import TrainingRun, open_run, weigh
 
 
-def opened(url: Path, output: Path, **train: object) -> runs.Run:
+def opened(url: Path, output: Path, **train: object) -> TrainingRun:
     section = train_section(output, **train)
     return open_run(DumpSection(url=str(url)), StudentSection(model="m"), LossSection(), section, {})
 

@@ -67,7 +67,7 @@ def student(folder: Path, name: str, *, targets: str | list[str] | None = None, 
 def loss_and_gradients(module: Distilled, folder: Path, *, packed: bool) -> tuple[Tensor, list[Tensor]]:
     """Of all samples in one micro-batch."""
     rows = rows_of(Dump.open(str(folder / "dump")), range(10))
-    batch = collate(rows, temperature_index=0, temperature=1.0, pad_id=0, packed=packed)
+    batch = collate(rows, temperature_index=0, temperature=1.0, packed=packed)
     assert (batch.input_ids.shape[0] == 1) == packed
     loss, _ = module(batch)
     return loss.detach(), list(torch.autograd.grad(loss, [p for _, p in module.trained()]))
@@ -97,17 +97,16 @@ def test_layout(folder: Path) -> None:
     """Every token stands where it should, and every supervised one is predicted from the place before it."""
     rows = rows_of(Dump.open(str(folder / "dump")), range(10))
     assert {row.status for row in rows} > {OK, EMPTY}
-    batch = collate(rows, temperature_index=0, temperature=1.0, pad_id=0, packed=True)
+    batch = collate(rows, temperature_index=0, temperature=1.0, packed=True)
     used = [row for row in rows if row.status == OK]
     assert batch.input_ids[0].tolist() == np.concatenate([row.input_ids for row in used]).tolist()
     assert batch.position_ids[0].tolist() == np.concatenate([np.arange(len(row.input_ids)) for row in used]).tolist()
     mask = np.concatenate([row.loss_mask for row in used])
     assert batch.positions.tolist() == (np.flatnonzero(mask) - 1).tolist()
     assert batch.targets.labels.tolist() == batch.input_ids[0][torch.from_numpy(mask)].tolist()
-    assert batch.sample_indices == tuple(range(10))
     assert batch.tokens == batch.input_ids.numel()
-    filler = collate([], temperature_index=0, temperature=1.0, pad_id=7, packed=True)
-    assert (filler.input_ids.tolist(), filler.position_ids.tolist(), len(filler.targets)) == ([[7]], [[0]], 0)
+    filler = collate([], temperature_index=0, temperature=1.0, packed=True)
+    assert (filler.input_ids.tolist(), filler.position_ids.tolist(), len(filler.targets)) == ([[0]], [[0]], 0)
 
 
 @pytest.mark.parametrize("mistake", ["a mask is given", "positions go on"])

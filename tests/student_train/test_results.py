@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,8 +47,8 @@ from student_train.results.final import refuse_other_logits, save_model, write_f
 from student_train.results.merge import merge
 from student_train.results.model_card import model_card
 from student_train.results.saved import load_adapter
-from student_train.run import open_run
 from student_train.train import _load_student
+from student_train.training_run import open_run
 
 IDS = torch.arange(24)[None]
 
@@ -215,13 +216,22 @@ def test_merged_model(name: str, dtype: str | None, stored: str, folder: Path, t
 
 @torch.no_grad()
 def test_the_code_in_the_cards_loads_the_models(folder: Path, tmp_path: Path) -> None:
-    """What the command line merges is told as commands; both cards hold code that works."""
-    done = CliRunner().invoke(app, ["merge", str(folder / "final-bf16"), str(tmp_path / "merged")])
+    """Both cards hold code that works; the adapter is merged by the command in its own card."""
+
+    def commands(file: Path) -> list[list[str]]:
+        """Of a shell, as words."""
+        blocks = re.findall(r"```sh\n(.*?)```", file.read_text(), re.DOTALL)
+        return [shlex.split(line, comments=True) for line in "".join(blocks).splitlines()]
+
+    (words,) = commands(folder / "final-bf16/README.md")
+    assert words == ["llm-neo", "merge", str(folder / "final-bf16"), "merged"]
+    done = CliRunner().invoke(app, [*words[1:3], str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
-    said = " ".join(done.output.split())
-    assert f"vllm serve {tmp_path / 'merged'}" in said
-    assert "--max-lora-rank 8 --lora-modules final-bf16=" in said
-    assert "--outfile merged.gguf --outtype bf16" in said
+    assert "is a plain model in bfloat16; docs/serving.md says" in " ".join(done.output.split())
+    page = [line[:2] for line in commands(Path(__file__).parents[2] / "docs/serving.md")]
+    serving = commands(tmp_path / "merged/README.md")
+    assert [line[2] for line in serving] == [str(tmp_path / "merged")] * 2
+    assert all(line[:2] in page for line in [words, *serving])
     logits = []
     for where in (folder / "final-bf16", tmp_path / "merged"):
         code = re.findall(r"```python\n(.*?)```", (where / "README.md").read_text(), re.DOTALL)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,32 @@ import pytest
 import torch
 from dense import plain_student
 from peft import PeftModel
-from support.distributed import run_ranks
+from support.distributed import Ranks
 from support.rounding import FORWARD, update_excess
 from support.tiny_student import save_student, tiny_tokenizer, write_dump
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-Results = dict[str, list[dict[str, Any]]]
-"""By name of the job: what each rank returned."""
-SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("zero0", {"zero_stage": 0}, {}),
-    ("zero2", {"zero_stage": 2}, {}),
-    ("zero3", {"zero_stage": 3}, {}),
-    ("bf16", {"zero_stage": 2, "precision": "bf16"}, {}),
-    ("pissa", {"zero_stage": 1, "weight_decay": 0.1}, {"variant": "pissa", "dropout": 0.2}),
-    ("kd", {"zero_stage": 2, "arm": "kd"}, {}),
-]
-"""(name, train section, adapter) of the runs that are interrupted and go on where they were"""
-OTHER = [("1", {"zero_stage": 1}), ("3", {"zero_stage": 3})]
-"""(ZeRO stage by name, train section) that an interrupted run of stage 2 goes on with"""
+SAME: dict[str, dict[str, Any]] = {
+    "zero0": {"train": {"zero_stage": 0}},
+    "zero2": {"train": {"zero_stage": 2}},
+    "zero3": {"train": {"zero_stage": 3}},
+    "bf16": {"train": {"zero_stage": 2, "precision": "bf16"}},
+    "pissa": {"train": {"zero_stage": 1, "weight_decay": 0.1}, "lora": {"variant": "pissa", "dropout": 0.2}},
+    "kd": {"train": {"zero_stage": 2, "arm": "kd"}},
+}
+"""Runs that are interrupted and go on where they were."""
+WINDOWS = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
+FLAT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+KNOWN: dict[str, dict[str, Any]] = {
+    **{f"{name} whole": job for name, job in SAME.items()},
+    "half": {"stop_after": 3},
+    "sealed": {"train": WINDOWS},
+    "first part": {"train": FLAT | {"max_steps": 3}},
+    "not finite": {"train": {"learning_rate": 1e20}},
+    "longer": {"copy": "zero2 whole", "train": {"max_steps": 9, "extend": True}},
+}
+"""Runs that several tests look at or begin from. Everything else stands where it is tested."""
 
 
 @pytest.fixture(scope="module")
@@ -47,100 +55,75 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.unlink()
     for name in ("growing", "stalled"):
         write_dump(folder / name, units=range(2))
+    # It differs in nothing that shows before its data is read, so it must be told by its records.
+    write_dump(folder / "rewritten", samples=24, bad_samples=False)
     write_dump(folder / "dump without targets", none_usable=True)
     write_dump(folder / "unsealed dump without targets", none_usable=True, seal=False)
+    (folder / "logs").mkdir()
+    (folder / "logs" / "a file").touch()
     return folder
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What the two ranks of a training returned."""
+
+    ranks: list[dict[str, Any]]
+    output: Path
+
+    @property
+    def codes(self) -> list[int]:
+        """Exit code of each rank."""
+        return [rank["code"] for rank in self.ranks]
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each step."""
+        return [event.loss for event in self["events"]]
+
+    def __getitem__(self, name: str) -> Any:
+        """What the first rank says."""
+        return self.ranks[0][name]
+
+
+class Trainings:
+    """Trainings on two ranks, which stay for all tests; each is run when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ranks = Ranks("support.train_jobs:trainer", 2)
+        self._done: dict[str, Training] = {}
+
+    def __call__(self, name: str, **job: Any) -> Training:
+        """The training of this name, in the directory of this name: one of KNOWN, or the job that is given."""
+        if name not in self._done:
+            job = job or KNOWN[name]
+            for before in {job.get("copy"), job.get("output")} & set(KNOWN):
+                self(before)
+            output = self.folder / job.get("output", name)
+            self._done[name] = Training(self._ranks.call(job=job | paths(self.folder, job, output)), output)
+        return self._done[name]
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._ranks.close()
+
+
+def paths(folder: Path, job: Mapping[str, Any], output: Path) -> dict[str, str]:
+    """The names in a job as paths."""
+    found = {"output": str(output), "dump": str(folder / job.get("dump", "dump"))}
+    found["model"] = str(folder / job.get("model", "student"))
+    return found | ({"copy": str(folder / job["copy"])} if "copy" in job else {})
+
+
 @pytest.fixture(scope="module")
-def results(folder: Path) -> Results:
-    """All trainings on two ranks, in one pair of processes."""
-    windows = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
-    monitor = {"enabled": True, "output_path": str(folder / "logs"), "job_name": "run"}
-    flat = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
-    (folder / "logs").mkdir()
-    (folder / "logs" / "a file").touch()
-    jobs: dict[str, dict[str, Any]] = {}
-    for name, train, lora in SAME:
-        jobs[f"{name} whole"] = {"train": train, "lora": lora}
-        jobs[f"{name} half"] = {"train": train, "lora": lora, "stop_after": 3, "output": name}
-        jobs[f"{name} rest"] = {"train": train | {"resume": "must"}, "lora": lora, "output": name}
-    jobs["half"] = {"stop_after": 3}
-    for name, train in OTHER:
-        jobs[f"stage {name}"] = {"train": train, "copy": "half"}
-    jobs |= {
-        "again": {"output": "zero2 whole"},
-        "no summary": {"copy": "zero2 whole", "spoil": "no summary"},
-        "emptied": {"copy": "zero2 whole", "spoil": "empty final"},
-        "changed": {"copy": "zero2 whole", "spoil": "change final"},
-        "flipped": {"copy": "zero2 whole", "spoil": "flip newest"},
-        "torn": {"copy": "zero2 whole", "spoil": "tear newest"},
-        "none valid": {"copy": "zero2 whole", "spoil": "no commits"},
-        "none left": {"copy": "zero2 whole", "spoil": "no checkpoints"},
-        "must, but new": {"train": {"resume": "must"}},
-        "never, but used": {"train": {"resume": "never"}, "output": "zero2 whole"},
-        "never and new": {"train": {"resume": "never", "max_steps": 1}},
-        "other rate": {"train": {"learning_rate": 2e-2}, "output": "zero2 whole"},
-        "other dump": {"train": {}, "copy": "half", "dump": "growing"},
-        "tokenizer": {"model": "other-tokenizer"},
-        "version": {"dump": "other-version"},
-        "shard": {"dump": "missing-shard", "train": {"shuffle_block_units": 1, "save_steps": 100}},
-        "temperature": {"loss": {"temperature": 2.0}},
-        "model": {"model": "nowhere"},
-        "monitor": {"train": {"max_steps": 2, "deepspeed": {"csv_monitor": monitor}}},
-        "broken monitor": {"train": {"max_steps": 2, "deepspeed": {"csv_monitor": monitor | {"job_name": "a file"}}}},
-        "no monitor": {"train": {"deepspeed": {"csv_monitor": monitor | {"outputpath": "x"}}}},
-        "trackers": {"train": {"max_steps": 2, "report_to": ["tensorboard", "wandb"]}},
-        "no tracker": {"train": {"report_to": ["wandb"]}, "hide": "wandb"},
-        "sealed": {"train": windows},
-        "following": {"train": windows, "dump": "growing", "grow": (range(2, 4), range(4, 5))},
-        "longer": {"copy": "zero2 whole", "train": {"max_steps": 9, "extend": True}},
-        "longer again": {"output": "longer", "train": {"max_steps": 9, "extend": True}},
-        "longer, unsaid": {"copy": "zero2 whole", "train": {"max_steps": 9}},
-        "shorter": {"copy": "zero2 whole", "train": {"max_steps": 2, "extend": True}},
-        "other order": {"copy": "half", "train": {"seed": 5, "extend": True}},
-        "in one go": {"train": flat | {"max_steps": 5}},
-        "first part": {"train": flat | {"max_steps": 3}},
-        "extended": {"copy": "first part", "train": flat | {"max_steps": 5, "extend": True}},
-        "other rate, said": {"copy": "half", "train": {"learning_rate": 1e-3, "precision": "bf16", "extend": True}},
-        "not finite": {"train": {"learning_rate": 1e20}},
-        "advice taken": {"output": "not finite", "train": {"max_steps": 1, "max_grad_norm": 0.5}},
-        "late": {"train": windows, "dump": "late dump", "arrive": str(folder / "dump")},
-        "no dump": {"train": {"data_wait_seconds": 0.5}, "dump": "never"},
-        "stop at no dump": {"train": {"data_wait_seconds": 60.0}, "dump": "never", "stop_after": 0},
-        "none usable": {"dump": "dump without targets"},
-        "none usable yet": {"dump": "unsealed dump without targets", "train": {"max_steps": 2}},
-        "other estimator": {"stated": {"estimator.kind": "topk", "estimator.k": 9}},
-        "other kind": {"stated": {"estimator.kind": "sampled", "estimator.draws": 9}},
-        "other temperatures": {"stated": {"temperatures": [1.0, 2.0]}},
-        "same estimator": {"stated": {"estimator.k": 8, "temperatures": [1.0]}, "train": {"max_steps": 1}},
-        "stalled": {"train": windows | {"data_wait_seconds": 1.0}, "dump": "stalled"},
-    }
-    # The other dump differs in nothing that shows before its data is read, so it must be told by its records.
-    write_dump(folder / "rewritten", samples=24, bad_samples=False)
-    jobs["other dump"]["dump"] = "rewritten"
-    full = [
-        job | {
-            "output": str(folder / job.get("output", name)),
-            "dump": str(folder / job.get("dump", "dump")),
-            "model": str(folder / job.get("model", "student")),
-        } | ({"copy": str(folder / job["copy"])} if "copy" in job else {})
-        for name, job in jobs.items()
-    ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("WANDB_MODE", "offline")
-        by_rank = run_ranks("support.train_jobs:run_trainings", 2, jobs=full)
-    return {name: [rank[i] for rank in by_rank] for i, name in enumerate(jobs)}
-
-
-def codes(results: Results, name: str) -> list[int]:
-    """Exit code of each rank."""
-    return [rank["code"] for rank in results[name]]
-
-
-def losses(results: Results, name: str) -> list[float]:
-    """Loss of each step."""
-    return [event.loss for event in results[name][0]["events"]]
+def training(folder: Path) -> Iterator[Trainings]:
+    """Runs trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        trainings = Trainings(folder)
+        yield trainings
+        trainings.close()
 
 
 def largest_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
@@ -150,206 +133,245 @@ def largest_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str,
     return max(float((found[key] - value).abs().max()) for key, value in expected.items())
 
 
-def excess(found: Mapping[str, torch.Tensor], results: Results) -> float:
+def excess(found: Mapping[str, torch.Tensor], training: Trainings) -> float:
     """Of a run that went on from "half", over rounding, against the one that was never stopped."""
-    whole, half = results["zero2 whole"][0]["state"], results["half"][0]["state"]
+    whole, half = training("zero2 whole")["state"], training("half")["state"]
     return update_excess(found, whole, first=half, rate=1e-2, steps=3)
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in SAME])
-def test_resumed_run_is_the_uninterrupted_one(name: str, results: Results) -> None:
+@pytest.mark.parametrize("name", SAME)
+def test_resumed_run_is_the_uninterrupted_one(name: str, training: Trainings) -> None:
     """2N steps = N + resume + N, bit for bit, in every loss, weight and moment."""
-    assert codes(results, f"{name} whole") == [0, 0]
-    assert codes(results, f"{name} half") == [75, 75]
-    assert 0 < results[f"{name} half"][0]["step"] < 6
-    assert codes(results, f"{name} rest") == [0, 0]
-    assert losses(results, f"{name} rest") == losses(results, f"{name} whole")
-    whole, rest = (results[f"{name} {part}"][0] for part in ("whole", "rest"))
+    job = SAME[name]
+    whole = training(f"{name} whole")
+    half = training(f"{name} half", **job, stop_after=3, output=name)
+    rest = training(f"{name} rest", **job | {"train": job["train"] | {"resume": "must"}}, output=name)
+    assert (whole.codes, half.codes, rest.codes) == ([0, 0], [75, 75], [0, 0])
+    assert 0 < half["step"] < 6
+    assert rest.losses == whole.losses
     assert largest_difference(rest["state"], whole["state"]) == 0
-    assert rest["summary"]["resumed_from"] == results[f"{name} half"][0]["step"]
+    assert rest["summary"]["resumed_from"] == half["step"]
     assert rest["summary"]["supervised_tokens"] == whole["summary"]["supervised_tokens"]
 
 
-@pytest.mark.parametrize("stage", [name for name, _ in OTHER])
-def test_resume_at_another_stage(stage: str, results: Results) -> None:
+@pytest.mark.parametrize("stage", [1, 3])
+def test_resume_at_another_stage(stage: int, training: Trainings) -> None:
     """fp32: losses and parameters within what rounding explains."""
-    assert losses(results, f"stage {stage}") == pytest.approx(losses(results, "zero2 whole"), rel=FORWARD)
-    assert excess(results[f"stage {stage}"][0]["state"], results) < 1
+    found = training(f"stage {stage}", train={"zero_stage": stage}, copy="half")
+    assert found.losses == pytest.approx(training("zero2 whole").losses, rel=FORWARD)
+    assert excess(found["state"], training) < 1
 
 
 @pytest.mark.parametrize(
     ("ranks", "stage"), [(1, 3), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(3, 3, marks=pytest.mark.slow)]
 )
-def test_resume_at_another_world_size(ranks: int, stage: int, results: Results, folder: Path) -> None:
+def test_resume_at_another_world_size(ranks: int, stage: int, training: Trainings, folder: Path) -> None:
     """Stopped on two ranks at stage 2, continued on one or three, at another stage too."""
-    assert codes(results, "half") == [75, 75]
-    job = {
-        "output": str(folder / f"on {ranks} at {stage}"), "copy": str(folder / "half"), "dump": str(folder / "dump"),
-        "model": str(folder / "student"), "train": {"zero_stage": stage},
-    }  # fmt: skip
-    found = run_ranks("support.train_jobs:run_trainings", ranks, jobs=[job])[0][0]
+    assert training("half").codes == [75, 75]
+    job = {"copy": "half", "train": {"zero_stage": stage}}
+    others = Ranks("support.train_jobs:trainer", ranks)
+    found = others.call(job=job | paths(folder, job, folder / f"on {ranks} at {stage}"))[0]
+    others.close()
     assert found["code"] == 0, found["message"]
-    assert [e.loss for e in found["events"]] == pytest.approx(losses(results, "zero2 whole"), rel=FORWARD)
-    assert excess(found["state"], results) < 1
+    assert [e.loss for e in found["events"]] == pytest.approx(training("zero2 whole").losses, rel=FORWARD)
+    assert excess(found["state"], training) < 1
 
 
-def test_finished_run_does_nothing(results: Results) -> None:
+def test_finished_run_does_nothing(training: Trainings) -> None:
     """The same summary, at once, with nothing trained or written."""
-    again, whole = results["again"][0], results["zero2 whole"][0]
-    assert codes(results, "again") == [0, 0]
+    whole = training("zero2 whole")
+    again = training("again", output="zero2 whole")
+    assert again.codes == [0, 0]
     assert again["summary"] == whole["summary"]
     assert again["seconds"] < 1.0
     assert again["events"] == whole["events"]
 
 
-@pytest.mark.parametrize("name", ["no summary", "emptied", "changed"])
-def test_interrupted_or_damaged_final_is_written_again(name: str, results: Results, folder: Path) -> None:
+@pytest.mark.parametrize("how", ["no summary", "empty final", "change final"])
+def test_interrupted_or_damaged_final_is_written_again(how: str, training: Trainings) -> None:
     """Without its summary a run is not finished, and what lies in `final/` is not trusted without proof."""
-    assert codes(results, name) == [0, 0]
-    assert results[name][0]["summary"]["steps"] == 6
+    run = training(how, copy="zero2 whole", spoil=how)
+    assert run.codes == [0, 0]
+    assert run["summary"]["steps"] == 6
     found, expected = (
-        {file.name: file.read_bytes() for file in (folder / run / "final").iterdir() if file.name != "README.md"}
-        for run in (name, "zero2 whole")
+        {file.name: file.read_bytes() for file in (output / "final").iterdir() if file.name != "README.md"}
+        for output in (run.output, training("zero2 whole").output)
     )
     assert found == expected
     assert "adapter_model.safetensors" in found
 
 
-@pytest.mark.parametrize("name", ["flipped", "torn"])
-def test_damaged_checkpoint_is_passed_over(name: str, results: Results) -> None:
+@pytest.mark.parametrize("how", ["flip newest", "tear newest"])
+def test_damaged_checkpoint_is_passed_over(how: str, training: Trainings) -> None:
     """The one before is complete: training goes on from there, to the same end."""
-    assert codes(results, name) == [0, 0]
-    assert results[name][0]["summary"]["resumed_from"] == 4
-    assert losses(results, name) == losses(results, "zero2 whole")
-    assert largest_difference(results[name][0]["state"], results["zero2 whole"][0]["state"]) == 0
+    run, whole = training(how, copy="zero2 whole", spoil=how), training("zero2 whole")
+    assert run.codes == [0, 0]
+    assert run["summary"]["resumed_from"] == 4
+    assert run.losses == whole.losses
+    assert largest_difference(run["state"], whole["state"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "code", "says"),
-    [
-        ("none valid", 66, "no valid checkpoint"),
-        ("none left", 66, "no valid checkpoint"),
-        ("must, but new", 66, "no valid checkpoint"),
-        ("never, but used", 78, "has been used"),
-        ("other rate", 78, "train.learning_rate = 0.02"),
-        ("other dump", 65, "has changed since"),
-        ("tokenizer", 78, "tokenizer"),
-        ("version", 78, "format version"),
-        ("shard", 65, "unit-00000002"),
-        ("temperature", 78, "temperature"),
-        ("model", 78, "nowhere"),
-        ("stalled", 75, "timed out waiting for the dump"),
-        ("longer, unsaid", 78, "train.extend: true"),
-        ("shorter", 78, "has done 6 steps already"),
-        ("other order", 78, "train.seed = 5"),
-        ("not finite", 65, "is not finite"),
-        ("no dump", 75, "there is no dump at"),
-        ("stop at no dump", 75, "there is no dump at"),
-        ("none usable", 65, "nothing can be learned"),
-        ("none usable yet", 65, "nothing can be learned"),
-        ("other estimator", 78, "other settings: estimator.k\n  got:      estimator.k = 9"),
-        ("other kind", 78, "other settings: estimator.kind\n  got:      estimator.kind = sampled"),
-        ("other temperatures", 78, "other settings: temperatures"),
-    ],
-)
-def test_refusals(name: str, code: int, says: str, results: Results) -> None:
+REFUSED: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "none valid": (66, "no valid checkpoint", {"copy": "zero2 whole", "spoil": "no commits"}),
+    "none left": (66, "no valid checkpoint", {"copy": "zero2 whole", "spoil": "no checkpoints"}),
+    "must, but new": (66, "no valid checkpoint", {"train": {"resume": "must"}}),
+    "never, but used": (78, "has been used", {"train": {"resume": "never"}, "output": "zero2 whole"}),
+    "other rate": (78, "train.learning_rate = 0.02", {"train": {"learning_rate": 2e-2}, "output": "zero2 whole"}),
+    "other dump": (65, "has changed since", {"train": {}, "copy": "half", "dump": "rewritten"}),
+    "tokenizer": (78, "tokenizer", {"model": "other-tokenizer"}),
+    "version": (78, "format version", {"dump": "other-version"}),
+    "temperature": (78, "temperature", {"loss": {"temperature": 2.0}}),
+    "model": (78, "nowhere", {"model": "nowhere"}),
+    "longer, unsaid": (78, "train.extend: true", {"copy": "zero2 whole", "train": {"max_steps": 9}}),
+    "shorter": (78, "has done 6 steps already", {"copy": "zero2 whole", "train": {"max_steps": 2, "extend": True}}),
+    "other order": (78, "train.seed = 5", {"copy": "half", "train": {"seed": 5, "extend": True}}),
+    "no dump": (75, "there is no dump at", {"train": {"data_wait_seconds": 0.5}, "dump": "never"}),
+    "stop at no dump": (
+        75, "there is no dump at", {"train": {"data_wait_seconds": 60.0}, "dump": "never", "stop_after": 0},
+    ),
+    "no model, no dump": (78, "the model", {"dump": "never", "model": "nowhere"}),
+    "no tracker, no dump": (78, "pip install", {"dump": "never", "train": {"report_to": ["wandb"]}, "hide": "wandb"}),
+    "impossible, no dump": (
+        78, "grad_accum_dtype",
+        {"dump": "never", "train": {"deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}}},
+    ),
+    "other estimator": (
+        78, "other settings: estimator.k\n  got:      estimator.k = 9",
+        {"stated": {"estimator.kind": "topk", "estimator.k": 9}},
+    ),
+    "other kind": (
+        78, "other settings: estimator.kind\n  got:      estimator.kind = sampled",
+        {"stated": {"estimator.kind": "sampled", "estimator.draws": 9}},
+    ),
+    "other temperatures": (78, "other settings: temperatures", {"stated": {"temperatures": [1.0, 2.0]}}),
+    "no tracker": (
+        78, "pip install 'llm-neo[wandb]'", {"train": {"report_to": ["wandb"]}, "hide": "wandb"},
+    ),
+    "no monitor": (
+        78, "outputpath", {"train": {"deepspeed": {"csv_monitor": {"enabled": True, "outputpath": "x"}}}},
+    ),
+}  # fmt: skip
+
+
+def assert_refused(run: Training, code: int, says: str) -> None:
     """Every rank leaves with the code; one rank has the message, the others know that it does."""
-    assert codes(results, name) == [code, code]
-    assert says in results[name][0]["message"]
-    assert [rank["peer"] for rank in results[name]] == [False, True]
+    assert run.codes == [code, code]
+    assert says in run["message"]
+    assert [rank["peer"] for rank in run.ranks] == [False, True]
 
 
-def test_never_starts_anew(results: Results) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str, training: Trainings) -> None:
+    code, says, job = REFUSED[name]
+    assert_refused(training(name, **job), code, says)
+
+
+def test_never_starts_anew(training: Trainings) -> None:
     """`resume: never` in a new directory trains."""
-    assert codes(results, "never and new") == [0, 0]
+    assert training("never and new", train={"resume": "never", "max_steps": 1}).codes == [0, 0]
 
 
-def test_deepspeeds_monitors_get_the_events(results: Results, folder: Path) -> None:
+def test_deepspeeds_monitors_get_the_events(training: Trainings, folder: Path) -> None:
     """And one that cannot be opened ends no run."""
-    assert codes(results, "monitor") == codes(results, "broken monitor") == [0, 0]
+    monitor = {"enabled": True, "output_path": str(folder / "logs"), "job_name": "run"}
+    blocked = monitor | {"job_name": "a file"}
+    run = training("monitor", train={"max_steps": 2, "deepspeed": {"csv_monitor": monitor}})
+    broken = training("broken monitor", train={"max_steps": 2, "deepspeed": {"csv_monitor": blocked}})
+    assert run.codes == broken.codes == [0, 0]
     lines = [line.split(",") for line in (folder / "logs" / "run" / "train_loss.csv").read_text().splitlines()]
     assert lines[0] == ["step", "loss"]
-    assert [(int(step), float(loss)) for step, loss in lines[1:]] == list(enumerate(losses(results, "monitor"), 1))
+    assert [(int(step), float(loss)) for step, loss in lines[1:]] == list(enumerate(run.losses, 1))
     written = {path.stem for path in (folder / "logs" / "run").iterdir()}
     assert {"train_kl", "train_learning_rate", "train_grad_norm"} <= written
-    assert len(losses(results, "broken monitor")) == 2
-    assert codes(results, "no monitor") == [78, 78]
+    assert len(broken.losses) == 2
 
 
-def test_trackers_get_the_run_of_the_rank_that_reports(results: Results, folder: Path) -> None:
-    assert codes(results, "trackers") == [0, 0]
-    found = EventAccumulator(str(folder / "trackers" / "tensorboard")).Reload().Scalars("train/loss")
-    assert [point.value for point in found] == pytest.approx(losses(results, "trackers"))
-    assert len(list((folder / "trackers" / "wandb").glob("offline-run-*"))) == 1
+def test_trackers_get_the_run_of_the_rank_that_reports(training: Trainings) -> None:
+    run = training("trackers", train={"max_steps": 2, "report_to": ["tensorboard", "wandb"]})
+    assert run.codes == [0, 0]
+    found = EventAccumulator(str(run.output / "tensorboard")).Reload().Scalars("train/loss")
+    assert [point.value for point in found] == pytest.approx(run.losses)
+    assert len(list((run.output / "wandb").glob("offline-run-*"))) == 1
 
 
-def test_missing_tracker_is_told(results: Results) -> None:
-    assert codes(results, "no tracker") == [78, 78]
-    assert "pip install 'llm-neo[wandb]'" in results["no tracker"][0]["message"]
-
-
-def test_work_before_a_bad_shard_is_kept(results: Results) -> None:
+def test_work_before_a_bad_shard_is_kept(training: Trainings) -> None:
     """A checkpoint of the steps before it, though none was due."""
-    step = results["shard"][0]["step"]
-    assert 0 < step == len(results["shard"][0]["events"])
+    run = training("shard", dump="missing-shard", train={"shuffle_block_units": 1, "save_steps": 100})
+    assert_refused(run, 65, "unit-00000002")
+    assert 0 < run["step"] == len(run["events"])
 
 
-def test_following_makes_no_difference(results: Results) -> None:
+def test_following_makes_no_difference(training: Trainings, folder: Path) -> None:
     """Training while the dump is written sees the same samples at each step as training afterwards."""
-    assert codes(results, "following") == codes(results, "late") == codes(results, "sealed") == [0, 0]
-    assert losses(results, "following") == losses(results, "late") == losses(results, "sealed")
-    assert max(event.data_wait_seconds for event in results["following"][0]["events"]) > 0.5
+    sealed = training("sealed")
+    following = training("following", train=WINDOWS, dump="growing", grow=(range(2, 4), range(4, 5)))
+    late = training("late", train=WINDOWS, dump="late dump", arrive=str(folder / "dump"))
+    assert sealed.codes == following.codes == late.codes == [0, 0]
+    assert sealed.losses == following.losses == late.losses
+    assert max(event.data_wait_seconds for event in following["events"]) > 0.5
 
 
-def test_a_finished_run_is_extended(results: Results) -> None:
+def test_a_finished_run_is_extended(training: Trainings) -> None:
     """With what has changed on record; and then it is finished, and the same command does nothing."""
-    found, whole = results["longer"][0]["summary"], results["zero2 whole"][0]
+    longer, whole = training("longer"), training("zero2 whole")
+    found = longer["summary"]
     assert (found["steps"], found["resumed_from"]) == (9, 6)
     assert found["extended"] == [{"step": 6, "before": {"train.max_steps": 6}, "after": {"train.max_steps": 9}}]
-    assert losses(results, "longer")[:6] == losses(results, "zero2 whole")
+    assert longer.losses[:6] == whole.losses
     assert found["supervised_tokens"] > whole["summary"]["supervised_tokens"]
-    assert results["longer again"][0]["summary"] == found
+    again = training("longer again", output="longer", train={"max_steps": 9, "extend": True})
+    assert again["summary"] == found
 
 
-def test_an_extended_run_is_the_longer_one(results: Results) -> None:
+def test_an_extended_run_is_the_longer_one(training: Trainings) -> None:
     """Bit for bit, where the schedule of the steps that were done does not depend on their number."""
-    assert codes(results, "first part") == codes(results, "extended") == [0, 0]
-    assert losses(results, "extended") == losses(results, "in one go")
-    assert largest_difference(results["extended"][0]["state"], results["in one go"][0]["state"]) == 0
+    once = training("in one go", train=FLAT | {"max_steps": 5})
+    extended = training("extended", copy="first part", train=FLAT | {"max_steps": 5, "extend": True})
+    assert once.codes == extended.codes == [0, 0]
+    assert extended.losses == once.losses
+    assert largest_difference(extended["state"], once["state"]) == 0
 
 
-def test_optimisation_may_change_on_the_way(results: Results) -> None:
-    assert codes(results, "other rate, said") == [0, 0]
-    assert set(results["other rate, said"][0]["summary"]["extended"][0]["after"]) == {
-        "train.learning_rate",
-        "train.precision",
-    }
+def test_optimisation_may_change_on_the_way(training: Trainings) -> None:
+    changed = {"learning_rate": 1e-3, "precision": "bf16"}
+    run = training("other rate, said", copy="half", train=changed | {"extend": True})
+    assert run.codes == [0, 0]
+    assert set(run["summary"]["extended"][0]["after"]) == {f"train.{name}" for name in changed}
 
 
-def test_where_nothing_was_trained_settings_may_change(results: Results) -> None:
+def test_where_nothing_was_trained_settings_may_change(training: Trainings) -> None:
     """What the message about a loss that is not finite advises can be done."""
-    assert codes(results, "advice taken") == [0, 0]
-    assert results["advice taken"][0]["summary"]["resumed_from"] is None
+    assert_refused(training("not finite"), 65, "is not finite")
+    run = training("advice taken", output="not finite", train={"max_steps": 1, "max_grad_norm": 0.5})
+    assert run.codes == [0, 0]
+    assert run["summary"]["resumed_from"] is None
 
 
-def test_a_stated_estimator_that_is_the_dumps_is_no_contradiction(results: Results) -> None:
-    assert codes(results, "same estimator") == [0, 0]
+def test_a_stated_estimator_that_is_the_dumps_is_no_contradiction(training: Trainings) -> None:
+    stated = {"estimator.k": 8, "temperatures": [1.0]}
+    assert training("same estimator", stated=stated, train={"max_steps": 1}).codes == [0, 0]
 
 
-def test_a_dump_without_a_usable_sample_leaves_nothing_trained(results: Results, folder: Path) -> None:
+def test_a_dump_without_a_usable_sample_leaves_nothing_trained(training: Trainings) -> None:
     """Sealed it is refused before the student is loaded; followed, at the end."""
-    assert results["none usable"][0]["step"] is None
-    assert not (folder / "none usable yet" / "final").exists()
+    sealed = training("none usable", dump="dump without targets")
+    assert_refused(sealed, 65, "nothing can be learned")
+    assert sealed["step"] is None
+    followed = training("none usable yet", dump="unsealed dump without targets", train={"max_steps": 2})
+    assert_refused(followed, 65, "nothing can be learned")
+    assert not (followed.output / "final").exists()
 
 
-def test_stalled_dump_keeps_the_work(results: Results) -> None:
+def test_stalled_dump_keeps_the_work(training: Trainings) -> None:
     """A checkpoint of the last step that could be trained."""
-    assert results["stalled"][0]["step"] == len(results["stalled"][0]["events"]) > 0
+    run = training("stalled", dump="stalled", train=WINDOWS | {"data_wait_seconds": 1.0})
+    assert_refused(run, 75, "timed out waiting for the dump")
+    assert run["step"] == len(run["events"]) > 0
 
 
-def test_events_and_summary(results: Results, folder: Path) -> None:
+def test_events_and_summary(training: Trainings) -> None:
     """What the files of a run say agrees with each other."""
-    run, summary = folder / "zero2 whole", results["zero2 whole"][0]["summary"]
+    run, summary = training("zero2 whole").output, training("zero2 whole")["summary"]
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     names = {
         "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens_per_second",
@@ -371,18 +393,18 @@ def test_events_and_summary(results: Results, folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_final_adapter_is_the_trained_one(results: Results, folder: Path) -> None:
+def test_final_adapter_is_the_trained_one(training: Trainings, folder: Path) -> None:
     """A plain `PeftModel` from `final/` has the logits of the master weights in the last checkpoint."""
     trained = plain_student(str(folder / "student"), lora=True).eval()
     parameters = dict(trained.named_parameters())
-    for key, value in results["zero2 whole"][0]["state"].items():
+    for key, value in training("zero2 whole")["state"].items():
         if key.startswith("master/"):
             parameters[key.removeprefix("master/")].copy_(value)
     ids = torch.arange(20)[None]
     expected = trained(input_ids=ids).logits
     base = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     before = base(input_ids=ids).logits
-    final = folder / "zero2 whole" / "final"
+    final = training("zero2 whole").output / "final"
     found = PeftModel.from_pretrained(base, final).eval()(input_ids=ids).logits
     assert float((expected - before).abs().max()) > 0.1
     assert float((found - expected).abs().max() / expected.abs().max()) < FORWARD
@@ -392,18 +414,18 @@ def test_final_adapter_is_the_trained_one(results: Results, folder: Path) -> Non
 
 
 @torch.no_grad()
-def test_final_model_of_a_full_arm(results: Results, folder: Path) -> None:
+def test_final_model_of_a_full_arm(training: Trainings, folder: Path) -> None:
     """It holds the master weights, and loads with transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "kd whole" / "final", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(training("kd whole").output / "final", dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, results["kd whole"][0]["state"][f"master/{name}"])
+        assert torch.equal(parameter, training("kd whole")["state"][f"master/{name}"])
 
 
 @torch.no_grad()
-def test_pissa_becomes_a_plain_adapter(results: Results, folder: Path) -> None:
+def test_pissa_becomes_a_plain_adapter(training: Trainings, folder: Path) -> None:
     """On the unchanged base model, with twice the rank."""
-    final = folder / "pissa whole" / "final"
+    final = training("pissa whole").output / "final"
     config = json.loads((final / "adapter_config.json").read_text())
     assert config["r"] == 8
     assert config["init_lora_weights"] is True
-    assert codes(results, "pissa whole") == [0, 0]  # The run itself has compared the logits.
+    assert training("pissa whole").codes == [0, 0]  # The run itself has compared the logits.

@@ -43,7 +43,6 @@ def batches_of_step(
         [rows[i] for i in share],
         temperature_index=dump.provenance.temperature_index(temperature),
         temperature=temperature,
-        pad_id=0,
         entries=train.distils,
         packed=train.packing,
     )

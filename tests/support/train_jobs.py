@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +19,7 @@ from student_train.checkpoint import Checkpoints
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
-from student_train.train import train_in
+from student_train.train import train
 from student_train.world import PeerError, World
 
 Job = Mapping[str, Any]
@@ -39,7 +39,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     if world.main and job.get("spoil"):
         spoil(output, job["spoil"])
     defaults = {"max_steps": 6, "epochs": 2, "save_steps": 4, "warmup_ratio": 0.2}
-    train = train_section(output, **(defaults | dict(job.get("train", {}))))
+    settings = train_section(output, **(defaults | dict(job.get("train", {}))))
     asked = job.get("stop_after")
 
     def stop() -> bool:
@@ -55,12 +55,12 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     installed = mock.patch.object(metrics, "find_spec", lambda name: None if name == job.get("hide") else name)
     try:
         with installed:
-            summary = train_in(
+            summary = train(
                 world,
                 DumpSection(url=job["dump"]),
                 StudentSection(model=job["model"], lora=LoraSection(**{"r": 4, **job.get("lora", {})})),
                 LossSection(**job.get("loss", {})),
-                train,
+                settings,
                 stop=stop,
                 stated=job.get("stated"),
             )
@@ -76,13 +76,17 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     return result
 
 
-def run_trainings(rank: int, world_size: int, rendezvous: str, *, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Several trainings one after the other, in one process."""
+def trainer(rank: int, world_size: int, rendezvous: str) -> Callable[..., dict[str, Any]]:
+    """A rank that has met the others, and trains one job after the other."""
     torch.manual_seed(99 + rank)  # Nothing may depend on a rank's own random state.
     world = join(rank, world_size, rank, rendezvous=rendezvous)
-    results = [run_training(world, job) for job in jobs]
-    world.close()
-    return results
+    return lambda job: run_training(world, job)
+
+
+def run_trainings(rank: int, world_size: int, rendezvous: str, *, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Several trainings, one after the other."""
+    call = trainer(rank, world_size, rendezvous)
+    return [call(job=job) for job in jobs]
 
 
 def spoil(output: Path, how: str) -> None:

@@ -19,13 +19,13 @@ from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, save_teacher, tin
 from pipeline.views.preview import load_tokenizer, preview
 from storage_schemas.common.errors import DataError, TemporaryError
 from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.corpus import cache as kept_module
+from teacher_dump.corpus import freeze as corpus_module
 from teacher_dump.corpus.cache import kept
 from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Columns, Part
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
-from teacher_dump.corpus.freeze import cache as kept_module
-from teacher_dump.corpus.freeze import freeze as corpus_module
 from teacher_dump.dump import run_dump
-from teacher_dump.pilot import plan_dump
+from teacher_dump.plan import plan_dump
 from teacher_dump.teachers.teacher import Teacher
 
 RECORDS = [

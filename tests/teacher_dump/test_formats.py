@@ -232,6 +232,7 @@ def test_a_turn_of_weight_0_is_not_supervised(name):
         ({"role": "user", "train": True}, "assistant's messages only"),
         ({"tool_calls": [called("{oops")]}, "arguments of a tool call"),
         ({"tool_calls": ["look"]}, "a tool call"),
+        ({"tool_calls": [{"function": {"name": "look", "parameters": {"city": "Paris"}}}]}, "a tool call"),
         ({"function_call": "look()"}, "a tool call"),
         ({"images": ["a.png"]}, "images"),
         ({"refusal": "no"}, "refusal"),

@@ -12,8 +12,8 @@ from support.tiny_teachers import (
 )
 
 from storage_schemas.common.errors import DataError
+from teacher_dump.corpus import masks
 from teacher_dump.corpus.formats import Completion, Conversation, Document
-from teacher_dump.corpus.freeze import masks
 from teacher_dump.corpus.masks import (
     Tokens,
     Unusable,

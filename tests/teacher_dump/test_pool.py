@@ -17,8 +17,8 @@ from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError, TemporaryError
 from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.corpus import freeze as corpus_module
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
-from teacher_dump.corpus.freeze import freeze as corpus_module
 from teacher_dump.corpus.pool import Pool
 
 TESTS = Path(__file__).parents[1]

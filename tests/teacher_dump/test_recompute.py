@@ -21,10 +21,11 @@ from storage_schemas.rows import NONFINITE
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
+from teacher_dump.compare import TOLERANCES, compare, problems
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
-from teacher_dump.recompute import NOISE, compare, pick_rows, recompute
+from teacher_dump.recompute import pick_rows, recompute
 from teacher_dump.teachers.teacher import Teacher
 
 ESTIMATORS = {
@@ -287,10 +288,15 @@ def targets_of(p: list[float], *, k: int, mass: float = 1.0) -> Targets:
 
 
 def problems_of(exact: Targets, stored: Targets, estimator, *, step: float = 0.0) -> dict[int, str]:
-    provenance = Dump.open("tests/golden/v1/topk").provenance.model_copy(
-        update={"estimator": estimator, "temperatures": (1.0,)}
+    return problems(
+        exact,
+        stored,
+        compare(exact, stored),
+        tolerance=TOLERANCES["float32"],
+        step=step,
+        mass=estimator.mass,
+        max_kl=1e-4,
     )
-    return compare(exact, stored, provenance=provenance, step=step, noise=NOISE["float32"]).problems
 
 
 def test_ties_may_be_broken_otherwise_and_nothing_else():

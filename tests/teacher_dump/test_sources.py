@@ -26,7 +26,8 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.common.signals import stoppable
 from storage_schemas.stores.requests import object_store
 from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus.freeze import Corpus, freeze_corpus, remote
+from teacher_dump.corpus import remote
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.sources import chosen_records
 
 RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
@@ -281,7 +282,7 @@ def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypa
     for i in range(10):
         tiny.objects[f"{BUCKET}/parts/{i}.jsonl"] = lines_of(RECORDS[i : i + 1])
     start = threading.Barrier(8, timeout=20)
-    original = remote.obstore.get
+    original = obstore.get
     asked = iter(range(100))
 
     def together(*arguments):
@@ -289,7 +290,7 @@ def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypa
             start.wait()
         return original(*arguments)
 
-    monkeypatch.setattr(remote.obstore, "get", together)
+    monkeypatch.setattr(obstore, "get", together)
     urls = [f"s3://{BUCKET}/parts/{i}.jsonl" for i in range(10)]
     files = [remote.find_remote(url, options(tiny.port), wanted=lambda _: True)[0] for url in urls]
     paths = remote.fetch(files, options(tiny.port), tmp_path)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import CHATS, GLM_45, Chat
 
+from teacher_dump.corpus import masks
 from teacher_dump.corpus.formats import Conversation
-from teacher_dump.corpus.freeze import masks
 from teacher_dump.corpus.masks import Tokens, Unusable
 
 

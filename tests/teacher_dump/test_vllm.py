@@ -21,7 +21,7 @@ from pipeline.cli import main
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.targets import Targets
-from teacher_dump.agreement import TOLERANCES, Agreement, agreement
+from teacher_dump.compare import TOLERANCES, compare
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
@@ -305,21 +305,18 @@ def targets_of(*tokens, tail) -> Targets:
 def test_agreement_is_the_bucketed_kl_over_common_entries():
     a = targets_of({1: 0.5, 2: 0.3}, {1: 0.5, 2: 0.3}, tail=0.2)
     b = targets_of({1: 0.4, 2: 0.3}, {1: 0.4, 3: 0.3}, tail=0.3)
-    found = agreement([a], [b])
+    found = compare(a, b)
     first = 0.5 * np.log(0.5 / 0.4) + 0.2 * np.log(0.2 / 0.3)
     # The bucket holds what only one of them names: 0.3 + 0.2 against 0.3 + 0.3, all of its own.
     second = 0.5 * np.log(0.5 / 0.4) + 0.5 * np.log(0.5 / 0.6)
-    assert found.tokens == 2
-    assert found.kl_mean == pytest.approx((first + second) / 2, abs=1e-6)
-    assert found.kl_max == pytest.approx(first, abs=1e-6)
-    assert found.logprob_max == pytest.approx(np.log(0.5 / 0.4), abs=1e-6)
-    assert not found.within("bfloat16")
-    shifted = targets_of({1: 0.55, 2: 0.33}, {1: 0.55, 2: 0.33}, tail=0.2)
-    assert agreement([a], [shifted]).kl_mean < -0.05, "not a distribution"
-    assert not agreement([a], [shifted]).within("bfloat16")
-    same = agreement([a, a], [a, a])
-    assert (same.tokens, same.kl_mean, same.gap) == (4, 0.0, -np.inf)
-    assert same.within("float32")
+    assert found.kl[:, 0] == pytest.approx([first, second], abs=1e-6)
+    assert found.logprob == pytest.approx([np.log(0.5 / 0.4)] * 2, abs=1e-6)
+    assert not found.within(TOLERANCES["bfloat16"])
+    no_distribution = targets_of({1: 0.55, 2: 0.33}, {1: 0.55, 2: 0.33}, tail=0.2)
+    assert not compare(a, no_distribution).within(TOLERANCES["float32"])
+    same = compare(a, a)
+    assert (same.kl.tolist(), same.gap.tolist()) == ([[0.0], [0.0]], [-np.inf, -np.inf])
+    assert same.within(TOLERANCES["float32"])
 
 
 @pytest.mark.parametrize(
@@ -332,22 +329,18 @@ def test_agreement_is_the_bucketed_kl_over_common_entries():
     ],
 )
 def test_heads_agree_up_to_ties_and_where_they_end(other, gap, fine):
-    a = targets_of({1: 0.5, 2: 0.2}, tail=0.3)
-    found = agreement([a], [targets_of(other, tail=1.0 - sum(other.values()))])
-    assert found.gap == pytest.approx(gap, abs=1e-6)
-    assert (found.gap <= 1e-3) == fine
-    assert agreement([targets_of(other, tail=1.0 - sum(other.values()))], [a]).gap == pytest.approx(gap, abs=1e-6)
+    a, b = targets_of({1: 0.5, 2: 0.2}, tail=0.3), targets_of(other, tail=1.0 - sum(other.values()))
+    for found in (compare(a, b), compare(b, a)):
+        assert found.gap[0] == pytest.approx(gap, abs=1e-6)
+        assert (found.gap[0] <= TOLERANCES["float32"].logprob) == fine
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_each_of_both_figures_alone_can_stop_the_run(dtype):
-    kl, gap = TOLERANCES[dtype]
-
-    def within(kl_mean, gap):
-        return Agreement(tokens=1, kl_mean=kl_mean, kl_max=0.0, logprob_max=0.0, gap=gap).within(dtype)
-
-    assert within(kl, gap)
-    assert not within(1.01 * kl, gap)
-    assert not within(-1.01 * kl, gap)
-    assert not within(kl, 1.01 * gap)
-    assert not within(float("nan"), gap)
+def test_each_figure_alone_can_stop_the_run(dtype):
+    tolerance = TOLERANCES[dtype]
+    same = compare(targets_of({1: 0.5}, tail=0.5), targets_of({1: 0.5}, tail=0.5))
+    for name, most in (("kl", tolerance.kl), ("logprob", tolerance.logprob), ("gap", tolerance.logprob)):
+        shape = getattr(same, name).shape
+        assert same._replace(**{name: np.full(shape, most)}).within(tolerance)
+        assert not same._replace(**{name: np.full(shape, 1.01 * most)}).within(tolerance)
+        assert not same._replace(**{name: np.full(shape, np.nan)}).within(tolerance)

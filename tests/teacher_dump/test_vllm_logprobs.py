@@ -1,4 +1,4 @@
-"""vLLM's prompt_logprobs as targets: recorded answers in both forms, and the estimator that sees all logits."""
+"""vLLM's prompt_logprobs as targets: recorded answers, and the estimator that sees all logits."""
 
 import copy
 import json
@@ -16,17 +16,6 @@ from teacher_dump.teachers.vllm_logprobs import TAIL_NOISE, ranked, topk_targets
 
 RECORDED = json.loads(Path(TARGET).read_text())
 K, VOCABULARY = RECORDED["k"], RECORDED["vocabulary"]
-FORMS = ["flat", "list"]
-
-
-def answer(case, form):
-    """What `RequestOutput.prompt_logprobs` was."""
-    if form == "flat":
-        return Flat(**case["flat"])
-    return [
-        entries and {id_: SimpleNamespace(logprob=logprob, rank=rank) for id_, logprob, rank in entries}
-        for entries in case["list"]
-    ]
 
 
 class Flat(SimpleNamespace):
@@ -41,24 +30,15 @@ def truth(case) -> np.ndarray:
     return np.repeat(np.array(case["transformers"]), 2, axis=1)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", RECORDED["cases"])
-def test_recorded_answers_are_the_largest_entries_of_transformers(case, form):
+def test_recorded_answers_are_the_largest_entries_of_transformers(case):
     tokens = np.arange(1, len(case["prompt"]))
-    ids, logprobs = ranked(answer(case, form), tokens, K)
+    ids, logprobs = ranked(Flat(**case["flat"]), tokens, K)
     exact = truth(case)
     assert ids.shape == logprobs.shape == (len(tokens), K)
     assert all(len(set(row)) == K for row in ids.tolist())
     np.testing.assert_allclose(logprobs, -np.sort(-exact, axis=1)[:, :K], atol=2e-5)
     np.testing.assert_allclose(logprobs, np.take_along_axis(exact, ids, 1), atol=2e-5)
-
-
-@pytest.mark.parametrize("case", RECORDED["cases"])
-def test_both_forms_say_the_same_for_any_choice_of_positions(case):
-    for tokens in (np.array([1]), np.array([2, 4]), np.array([len(case["prompt"]) - 1]), np.empty(0, np.int64)):
-        flat, listed = (ranked(answer(case, form), tokens, K) for form in FORMS)
-        np.testing.assert_array_equal(flat[0], listed[0])
-        np.testing.assert_array_equal(flat[1], listed[1])
 
 
 def test_the_recording_holds_what_it_is_for():
@@ -75,36 +55,30 @@ def test_the_recording_holds_what_it_is_for():
     assert min(inside, outside, tied) >= 2
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_prompts_own_token_is_no_entry_unless_it_is_among_the_largest(form):
+def test_the_prompts_own_token_is_no_entry_unless_it_is_among_the_largest():
     kept = dropped = 0
     for case in RECORDED["cases"]:
-        ids, _ = ranked(answer(case, form), np.arange(1, len(case["prompt"])), K)
+        ids, _ = ranked(Flat(**case["flat"]), np.arange(1, len(case["prompt"])), K)
         for row, token, entries in zip(ids, case["prompt"][1:], case["list"][1:], strict=True):
             assert (token in row) == (len(entries) == K)
             kept, dropped = kept + (token in row), dropped + (token not in row)
     assert min(kept, dropped) >= 4
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_tied_token_with_the_rank_of_another_entry_is_no_entry(form):
+def test_a_tied_token_with_the_rank_of_another_entry_is_no_entry():
     """Were ranks counted by `greater than`, a token tied with the k-th but not chosen would have a rank up to k."""
     case = {
-        "flat": {
-            "start_indices": [0, 0],
-            "end_indices": [0, 3],
-            "token_ids": [9, 4, 2],
-            "logprobs": [-1.0, -0.5, -1.0],
-            "ranks": [2, 1, 2],
-        },
-        "list": [None, [[9, -1.0, 2], [4, -0.5, 1], [2, -1.0, 2]]],
+        "start_indices": [0, 0],
+        "end_indices": [0, 3],
+        "token_ids": [9, 4, 2],
+        "logprobs": [-1.0, -0.5, -1.0],
+        "ranks": [2, 1, 2],
     }
-    ids, logprobs = ranked(answer(case, form), np.array([1]), 2)
+    ids, logprobs = ranked(Flat(**case), np.array([1]), 2)
     assert ids.tolist() == [[4, 2]]
     assert logprobs.tolist() == [[-0.5, -1.0]]
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("tokens", "k", "problem"),
     [
@@ -113,16 +87,16 @@ def test_a_tied_token_with_the_rank_of_another_entry_is_no_entry(form):
         ([1, 2], K + 1, "2 of 2 positions"),
     ],
 )
-def test_what_is_missing_is_refused(form, tokens, k, problem):
+def test_what_is_missing_is_refused(tokens, k, problem):
     with pytest.raises(MismatchError, match=problem):
-        ranked(answer(RECORDED["cases"][0], form), np.array(tokens), k)
+        ranked(Flat(**RECORDED["cases"][0]["flat"]), np.array(tokens), k)
 
 
 def test_a_missing_rank_is_refused():
     case = copy.deepcopy(RECORDED["cases"][0])
-    del case["list"][3][2]
+    case["flat"]["ranks"][case["flat"]["start_indices"][3] + 3] = K + 9
     with pytest.raises(MismatchError, match="1 of 5 positions"):
-        ranked(answer(case, "list"), np.arange(1, 6), K)
+        ranked(Flat(**case["flat"]), np.arange(1, 6), K)
 
 
 def logits_of(kind: str, n: int = 64, vocabulary: int = 500) -> torch.Tensor:

@@ -1,0 +1,226 @@
+"""Where a start goes on: from which checkpoint, whether that is of this run, what may have changed, what is done.
+
+Which samples come next needs no deciding: the order is a function of the step.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from storage_schemas.canonical import differences
+from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
+from storage_schemas.reader import Dump
+from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
+from student_train.data.order import Order
+from student_train.metrics import EVENTS
+from student_train.model.student import Student
+from student_train.results.saved import read_record
+from student_train.summary import FINAL, SUMMARY, Summary, read_summary
+from student_train.training_run import TrainingRun
+from student_train.world import World
+
+log = logging.getLogger(__name__)
+
+DECISIVE = (
+    "arm", "precision", "global_batch_size", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "shuffle_window_units", "shuffle_block_units", "seed",
+)  # fmt: skip
+"""Of the section `train`, what decides the result: all but world size, ZeRO stage, micro-batches, and where and when
+things happen."""
+FIXED = {
+    f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
+}
+"""What `train.extend` may not change: the samples of a step and what is trained."""
+FILES, WEIGHTS = "student.files", "student.weights"
+"""Keys of what identifies the student in a checkpoint's identity, compared once it is loaded: `student_files.identity`,
+and in checkpoints of version 1 `student.weights_digest`."""
+
+
+class Start(NamedTuple):
+    """What the ranks go on from."""
+
+    run: TrainingRun
+    """With what has changed on the way."""
+    checkpoint: Checkpoint | None
+    """None: nothing has been trained."""
+    done: Summary | None
+    """Of a run that is finished."""
+
+
+def decide(world: World, run: TrainingRun) -> Start:
+    """What is there to go on from. Rank 0 chooses and verifies; the others open the same checkpoint. Collective.
+
+    Raises:
+        NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
+        MismatchError: the checkpoint is of another run.
+        DataError: the dump is not the one that was trained on.
+    """
+    step = int(world.told(lambda: _chosen_step(run)))
+    if step < 0:
+        return Start(run, None, None)
+    checkpoint = world.together(lambda: open_checkpoint(run, step, verify=world.main))
+    if world.told(lambda: intact(run)) and (done := world.together(lambda: finished(run, step))):
+        if world.main:
+            log.info("%s is finished: %d steps; nothing to do", run.train.output, done.steps)
+        return Start(run, checkpoint, done)
+    changes = _extension(run, checkpoint.state)
+    if changes and world.main:
+        log.info("from step %d on under other settings: %s; until then: %s", step, changes.after, changes.before)
+    extended = checkpoint.state.extended + ((changes,) if changes else ())
+    return Start(replace(run, extended=extended), checkpoint, None)
+
+
+def identity_of(run: TrainingRun) -> dict[str, Any]:
+    """What decides the result of a run: dotted name -> value."""
+    found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in DECISIVE}
+    if run.train.lora:
+        lora = run.student.lora.model_dump(mode="json") | {"alpha": run.student.lora.scaled_by}
+        found |= {f"student.lora.{name}": value for name, value in lora.items()}
+    if run.train.distils:
+        found |= {f"loss.{name}": value for name, value in run.loss.model_dump(mode="json").items()}
+    return found | {"dump.fingerprint": run.dump.fingerprint, "train.max_steps": run.steps}
+
+
+def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
+    """The checkpoint to go on from; None to start at the beginning.
+
+    Args:
+        checkpoints: of the run.
+        resume: `auto`, `must` or `never`.
+        used: whether the run directory holds anything that training has left there.
+
+    Raises:
+        NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
+        MismatchError: the directory is used and `resume` is `never`.
+    """
+    steps = checkpoints.steps()
+    if resume == "never":
+        if used or steps:
+            raise MismatchError(
+                "the run directory has been used, and train.resume is `never`",
+                got=str(checkpoints.folder.parent),
+                expected="an empty or new directory",
+                fix="choose another train.output, or set train.resume: auto",
+            )
+        return None
+    found = checkpoints.newest()
+    # A start that was cut short while it wrote the record of step 0 has trained nothing that could be lost.
+    if found is None and (used or any(steps) or resume == "must"):
+        raise NothingToResumeError(
+            "there is no valid checkpoint to resume from",
+            got=f"{len(steps)} checkpoints in {checkpoints.folder}, none of them complete",
+            expected="a checkpoint whose COMMIT.json and files agree",
+            fix="restore the checkpoints, or train from the start in a new train.output",
+        )
+    return found
+
+
+def _chosen_step(run: TrainingRun) -> int:
+    """Of the checkpoint to go on from; -1 to start at the beginning."""
+    used = any((run.train.output / name).exists() for name in (EVENTS, FINAL, SUMMARY))
+    chosen = choose(run.checkpoints, resume=run.train.resume, used=used)
+    # Where nothing has been trained that could be lost, the record of the start is made anew.
+    anew = run.checkpoints.steps() == [0] and run.train.resume == "auto"
+    return -1 if chosen is None or anew else chosen.step
+
+
+def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
+    """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
+    checkpoint = run.checkpoints.at(step)
+    known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, WEIGHTS)}
+    changes = _extension(run, checkpoint.state)
+    refuse_other_run(known | (changes.after if changes else {}), identity_of(run))
+    if step > run.steps:
+        raise MismatchError(
+            f"training has done {step} steps already",
+            got=f"{run.steps} steps in all",
+            expected=f"at least {step}",
+            fix="raise train.max_steps or train.epochs",
+        )
+    if verify and (root := consumed_root(run.dump, run.order, step)) != checkpoint.state.consumed:
+        raise DataError(
+            "the dump has changed since the checkpoint was written",
+            got=f"commit records with the hash {root[:16]}",
+            expected=checkpoint.state.consumed[:16],
+            fix="restore the dump, or train from the start in a new train.output",
+        )
+    return checkpoint
+
+
+def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
+    if other := differences(found, wanted):
+        raise MismatchError(
+            f"the checkpoint is of another run: {', '.join(other.keys)}",
+            got=other.there,
+            expected=other.here,
+            fix="restore these settings, or choose another train.output; "
+            "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
+        )
+
+
+def refuse_other_student(known: Mapping[str, Any], learner: Student) -> None:
+    """Raise MismatchError if a checkpoint's identity tells of another student than was loaded.
+
+    Checkpoints of version 1 know a digest of some weights, and nothing of config.json.
+    """
+    own = {WEIGHTS: learner.digest} if WEIGHTS in known else {FILES: learner.files}
+    refuse_other_run({key: known.get(key) for key in own}, own)
+
+
+def _extension(run: TrainingRun, state: TrainState) -> Extension | None:
+    """What `train.extend` lets a run change on the way, where the configuration and the checkpoint differ in it."""
+    wanted = {k: v for k, v in identity_of(run).items() if k.startswith(("train.", "loss.")) and k not in FIXED}
+    changed = {key: value for key, value in wanted.items() if key in state.identity and state.identity[key] != value}
+    if not changed or not run.train.extend:
+        return None
+    return Extension(step=state.step, before={key: state.identity[key] for key in changed}, after=changed)
+
+
+def consumed_root(dump: Dump, order: Order, step: int) -> str:
+    """Hash over the data files of all windows that the first `step` steps have read.
+
+    Whether the dump was sealed by then makes no difference. Raises DataError if one of these units is gone.
+    """
+    digest = hashlib.sha256()
+    windows = 0
+    if step >= order.steps_per_epoch:
+        windows = order.windows
+    elif step:
+        windows = order.windows_of_step(step - 1).stop
+    for window in range(windows):
+        for unit in order.units_of_window(window):
+            record = dump.record(unit)
+            if record is None:
+                raise DataError(
+                    f"unit {unit} was trained on, and is not committed any more",
+                    got="no commit record",
+                    expected=f"commits/unit-{unit:08d}.json",
+                    fix="restore the dump, or train from the start in a new train.output",
+                )
+            digest.update(f"{unit} {record.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def finished(run: TrainingRun, step: int) -> Summary | None:
+    """The summary, if the run is done with that many steps."""
+    if step < run.steps or not (run.train.output / FINAL).is_dir():
+        return None
+    summary = read_summary(run.train.output)
+    # Of another number it is of the time before the run was extended.
+    return summary if summary and summary.steps == run.steps else None
+
+
+def intact(run: TrainingRun) -> bool:
+    """Whether `final/` of a finished run still is what was written; if not, a warning says what has changed."""
+    done, final = finished(run, run.steps), run.train.output / FINAL
+    try:
+        if done is None or (record := read_record(final)) is None:
+            # Without a record it is from before there was one, or it was emptied.
+            return done is not None and done.final_record is None and any(final.iterdir())
+        return done.final_record in (None, hashlib.sha256(record.sealed()).hexdigest())
+    except DataError as error:
+        log.warning("`final/` is damaged and is written again from the last checkpoint: %s", error)
+        return False

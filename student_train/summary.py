@@ -1,0 +1,75 @@
+"""summary.json, which says that a run is done: written by its training, and added to by what comes after it."""
+
+from pathlib import Path
+from typing import Any
+
+from storage_schemas.canonical import canonical_json, parse_json, validated
+from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.publish import publish
+from student_train.checkpoint import Extension
+
+SUMMARY, FINAL = "summary.json", "final"
+"""Names in the run directory: the summary, and what the run leaves behind."""
+
+
+class Summary(FrozenModel):
+    """summary.json: a run that is done."""
+
+    arm: str
+    """What was trained."""
+    steps: int
+    """Optimizer steps."""
+    epochs: float
+    """Passes over the dump."""
+    loss: float
+    """Of the last logged steps, per supervised token."""
+    ce: float
+    """Its cross-entropy."""
+    kl: float
+    """Its divergence."""
+    supervised_tokens: int
+    """That were trained on, over all starts of this run."""
+    tokens_per_second: float
+    """Tokens through the student per second of training, over all ranks, since the last start."""
+    seconds: float
+    """Of training, since the last start."""
+    data_wait_seconds: float
+    """Of these, waited for data by the slowest rank."""
+    peak_rss_bytes: int
+    """Largest resident memory of any rank."""
+    world_size: int
+    """Ranks of the last start."""
+    zero_stage: int
+    """Of the last start."""
+    resumed_from: int | None
+    """Step that the last start went on from; null if it was the first."""
+    fingerprint: str
+    """Of the dump."""
+    student: str
+    """Where training began."""
+    final: str
+    """Path of the adapter, or of the model for the full arms."""
+    final_record: str | None = None
+    """sha256 of its llm-neo.json; null for runs from before there was one."""
+    extended: tuple[Extension, ...] = ()
+    """Where the run went on under other settings."""
+
+
+def write_summary(output: Path, content: dict[str, Any]) -> None:
+    """Of the run directory `output`.
+
+    Args:
+        output: what lies there, of an end whose checkpoint was damaged since for one, is written over.
+        content: a `Summary`, and what was found out about the finished run since.
+    """
+    publish(output / SUMMARY, canonical_json(content, indent=2))
+
+
+def read_summary(output: Path) -> Summary | None:
+    """What training has written; None where it has not ended. Raises DataError if it is damaged."""
+    file = output / SUMMARY
+    if not file.is_file():
+        return None
+    content = parse_json(file.read_bytes(), name=str(file))
+    own = {name: value for name, value in content.items() if name in Summary.model_fields}
+    return validated(Summary, own, name=str(file))

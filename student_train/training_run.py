@@ -1,0 +1,208 @@
+"""A run: what it is made of, and what can be refused before its student is loaded."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError, exit_code
+from storage_schemas.config import DumpSection
+from storage_schemas.provenance import Provenance
+from storage_schemas.reader import Dump
+from storage_schemas.records import RUN
+from storage_schemas.rows import OK, Row
+from storage_schemas.stores.store import Store
+from student_train.checkpoint import Checkpoints, Extension
+from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.data.order import Order
+from student_train.metrics import refuse_missing_trackers
+from student_train.model.losses import refuse_biased
+from student_train.model.student import refuse_unloadable
+from student_train.world import World
+from student_train.zero import deepspeed_config
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0
+"""Between two looks for a dump that has not begun."""
+PROBE_TOKENS = 64
+"""Tokens of the row that the saved student is compared on, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun:
+    """A run, as far as it is known before the student is loaded."""
+
+    dump: Dump
+    order: Order
+    steps: int
+    checkpoints: Checkpoints
+    student: StudentSection
+    loss: LossSection
+    train: TrainSection
+    extended: tuple[Extension, ...] = ()
+    """Where it went on under other settings."""
+
+
+def refuse_early(student: StudentSection, train: TrainSection) -> None:
+    """Raise what training would end in whatever the dump is, before anybody waits or pays for one."""
+    refuse_missing_trackers(train.report_to)
+    deepspeed_config(train)
+    refuse_unloadable(student.model, student.revision)
+
+
+def await_dump(
+    world: World, section: DumpSection, *, seconds: float, stop: Callable[[], bool], early: Callable[[], None]
+) -> None:
+    """Wait until stage one has begun, if there is nothing to refuse before. Collective.
+
+    Args:
+        world: all ranks.
+        section: where the dump will be.
+        seconds: how long.
+        stop: asked again and again.
+        early: called once if there is something to wait for; raises what waiting would not mend.
+
+    Raises:
+        TemporaryError: there is no dump after so many seconds, or a stop is asked for.
+        MismatchError: there cannot be one: no such bucket, or no access.
+    """
+    store = world.together(lambda: Store(section.url, options=section.storage_options))
+    began, told, stopping = time.monotonic(), False, False
+    while True:
+        found, error = False, None
+        try:
+            found = world.main and store.get_if_present(RUN) is not None
+            waited = time.monotonic() - began
+            if world.main and not found and (waited > seconds or stopping):
+                raise TemporaryError(
+                    f"there is no dump at {section.url}",
+                    got=f"no {RUN} after {waited:.0f} s",
+                    expected="a dump that `llm-neo dump` has begun",
+                    fix="start stage one or correct dump.url, then run the same command again; "
+                    "train.data_wait_seconds says how long to wait",
+                )
+        except Exception as caught:
+            error = caught
+        codes, founds, stops = zip(*world.gather([exit_code(error), found, stop()]), strict=True)
+        world.leave_together(codes, error)
+        if any(founds):
+            return
+        stopping = any(stops)
+        if not told:
+            world.together(lambda: early() if world.main else None)
+        if world.main and not told:
+            log.info("there is no dump at %s yet; waiting for stage one, %.0f s at most", section.url, seconds)
+        told = True
+        time.sleep(min(LOOK_SECONDS, seconds))
+
+
+def refuse_contradicted(run: Provenance, stated: Mapping[str, Any]) -> None:
+    """Raise MismatchError if the configuration states an estimator or temperatures that are not the dump's."""
+    made = {f"estimator.{name}": value for name, value in run.estimator.model_dump().items()}
+    made["temperatures"] = list(run.temperatures)
+    different = [key for key, value in stated.items() if made.get(key) != value]
+    if "estimator.kind" in different:
+        different = ["estimator.kind"]
+    if different:
+        raise MismatchError(
+            f"the dump was made with other settings: {', '.join(different)}",
+            got="; ".join(f"{key} = {stated[key]}" for key in different),
+            expected="; ".join(f"{key} = {made.get(key)}, as in run.json" for key in different),
+            fix="correct dump.url, or take these settings out of the configuration: training has them from the dump",
+        )
+
+
+def weigh(run: TrainingRun) -> None:
+    """Refuse a sealed dump that nothing can be learned from, and tell of one that fills no step.
+
+    Raises:
+        DataError: no sample has a target.
+    """
+    if not run.dump.sealed():
+        return
+    usable, wanted = 0, run.train.global_batch_size
+    for record in run.dump.records().values():
+        usable += record.statuses.get(OK, 0)
+        if usable >= wanted:
+            return
+    if not usable:
+        raise _nothing_usable(run)
+    log.warning(
+        "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is %d "
+        "optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
+        usable, run.order.samples, wanted, run.order.steps_per_epoch, run.steps,
+    )  # fmt: skip
+
+
+def refuse_untrained(run: TrainingRun, updates: int) -> None:
+    """Raise DataError if no step of the run had anything to learn from."""
+    if not updates:
+        raise _nothing_usable(run)
+
+
+def _nothing_usable(run: TrainingRun) -> DataError:
+    return DataError(
+        f"nothing can be learned from {run.dump.store.url}",
+        got=f"no sample with a target in {run.steps} steps of {run.train.global_batch_size} samples",
+        expected="samples of status `ok`",
+        fix="`llm-neo inspect` counts the dump's samples by status; correct the corpus, or dump again",
+    )
+
+
+def open_run(
+    section: DumpSection,
+    student: StudentSection,
+    loss: LossSection,
+    train: TrainSection,
+    stated: Mapping[str, Any],
+) -> TrainingRun:
+    """Open the dump and refuse what it cannot serve."""
+    refuse_missing_trackers(train.report_to)
+    cache = train.cache_dir or train.output / "cache"
+    dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
+    dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
+    refuse_contradicted(dump.provenance, stated)
+    if train.distils:
+        dump.provenance.temperature_index(loss.temperature)
+        if dump.provenance.estimator.draws:
+            refuse_biased(loss.divergence)
+    order = Order(
+        samples=dump.provenance.corpus.samples,
+        samples_per_unit=dump.provenance.samples_per_unit,
+        window_units=train.shuffle_window_units,
+        block_units=train.shuffle_block_units,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+    )
+    steps = train.max_steps or order.steps_per_epoch * train.epochs
+    return TrainingRun(
+        dump=dump,
+        order=order,
+        steps=steps,
+        checkpoints=Checkpoints(train.output / "checkpoints"),
+        student=student,
+        loss=loss,
+        train=train,
+    )
+
+
+def stored_rows(run: TrainingRun) -> list[Row]:
+    """The first usable sample that was trained on, and then the others of its unit."""
+    for step in range(run.steps):
+        for sample in run.order.step_samples(step):
+            unit, place = divmod(int(sample), run.dump.provenance.samples_per_unit)
+            rows = run.dump.read_unit(unit)
+            if rows.status[place] == OK:
+                return [rows.row(i) for i in (place, *range(len(rows))) if rows.status[i] == OK]
+    return []
+
+
+def probe_of(rows: Sequence[Row]) -> torch.Tensor:
+    """(1, seq) tokens of the first of some rows."""
+    if not rows:
+        return torch.zeros(1, 1, dtype=torch.int64)
+    return torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None]
