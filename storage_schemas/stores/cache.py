@@ -1,6 +1,5 @@
 """Shards that were fetched from an object store, on this node's disk, for all processes of the node."""
 
-import errno
 import fcntl
 import os
 import time
@@ -8,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.errors import NEVER, MismatchError, TemporaryError
 from storage_schemas.common.publish import publish
 
 _SUFFIX = ".parquet"
-_NEVER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
-"""Errors that another try will not mend."""
 
 
 class ShardCache:
@@ -51,7 +48,7 @@ class ShardCache:
                 self._shrink(keep=cached)
                 return data
         except OSError as error:
-            if error.errno in _NEVER:
+            if error.errno in NEVER:
                 raise MismatchError(
                     f"the shard cache {self._folder} cannot be written to",
                     got=f"{error.strerror}: {error.filename}",

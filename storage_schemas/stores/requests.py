@@ -75,7 +75,7 @@ def object_store(
             raise
         raise MismatchError(
             f"the URL {masked(url)} cannot be opened",
-            got=first_line(error),
+            got=_in_short(error),
             expected="a local path, file://, s3://, gs:// or az://, and options of that store",
             fix=f"correct {setting}",
         ) from error
@@ -139,8 +139,8 @@ def failure(error: BaseException, url: str, *, setting: str = SETTING, answered:
         what, expected, fix = "{} refuses the request", "an answer", f"correct {setting}"
     else:
         fix = "run the same command again when it does"
-        return TemporaryError(f"the store {masked(url)} does not answer", got=first_line(error), fix=fix)
-    return MismatchError(what.format(masked(url)), got=first_line(error), expected=expected, fix=fix)
+        return TemporaryError(f"the store {masked(url)} does not answer", got=_in_short(error), fix=fix)
+    return MismatchError(what.format(masked(url)), got=_in_short(error), expected=expected, fix=fix)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -151,7 +151,7 @@ def is_refusal(error: BaseException) -> bool:
     return _names(error, ("403 Forbidden", "401 Unauthorized", "169.254.169.254"))
 
 
-def first_line(error: BaseException | None) -> str:
+def _in_short(error: BaseException | None) -> str:
     """What an error of an object store says: its first line, the store's own words, the deepest cause; no secrets."""
     text = str(error).strip() if error is not None else ""
     if not text:

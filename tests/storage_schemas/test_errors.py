@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from storage_schemas.common.errors import MismatchError, explained
+from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.common.exits import Exit
 
 
@@ -41,3 +41,8 @@ def test_ours_stay_as_they_are_and_bugs_are_bugs() -> None:
     assert explained(ours) is ours
     assert explained(KeyError("memory")) is None
     assert explained(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
+
+
+def test_the_first_line_of_an_error_that_says_nothing_is_its_kind() -> None:
+    assert first_line(ValueError("\nwrong head\nTraceback ...")) == "wrong head"
+    assert first_line(AssertionError()) == "AssertionError"
