@@ -8,8 +8,6 @@ from pathlib import Path
 
 from storage_schemas.common.errors import UsageError
 
-DUMP_PLACEMENTS = "RANK and WORLD_SIZE, SLURM_ARRAY_TASK_ID, SLURM_PROCID or JOB_COMPLETION_INDEX"
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:

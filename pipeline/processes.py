@@ -31,7 +31,6 @@ from pipeline.launch import (
 )
 from storage_schemas.common.devices import gpu_variable, usable_cores, visible_gpus
 from storage_schemas.common.exits import KILLED, Exit, combined, tell_deaths
-from storage_schemas.common.frozen import explicit
 from storage_schemas.common.publish import publish
 from storage_schemas.common.ranks import EXIT_FOLDER, STOP
 from storage_schemas.common.signals import forwarded
@@ -163,7 +162,10 @@ def run_directory(config: Config, nodes: Nodes, *, command: str = "train") -> It
 
 def stated(config: Config) -> dict[str, Any]:
     """What the configuration says of the estimator and the temperatures; training has both from the dump."""
-    found = explicit(config.estimator, "estimator.") if "estimator" in config.model_fields_set else {}
+    found: dict[str, Any] = {}
+    if "estimator" in config.model_fields_set:
+        estimator = config.estimator
+        found = {f"estimator.{name}": getattr(estimator, name) for name in sorted(estimator.model_fields_set)}
     return found | ({"temperatures": config.temperatures} if "temperatures" in config.model_fields_set else {})
 
 

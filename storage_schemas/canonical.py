@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.frozen import FrozenModel
 
 FORMAT_VERSION = 1
 """Version of the dump format."""
@@ -63,7 +64,7 @@ def refuse_other_version(
     content: Mapping[str, Any],
     *,
     name: str,
-    readable: Collection[int] = (FORMAT_VERSION,),
+    readable: Collection[object] = (FORMAT_VERSION,),
     fix: str = "use the version of llm-neo that wrote this dump, or dump again",
 ) -> None:
     """Raise MismatchError unless `content` is of a version that this code reads."""
@@ -89,6 +90,38 @@ def validated(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
             expected=f"the fields of {model.__name__}, see docs/format.md",
             fix="the file is torn or was not written by this project; run `llm-neo verify`",
         ) from error
+
+
+class ProvenJson(FrozenModel):
+    """A JSON file with a checksum in it: there is one sequence of bytes for one content, and no other is accepted."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the dump format."""
+
+    def to_json(self) -> bytes:
+        """Canonical JSON; `checksum` is the sha256 of the canonical JSON without it."""
+        return canonical_json(with_checksum(self.model_dump(mode="json")))
+
+    @classmethod
+    def from_json(cls, data: bytes, *, name: str) -> Self:
+        """Parse and check such a file.
+
+        Raises:
+            DataError: torn, tampered with, or of another shape.
+            MismatchError: another format version.
+        """
+        content = parse_json(data, name=name)
+        refuse_other_version(content, name=name)
+        content.pop("checksum", None)
+        found = validated(cls, content, name=name)
+        if found.to_json() != data:
+            raise DataError(
+                f"{name} is torn or was changed",
+                got=f"{len(data)} bytes in another form, or with another checksum",
+                expected="canonical JSON with its own sha256 in `checksum`",
+                fix="restore the file from a backup, or dump again into another URL",
+            )
+        return found
 
 
 class Differences(NamedTuple):

@@ -7,18 +7,8 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from storage_schemas.canonical import (
-    FORMAT_VERSION,
-    Differences,
-    canonical_json,
-    differences,
-    digest,
-    parse_json,
-    refuse_other_version,
-    validated,
-    with_checksum,
-)
-from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.canonical import Differences, ProvenJson, canonical_json, differences, digest, with_checksum
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK, retempered
 
@@ -115,11 +105,9 @@ class Recipe:
     """Ids from here on have no probability; None: all rows of the head have."""
 
 
-class Provenance(_Identity):
+class Provenance(_Identity, ProvenJson):
     """Everything that determines the content of a dump, and a note on what made it."""
 
-    format_version: int = FORMAT_VERSION
-    """Version of the dump format, see docs/format.md."""
     teacher: TeacherIdentity
     """The model."""
     tokenizer: TokenizerIdentity
@@ -253,24 +241,3 @@ class Provenance(_Identity):
         if self.made_by is not None:  # Else all of it is in the fingerprint, which every other file repeats.
             content = with_checksum(content)
         return canonical_json(content, indent=2)
-
-    @classmethod
-    def from_json(cls, data: bytes, *, url: str) -> "Provenance":
-        """Parse run.json.
-
-        Raises:
-            MismatchError: written by another format version.
-            DataError: not a valid run.json, or not the bytes that were written.
-        """
-        content = parse_json(data, name=f"{url}/run.json")
-        refuse_other_version(content, name=f"{url}/run.json")
-        stated = {name: value for name, value in content.items() if name != "checksum"}
-        provenance = validated(cls, stated, name=f"{url}/run.json")
-        if provenance.to_json() != data:
-            raise DataError(
-                f"{url}/run.json was changed",
-                got=f"{len(data)} bytes in another form, or with another checksum",
-                expected="the canonical form in which it was written",
-                fix="restore the file from a backup, or dump again into another URL",
-            )
-        return provenance

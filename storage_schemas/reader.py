@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import codec
-from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
+from storage_schemas.canonical import refuse_other_version
+from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.footer import claimed_values, string_bytes
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import (
@@ -70,7 +71,7 @@ class Dump:
             MismatchError: it has another format version.
         """
         store = Store(url, options=options)
-        provenance = store.parsed(RUN, lambda data: Provenance.from_json(data, url=url))
+        provenance = store.parsed(RUN, lambda data: Provenance.from_json(data, name=f"{url}/{RUN}"))
         if provenance is None:
             raise DataError(
                 f"there is no dump at {url}",
@@ -143,10 +144,6 @@ class Dump:
         unit = unit_of_record(key)
         assert unit is not None
         return parse_record(data, unit, self.provenance, url=self.store.url)
-
-    def unit_rows(self, unit: int) -> int:
-        """Rows of `unit`, known before its data exists."""
-        return len(self.provenance.unit_range(unit))
 
     def read_unit(self, unit: int) -> UnitRows:
         """All rows of a committed unit, proven against its record.
@@ -274,13 +271,7 @@ def _check_footer(
     """Refuse another version, and a file that would decode to more than its record says, before decoding it."""
     metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
     version = metadata.get("llm_neo.format_version")
-    if version != str(provenance.format_version):
-        raise MismatchError(
-            f"{name} has another format version",
-            got=version,
-            expected=provenance.format_version,
-            fix="use the version of llm-neo that wrote this dump, or dump again",
-        )
+    refuse_other_version({"format_version": version}, name=name, readable=[str(provenance.format_version)])
     for key, expected in (("llm_neo.fingerprint", provenance.fingerprint), ("llm_neo.unit", str(record.unit))):
         if metadata.get(key) != expected:
             raise ValueError(f"{key} is {metadata.get(key)}, expected {expected}")

@@ -5,7 +5,6 @@ other attempt's data file is an orphan. The seal is written once every unit is c
 all records, so that a reader of a hundred thousand units starts in seconds.
 """
 
-import builtins
 import hashlib
 import io
 import json
@@ -18,16 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from storage_schemas.canonical import (
-    FORMAT_VERSION,
-    canonical_json,
-    parse_json,
-    refuse_other_version,
-    validated,
-    with_checksum,
-)
+from storage_schemas.canonical import ProvenJson, validated
 from storage_schemas.common.errors import DataError
-from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
 
 RUN = "run.json"
@@ -57,38 +48,6 @@ def unit_of_data(key: str) -> int | None:
     """The unit of which `key` is an attempt's data file, if it is one."""
     match = _DATA.fullmatch(key)
     return int(match[1]) if match and key.startswith(data_key(int(match[1]), "")[:-8]) else None
-
-
-class ProvenJson(FrozenModel):
-    """A JSON file with a checksum in it: there is one sequence of bytes for one content, and no other is accepted."""
-
-    format_version: int = FORMAT_VERSION
-    """Version of the dump format."""
-
-    def to_json(self) -> builtins.bytes:
-        """Canonical JSON; `checksum` is the sha256 of the canonical JSON without it."""
-        return canonical_json(with_checksum(self.model_dump(mode="json")))
-
-    @classmethod
-    def from_json(cls, data: builtins.bytes, *, name: str) -> Self:
-        """Parse and check such a file.
-
-        Raises:
-            DataError: torn, tampered with, or of another shape.
-            MismatchError: another format version.
-        """
-        content = parse_json(data, name=name)
-        refuse_other_version(content, name=name)
-        content.pop("checksum", None)
-        found = validated(cls, content, name=name)
-        if found.to_json() != data:
-            raise DataError(
-                f"{name} is torn or was changed",
-                got=f"{len(data)} bytes that do not match their checksum",
-                expected="canonical JSON with its own sha256 in `checksum`",
-                fix="restore the file from a backup, or dump again into another URL",
-            )
-        return found
 
 
 class CommitRecord(ProvenJson):

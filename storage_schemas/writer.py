@@ -70,7 +70,7 @@ class DumpWriter:
             MismatchError: it differs from `run` in some field.
         """
         store = Store(url, options=options)
-        begun = store.parsed(RUN, lambda data: Provenance.from_json(data, url=url))
+        begun = store.parsed(RUN, lambda data: Provenance.from_json(data, name=f"{url}/{RUN}"))
         if begun is None:
             return None
         begun.refuse_other(provenance, url=url)

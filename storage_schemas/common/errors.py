@@ -58,7 +58,10 @@ class MismatchError(NeoError):
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 """Errors of a file system that somebody mends; then the same command goes on."""
-_NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+NEVER = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 """Errors of a path that cannot be used, however often."""
 _HARDWARE = (
     "uncorrectable ecc",
@@ -93,7 +96,7 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     if number in _FULL:
         fix = "free space or repair the file system, then run the same command again"
         return TemporaryError(f"cannot write or read {name}", got=got, fix=fix)
-    if number in _NOT_THERE:
+    if number in NEVER:
         return MismatchError(f"{name} cannot be used", got=got, fix="correct the path, or its permissions")
     return None
 

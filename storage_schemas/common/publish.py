@@ -13,13 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from storage_schemas.common.errors import MismatchError, TemporaryError
-
-_NEVER = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR,
-    errno.ENAMETOOLONG,
-)  # fmt: skip
-"""Errors that another try will not mend."""
+from storage_schemas.common.errors import NEVER, MismatchError, TemporaryError
 
 
 def publish(path: Path, data: str | bytes, *, private: bool = False) -> None:
@@ -107,7 +101,7 @@ def _cannot_write(folder: Path, error: Exception, setting: str) -> MismatchError
     # safetensors tells the system's number in its text alone.
     told = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    if number in _NEVER:
+    if number in NEVER:
         return MismatchError(
             f"cannot write {folder}",
             got=str(error),

@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from storage_schemas.common import faults
-from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.common.errors import NEVER, DataError, MismatchError, NeoError, TemporaryError
 from storage_schemas.common.publish import fsync_directory
 from storage_schemas.common.secrets import masked
 from storage_schemas.stores.address import dump_url, local_path
@@ -36,8 +36,6 @@ JSON_BYTES = 64 * 2**20
 _CHUNK = 8 * 2**20
 """Bytes of a stream's chunks."""
 _STAGED = re.compile(r"\.staged-(?P<name>.+)-[0-9a-f]{32}")
-_NEVER = (errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG)
-"""Errors that another try will not mend."""
 
 
 class Store:
@@ -90,7 +88,7 @@ class Store:
         except PermissionError as error:
             raise failure(error, self.url) from error
         except OSError as error:
-            if error.errno in _NEVER:
+            if error.errno in NEVER:
                 raise _no_folder(self.url, error) from error
             raise TemporaryError(
                 f"cannot write {self.url}/{key}",

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from pipeline.config import MAX_BYTES, Config, load_config, need
 from pipeline.processes import stated
 from storage_schemas.common.errors import MismatchError, UsageError
-from storage_schemas.common.frozen import explicit
 from storage_schemas.config import Adaptive, Sampled, TopK
 
 FULL = """
@@ -220,12 +219,6 @@ def test_overrides_are_yaml_and_reach_into_lists_and_missing_sections(file: Path
     assert config.corpus is not None
     assert config.corpus.sources[0].path == "other.jsonl"
     assert config.heldout is None
-    file.write_text("dump: {url: x}\nstudent: null")
-    assert explicit(load_config(file, ["student.model=m", "student.lora.r=8"])) == {
-        "dump.url": "x",
-        "student.lora.r": 8,
-        "student.model": "m",
-    }
 
 
 def test_an_override_of_the_kind_starts_the_estimator_anew(file: Path) -> None:

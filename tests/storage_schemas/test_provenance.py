@@ -133,7 +133,7 @@ def test_arguments_of_an_engine_were_in_its_version_once() -> None:
     }
     del content["made_by"], content["checksum"]
     content["teacher"] |= {"model": "teacher", "revision": None}
-    old = Provenance.from_json(canonical_json(content, indent=2), url="u")
+    old = Provenance.from_json(canonical_json(content, indent=2), name="u/run.json")
     same = changed(provenance, "engine.arguments", {"quantization": "fp8"})
     assert old.differences_to(same) is None
     found = old.differences_to(provenance)
@@ -148,10 +148,10 @@ def test_a_note_stands_in_one_place() -> None:
         {name: value for name, value in content.items() if name != "made_by"},
     ):
         with pytest.raises(DataError, match="either made_by"):
-            Provenance.from_json(canonical_json(other, indent=2), url="u")
+            Provenance.from_json(canonical_json(other, indent=2), name="u/run.json")
     note = content | {"made_by": content["made_by"] | {"model": "another"}}
     with pytest.raises(DataError, match="was changed"):
-        Provenance.from_json(canonical_json(note, indent=2), url="u")
+        Provenance.from_json(canonical_json(note, indent=2), name="u/run.json")
 
 
 def test_the_table_covers_every_field() -> None:
@@ -173,9 +173,9 @@ def test_fingerprint_depends_on_content_alone() -> None:
     provenance = some_provenance()
     again = Provenance.model_validate(dict(reversed(provenance.model_dump(mode="json").items())))
     assert again.fingerprint == provenance.fingerprint
-    assert Provenance.from_json(provenance.to_json(), url="u") == again
+    assert Provenance.from_json(provenance.to_json(), name="u/run.json") == again
     with pytest.raises(DataError, match="canonical"):
-        Provenance.from_json(provenance.to_json() + b" ", url="u")
+        Provenance.from_json(provenance.to_json() + b" ", name="u/run.json")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_vocabularies_end_below_two_to_the_31(size: int) -> None:
     for section, field in (("teacher", "head_size"), ("tokenizer", "vocab_size")):
         changed_content = content | {section: content[section] | {field: size}}
         with pytest.raises(DataError, match=rf"{section}\.{field}"):
-            Provenance.from_json(canonical_json(changed_content, indent=2), url="u")
+            Provenance.from_json(canonical_json(changed_content, indent=2), name="u/run.json")
     assert some_provenance(lm_head_rows=2**31 - 1).teacher.lm_head_rows == 2**31 - 1
 
 
