@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -328,7 +329,7 @@ def refuse_unknown_model(model: Any) -> None:
         )
 
 
-def _relative_difference(got: Tensor, expected: Tensor) -> float:
+def _relative_difference(got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"]) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
@@ -366,8 +367,10 @@ def launch(model: Any, samples: Sequence[Sample], recipe: Recipe) -> PendingTarg
     return targets
 
 
-def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequence[Positions]) -> Tensor:
-    """(supervised tokens, hidden) the states that predict them, sample by sample.
+def _supervised_hidden(
+    model: Any, samples: Sequence[Sample], positions: Sequence[Positions]
+) -> Float[Tensor, "tokens hidden"]:
+    """The states that predict the supervised tokens, sample by sample.
 
     Padding is on the right, where a causal model's earlier positions cannot see it: no attention mask is needed, and
     the fast causal kernels apply. What follows the last state in use is not run at all.
@@ -396,18 +399,23 @@ def _input_device(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _hidden(model: Any, input_ids: Tensor) -> Tensor:
-    """(batch, seq, hidden) final hidden states, without a key-value cache."""
+def _hidden(model: Any, input_ids: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+    """Final hidden states, without a key-value cache."""
     body = body_of(model, role="teacher")
     states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return states
 
 
-def _logits(model: Any, hidden: Tensor, transform: LogitTransform, scratch: Tensor | None = None) -> Tensor:
-    """(tokens, V) float32: the product's sums are never rounded to the model's dtype, see `products`.
+def _logits(
+    model: Any,
+    hidden: Float[Tensor, "tokens hidden"],
+    transform: LogitTransform,
+    scratch: Float32[Tensor, "rows V"] | None = None,
+) -> Float32[Tensor, "tokens V"]:
+    """The product's sums are never rounded to the model's dtype, see `products`.
 
     Memory of this size is fresh from the kernel at every allocation, and zeroing it takes a tenth of the product's
-    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows, float32).
+    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows).
     """
     head = model.get_output_embeddings()
     logits: Tensor
