@@ -13,11 +13,11 @@ from storage_schemas.common.frozen import Section
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import CommitRecord
-from storage_schemas.rows import OK
+from storage_schemas.rows import OK, Row
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus.freeze import Sample, freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import provenance_of, refuse_too_long, refuse_wider_than_vocabulary, row_of
 from teacher_dump.teachers.teacher import Teacher
 
@@ -185,7 +185,7 @@ def _with(provenance: Provenance, estimator: Estimator) -> Provenance:
 
 def _passes(
     teacher: Teacher,
-    picked: Sequence[Sample],
+    picked: Sequence[Row],
     recipes: Sequence[Provenance],
     progress: Callable[[int, int], None] | None,
 ) -> list[tuple[dict[int, Targets], float]]:
@@ -205,7 +205,7 @@ def _passes(
     return found
 
 
-def _encoded(picked: Sequence[Sample], targets: dict[int, Targets], provenance: Provenance) -> CommitRecord:
+def _encoded(picked: Sequence[Row], targets: dict[int, Targets], provenance: Provenance) -> CommitRecord:
     """The pilot as one unit, written by the dump's own writer to a scratch directory.
 
     Raises:
