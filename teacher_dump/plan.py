@@ -14,7 +14,7 @@ from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, To
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import CommitRecord
 from storage_schemas.rows import OK, Row
-from storage_schemas.targets import Targets, concatenate
+from storage_schemas.targets import Targets, concatenate, decode
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus.freeze import freeze_corpus
@@ -222,12 +222,8 @@ def _encoded(picked: Sequence[Row], targets: dict[int, Targets], provenance: Pro
 
 def mass_at(wide: Targets, widths: Sequence[int]) -> dict[int, float]:
     """Mean probability of the k most likely tokens, for each k up to the vocabulary; `wide` holds the largest k."""
-    masses = dict.fromkeys(widths, 0.0)
-    for start, stop in zip(wide.offsets[:-1], wide.offsets[1:], strict=True):
-        kept = np.cumsum(-np.sort(-np.exp(wide.logprobs[start:stop].astype(np.float64))))
-        for k in widths:
-            masses[k] += float(kept[min(k, len(kept)) - 1])
-    return {k: min(1.0, total / len(wide)) for k, total in masses.items()}
+    kept = np.cumsum(-np.sort(-decode(wide).weights.astype(np.float64)), axis=1)
+    return {k: min(1.0, float(kept[:, min(k, kept.shape[1]) - 1].mean())) for k in widths}
 
 
 def durations(

@@ -68,7 +68,6 @@ def recompute(
         for row in picked.values():
             errors += _corpus_problems(row, corpus.sample(row.sample_index))
 
-    temperatures = _temperatures(provenance)
     tolerance = TOLERANCES[provenance.teacher.dtype]
     results: dict[int, tuple[Compared, dict[int, str]]] = {}
     done = 0
@@ -82,7 +81,7 @@ def recompute(
                 continue
             record = dump.record(index // provenance.samples_per_unit)
             assert record is not None
-            figures = compare(exact, stored, temperatures=temperatures)
+            figures = compare(exact, stored, temperatures=provenance.temperatures)
             found = problems(
                 exact,
                 stored,
@@ -112,7 +111,7 @@ def _report(
     tolerance = TOLERANCES[provenance.teacher.dtype]
     found = [figures for figures, _ in results.values()]
     tokens = max(1, sum(len(each.kl) for each in found))
-    kl = sum((each.kl.sum(0) for each in found), np.zeros(len(_temperatures(provenance)))) / tokens
+    kl = sum((each.kl.sum(0) for each in found), np.zeros(len(provenance.temperatures))) / tokens
     kl[0] += abs(sum(float(each.drift.sum()) for each in found)) / tokens
     drawn, redrawn = (sum(float(getattr(each, name).sum()) for each in found) for name in ("drawn", "redrawn"))
     limit = provenance.max_kl + _STRAY + tolerance.kl
@@ -199,11 +198,6 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
                     picked[row.sample_index] = row
                     break
     return picked, errors
-
-
-def _temperatures(provenance: Provenance) -> tuple[float, ...]:
-    """At which stored targets can be compared: draws only at T = 1."""
-    return provenance.temperatures[:1] if provenance.estimator.draws else provenance.temperatures
 
 
 def _corpus_problems(row: Row, sample: Row) -> list[str]:
