@@ -26,8 +26,9 @@ import torch
 import teacher_dump.teachers.teacher
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
 from storage_schemas.provenance import Recipe
+from storage_schemas.rows import Row
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus.freeze import Corpus, Sample, freeze_corpus
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.dump import run_dump
 from teacher_dump.teachers.teacher import Teacher
 
@@ -117,7 +118,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, float]:
     return rows
 
 
-def limit(model: Any, samples: Sequence[Sample]) -> float:
+def limit(model: Any, samples: Sequence[Row]) -> float:
     """Tokens per second if the linear layers' products were all there is, the head's on supervised positions only."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     rate = 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5))
@@ -247,15 +248,15 @@ def corpus_of(teacher: Teacher, mask: str, samples: int) -> Corpus:
     return freeze_corpus(corpus_section(mask, samples), teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
 
 
-def samples_of(corpus: Corpus, *, ordered: bool) -> list[Sample]:
+def samples_of(corpus: Corpus, *, ordered: bool) -> list[Row]:
     """All samples, in arrival order or the longest first."""
     samples = [corpus.sample(index) for index in range(len(corpus))]
     return sorted(samples, key=lambda sample: -len(sample.input_ids)) if ordered else samples
 
 
-def batches(samples: Sequence[Sample], budget: int) -> Iterator[list[Sample]]:
+def batches(samples: Sequence[Row], budget: int) -> Iterator[list[Row]]:
     """Consecutive samples whose padded size stays in the budget."""
-    batch: list[Sample] = []
+    batch: list[Row] = []
     for sample in samples:
         longest = max(len(s.input_ids) for s in [*batch, sample])
         if batch and longest * (len(batch) + 1) > budget:
@@ -266,7 +267,7 @@ def batches(samples: Sequence[Sample], budget: int) -> Iterator[list[Sample]]:
 
 
 @torch.inference_mode()
-def forward_all(teacher: Teacher, samples: Sequence[Sample], budget: int) -> None:
+def forward_all(teacher: Teacher, samples: Sequence[Row], budget: int) -> None:
     """`model(**batch)` for every batch; the logits are thrown away."""
     for batch in batches(samples, budget):
         ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(s.input_ids.astype("int64")) for s in batch], True)

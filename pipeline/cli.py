@@ -132,17 +132,19 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Show what the corpus becomes: formats, counts, lengths, samples with what is supervised. Loads no weights."""
-    from pipeline.views import preview as view
+    from pipeline.views.preview import show
+    from teacher_dump.corpus.preview import load_tokenizer
+    from teacher_dump.corpus.preview import preview as view
 
     found = load_config(config, overrides or ())
     found = found.heldout_config("preview --heldout") if heldout else found
     teacher, corpus = need(found.teacher, "teacher", "preview"), need(found.corpus, "corpus", "preview")
-    tokenizer, lm_head_rows = view.load_tokenizer(teacher)
-    whole, shown = view.preview(corpus, tokenizer, lm_head_rows=lm_head_rows, row=row, samples=samples)
+    tokenizer, lm_head_rows = load_tokenizer(teacher)
+    whole, shown = view(corpus, tokenizer, lm_head_rows=lm_head_rows, row=row, samples=samples)
     if as_json:
         _print(whole.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in shown]}, as_json)
     else:
-        view.show(whole, shown, Console())
+        show(whole, shown, Console())
 
 
 @app.command()

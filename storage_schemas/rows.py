@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage_schemas.common.errors import DataError
-from storage_schemas.shift import supervised_positions
+from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import F32, I32, I64, Targets, concatenate, joined_offsets
 
 OK = "ok"
@@ -56,7 +57,7 @@ FIRST_SCHEMA = _schema(nullable=True)
 """The columns as the first writers declared them. They hold the same values, so no null either."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One sample. A sample that cannot be used is a row with a status and without targets: nothing is lost."""
 
@@ -70,8 +71,13 @@ class Row:
     """(tokens,)"""
     loss_mask: npt.NDArray[np.bool_]
     """(tokens,) which tokens are supervised; never the first."""
-    targets: Targets | None
-    """One target per supervised token, in order, if the status is `ok`."""
+    targets: Targets | None = None
+    """One target per supervised token, in order, if the status is `ok` and the teacher was asked."""
+
+    @cached_property
+    def positions(self) -> Positions:
+        """Of its supervised tokens, and of the logits that predict them."""
+        return supervised_positions(self.loss_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +129,7 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
         ValueError: a row's targets and its loss mask disagree; a bug in what made the row.
     """
     for row in rows:
-        supervised = len(supervised_positions(row.loss_mask).tokens)
+        supervised = len(row.positions.tokens)
         if row.status not in STATUSES or (row.targets is None) != (row.status != OK):
             raise ValueError(f"sample {row.sample_index}: status {row.status!r} with targets {row.targets is not None}")
         if row.targets is not None and (len(row.targets) != supervised or not supervised):

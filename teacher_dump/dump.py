@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
 from teacher_dump.committer import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
-from teacher_dump.corpus.freeze import Corpus, Sample, freeze_corpus
+from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.heldout import refuse_shared
 from teacher_dump.progress import DumpProgress, EventLog
 from teacher_dump.teachers.open import opened
@@ -348,7 +349,7 @@ class UnitWorker:
             self._looked, self._committed = time.monotonic(), listing.result()
 
 
-def _by_sample(batch: Sequence[Sample], pending: PendingTargets) -> dict[int, Targets | None]:
+def _by_sample(batch: Sequence[Row], pending: PendingTargets) -> dict[int, Targets | None]:
     return dict(zip((sample.sample_index for sample in batch), pending(), strict=True))
 
 
@@ -393,14 +394,7 @@ def summarise(dump: DumpSection, worker: UnitWorker) -> DumpSummary:
     )
 
 
-def row_of(sample: Sample, targets: Targets | None) -> Row:
-    """A sample as a row of the dump; usable samples without targets had logits that are not finite."""
+def row_of(sample: Row, targets: Targets | None) -> Row:
+    """A sample with its targets; usable ones without had logits that are not finite."""
     status = NONFINITE if sample.status == OK and targets is None else sample.status
-    return Row(
-        sample_index=sample.sample_index,
-        sample_id=sample.sample_id,
-        status=status,
-        input_ids=sample.input_ids,
-        loss_mask=sample.loss_mask,
-        targets=targets,
-    )
+    return replace(sample, status=status, targets=targets)

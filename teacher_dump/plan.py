@@ -13,11 +13,11 @@ from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import CommitRecord
-from storage_schemas.rows import OK
-from storage_schemas.targets import Targets, concatenate
+from storage_schemas.rows import OK, Row
+from storage_schemas.targets import Targets, concatenate, decode
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus.freeze import Sample, freeze_corpus
+from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import provenance_of, refuse_too_long, refuse_wider_than_vocabulary, row_of
 from teacher_dump.teachers.teacher import Teacher
 
@@ -185,7 +185,7 @@ def _with(provenance: Provenance, estimator: Estimator) -> Provenance:
 
 def _passes(
     teacher: Teacher,
-    picked: Sequence[Sample],
+    picked: Sequence[Row],
     recipes: Sequence[Provenance],
     progress: Callable[[int, int], None] | None,
 ) -> list[tuple[dict[int, Targets], float]]:
@@ -205,7 +205,7 @@ def _passes(
     return found
 
 
-def _encoded(picked: Sequence[Sample], targets: dict[int, Targets], provenance: Provenance) -> CommitRecord:
+def _encoded(picked: Sequence[Row], targets: dict[int, Targets], provenance: Provenance) -> CommitRecord:
     """The pilot as one unit, written by the dump's own writer to a scratch directory.
 
     Raises:
@@ -222,12 +222,8 @@ def _encoded(picked: Sequence[Sample], targets: dict[int, Targets], provenance: 
 
 def mass_at(wide: Targets, widths: Sequence[int]) -> dict[int, float]:
     """Mean probability of the k most likely tokens, for each k up to the vocabulary; `wide` holds the largest k."""
-    masses = dict.fromkeys(widths, 0.0)
-    for start, stop in zip(wide.offsets[:-1], wide.offsets[1:], strict=True):
-        kept = np.cumsum(-np.sort(-np.exp(wide.logprobs[start:stop].astype(np.float64))))
-        for k in widths:
-            masses[k] += float(kept[min(k, len(kept)) - 1])
-    return {k: min(1.0, total / len(wide)) for k, total in masses.items()}
+    kept = np.cumsum(-np.sort(-decode(wide).weights.astype(np.float64)), axis=1)
+    return {k: min(1.0, float(kept[:, min(k, kept.shape[1]) - 1].mean())) for k in widths}
 
 
 def durations(

@@ -9,9 +9,8 @@ from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
-from storage_schemas.shift import supervised_positions
 from teacher_dump.compare import TOLERANCES, Compared, compare, problems
-from teacher_dump.corpus.freeze import Corpus, Sample
+from teacher_dump.corpus.freeze import Corpus
 from teacher_dump.teachers.teacher import Teacher
 
 _STRAY = 1e-4
@@ -69,21 +68,20 @@ def recompute(
         for row in picked.values():
             errors += _corpus_problems(row, corpus.sample(row.sample_index))
 
-    temperatures = _temperatures(provenance)
     tolerance = TOLERANCES[provenance.teacher.dtype]
     results: dict[int, tuple[Compared, dict[int, str]]] = {}
     done = 0
-    for batch in teacher.batches([_sample(row) for row in picked.values()]):
+    for batch in teacher.batches(list(picked.values())):
         for sample, exact in zip(batch, teacher.targets(batch, provenance.recipe), strict=True):
-            index, stored = sample.sample_index, picked[sample.sample_index].targets
+            index, stored = sample.sample_index, sample.targets
             if exact is None or stored is None:
                 if (exact is None) != (stored is None):
                     finite = "not finite" if exact is None else "finite"
-                    errors.append(f"row {index}: stored as {picked[index].status}, but its logits are {finite}")
+                    errors.append(f"row {index}: stored as {sample.status}, but its logits are {finite}")
                 continue
             record = dump.record(index // provenance.samples_per_unit)
             assert record is not None
-            figures = compare(exact, stored, temperatures=temperatures)
+            figures = compare(exact, stored, temperatures=provenance.temperatures)
             found = problems(
                 exact,
                 stored,
@@ -113,13 +111,13 @@ def _report(
     tolerance = TOLERANCES[provenance.teacher.dtype]
     found = [figures for figures, _ in results.values()]
     tokens = max(1, sum(len(each.kl) for each in found))
-    kl = sum((each.kl.sum(0) for each in found), np.zeros(len(_temperatures(provenance)))) / tokens
+    kl = sum((each.kl.sum(0) for each in found), np.zeros(len(provenance.temperatures))) / tokens
     kl[0] += abs(sum(float(each.drift.sum()) for each in found)) / tokens
     drawn, redrawn = (sum(float(getattr(each, name).sum()) for each in found) for name in ("drawn", "redrawn"))
     limit = provenance.max_kl + _STRAY + tolerance.kl
     for index, (each, problem) in sorted(results.items()):
         row = f"row {index}, position"
-        positions = supervised_positions(picked[index].loss_mask).tokens
+        positions = picked[index].positions.tokens
         if problem:
             first = min(problem)
             more = f"; {len(problem)} of its {len(positions)} supervised tokens are off"
@@ -202,12 +200,7 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
     return picked, errors
 
 
-def _temperatures(provenance: Provenance) -> tuple[float, ...]:
-    """At which stored targets can be compared: draws only at T = 1."""
-    return provenance.temperatures[:1] if provenance.estimator.draws else provenance.temperatures
-
-
-def _corpus_problems(row: Row, sample: Sample) -> list[str]:
+def _corpus_problems(row: Row, sample: Row) -> list[str]:
     pairs = {
         "sample_id": row.sample_id == sample.sample_id,
         "status": sample.status == OK,
@@ -222,13 +215,3 @@ def _corpus_problems(row: Row, sample: Sample) -> list[str]:
         off = (row.input_ids != sample.input_ids) | (row.loss_mask != sample.loss_mask)
         place = f", position {int(np.argmax(off))}" if off.any() else ""
     return [f"row {row.sample_index}{place}: {', '.join(different)} differ from the corpus"]
-
-
-def _sample(row: Row) -> Sample:
-    return Sample(
-        sample_index=row.sample_index,
-        sample_id=row.sample_id,
-        status=OK,
-        input_ids=row.input_ids,
-        loss_mask=row.loss_mask,
-    )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from storage_schemas.common.devices import usable_cores
 from storage_schemas.common.errors import DataError
-from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG
+from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG, Row
 from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus.cache import Frozen, cache_folder, corpus_key, is_looked_up, kept
@@ -99,22 +99,6 @@ class Statuses(Sequence[str]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One sample of the corpus; its arrays share the corpus's memory."""
-
-    sample_index: int
-    """Place in the corpus, from 0."""
-    sample_id: str
-    """The record's `id`, or a hash of its content."""
-    status: str
-    """`ok`, or why there is nothing to ask the teacher."""
-    input_ids: I32
-    """(tokens,)"""
-    loss_mask: npt.NDArray[np.bool_]
-    """(tokens,)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
     """All samples in flat arrays: sample i owns tokens offsets[i]:offsets[i + 1]."""
 
@@ -140,10 +124,10 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def sample(self, index: int) -> Sample:
-        """Sample `index`."""
+    def sample(self, index: int) -> Row:
+        """Sample `index`, sharing memory; it has no targets yet."""
         tokens = slice(self.offsets[index], self.offsets[index + 1])
-        return Sample(
+        return Row(
             sample_index=index,
             sample_id=self.sample_ids[index],
             status=self.statuses[index],
@@ -289,12 +273,12 @@ def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
             return
 
 
-def _samples(part: Part) -> Iterator[Sample]:
+def _samples(part: Part) -> Iterator[Row]:
     ids = Ids(part.id_bytes, _offsets(part.id_sizes))
     offsets = _offsets(part.sizes)
     for i, code in enumerate(part.statuses.tolist()):
         tokens = slice(offsets[i], offsets[i + 1])
-        yield Sample(
+        yield Row(
             sample_index=i,
             sample_id=ids[i],
             status=STATUSES[code],
@@ -307,7 +291,7 @@ def _offsets(sizes: I64) -> I64:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def _hash(digest: "hashlib._Hash", sample: Sample) -> None:
+def _hash(digest: "hashlib._Hash", sample: Row) -> None:
     head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
     digest.update(head.encode() + b"\n")
     digest.update(sample.input_ids.astype("<i4").tobytes())

@@ -2,20 +2,21 @@
 
 import numpy as np
 import numpy.typing as npt
-
-from storage_schemas.targets import I64
+from jaxtyping import Float64, Int64
 
 _U64 = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def uniforms(seed: int, sample_index: I64, position: I64, *, draws: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1) by hashing (splitmix64; Steele, Lea and Flood 2014), shape (tokens, draws).
+def uniforms(
+    seed: int, sample_index: Int64[np.ndarray, " n"], position: Int64[np.ndarray, " n"], *, draws: int
+) -> Float64[np.ndarray, "n {draws}"]:
+    """Uniform numbers in [0, 1) by hashing (splitmix64; Steele, Lea and Flood 2014).
 
     Args:
         seed: of the run.
-        sample_index: (tokens,) which sample a token is of.
-        position: (tokens,) position of the token in its sample.
+        sample_index: which sample a token is of.
+        position: of the token in its sample.
         draws: numbers per token.
     """
     state = np.full(len(position), np.uint64(seed % 2**64))

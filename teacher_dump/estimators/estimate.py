@@ -1,6 +1,6 @@
-"""From logits to sparse targets: exact head, tail mass, draws. Pure tensor functions, no loop over tokens.
+"""From logits to sparse targets: exact head, tail mass, draws. No loop over tokens.
 
-Every function takes float32 logits of shape (n, V) and uses them as scratch memory. Log-sum-exps of the tail are
+Every function that takes logits uses their memory, and says what it leaves there. Log-sum-exps of the tail are
 taken over the tail itself, with the head masked: 1 - sum(head) is noise where the teacher is sure. Ties are broken by
 the lowest id, so that equal logits give equal targets on every device.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -20,6 +21,7 @@ from storage_schemas.targets import I64, Targets
 from teacher_dump.estimators.draws import uniforms
 from teacher_dump.estimators.selection import draw_from_weights, largest
 
+Logits = Float32[Tensor, "n V"]
 _NO_DRAWS_BELOW = 1e-7
 """Tail mass that float32 weights cannot tell from 0; such a token needs no draws."""
 
@@ -28,35 +30,41 @@ _NO_DRAWS_BELOW = 1e-7
 class Entries:
     """Targets of n tokens, padded to K entries, on the device of the logits."""
 
-    ids: Tensor
-    """(n, K) int32: the head's ascending, then the draws' ascending."""
-    logprobs: Tensor
-    """(n, K) float32 log p at T = 1."""
-    filled: Tensor
-    """(n, K) bool: false is padding."""
-    head_size: Tensor
-    """(n,) int32."""
-    counts: Tensor | None
-    """(n, K) int32: how often an entry was drawn; None for `topk`."""
-    tail_logprob: Tensor
-    """(n, temperatures) float32."""
-    logsumexp: Tensor
-    """(n, temperatures) float32."""
-    finite: Tensor
-    """(n,) bool: false where the logits hold NaN or +inf; the rest of such a row means nothing."""
+    ids: Int32[Tensor, "n K"]
+    """The head's ascending, then the draws' ascending."""
+    logprobs: Float32[Tensor, "n K"]
+    """log p at T = 1."""
+    filled: Bool[Tensor, "n K"]
+    """False is padding."""
+    head_size: Int32[Tensor, " n"]
+    """How many leading entries are exact."""
+    counts: Int32[Tensor, "n K"] | None
+    """How often an entry was drawn; None for `topk`."""
+    tail_logprob: Float32[Tensor, "n temperatures"]
+    """Log of the mass outside the head."""
+    logsumexp: Float32[Tensor, "n temperatures"]
+    """Log of the sum of exp(z / T)."""
+    finite: Bool[Tensor, " n"]
+    """False where the logits hold NaN or +inf; the rest of such a row means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """The k largest entries, of which the first `size` are the head, largest first. Float64."""
+    """The k largest entries, largest first, and all that is known of the rest of the vocabulary."""
 
-    ids: Tensor
-    logprobs: Tensor
-    inside: Tensor
-    values: Tensor
-    rest_top: Tensor
-    rest: Tensor
-    logsumexp: Tensor
+    ids: Int64[Tensor, "n k"]
+    logprobs: Float64[Tensor, "n k"]
+    """log p at T = 1."""
+    inside: Bool[Tensor, "n k"]
+    """Whether an entry belongs to the head: a leading stretch of each row."""
+    values: Float64[Tensor, "n k"]
+    """Their logits."""
+    rest_top: Float64[Tensor, " n"]
+    """The largest logit of the rest; -inf where there is none."""
+    rest: Float64[Tensor, "n temperatures"]
+    """Log-sum-exp of the rest's z / T."""
+    logsumexp: Float64[Tensor, "n temperatures"]
+    """Of all z / T."""
 
 
 def draws_per_token(estimator: Estimator) -> int:
@@ -71,9 +79,9 @@ def draws_per_token(estimator: Estimator) -> int:
 
 
 def estimate(
-    logits: Tensor, estimator: Estimator, *, temperatures: Sequence[float], sample_index: I64, position: I64
+    logits: Logits, estimator: Estimator, *, temperatures: Sequence[float], sample_index: I64, position: I64
 ) -> Entries:
-    """Targets of n tokens; `sample_index` and `position` (n,) say which, for the draws. Overwrites the logits."""
+    """Targets of n tokens; `sample_index` and `position` (n,) say which, for the draws. Leaves no logits behind."""
     if isinstance(estimator, TopK):
         return topk(logits, k=estimator.k, mass=estimator.mass, temperatures=temperatures)
     u = uniforms(estimator.seed, sample_index, position, draws=draws_per_token(estimator))
@@ -91,8 +99,11 @@ def estimate(
     )
 
 
-def topk(logits: Tensor, *, k: int, mass: float, temperatures: Sequence[float]) -> Entries:
-    """The k largest probabilities, ending early once they hold `mass` (1.0: never early), and the mass of the rest."""
+def topk(logits: Logits, *, k: int, mass: float, temperatures: Sequence[float]) -> Entries:
+    """The k largest probabilities, ending early once they hold `mass` (1.0: never early), and the mass of the rest.
+
+    Leaves in `logits` what `_head` does.
+    """
     head = _head(logits, k_min=1, k_max=k, mass=mass, temperatures=temperatures)
     ids, logprobs = _by_id(head)
     return Entries(
@@ -108,8 +119,8 @@ def topk(logits: Tensor, *, k: int, mass: float, temperatures: Sequence[float]) 
 
 
 def adaptive(
-    logits: Tensor,
-    u: Tensor,
+    logits: Logits,
+    u: Float64[Tensor, " n"],
     *,
     mass: float,
     k_min: int,
@@ -120,8 +131,8 @@ def adaptive(
     """The fewest entries that reach `mass`, then systematic draws from the rest: points (u + j) / m, one u per token.
 
     Args:
-        logits: (n, V) float32, overwritten.
-        u: (n,) float64 in [0, 1).
+        logits: left as exp(z - the tail's largest) of the tail, 0 in the head's places.
+        u: in [0, 1).
         mass: probability that the head shall hold.
         k_min: head entries, at least.
         k_max: head entries, at most.
@@ -155,8 +166,8 @@ def adaptive(
     )
 
 
-def sampled(logits: Tensor, u: Tensor, *, temperatures: Sequence[float]) -> Entries:
-    """Independent draws from p, one per column of `u` (n, draws), float64 in [0, 1). Overwrites the logits."""
+def sampled(logits: Logits, u: Float64[Tensor, "n draws"], *, temperatures: Sequence[float]) -> Entries:
+    """Independent draws from p, one per column of `u`, in [0, 1). Leaves exp(z - the largest) in `logits`."""
     top = logits.amax(1).double()
     logsumexp = _log_sums(logits, top, temperatures) + top[:, None] * _inverse(temperatures, logits.device)
     drawn, weights = draw_from_weights(logits, u)
@@ -207,8 +218,8 @@ def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _head(logits: Tensor, *, k_min: int, k_max: int, mass: float, temperatures: Sequence[float]) -> _Head:
-    """Choose the head; leaves exp(z - rest_top) of everything but the k_max largest in `logits`, 0 in their place."""
+def _head(logits: Logits, *, k_min: int, k_max: int, mass: float, temperatures: Sequence[float]) -> _Head:
+    """Choose the head. Leaves in `logits` exp(z - rest_top) of all but the k_max largest, and 0 in their places."""
     n, vocabulary = logits.shape
     k = min(k_max, vocabulary)
     values, ids = largest(logits, min(k + 1, vocabulary))
@@ -229,8 +240,10 @@ def _head(logits: Tensor, *, k_min: int, k_max: int, mass: float, temperatures: 
     return _Head(ids, logprobs, inside, values, rest_top, rest, logsumexp)
 
 
-def _log_sums(logits: Tensor, top: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """(n, temperatures) log sum exp((z - top) / T), float64; `logits` becomes exp(z - top). `top` (n,) bounds z."""
+def _log_sums(
+    logits: Logits, top: Float64[Tensor, " n"], temperatures: Sequence[float]
+) -> Float64[Tensor, "n temperatures"]:
+    """Log sum exp((z - top) / T), where `top` bounds z. Leaves exp(z - top) in `logits`."""
     shift = top.masked_fill(top.isneginf(), 0.0).float()[:, None]
     logits.sub_(shift)
     sums = [torch.exp(logits / T).sum(1) for T in temperatures[1:]]
@@ -238,8 +251,8 @@ def _log_sums(logits: Tensor, top: Tensor, temperatures: Sequence[float]) -> Ten
     return torch.stack(sums, 1).double().log()
 
 
-def _tail(head: _Head, temperatures: Sequence[float]) -> Tensor:
-    """(n, temperatures) log of the mass outside the head: log-sum-exp of what the head left out and of the rest."""
+def _tail(head: _Head, temperatures: Sequence[float]) -> Float64[Tensor, "n temperatures"]:
+    """Log of the mass outside the head: log-sum-exp of what the head left out and of the rest."""
     scale = _inverse(temperatures, head.values.device)
     outside = head.values.masked_fill(head.inside, -torch.inf)
     parts = torch.cat([outside[:, None, :] * scale[:, None], head.rest[:, :, None]], 2)
@@ -247,23 +260,25 @@ def _tail(head: _Head, temperatures: Sequence[float]) -> Tensor:
     return (parts.logsumexp(2) - head.logsumexp).clamp_max(0.0)
 
 
-def _inverse(temperatures: Sequence[float], device: torch.device) -> Tensor:
-    """(temperatures,) float64 1 / T."""
+def _inverse(temperatures: Sequence[float], device: torch.device) -> Float64[Tensor, " temperatures"]:
+    """1 / T."""
     return on_device(1.0 / np.array(temperatures, np.float64), device)
 
 
-def _by_id(head: _Head) -> tuple[Tensor, Tensor]:
-    """Ids (int32) and log-probs (float32) of the head, ascending by id; entries outside it come last."""
+def _by_id(head: _Head) -> tuple[Int32[Tensor, "n k"], Float32[Tensor, "n k"]]:
+    """Ids and log-probs of the head, ascending by id; entries outside it come last."""
     order = head.ids.masked_fill(~head.inside, 2**31 - 1).argsort(1)
     return head.ids.gather(1, order).int(), head.logprobs.gather(1, order).float()
 
 
-def _leading(count: Tensor, width: int) -> Tensor:
-    """(n, width) true in the first `count` columns."""
+def _leading(count: Int64[Tensor, " n"], width: int) -> Bool[Tensor, "n {width}"]:
+    """True in the first `count` columns."""
     return torch.arange(width, device=count.device) < count[:, None]
 
 
-def _merged(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(
+    ids: Int64[Tensor, "n draws"], logprobs: Float32[Tensor, "n draws"]
+) -> tuple[Int32[Tensor, "n draws"], Float32[Tensor, "n draws"], Int32[Tensor, "n draws"]]:
     """Sort the draws of each row by id and merge repeated ones: ids, log-probs and counts; count 0 is padding."""
     ids, order = ids.sort(1)
     logprobs = logprobs.gather(1, order)

@@ -5,22 +5,17 @@ are searched entry by entry.
 """
 
 import torch
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 BLOCK = 64
 
 
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(values: Float32[Tensor, "n V"], k: int) -> tuple[Float32[Tensor, "n {k}"], Int64[Tensor, "n {k}"]]:
     """The k largest entries of each row, descending, ties by the lowest index.
 
     The k largest entries lie in the k blocks with the largest maxima: an entry in another block has k entries above it.
-
-    Args:
-        values: (n, V) float32.
-        k: at most V.
-
-    Returns:
-        (n, k) values and (n, k) int64 indices.
+    Values and indices; k is at most V.
     """
     n, width = values.shape
     blocks = width // BLOCK
@@ -38,18 +33,20 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return candidates.gather(1, place), columns.gather(1, place)
 
 
-def draw_from_weights(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def draw_from_weights(
+    weights: Float32[Tensor, "n V"], u: Float64[Tensor, "n m"]
+) -> tuple[Int64[Tensor, "n m"], Float64[Tensor, "n m"]]:
     """Inverse of the cumulative distribution of each row at `u`.
 
     Blocks are found in float64 cumulative sums of block sums, entries in float64 cumulative sums inside the block.
     An entry of weight 0 is never drawn, unless the whole row is 0; such a row's result means nothing.
 
     Args:
-        weights: (n, V) float32, not negative, not normalised.
-        u: (n, m) float64 in [0, 1).
+        weights: not negative, not normalised; they stay as they are.
+        u: in [0, 1).
 
     Returns:
-        (n, m) int64 indices and (n, m) float64 weights of what was drawn.
+        Indices and weights of what was drawn.
     """
     n, width = weights.shape
     blocks = -(-width // BLOCK)
@@ -74,8 +71,8 @@ def draw_from_weights(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return columns.gather(2, place)[:, :, 0], inside.gather(2, place)[:, :, 0]
 
 
-def _first_by_value_then_index(values: Tensor, k: int) -> Tensor:
-    """(n, k) indices of the k largest of each row, descending by value, then ascending by index."""
+def _first_by_value_then_index(values: Float32[Tensor, "n width"], k: int) -> Int64[Tensor, "n {k}"]:
+    """Indices of the k largest of each row, descending by value, then ascending by index."""
     # Adding 0 turns -0 into 0. Flipping the lower bits of negative floats makes their order that of the integers.
     bits = (values + 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
@@ -84,6 +81,6 @@ def _first_by_value_then_index(values: Tensor, k: int) -> Tensor:
     return last - (key.topk(k, dim=1).values & 0xFFFFFFFF)
 
 
-def _below(point: Tensor, bound: Tensor) -> Tensor:
+def _below(point: Float64[Tensor, "*n m"], bound: Float64[Tensor, "*n 1"]) -> Float64[Tensor, "*n m"]:
     """`point`, but strictly below `bound`: rounding may not push a draw past the last entry."""
     return torch.minimum(point, torch.nextafter(bound, torch.zeros_like(bound)))

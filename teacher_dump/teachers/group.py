@@ -20,8 +20,8 @@ from transformers.distributed import DistributedConfig
 
 from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.provenance import Recipe
+from storage_schemas.rows import Row
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus.freeze import Sample
 from teacher_dump.teachers.teacher import PendingTargets, Teacher, cuda_or_no_gpu, launch
 
 _COLLECTIVE = timedelta(minutes=10)
@@ -124,7 +124,7 @@ class GroupTeacher(Teacher):
         """Where this process's share runs."""
         return torch.device("cuda", self.group.local_rank) if self.group.on_gpu else torch.device("cpu")
 
-    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+    def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
         """As `Teacher.launch`, with every process of the group.
 
         Raises:
@@ -170,11 +170,11 @@ class GroupTeacher(Teacher):
         )
 
 
-def _plain(sample: Sample) -> dict[str, Any]:
-    arrays = {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()}
-    return {name: arrays.get(name, getattr(sample, name)) for name in sample.__slots__}
+def _plain(sample: Row) -> dict[str, Any]:
+    plain = {name: getattr(sample, name) for name in ("sample_index", "sample_id", "status")}
+    return plain | {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()}
 
 
-def _sample(plain: dict[str, Any]) -> Sample:
+def _sample(plain: dict[str, Any]) -> Row:
     arrays = {"input_ids": np.array(plain["input_ids"], np.int32), "loss_mask": np.array(plain["loss_mask"], np.bool_)}
-    return Sample(**(plain | arrays))
+    return Row(**(plain | arrays))

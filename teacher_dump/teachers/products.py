@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -36,17 +37,23 @@ class Float32Results(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def linear(
+    inputs: Float[Tensor, "*n hidden"],
+    weight: Float[Tensor, "V hidden"],
+    bias: Float[Tensor, " V"] | None = None,
+    *,
+    out: Float32[Tensor, "rows V"] | None = None,
+) -> Float32[Tensor, "*n V"]:
     """inputs @ weight.T + bias as float32.
 
     On CUDA the product itself gives float32. Elsewhere the weight becomes float32 in blocks of its rows, so that
     never more than a block has a copy; of a weight that is spread over processes as a DTensor, this process's share.
 
     Args:
-        inputs: (..., hidden), of the weight's dtype.
-        weight: (V, hidden).
-        bias: (V,).
-        out: (n, V) float32, at least as many rows as inputs; memory for the product of 2-D inputs.
+        inputs: of the weight's dtype.
+        weight: of the layer.
+        bias: of the layer.
+        out: memory for the product of 2-D inputs, at least as many rows.
     """
     flat = inputs.flatten(0, -2)
     out = None if out is None else out[: len(flat)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -19,10 +20,10 @@ from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.config import Estimator
 from storage_schemas.logits import LogitTransform, body_of, finish_logits
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe, TeacherIdentity
-from storage_schemas.shift import Positions, supervised_positions
-from storage_schemas.targets import I64, Targets
+from storage_schemas.rows import Row
+from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus.freeze import Corpus, Sample
+from teacher_dump.corpus.freeze import Corpus
 from teacher_dump.estimators.estimate import Entries, estimate, gather, on_device
 from teacher_dump.teachers.batching import length_sorted_batches
 from teacher_dump.teachers.model_files import ModelFiles, find_model
@@ -204,17 +205,17 @@ class Teacher:
         """Who the teacher is, from its files alone."""
         return self._identity
 
-    def batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def batches(self, samples: Sequence[Row]) -> list[list[Row]]:
         """Samples that go through the model together: of like length, within the budget of padded tokens."""
         lengths = [forward_tokens(sample) for sample in samples]
         cuts = length_sorted_batches(lengths, budget=self.section.batch_tokens, apart_at=self.short_context)
         return [[samples[place] for place in places] for places in cuts]
 
-    def targets(self, samples: Sequence[Sample], recipe: Recipe) -> list[Targets | None]:
+    def targets(self, samples: Sequence[Row], recipe: Recipe) -> list[Targets | None]:
         """What `launch` promises."""
         return self.launch(samples, recipe)()
 
-    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+    def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
         """Send samples through the model. A GPU is still at work when this returns, and the next batch may follow.
 
         A batch that does not fit into the GPU's memory is halved, and so are later ones of its size.
@@ -265,7 +266,7 @@ class Teacher:
             fix="install what is missing" if isinstance(error, ImportError) else "correct teacher.model",
         )
 
-    def _refuse_or_halve(self, samples: Sequence[Sample], padded: int, message: str) -> None:
+    def _refuse_or_halve(self, samples: Sequence[Row], padded: int, message: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(samples) == 1:
@@ -280,9 +281,9 @@ class Teacher:
         self._fits = padded // 2
 
 
-def forward_tokens(sample: Sample) -> int:
+def forward_tokens(sample: Row) -> int:
     """Tokens that the model must see: up to the one before the last supervised token."""
-    return int(supervised_positions(sample.loss_mask).logits[-1]) + 1
+    return int(sample.positions.logits[-1]) + 1
 
 
 def cuda_or_no_gpu() -> bool:
@@ -328,15 +329,17 @@ def refuse_unknown_model(model: Any) -> None:
         )
 
 
-def _relative_difference(got: Tensor, expected: Tensor) -> float:
+def _relative_difference(got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"]) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 @torch.inference_mode()
-def launch(model: Any, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
-    positions = [supervised_positions(sample.loss_mask) for sample in samples]
-    hidden = _supervised_hidden(model, samples, positions)
-    sample_index, position = _coordinates(samples, positions)
+def launch(model: Any, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
+    hidden = _supervised_hidden(model, samples)
+    # What the draws of a token depend on.
+    sizes = [len(sample.positions.tokens) for sample in samples]
+    sample_index = np.repeat([sample.sample_index for sample in samples], sizes)
+    position = np.concatenate([sample.positions.tokens for sample in samples])
     transform = LogitTransform.of(model.config, role="teacher")
     chunk = min(_chunk_tokens(model), len(hidden))
     scratch = hidden.new_empty(chunk, head_rows(model), dtype=torch.float32)
@@ -356,7 +359,7 @@ def launch(model: Any, samples: Sequence[Sample], recipe: Recipe) -> PendingTarg
             )
         )
     gathered = gather(parts, logsumexp=recipe.logsumexp)
-    stops = np.cumsum([len(place.tokens) for place in positions]).tolist()
+    stops = np.cumsum(sizes).tolist()
 
     def targets() -> list[Targets | None]:
         found, finite = gathered()
@@ -366,8 +369,8 @@ def launch(model: Any, samples: Sequence[Sample], recipe: Recipe) -> PendingTarg
     return targets
 
 
-def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequence[Positions]) -> Tensor:
-    """(supervised tokens, hidden) the states that predict them, sample by sample.
+def _supervised_hidden(model: Any, samples: Sequence[Row]) -> Float[Tensor, "tokens hidden"]:
+    """The states that predict the supervised tokens, sample by sample.
 
     Padding is on the right, where a causal model's earlier positions cannot see it: no attention mask is needed, and
     the fast causal kernels apply. What follows the last state in use is not run at all.
@@ -376,18 +379,10 @@ def _supervised_hidden(model: Any, samples: Sequence[Sample], positions: Sequenc
     ids = np.zeros((len(samples), max(lengths)), np.int64)
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         ids[row, :length] = sample.input_ids[:length]
-    rows = np.repeat(np.arange(len(samples)), [len(place.logits) for place in positions])
-    columns = np.concatenate([place.logits for place in positions])
     hidden = _hidden(model, on_device(ids, _input_device(model)))
-    place = on_device(rows * ids.shape[1] + columns, hidden.device)
+    places = [row * ids.shape[1] + sample.positions.logits for row, sample in enumerate(samples)]
+    place = on_device(np.concatenate(places), hidden.device)
     return hidden.flatten(0, 1).index_select(0, place)
-
-
-def _coordinates(samples: Sequence[Sample], positions: Sequence[Positions]) -> tuple[I64, I64]:
-    """(tokens,) sample index and (tokens,) position of every supervised token: what its draws depend on."""
-    indices = np.array([sample.sample_index for sample in samples], np.int64)
-    sample_index = np.repeat(indices, [len(place.tokens) for place in positions])
-    return sample_index, np.concatenate([place.tokens for place in positions])
 
 
 def _input_device(model: Any) -> torch.device:
@@ -396,18 +391,23 @@ def _input_device(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _hidden(model: Any, input_ids: Tensor) -> Tensor:
-    """(batch, seq, hidden) final hidden states, without a key-value cache."""
+def _hidden(model: Any, input_ids: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+    """Final hidden states, without a key-value cache."""
     body = body_of(model, role="teacher")
     states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return states
 
 
-def _logits(model: Any, hidden: Tensor, transform: LogitTransform, scratch: Tensor | None = None) -> Tensor:
-    """(tokens, V) float32: the product's sums are never rounded to the model's dtype, see `products`.
+def _logits(
+    model: Any,
+    hidden: Float[Tensor, "tokens hidden"],
+    transform: LogitTransform,
+    scratch: Float32[Tensor, "rows V"] | None = None,
+) -> Float32[Tensor, "tokens V"]:
+    """The product's sums are never rounded to the model's dtype, see `products`.
 
     Memory of this size is fresh from the kernel at every allocation, and zeroing it takes a tenth of the product's
-    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows, float32).
+    time; so the product of a plain linear head goes into `scratch` (at least `tokens` rows).
     """
     head = model.get_output_embeddings()
     logits: Tensor

@@ -28,12 +28,11 @@ import torch
 from storage_schemas.common.errors import MismatchError, TemporaryError, first_line
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
-from storage_schemas.rows import OK
-from storage_schemas.shift import supervised_positions
+from storage_schemas.rows import OK, Row
 from storage_schemas.targets import Targets, concatenate
 from teacher_dump.compare import TOLERANCES, Compared, compare
 from teacher_dump.config import TeacherSection, vllm_cannot
-from teacher_dump.corpus.freeze import Corpus, Sample
+from teacher_dump.corpus.freeze import Corpus
 from teacher_dump.teachers.open import under_transformers
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
 from teacher_dump.teachers.vllm_logprobs import ranked, topk_targets
@@ -156,7 +155,7 @@ class VllmTeacher(Teacher):
         self._engine = None
         _release_memory()
 
-    def launch(self, samples: Sequence[Sample], recipe: Recipe) -> PendingTargets:
+    def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
         """Targets of each sample's supervised tokens, in order; None where its log-probs are not numbers.
 
         Raises:
@@ -167,7 +166,7 @@ class VllmTeacher(Teacher):
         self.refuse_unsupported(estimator, recipe.temperatures, logsumexp=recipe.logsumexp)
         assert isinstance(estimator, TopK)
         k = min(estimator.k, self.lm_head_rows)
-        places = [supervised_positions(sample.loss_mask).tokens for sample in samples]
+        places = [sample.positions.tokens for sample in samples]
         prompts = [sample.input_ids[: place[-1] + 1].tolist() for sample, place in zip(samples, places, strict=True)]
         answers = self._ask(prompts, k)
         found: list[Targets | None] = []
@@ -265,7 +264,7 @@ class VllmTeacher(Teacher):
         )
 
 
-def check_samples(corpus: Corpus, count: int) -> list[Sample]:
+def check_samples(corpus: Corpus, count: int) -> list[Row]:
     """Up to `count` usable samples, from the shortest to the longest in even steps of rank."""
     usable = np.flatnonzero(corpus.statuses.are(OK))
     by_length = usable[np.argsort(np.diff(corpus.offsets)[usable], kind="stable")]
@@ -311,7 +310,7 @@ def _shown(figures: Compared | None) -> str:
     )
 
 
-def _reference(section: TeacherSection, samples: Sequence[Sample], recipe: Recipe) -> list[Targets | None]:
+def _reference(section: TeacherSection, samples: Sequence[Row], recipe: Recipe) -> list[Targets | None]:
     """What transformers makes of the samples, by a teacher that is gone afterwards.
 
     Raises:

@@ -292,7 +292,7 @@ def test_other_arguments_pass_through() -> None:
         ({"init_lora_weights": "olora"}, "leave the base model as it is"),
         ({"init_lora_weights": "eva"}, "a pass over the data"),
         ({"bias": "wrong"}, "NotImplementedError"),
-        ({"rank_pattern": 5}, "peft does not take"),
+        ({"rank_pattern": 5}, "PEFT rejected"),
     ],
 )
 def test_extra_is_checked(extra: dict[str, Any], says: str) -> None:

@@ -6,14 +6,14 @@ import torch.distributed as dist
 
 from storage_schemas.config import Estimator
 from storage_schemas.provenance import Recipe
+from storage_schemas.rows import Row
 from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus.freeze import Sample
 from teacher_dump.teachers.group import Group, GroupTeacher
 
 
 def targets(
-    rank: int, world_size: int, rendezvous: str, *, cases: list[dict[str, Any]], batches: list[list[Sample]],
+    rank: int, world_size: int, rendezvous: str, *, cases: list[dict[str, Any]], batches: list[list[Row]],
     estimator: Estimator,
 ) -> list[tuple[int, list[list[Targets | None]]]]:  # fmt: skip
     """Per case, a teacher section: elements of the weights that this rank holds, and the leader's targets."""

@@ -16,7 +16,6 @@ from filelock import FileLock
 from support.dump_checks import assert_each_sample_once, files_of, sections, write_corpus
 from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, save_teacher, tiny_tokenizer
 
-from pipeline.views.preview import load_tokenizer, preview
 from storage_schemas.common.errors import DataError, TemporaryError
 from teacher_dump.config import CorpusSection, SourceSection
 from teacher_dump.corpus import cache as kept_module
@@ -24,6 +23,7 @@ from teacher_dump.corpus import freeze as corpus_module
 from teacher_dump.corpus.cache import kept
 from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Columns, Part
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
+from teacher_dump.corpus.preview import load_tokenizer, preview
 from teacher_dump.dump import run_dump
 from teacher_dump.plan import plan_dump
 from teacher_dump.teachers.teacher import Teacher

@@ -1,5 +1,7 @@
 """The teacher's targets against the model's own logits, over architectures, batches, dtypes and bad weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,9 @@ from support.tiny_teachers import ARCHITECTURES, VOCABULARY, save_teacher, tiny_
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.config import Adaptive, TopK
 from storage_schemas.provenance import Recipe
-from storage_schemas.rows import OK
+from storage_schemas.rows import OK, Row
 from storage_schemas.targets import concatenate
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus.freeze import Sample
 from teacher_dump.teachers import products
 from teacher_dump.teachers import teacher as teacher_module
 from teacher_dump.teachers.teacher import Teacher
@@ -22,12 +23,12 @@ pytestmark = pytest.mark.exact
 EVERYTHING = TopK(k=VOCABULARY, mass=1.0)
 
 
-def sample_of(length: int, *, index: int = 0, mask: list[int] | None = None) -> Sample:
+def sample_of(length: int, *, index: int = 0, mask: list[int] | None = None) -> Row:
     """Random ids; the supervised tokens are those of `mask`, else every second one."""
     ids = np.random.default_rng(index).integers(0, VOCABULARY, length).astype(np.int32)
     loss_mask = np.zeros(length, bool)
     loss_mask[mask if mask is not None else slice(1, None, 2)] = True
-    return Sample(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=loss_mask)
+    return Row(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=loss_mask)
 
 
 def ask(teacher, samples, estimator=EVERYTHING, temperatures=(1.0,)):
@@ -161,7 +162,7 @@ def test_a_sample_with_nonfinite_logits_leaves_the_others_of_its_batch_alone(tmp
     assert bad is None
     for targets, sample in [(good, samples[0]), (also_good, samples[2])]:
         np.testing.assert_allclose(targets.logprobs, ask(teacher, [sample])[0].logprobs, atol=LOGPROB)
-    samples[1].loss_mask[10:] = False
+    samples[1] = replace(samples[1], loss_mask=samples[1].loss_mask & (np.arange(len(samples[1].loss_mask)) < 10))
     assert ask(teacher, samples)[1] is not None, "logits before the broken token are finite"
 
 
