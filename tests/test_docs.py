@@ -50,3 +50,14 @@ def test_where_things_are_decided_and_the_spines() -> None:
         assert len(spine) == 8
         lines = sum(len((ROOT / file).read_text().splitlines()) for file in spine)
         assert lines <= 2200, f"{spine[0]} and so on: {lines} lines"
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    folder, named = "", set()
+    for line in tree.splitlines():
+        folder = line.split("/")[0] if line[:1].isalpha() else folder
+        named |= {f"{folder}/{file}" for file in re.findall(r"\b(\w+\.py)\b", line)}
+    packages = {name.split("/")[0] for name in named}
+    files = (file for package in packages for file in (ROOT / package).glob("*.py") if file.name != "__init__.py")
+    assert named == {str(file.relative_to(ROOT)) for file in files}
