@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from storage_schemas.common.errors import DataError
 from storage_schemas.shift import Positions, supervised_positions
-from storage_schemas.targets import F32, I32, I64, Targets, concatenate, joined_offsets
+from storage_schemas.targets import I32, I64, Targets, concatenate, joined_offsets
 
 OK = "ok"
 """The row has targets for every supervised token."""
@@ -136,13 +136,15 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
             raise ValueError(
                 f"sample {row.sample_index}: {len(row.targets)} targets for {supervised} supervised tokens"
             )
-        if not _is_text(row.sample_id):
+        try:
+            row.sample_id.encode()
+        except UnicodeEncodeError as error:
             raise DataError(
                 f"the id of sample {row.sample_index} is not valid Unicode",
                 got=ascii(row.sample_id),
                 expected="text without lone surrogates",
                 fix="correct the ids of the corpus, or leave them out: then a hash of the content is used",
-            )
+            ) from error
         if len(row.input_ids) != len(row.loss_mask):
             raise ValueError(f"sample {row.sample_index}: {len(row.input_ids)} ids, {len(row.loss_mask)} mask entries")
     counts = np.array([0 if row.targets is None else len(row.targets) for row in rows], np.int64)
@@ -176,7 +178,7 @@ def no_targets(*, temperatures: int, draws: bool, logsumexp: bool) -> Targets:
 
 def unit_to_table(unit: UnitRows) -> pa.Table:
     """The Arrow table of SCHEMA."""
-    targets, rows = unit.targets, len(unit)
+    targets = unit.targets
     if max(int(targets.offsets[-1]), len(unit.input_ids)) >= 2**31:
         raise DataError(
             "a unit is too large for one file",
@@ -185,91 +187,81 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
             fix="lower dump.samples_per_unit",
         )
 
-    def plain(name: str, offsets: I64, values: Any) -> pa.ListArray:
-        return pa.ListArray.from_arrays(_i32(offsets), pa.array(values), SCHEMA.field(name).type)
-
-    def nested(name: str, inner: I64, values: Any, mask: Any = None) -> pa.ListArray:
+    def lists(name: str, values: Any, *levels: I64) -> pa.Array:
+        """A column of lists, or with two levels of offsets of lists of lists; null where there are no values."""
         kind = SCHEMA.field(name).type
-        tokens = pa.ListArray.from_arrays(_i32(inner), pa.array(values, mask=mask), kind.value_type)
-        return pa.ListArray.from_arrays(_i32(unit.target_offsets), tokens, kind)
+        if values is None:
+            return pa.nulls(len(unit), kind)
+        # Of values per temperature, -inf says "no tail"; in the file that is a null.
+        column = pa.array(values.reshape(-1), mask=np.isneginf(values.reshape(-1)) if values.ndim == 2 else None)
+        for offsets, of in reversed(list(zip(levels, (kind, kind.value_type), strict=False))):
+            column = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), column, of)
+        return column
 
-    def absent(name: str) -> pa.Array:
-        return pa.nulls(rows, SCHEMA.field(name).type)
-
-    def per_temperature(name: str, values: F32) -> pa.ListArray:
-        # -inf says "no tail"; in the file that is a null.
-        flat = values.reshape(-1)
-        every = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
-        return nested(name, every, flat, np.isneginf(flat))
-
+    rows, entries = unit.target_offsets, targets.offsets
+    drawn = None if targets.counts is None else targets.counts[~in_head(entries, targets.head_size)]
+    per_temperature = _offsets(np.full(len(targets), targets.tail_logprob.shape[1]))
     columns = [
         pa.array(unit.sample_index),
         pa.array(unit.sample_id, pa.string()),
         pa.array(unit.status, pa.string()),
-        plain("input_ids", unit.token_offsets, unit.input_ids),
-        plain("loss_mask", unit.token_offsets, unit.loss_mask),
-        nested("target_ids", targets.offsets, targets.ids),
-        nested("target_logprobs", targets.offsets, targets.logprobs),
-        plain("head_size", unit.target_offsets, targets.head_size),
-        absent("target_counts") if targets.counts is None else nested("target_counts", *_drawn(targets)),
-        per_temperature("tail_logprob", targets.tail_logprob),
-        absent("logsumexp") if targets.logsumexp is None else per_temperature("logsumexp", targets.logsumexp),
+        lists("input_ids", unit.input_ids, unit.token_offsets),
+        lists("loss_mask", unit.loss_mask, unit.token_offsets),
+        lists("target_ids", targets.ids, rows, entries),
+        lists("target_logprobs", targets.logprobs, rows, entries),
+        lists("head_size", targets.head_size, rows),
+        lists("target_counts", drawn, rows, _offsets(targets.lengths - targets.head_size)),
+        lists("tail_logprob", targets.tail_logprob, rows, per_temperature),
+        lists("logsumexp", targets.logsumexp, rows, per_temperature),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def columns_to_unit(arrays: Mapping[str, pa.Array], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
     """Flat arrays of the columns of SCHEMA, at Arrow level and sharing their memory.
 
     Raises:
         ValueError: the lists of one token disagree in length, or a null stands where none may.
     """
-    for name in ("input_ids", "loss_mask", "head_size"):
-        if arrays[name].flatten().null_count:
-            raise ValueError(f"{name} holds nulls")
-    token_offsets, input_ids = _one_level(arrays["input_ids"])
-    mask_offsets, loss_mask = _one_level(arrays["loss_mask"])
-    target_offsets, entry_offsets, ids = _two_levels(arrays["target_ids"])
-    logprob_outer, logprob_inner, logprobs = _two_levels(arrays["target_logprobs"])
-    head_offsets, head_size = _one_level(arrays["head_size"])
-    tail_outer, tail = _per_temperature(arrays["tail_logprob"], temperatures)
-    lists = {
-        "loss_mask": (mask_offsets, token_offsets),
-        "target_logprobs": (logprob_outer, target_offsets),
-        "target_logprobs, per token": (logprob_inner, entry_offsets),
-        "head_size": (head_offsets, target_offsets),
-        "tail_logprob": (tail_outer, target_offsets),
+    there = {"target_counts": draws, "logsumexp": logsumexp}
+    names = [name for name in SCHEMA.names if pa.types.is_list(SCHEMA.field(name).type) and there.get(name, True)]
+    levels, values = {}, {}
+    for name in names:
+        levels[name], values[name] = _unfolded(name, columns[name])
+    (token_offsets,) = levels["input_ids"]
+    target_offsets, entry_offsets = levels["target_ids"]
+    per_temperature = _offsets(np.full(len(entry_offsets) - 1, temperatures))
+    expected = {
+        "loss_mask": [token_offsets],
+        "target_logprobs": [target_offsets, entry_offsets],
+        "head_size": [target_offsets],
+        "target_counts": [target_offsets, _offsets(np.diff(entry_offsets) - values["head_size"])],
+        "tail_logprob": [target_offsets, per_temperature],
+        "logsumexp": [target_offsets, per_temperature],
     }
-    lse = None
-    if logsumexp:
-        lse_outer, lse = _per_temperature(arrays["logsumexp"], temperatures)
-        lists["logsumexp"] = (lse_outer, target_offsets)
+    for name, offsets in expected.items():
+        if name in levels and not all(map(np.array_equal, levels[name], offsets)):
+            raise ValueError(f"the lists of {name} disagree in length with their neighbours")
     counts = None
     if draws:
-        count_outer, count_inner, drawn = _two_levels(arrays["target_counts"])
-        lists["target_counts"] = (count_outer, target_offsets)
-        lists["target_counts, per token"] = (np.diff(count_inner), np.diff(entry_offsets) - head_size)
-        counts = np.zeros(len(ids), np.int32)
-        counts[~in_head(entry_offsets, head_size)] = drawn
-    for name, (got, expected) in lists.items():
-        if not np.array_equal(got, expected):
-            raise ValueError(f"{name} disagrees in length with its neighbours")
+        counts = np.zeros(len(values["target_ids"]), np.int32)
+        counts[~in_head(entry_offsets, values["head_size"])] = values["target_counts"]
     return UnitRows(
-        sample_index=arrays["sample_index"].to_numpy(),
-        sample_id=_texts(arrays["sample_id"]),
-        status=_texts(arrays["status"]),
+        sample_index=columns["sample_index"].to_numpy(),
+        sample_id=_texts(columns["sample_id"]),
+        status=_texts(columns["status"]),
         token_offsets=token_offsets,
-        input_ids=input_ids,
-        loss_mask=loss_mask,
+        input_ids=values["input_ids"],
+        loss_mask=values["loss_mask"],
         target_offsets=target_offsets,
         targets=Targets(
             offsets=entry_offsets,
-            ids=ids,
-            logprobs=logprobs,
-            head_size=head_size,
+            ids=values["target_ids"],
+            logprobs=values["target_logprobs"],
+            head_size=values["head_size"],
             counts=counts,
-            tail_logprob=tail,
-            logsumexp=lse,
+            tail_logprob=values["tail_logprob"].reshape(-1, temperatures),
+            logsumexp=values["logsumexp"].reshape(-1, temperatures) if logsumexp else None,
         ),
     )
 
@@ -288,33 +280,14 @@ def concatenate_units(parts: Sequence[UnitRows]) -> UnitRows:
     )
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _offsets(lengths: Any) -> I64:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def _i32(offsets: I64) -> pa.Array:
-    return pa.array(offsets.astype(np.int32))
 
 
 def in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
     """(entries,) whether an entry is among the leading `head_size` of its token."""
     parts = np.stack([head_size, np.diff(offsets) - head_size], axis=1)
     return np.repeat(np.tile([True, False], len(head_size)), parts.reshape(-1))
-
-
-def _drawn(targets: Targets) -> tuple[I64, I32]:
-    """Offsets of tokens into their draws, and how often each was drawn."""
-    assert targets.counts is not None
-    drawn = ~in_head(targets.offsets, targets.head_size)
-    return _offsets(targets.lengths - targets.head_size), targets.counts[drawn]
 
 
 def _texts(array: pa.Array) -> list[str]:
@@ -325,29 +298,21 @@ def _texts(array: pa.Array) -> list[str]:
     return [texts[i] for i in array.indices.to_pylist()]
 
 
-def _one_level(array: pa.ListArray) -> tuple[I64, Any]:
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0], array.flatten().to_numpy(zero_copy_only=False)
+def _unfolded(name: str, column: pa.Array) -> tuple[list[I64], Any]:
+    """Offsets of each level of a column's lists, from 0, and the values in the innermost: -inf for a tail's null.
 
-
-def _two_levels(array: pa.ListArray) -> tuple[I64, I64, Any]:
-    """Offsets of rows into tokens, of tokens into entries, and the entries."""
-    if array.null_count:
-        raise ValueError("a list is null")
-    outer, inner = array.offsets.to_numpy().astype(np.int64), array.flatten()
-    if inner.null_count or inner.flatten().null_count:
-        raise ValueError("a list or an entry is null")
-    inner_offsets, values = _one_level(inner)
-    return outer - outer[0], inner_offsets, values
-
-
-def _per_temperature(array: pa.ListArray, temperatures: int) -> tuple[I64, F32]:
-    """Offsets of rows into tokens, and (tokens, temperatures) values with -inf for null."""
-    if array.null_count:
-        raise ValueError("a list is null")
-    outer, inner = array.offsets.to_numpy().astype(np.int64), array.flatten()
-    flat = inner.flatten()
-    if inner.null_count or len(flat) != len(inner) * temperatures or np.any(np.diff(inner.offsets) != temperatures):
-        raise ValueError(f"a token has not {temperatures} values, one per temperature")
-    values = flat.fill_null(float("-inf")).to_numpy(zero_copy_only=False)
-    return outer - outer[0], values.reshape(-1, temperatures)
+    Raises:
+        ValueError: another null.
+    """
+    levels = []
+    while pa.types.is_list(column.type):
+        if column.null_count:
+            raise ValueError(f"{name} holds null for a list")
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        levels.append(offsets - offsets[0])
+        column = column.flatten()
+    if name == "tail_logprob":
+        column = column.fill_null(float("-inf"))
+    if column.null_count:
+        raise ValueError(f"{name} holds null for a value")
+    return levels, column.to_numpy(zero_copy_only=False)
