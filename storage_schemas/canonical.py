@@ -103,7 +103,7 @@ class ProvenJson(FrozenModel):
         return canonical_json(with_checksum(self.model_dump(mode="json")))
 
     @classmethod
-    def from_json(cls, data: bytes, *, name: str) -> Self:
+    def from_json(cls, data: bytes, name: str) -> Self:
         """Parse and check such a file.
 
         Raises:

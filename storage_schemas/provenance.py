@@ -220,13 +220,7 @@ class Provenance(_Identity, ProvenJson):
 
     def refuse_other(self, wanted: "Provenance", *, url: str) -> None:
         """Raise MismatchError if `wanted`, what the configuration asks for, differs from this dump in any field."""
-        if found := self.differences_to(wanted):
-            raise MismatchError(
-                f"{url} was made with other settings: {', '.join(found.keys)}",
-                got=found.there,
-                expected=found.here,
-                fix="restore the settings this dump was started with, or choose another dump.url",
-            )
+        refuse_differences(f"{url} was made with other settings", self.differences_to(wanted))
 
     def differences_to(self, wanted: "Provenance") -> Differences | None:
         """In what the content of a dump that `wanted` describes would be another one than this dump's."""
@@ -241,3 +235,14 @@ class Provenance(_Identity, ProvenJson):
         if self.made_by is not None:  # Else all of it is in the fingerprint, which every other file repeats.
             content = with_checksum(content)
         return canonical_json(content, indent=2)
+
+
+def refuse_differences(what: str, found: Differences | None) -> None:
+    """Raise MismatchError that names all in which a configuration differs from the dump that is there."""
+    if found:
+        raise MismatchError(
+            f"{what}: {', '.join(found.keys)}",
+            got=found.there,
+            expected=found.here,
+            fix="restore what this dump was started with, or choose another dump.url",
+        )

@@ -1,8 +1,9 @@
 """Stage two's end of the dump: read it, and trust nothing that is not proven."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +21,18 @@ from storage_schemas.records import (
     CommitRecord,
     Manifest,
     Seal,
-    parse_record,
-    parse_tokenizer,
+    TokenizerRecord,
+    proven,
     read_manifest,
     record_key,
+    refuse_elsewhere,
+    refuse_foreign,
     unit_of_record,
 )
 from storage_schemas.rows import OK, SCHEMA, STATUSES, UnitRows, in_head
 from storage_schemas.stores.cache import ShardCache
-from storage_schemas.stores.store import Store, missing
+from storage_schemas.stores.store import Store
+from storage_schemas.targets import I32, Targets
 
 TOKENIZER_BYTES = 2**30
 """The largest file of a tokenizer that is read."""
@@ -41,7 +45,7 @@ _UNREADABLE = (OSError, ValueError, TypeError, LookupError, MemoryError, NotImpl
 class Dump:
     """A dump, sealed or still being written."""
 
-    def __init__(self, store: Store, provenance: Provenance, *, cache: ShardCache | None) -> None:
+    def __init__(self, store: Store, provenance: Provenance, *, cache: ShardCache | None = None) -> None:
         self.store, self.provenance, self._cache = store, provenance, cache
         self._records: dict[int, CommitRecord] = {}
         self._seal: Seal | None = None
@@ -55,7 +59,7 @@ class Dump:
         options: Mapping[str, str] | None = None,
         cache_dir: Path | None = None,
         cache_bytes: int | None = None,
-    ) -> "Dump":
+    ) -> Self:
         """Open the dump at `url`.
 
         Args:
@@ -70,17 +74,22 @@ class Dump:
             DataError: there is no dump.
             MismatchError: it has another format version.
         """
-        store = Store(url, options=options)
-        provenance = store.parsed(RUN, lambda data: Provenance.from_json(data, name=f"{url}/{RUN}"))
-        if provenance is None:
+        cache = None if cache_dir is None else ShardCache(cache_dir, limit=cache_bytes)
+        dump = cls.open_if_begun(Store(url, options=options), cache=cache)
+        if dump is None:
             raise DataError(
                 f"there is no dump at {url}",
                 got="no run.json",
                 expected="a dump made by `llm-neo dump`",
                 fix="check the URL, or start stage one first",
             )
-        cache = None if cache_dir is None else ShardCache(cache_dir, limit=cache_bytes)
-        return cls(store, provenance, cache=cache)
+        return dump
+
+    @classmethod
+    def open_if_begun(cls, store: Store, *, cache: ShardCache | None = None) -> Self | None:
+        """The dump in `store`, or None if it has no run.json."""
+        provenance = store.parsed_if_present(RUN, Provenance.from_json)
+        return None if provenance is None else cls(store, provenance, cache=cache)
 
     @property
     def fingerprint(self) -> str:
@@ -89,15 +98,9 @@ class Dump:
 
     def seal(self) -> Seal | None:
         """The seal, or None while the dump is being written."""
-        name = f"{self.store.url}/{SEAL}"
-        if self._seal is None and (seal := self.store.parsed(SEAL, lambda data: Seal.from_json(data, name=name))):
-            if seal.fingerprint != self.fingerprint or seal.units != self.provenance.units:
-                raise DataError(
-                    f"{name} belongs to another dump",
-                    got=f"{seal.fingerprint}, {seal.units} units",
-                    expected=f"{self.fingerprint}, {self.provenance.units} units",
-                    fix="two dumps were mixed in one place; dump again",
-                )
+        if self._seal is None and (seal := self.store.parsed_if_present(SEAL, Seal.from_json)):
+            claims = {"fingerprint": (seal.fingerprint, self.fingerprint), "units": (seal.units, self.provenance.units)}
+            refuse_elsewhere(f"{self.store.url}/{SEAL}", claims)
             self._seal = seal
         return self._seal
 
@@ -105,25 +108,25 @@ class Dump:
         """Whether every unit is committed and the dump is complete."""
         return self.seal() is not None
 
+    def committed(self) -> set[int]:
+        """Units that are committed now, by listing the records."""
+        listed = map(unit_of_record, self.store.list("commits"))
+        return {unit for unit in listed if unit is not None and unit < self.provenance.units}
+
     def records(self) -> Mapping[int, CommitRecord]:
         """All commit records there are: from the manifest of a sealed dump, else by listing."""
         seal = self.seal()
         if seal is not None:
             if self._manifest is None:
-                name = f"{self.store.url}/{seal.manifest}"
                 self._manifest = self.store.parsed(
                     seal.manifest,
-                    lambda data: read_manifest(data, seal=seal, provenance=self.provenance, name=name),
+                    partial(read_manifest, seal=seal, provenance=self.provenance),
                     limit=MANIFEST_BYTES + MANIFEST_BYTES_PER_UNIT * seal.units,
                 )
-                if self._manifest is None:
-                    raise missing(self.store.url, seal.manifest)
             return self._manifest
-        listed = {unit_of_record(key) for key, _ in self.store.list("commits")}
-        new = sorted(u for u in listed if u is not None and u < self.provenance.units and u not in self._records)
+        new = sorted(self.committed() - self._records.keys())
         self.store.settle("commits")
-        for record in self.store.parsed_many([record_key(unit) for unit in new], self._parse_record):
-            self._records[record.unit] = record
+        self._records |= {record.unit: record for record in self.stored_records(new)}
         return self._records
 
     def record(self, unit: int) -> CommitRecord | None:
@@ -131,8 +134,7 @@ class Dump:
         if unit not in self._records:
             if self._seal is not None:
                 return self.records().get(unit)
-            key = record_key(unit)
-            record = self.store.parsed(key, lambda data: self._parse_record(key, data))
+            record = self.stored_record(unit)
             if record is None:
                 return None
             # Its name may be visible before it is durable: a power loss must not undo what was trained on.
@@ -140,10 +142,24 @@ class Dump:
             self._records[unit] = record
         return self._records[unit]
 
-    def _parse_record(self, key: str, data: bytes) -> CommitRecord:
-        unit = unit_of_record(key)
-        assert unit is not None
-        return parse_record(data, unit, self.provenance, url=self.store.url)
+    def stored_record(self, unit: int) -> CommitRecord | None:
+        """What the commit record of `unit` says now, or None.
+
+        Raises:
+            DataError: it is torn, names another unit or dump, or claims more than the unit can hold.
+            MismatchError: it has another format version.
+        """
+        record = self.store.parsed_if_present(record_key(unit), CommitRecord.from_json)
+        return record and self._own(record, unit)
+
+    def stored_records(self, units: Collection[int]) -> Iterator[CommitRecord]:
+        """As `stored_record`, of many units that are committed."""
+        records = self.store.parsed_many([record_key(unit) for unit in units], CommitRecord.from_json)
+        return map(self._own, records, units)
+
+    def _own(self, record: CommitRecord, unit: int) -> CommitRecord:
+        refuse_foreign(record, unit, self.provenance, name=f"{self.store.url}/{record_key(unit)}")
+        return record
 
     def read_unit(self, unit: int) -> UnitRows:
         """All rows of a committed unit, proven against its record.
@@ -159,7 +175,11 @@ class Dump:
                 expected=f"commit records 0 ... {self.provenance.units - 1}",
                 fix="let stage one finish: run `llm-neo dump` again",
             )
-        return parse_unit(self._fetch(record), record, self.provenance, name=f"{self.store.url}/{record.file}")
+        if self._cache is None or self.store.root is not None:
+            data = self._fetch(record)
+        else:
+            data = self._cache.get(record.sha256, fetch=lambda: self._fetch(record))
+        return parse_unit(data, record, self.provenance, name=f"{self.store.url}/{record.file}")
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Name and content of the tokenizer's files.
@@ -168,30 +188,25 @@ class Dump:
             TemporaryError: stage one has not written all of it yet.
             DataError: a file is not the one that was written.
         """
-        found: dict[str, bytes] = {}
-        for name, sha256 in sorted(self._tokenizer_hashes().items()):
+        fix = "restore the file: it is one of the teacher's tokenizer"
+        return {
+            name: self.store.parsed(f"tokenizer/{name}", partial(proven, sha256=sha256, fix=fix), limit=TOKENIZER_BYTES)
+            for name, sha256 in sorted(self._tokenizer_hashes().items())
+        }
 
-            def proven_file(data: bytes, name: str = name, sha256: str = sha256) -> bytes:
-                if (digest := hashlib.sha256(data).hexdigest()) != sha256:
-                    raise DataError(
-                        f"{self.store.url}/tokenizer/{name} is not the file that was written",
-                        got=f"sha256 {digest}",
-                        expected=f"sha256 {sha256}",
-                        fix="restore the file: it is one of the teacher's tokenizer",
-                    )
-                return data
-
-            data = self.store.parsed(f"tokenizer/{name}", proven_file, limit=TOKENIZER_BYTES)
-            if data is None:
-                raise missing(self.store.url, f"tokenizer/{name}")
-            found[name] = data
-        return found
+    def tokenizer_record(self) -> TokenizerRecord | None:
+        """TOKENIZER.json, or None as long as the tokenizer is not complete."""
+        record = self.store.parsed_if_present(TOKENIZER, TokenizerRecord.from_json)
+        if record is not None:
+            claims = {"fingerprint": (record.fingerprint, self.fingerprint)}
+            refuse_elsewhere(f"{self.store.url}/{TOKENIZER}", claims)
+        return record
 
     def _tokenizer_hashes(self) -> Mapping[str, str]:
         seal = self.seal()
         if seal is not None:
             return seal.tokenizer
-        record = self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.provenance, url=self.store.url))
+        record = self.tokenizer_record()
         if record is None:
             raise TemporaryError(
                 f"the tokenizer of {self.store.url} is not complete yet",
@@ -203,39 +218,14 @@ class Dump:
         return record.files
 
     def _fetch(self, record: CommitRecord) -> bytes:
-        """The proven bytes of a data file, through the node's cache for object stores."""
-        if self._cache is None or self.store.root is not None:
-            return self._download(record)
-        return self._cache.get(
-            record.sha256,
-            is_proven=lambda data: _is_proven(data, record),
-            fetch=lambda: self._download(record),
-        )
-
-    def _download(self, record: CommitRecord) -> bytes:
-        name = f"{self.store.url}/{record.file}"
-        data = self.store.parsed(record.file, lambda data: proven(data, record, name=name), limit=record.bytes)
-        if data is None:
-            raise missing(self.store.url, record.file)
-        return data
-
-
-def _is_proven(data: bytes, record: CommitRecord) -> bool:
-    return len(data) == record.bytes and hashlib.sha256(data).hexdigest() == record.sha256
-
-
-def proven(data: bytes, record: CommitRecord, *, name: str) -> bytes:
-    """`data` if its size and hash are those of the record, else DataError."""
-    if not _is_proven(data, record):
-        raise DataError(
-            f"{name} is not the file that was committed",
-            got=f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}",
-            expected=f"{record.bytes} bytes, sha256 {record.sha256}",
-            fix="the file is torn, corrupt or was replaced: restore it; or, while no `llm-neo dump` runs, delete it, "
+        """The proven bytes of a data file."""
+        fix = (
+            "the file is torn, corrupt or was replaced: restore it; or, while no `llm-neo dump` runs, delete it, "
             f"{record_key(record.unit)}, {SEAL} and manifest-*.parquet, and run the same `llm-neo dump` again: it "
-            "computes this unit alone",
+            "computes this unit alone"
         )
-    return data
+        check = partial(proven, sha256=record.sha256, size=record.bytes, fix=fix)
+        return self.store.parsed(record.file, check, limit=record.bytes)
 
 
 def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, name: str) -> UnitRows:
@@ -277,10 +267,18 @@ def _check_footer(
             raise ValueError(f"{key} is {metadata.get(key)}, expected {expected}")
     codec.refuse_other_schema(file)
     # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
-    tokens, targets, width = record.tokens, record.supervised_tokens, len(provenance.temperatures)
-    limits = {"input_ids": tokens, "loss_mask": tokens, "target_ids": record.entries, "target_logprobs": record.entries}
-    limits |= {"head_size": targets, "target_counts": record.entries}
-    limits |= {"tail_logprob": targets * width, "logsumexp": targets * width}
+    tokens, targets, entries = record.tokens, record.supervised_tokens, record.entries
+    per_temperature = targets * len(provenance.temperatures)
+    limits = {
+        "input_ids": tokens,
+        "loss_mask": tokens,
+        "target_ids": entries,
+        "target_logprobs": entries,
+        "head_size": targets,
+        "target_counts": entries,
+        "tail_logprob": per_temperature,
+        "logsumexp": per_temperature,
+    }
     for column, values in zip(SCHEMA.names, claimed_values(data, codec.levels(file)), strict=True):
         limit = limits.get(column, 0) + record.rows + targets
         if values > limit:
@@ -298,63 +296,54 @@ def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) 
     expected = (record.tokens, record.supervised_tokens, record.entries)
     if got != expected:
         raise ValueError(f"tokens, supervised tokens, entries are {got}, expected {expected}")
-    if not np.array_equal(unit.sample_index, np.arange(span.start, span.stop)):
-        raise ValueError(f"sample_index is not {span.start} ... {span.stop - 1} in order")
-    if unknown := set(unit.status) - set(STATUSES):
-        raise ValueError(f"unknown status {sorted(unknown)}")
-    # (rows,) supervised tokens by mask; only rows that are ok have targets, and those have one for each.
-    supervised = np.concatenate([[0], np.cumsum(unit.loss_mask)])[unit.token_offsets]
-    has_targets = np.array([status == OK for status in unit.status])
-    if not np.array_equal(np.diff(unit.target_offsets), np.where(has_targets, np.diff(supervised), 0)):
-        raise ValueError("loss_mask and targets disagree on the number of supervised tokens")
-    if np.any(has_targets & (np.diff(unit.target_offsets) == 0)):
-        raise ValueError("a row is ok but has no supervised token")
-    starts = unit.token_offsets[:-1][np.diff(unit.token_offsets) > 0]
-    if unit.loss_mask[starts].any():
-        raise ValueError("token 0 of a sample is supervised")
-    for name, ids in (("target_ids", targets.ids), ("input_ids", unit.input_ids)):
-        if len(ids) and (ids.min() < 0 or ids.max() >= provenance.teacher.lm_head_rows):
-            raise ValueError(
-                f"{name} lie in {ids.min()} ... {ids.max()}, the head has {provenance.teacher.lm_head_rows} rows"
-            )
+    in_order = np.array_equal(unit.sample_index, np.arange(span.start, span.stop))
+    # (rows,) Only rows that are ok have targets, and those have one for each token that the mask supervises.
+    ok = np.array([status == OK for status in unit.status])
+    lengths, of_rows = np.diff(unit.token_offsets), np.diff(unit.target_offsets)
+    supervised = np.diff(np.concatenate([[0], np.cumsum(unit.loss_mask)])[unit.token_offsets])
+    rows, max_length = provenance.teacher.lm_head_rows, provenance.corpus.max_length
+    tokens, entries, max_entries = lengths.max(initial=0), targets.lengths.max(initial=0), provenance.max_entries
     # Extremes are NaN where a value is; so no mask as long as the entries is made.
     lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
-    if not (np.isfinite(lowest) and highest <= 1e-3):
-        raise ValueError("a log-prob is not finite or above 0")
-    # A writer rounds towards nothing that is above 0; and what the head is scaled to, 1 - M, may not vanish.
-    if np.isnan(targets.tail_logprob).any() or np.any(targets.tail_logprob > 0):
-        raise ValueError("a tail mass is NaN or above 1")
-    if np.any((targets.tail_logprob == 0) & (targets.head_size > 0)[:, None]):
-        raise ValueError("a token has a head that holds nothing")
-    if len(targets) and not targets.lengths.all():
-        raise ValueError("a token has no entry")
-    longest_sample = int(np.diff(unit.token_offsets).max(initial=0))
-    if longest_sample > provenance.corpus.max_length:
-        raise ValueError(f"a sample has {longest_sample} tokens, the corpus at most {provenance.corpus.max_length}")
-    longest = int(targets.lengths.max(initial=0))
-    if longest > provenance.max_entries:
-        raise ValueError(f"a token has {longest} entries, the estimator chooses at most {provenance.max_entries}")
-    if targets.counts is None and np.any(targets.head_size != targets.lengths):
-        raise ValueError("a token has draws, the estimator draws nothing")
-    if provenance.estimator.kind == "sampled" and targets.head_size.any():
-        raise ValueError("a token has a head, the estimator only draws")
-    if targets.counts is not None and np.any(targets.counts[~in_head(targets.offsets, targets.head_size)] < 1):
-        raise ValueError("a draw was counted less than once")
-    if targets.logsumexp is not None and not np.isfinite(targets.logsumexp).all():
-        raise ValueError("a logsumexp is not finite")
-    _check_id_order(unit)
+    drawn = None if targets.counts is None else targets.counts[~in_head(targets.offsets, targets.head_size)]
+    rules = {
+        f"sample_index is not {span.start} ... {span.stop - 1} in order": not in_order,
+        "unknown status": not set(unit.status) <= set(STATUSES),
+        "loss_mask and targets disagree on the number of supervised tokens": np.any(of_rows != supervised * ok),
+        "a row is ok but has no supervised token": np.any(ok & (of_rows == 0)),
+        "token 0 of a sample is supervised": unit.loss_mask[unit.token_offsets[:-1][lengths > 0]].any(),
+        f"an id of input_ids is none: the head has {rows} rows": _outside(unit.input_ids, rows),
+        f"an id of target_ids is none: the head has {rows} rows": _outside(targets.ids, rows),
+        "a log-prob is not finite or above 0": not (np.isfinite(lowest) and highest <= 1e-3),
+        # A writer rounds towards nothing that is above 0; and what the head is scaled to, 1 - M, may not vanish.
+        "a tail mass is NaN or above 1": not np.all(targets.tail_logprob <= 0),
+        "a token has a head that holds nothing": np.any((targets.tail_logprob.T == 0) & (targets.head_size > 0)),
+        "a token has no entry": not targets.lengths.all(),
+        f"a sample has {tokens} tokens, the corpus at most {max_length}": tokens > max_length,
+        f"a token has {entries} entries, the estimator chooses at most {max_entries}": entries > max_entries,
+        "a token has draws, the estimator draws nothing":
+            targets.counts is None and np.any(targets.head_size != targets.lengths),
+        "a token has a head, the estimator only draws":
+            provenance.estimator.kind == "sampled" and targets.head_size.any(),
+        "a draw was counted less than once": drawn is not None and np.any(drawn < 1),
+        "a logsumexp is not finite": targets.logsumexp is not None and not np.isfinite(targets.logsumexp).all(),
+    }  # fmt: skip
+    if broken := [rule for rule, is_broken in rules.items() if is_broken]:
+        raise ValueError("; ".join(broken))
+    _check_id_order(targets)
 
 
-def _check_id_order(unit: UnitRows) -> None:
+def _outside(ids: I32, rows: int) -> bool:
+    return bool(ids.min(initial=0) < 0 or ids.max(initial=0) >= rows)
+
+
+def _check_id_order(targets: Targets) -> None:
     """Ids ascend strictly within a token's head, and within its draws."""
-    targets = unit.targets
-    if len(targets.ids) < 2:
-        return
-    ascending = targets.ids[1:] > targets.ids[:-1]
     # A step may fall where a token ends and where its head ends.
     free = np.zeros(len(targets.ids) + 1, bool)
     free[targets.offsets] = True
     free[targets.offsets[:-1] + targets.head_size] = True
+    ascending = targets.ids[1:] > targets.ids[:-1]
     ascending |= free[1:-1]
     if not ascending.all():
         raise ValueError("the ids of a token do not ascend")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -125,62 +126,51 @@ class Seal(ProvenJson):
     """Key of the manifest, which holds all records; its name is its hash."""
 
 
-def parse_tokenizer(data: bytes, provenance: Provenance, *, url: str) -> TokenizerRecord:
-    """TOKENIZER.json, checked to be this dump's.
-
-    Raises:
-        DataError: it is torn or names another dump.
-        MismatchError: it has another format version.
-    """
-    name = f"{url}/{TOKENIZER}"
-    record = TokenizerRecord.from_json(data, name=name)
-    if record.fingerprint != provenance.fingerprint:
-        raise DataError(
-            f"{name} belongs to another dump",
-            got=record.fingerprint,
-            expected=provenance.fingerprint,
-            fix="two dumps were mixed in one place; dump again into another URL",
-        )
-    return record
-
-
-def parse_record(data: bytes, unit: int, provenance: Provenance, *, url: str) -> CommitRecord:
-    """The commit record of `unit`, checked to be this dump's.
-
-    Raises:
-        DataError: it is torn, names another unit or dump, or claims more than the unit can hold.
-        MismatchError: it has another format version.
-    """
-    name = f"{url}/{record_key(unit)}"
-    record = CommitRecord.from_json(data, name=name)
-    _refuse_foreign(record, unit, provenance, name=name)
-    return record
-
-
-def _refuse_foreign(record: CommitRecord, unit: int, provenance: Provenance, *, name: str) -> None:
+def refuse_foreign(record: CommitRecord, unit: int, provenance: Provenance, *, name: str) -> None:
+    """Raise DataError if a commit record names another unit or dump, or claims more than the unit can hold."""
     rows = len(provenance.unit_range(unit))
-    claims = {
-        "unit": (record.unit, unit),
-        "fingerprint": (record.fingerprint, provenance.fingerprint),
-        "rows": (record.rows, rows),
-        "rows of all statuses": (sum(record.statuses.values()), rows),
-        "values of fidelity": (len(record.fidelity), len(provenance.temperatures)),
-    }
     limits = {
         "tokens": (record.tokens, rows * provenance.corpus.max_length),
         "supervised_tokens": (record.supervised_tokens, record.tokens),
         "entries": (record.entries, record.supervised_tokens * provenance.max_entries),
         "max_id": (record.max_id, provenance.teacher.lm_head_rows - 1),
     }
-    wrong = {field: (got, str(expected)) for field, (got, expected) in claims.items() if got != expected}
-    wrong |= {field: (got, f"at most {limit}") for field, (got, limit) in limits.items() if got > limit}
+    refuse_elsewhere(
+        name,
+        {
+            "unit": (record.unit, unit),
+            "fingerprint": (record.fingerprint, provenance.fingerprint),
+            "rows": (record.rows, rows),
+            "rows of all statuses": (sum(record.statuses.values()), rows),
+            "values of fidelity": (len(record.fidelity), len(provenance.temperatures)),
+        }
+        | {field: (got, f"at most {limit}") for field, (got, limit) in limits.items() if got > limit},
+    )
+
+
+def refuse_elsewhere(name: str, claims: Mapping[str, tuple[object, object]]) -> None:
+    """Raise DataError if what a file claims, (got, expected) by field, is not what its dump says."""
+    wrong = {field: claim for field, claim in claims.items() if claim[0] != claim[1]}
     if wrong:
         raise DataError(
             f"{name} belongs elsewhere: {', '.join(wrong)}",
             got="; ".join(str(got) for got, _ in wrong.values()),
-            expected="; ".join(expected for _, expected in wrong.values()),
-            fix="two dumps were mixed in one place, or a record was changed; dump again into another URL",
+            expected="; ".join(str(expected) for _, expected in wrong.values()),
+            fix="two dumps were mixed in one place, or a file was changed; dump again into another URL",
         )
+
+
+def proven(data: bytes, name: str, *, sha256: str, size: int | None = None, fix: str) -> bytes:
+    """`data` if its hash, and its size where that is known, are those of what was written; else DataError."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256 or size not in (None, len(data)):
+        raise DataError(
+            f"{name} is not the file that was written",
+            got=f"{len(data)} bytes, sha256 {found}",
+            expected=f"sha256 {sha256}" if size is None else f"{size} bytes, sha256 {sha256}",
+            fix=fix,
+        )
+    return data
 
 
 _MANIFEST_SCHEMA = pa.schema(
@@ -216,10 +206,9 @@ def mean_per_token(records: Mapping[int, CommitRecord], name: str) -> float | No
 
 def count_statuses(records: Mapping[int, CommitRecord]) -> dict[str, int]:
     """Rows per status over all records."""
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for record in records.values():
-        for status, rows in record.statuses.items():
-            found[status] = found.get(status, 0) + rows
+        found.update(record.statuses)
     return dict(sorted(found.items()))
 
 
@@ -265,23 +254,18 @@ class Manifest(Mapping[int, CommitRecord]):
         row = rows[1][place]
         row = row | {"statuses": json.loads(row["statuses"]), "fidelity": json.loads(row["fidelity"])}
         record = validated(CommitRecord, row | {"fingerprint": self._fingerprint}, name=self._name)
-        _refuse_foreign(record, unit, self._run, name=self._name)
+        refuse_foreign(record, unit, self._run, name=self._name)
         return record
 
 
-def read_manifest(data: bytes, *, seal: Seal, provenance: Provenance, name: str) -> Manifest:
+def read_manifest(data: bytes, name: str, *, seal: Seal, provenance: Provenance) -> Manifest:
     """The records of a manifest, checked against the seal.
 
     Raises:
         DataError: the manifest is not the one that was sealed.
     """
-    if f"manifest-{hashlib.sha256(data).hexdigest()}.parquet" != seal.manifest:
-        raise DataError(
-            f"{name} is not the manifest that was sealed",
-            got=hashlib.sha256(data).hexdigest(),
-            expected=seal.manifest,
-            fix="restore the file from a backup; commits/ still holds every record",
-        )
+    sealed = seal.manifest.removeprefix("manifest-").removesuffix(".parquet")
+    proven(data, name, sha256=sealed, fix="restore the file from a backup; commits/ still holds every record")
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if file.schema_arrow != _MANIFEST_SCHEMA or file.metadata.num_rows != seal.units:

@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
 from storage_schemas.common.errors import DataError, NeoError
@@ -13,12 +14,10 @@ from storage_schemas.reader import Dump
 from storage_schemas.records import (
     CommitRecord,
     count_statuses,
-    parse_record,
     record_key,
     records_sha256,
     totals,
     unit_of_data,
-    unit_of_record,
 )
 from storage_schemas.rows import UnitRows
 
@@ -72,64 +71,67 @@ def verify(
     """
     dump = Dump.open(url, options=options)
     errors: list[str] = []
-    records: dict[int, CommitRecord] = {}
-    sealed = False
-    try:
+    sealed, units = False, list[int]()
+    with _noted(errors, "SEALED.json"):
         sealed = dump.sealed()
         if sealed:
             dump.records()
         dump.tokenizer_files()
-    except NeoError as error:
-        errors.append(_line("SEALED.json", error))
-    units: list[int] = []
-    try:
-        listed = {key for key, _ in dump.store.list("commits")}
-        errors += [f"{key}: no commit record of this dump" for key in sorted(listed) if not _belongs(key, dump)]
-        units = sorted(unit for key in listed if _belongs(key, dump) and (unit := unit_of_record(key)) is not None)
-    except NeoError as error:
-        errors.append(_line("commits", error))
+    with _noted(errors, "commits"):
+        listed = set(dump.store.list("commits"))
+        units = sorted(dump.committed())
+        strange = listed - set(map(record_key, units))
+        errors += [f"{key}: no commit record of this dump" for key in sorted(strange)]
 
-    def check(unit: int) -> CommitRecord | str:
-        try:
-            return _proven_record(dump, unit, sealed=sealed)
-        except NeoError as error:
-            return _line(f"unit {unit}", error)
+    records: dict[int, CommitRecord] = {}
+
+    def check(unit: int) -> list[str]:
+        told: list[str] = []
+        with _noted(told, f"unit {unit}"):
+            records[unit] = _proven_record(dump, unit, sealed=sealed)
+        return told
 
     done = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(units), _WINDOW):
-            window = units[start : start + _WINDOW]
-            for unit, found in zip(window, pool.map(check, window), strict=True):
-                if isinstance(found, str):
-                    errors.append(found)
-                else:
-                    records[unit] = found
+            for told in pool.map(check, units[start : start + _WINDOW]):
+                errors += told
                 done += 1
                 if progress is not None:
                     progress(done, len(units))
     errors += _absent(units, dump.provenance.units, sealed=sealed)
     orphans: list[str] = []
-    try:
+    with _noted(errors, "data"):
         orphans = _orphans(dump, records) if sealed else []
-    except NeoError as error:
-        errors.append(_line("data", error))
 
     seal = dump.seal() if sealed else None
+    sums = totals(records)
     if seal is None:
         errors.append("the dump is not sealed")
     elif not errors:
-        expected = {**totals(records), "statuses": count_statuses(records), "records_sha256": records_sha256(records)}
+        expected = {**sums, "statuses": count_statuses(records), "records_sha256": records_sha256(records)}
         for name, value in expected.items():
             if getattr(seal, name) != value:
                 errors.append(f"SEALED.json: {name} is {getattr(seal, name)}, the units give {value}")
     return VerifyReport(
         ok=not errors,
-        sealed=seal is not None,
+        sealed=sealed,
         units=len(records),
+        rows=sums["rows"],
+        supervised_tokens=sums["supervised_tokens"],
+        bytes=sums["bytes"],
         errors=errors,
         orphans=orphans,
-        **_sums(records),
     )
+
+
+@contextmanager
+def _noted(errors: list[str], what: str) -> Iterator[None]:
+    """An error in the block becomes a line of `errors`, after what it is about."""
+    try:
+        yield
+    except NeoError as error:
+        errors.append(f"{what}: {' | '.join(line.strip() for line in str(error).splitlines())}")
 
 
 def _absent(units: Sequence[int], expected: int, *, sealed: bool) -> list[str]:
@@ -144,13 +146,12 @@ def _absent(units: Sequence[int], expected: int, *, sealed: bool) -> list[str]:
 def _orphans(dump: Dump, records: Mapping[int, CommitRecord]) -> list[str]:
     """Data files that no record names: other tools read all of data/ as it is."""
     named = {record.file for record in records.values()}
-    return sorted(key for key, _ in dump.store.list("data") if key not in named and unit_of_data(key) in records)
+    return sorted(key for key in dump.store.list("data") if key not in named and unit_of_data(key) in records)
 
 
 def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
     """The unit's own commit record, after everything it says was compared with its file and the manifest."""
-    url = dump.store.url
-    record = dump.store.parsed(record_key(unit), lambda data: parse_record(data, unit, dump.provenance, url=url))
+    record = dump.stored_record(unit)
     if record is None:
         raise DataError("its commit record is missing")
     if sealed and dump.record(unit) != record:
@@ -182,16 +183,3 @@ def _contradictions(unit: UnitRows, record: CommitRecord, provenance: Provenance
         yield f"logprob_step is {record.logprob_step}, the coarsest allowed {provenance.logprob_step}"
     if (error := worst_mass_error(targets, record.logprob_step)) > _MASS_ERROR:
         yield f"a token's head and tail hold 1 +- {error:.3g}, beyond rounding"
-
-
-def _belongs(key: str, dump: Dump) -> bool:
-    unit = unit_of_record(key)
-    return unit is not None and unit < dump.provenance.units
-
-
-def _line(what: str, error: NeoError) -> str:
-    return f"{what}: {' | '.join(line.strip() for line in str(error).splitlines())}"
-
-
-def _sums(records: Mapping[int, CommitRecord]) -> dict[str, int]:
-    return {name: value for name, value in totals(records).items() if name in VerifyReport.model_fields}

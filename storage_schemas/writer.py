@@ -4,17 +4,19 @@ import hashlib
 import json
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Self
 
 import numpy as np
 
 from storage_schemas import codec
 from storage_schemas import dataset_card as card
+from storage_schemas.canonical import differences
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.provenance import Provenance
-from storage_schemas.reader import parse_unit
+from storage_schemas.provenance import Provenance, refuse_differences
+from storage_schemas.reader import Dump, parse_unit
 from storage_schemas.records import (
     RUN,
     SEAL,
@@ -25,16 +27,13 @@ from storage_schemas.records import (
     count_statuses,
     data_key,
     manifest_bytes,
-    parse_record,
-    parse_tokenizer,
     record_key,
     records_sha256,
     totals,
     unit_of_data,
-    unit_of_record,
 )
 from storage_schemas.rows import Row, UnitRows, rows_to_unit
-from storage_schemas.stores.store import Store, missing
+from storage_schemas.stores.store import Store
 from storage_schemas.targets import Targets
 
 
@@ -43,38 +42,37 @@ class DumpWriter:
 
     def __init__(self, store: Store, provenance: Provenance) -> None:
         self.store, self.provenance = store, provenance
+        self._dump = Dump(store, provenance)
 
     @classmethod
-    def open(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> "DumpWriter":
-        """Create the dump, or join the one that is there if its content is the same; `run` is then what stands there.
+    def open(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> Self:
+        """Create the dump, or join the one that is there if its content is the same; `provenance` is then its own.
 
         Raises:
-            MismatchError: the dump at `url` differs from `run` in some field (each is named), or the store ignores
-                the condition of a conditional write.
+            MismatchError: the dump at `url` differs in some field (each is named), or the store ignores the condition
+                of a conditional write.
         """
         if joined := cls.join(url, provenance, options=options):
             return joined
         store = Store(url, options=options)
         store.probe()
-        if store.put_new(RUN, provenance.to_json()):
-            return cls(store, provenance)
-        if joined := cls.join(url, provenance, options=options):
-            return joined
-        raise missing(url, RUN)
+        store.put_new(RUN, provenance.to_json())  # Where another worker was faster, its run.json counts.
+        dump = Dump.open(url, options=options)
+        dump.provenance.refuse_other(provenance, url=url)
+        return cls(dump.store, dump.provenance)
 
     @classmethod
-    def join(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> "DumpWriter | None":
+    def join(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> Self | None:
         """The dump that is there, or None.
 
         Raises:
-            MismatchError: it differs from `run` in some field.
+            MismatchError: it differs in some field.
         """
-        store = Store(url, options=options)
-        begun = store.parsed(RUN, lambda data: Provenance.from_json(data, name=f"{url}/{RUN}"))
-        if begun is None:
+        dump = Dump.open_if_begun(Store(url, options=options))
+        if dump is None:
             return None
-        begun.refuse_other(provenance, url=url)
-        return cls(store, begun)
+        dump.provenance.refuse_other(provenance, url=url)
+        return cls(dump.store, dump.provenance)
 
     def put_tokenizer(self, files: Mapping[str, bytes]) -> None:
         """Store the tokenizer, so that stage two never re-tokenises and can check the student's.
@@ -91,24 +89,24 @@ class DumpWriter:
             for name, data in files.items():
                 if not self.store.put_new(f"tokenizer/{name}", data):
                     there = hashlib.sha256(self.store.get(f"tokenizer/{name}")).hexdigest()
-                    raise _other_tokenizer(self.store.url, {name: there}, {name: hashes[name]})
-            if self.store.put_new(TOKENIZER, record.to_json()):
-                return
+                    self._refuse_other_tokenizer({name: there}, {name: hashes[name]})
+            self.store.put_new(TOKENIZER, record.to_json())
             present = self._tokenizer()
-        if present != record:
-            raise _other_tokenizer(self.store.url, present.files if present else {}, hashes)
+        self._refuse_other_tokenizer(present.files if present else {}, hashes)
+
+    def _refuse_other_tokenizer(self, present: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+        refuse_differences(f"{self.store.url} was started with another tokenizer", differences(present, wanted))
 
     def has_tokenizer(self) -> bool:
         """Whether the dump has its tokenizer; run.json says that it is the one that made the ids."""
         return self._tokenizer() is not None
 
     def _tokenizer(self) -> TokenizerRecord | None:
-        return self.store.parsed(TOKENIZER, lambda data: parse_tokenizer(data, self.provenance, url=self.store.url))
+        return self._dump.tokenizer_record()
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
-        units = {unit_of_record(key) for key, _ in self.store.list("commits")}
-        return {unit for unit in units if unit is not None}
+        return self._dump.committed()
 
     def is_committed(self, unit: int) -> bool:
         """Whether `unit` is committed now, durably."""
@@ -149,13 +147,13 @@ class DumpWriter:
         """
         committed = self.committed()
         files: dict[int, list[str]] = defaultdict(list)
-        for key, _ in self.store.list("data"):
+        for key in self.store.list("data"):
             unit = unit_of_data(key)
             if unit in committed:
                 files[unit].append(key)
-        orphans = [key for key, _ in self.store.list("probe")]
+        orphans = self.store.list("probe")
         crowded = [unit for unit, keys in files.items() if len(keys) > 1]
-        for record in self._records(crowded):
+        for record in self._dump.stored_records(crowded):
             orphans += [key for key in files[record.unit] if key != record.file]
         removed = sum(self._delete(key) for key in orphans)
 
@@ -173,7 +171,7 @@ class DumpWriter:
         if len(self.committed()) < self.provenance.units:
             return False
         self.store.settle("commits")
-        records = {record.unit: record for record in self._records(range(self.provenance.units))}
+        records = {record.unit: record for record in self._dump.stored_records(range(self.provenance.units))}
         manifest = manifest_bytes(records)
         tokenizer = self._tokenizer()
         seal = Seal(
@@ -191,14 +189,6 @@ class DumpWriter:
         self.clean()
         return True
 
-    def _records(self, units: Iterable[int]) -> Iterator[CommitRecord]:
-        def parse(key: str, data: bytes) -> CommitRecord:
-            unit = unit_of_record(key)
-            assert unit is not None
-            return parse_record(data, unit, self.provenance, url=self.store.url)
-
-        return self.store.parsed_many([record_key(unit) for unit in units], parse)
-
     def _delete(self, key: str) -> bool:
         """Delete an orphan, as far as this worker may: it needs no right to delete."""
         try:
@@ -215,10 +205,8 @@ class DumpWriter:
             draws=provenance.estimator.draws > 0,
             logsumexp=provenance.logsumexp,
         )
-        ids, most = (
-            sum(len(row.sample_id.encode()) + 4 for row in rows),
-            codec.string_limit(len(rows), len(flat.input_ids)),
-        )
+        ids = sum(len(row.sample_id.encode()) + 4 for row in rows)
+        most = codec.string_limit(len(rows), len(flat.input_ids))
         if ids > most:
             raise DataError(
                 f"the ids of the samples of unit {unit} are too long",
@@ -268,16 +256,6 @@ class DumpWriter:
         )
         _refuse_difference(parse_unit(data, record, provenance, name=record.file), stored, name=record.file)
         return record, data
-
-
-def _other_tokenizer(url: str, present: Mapping[str, str], wanted: Mapping[str, str]) -> MismatchError:
-    names = sorted(name for name in {*present, *wanted} if present.get(name) != wanted.get(name))
-    return MismatchError(
-        f"{url} was started with another tokenizer: {', '.join(names)}",
-        got="; ".join(f"{name} {wanted.get(name, 'absent')}" for name in names),
-        expected="; ".join(f"{name} {present.get(name, 'absent')}" for name in names),
-        fix="restore the tokenizer this dump was started with, or choose another dump.url",
-    )
 
 
 def _refuse_difference(read: UnitRows, written: UnitRows, *, name: str) -> None:

@@ -1,6 +1,7 @@
 """Shards that were fetched from an object store, on this node's disk, for all processes of the node."""
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,11 @@ class ShardCache:
     def __init__(self, folder: Path, *, limit: int | None) -> None:
         self._folder, self._limit = folder, limit
 
-    def get(self, sha256: str, *, is_proven: Callable[[bytes], bool], fetch: Callable[[], bytes]) -> bytes:
+    def get(self, sha256: str, *, fetch: Callable[[], bytes]) -> bytes:
         """The content with this hash.
 
         Args:
-            sha256: its name.
-            is_proven: whether a file's content is what it should be; if not, it is fetched again.
+            sha256: its name, and what its content is checked against: a damaged file is fetched again.
             fetch: gets it, proven, if it is not here; once for all processes of the node that ask meanwhile.
 
         Raises:
@@ -39,7 +39,7 @@ class ShardCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._locked(sha256):
-                if cached.is_file() and is_proven(data := cached.read_bytes()):
+                if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == sha256:
                     _touch(cached)
                     return data
                 data = fetch()

@@ -108,10 +108,7 @@ class Store:
             DataError: there is no such key, it is larger, or no file.
             TemporaryError: the store cannot be reached.
         """
-        data = self.get_if_present(key, limit=limit)
-        if data is None:
-            raise missing(self.url, key)
-        return data
+        return self._there(key, self.get_if_present(key, limit=limit))
 
     def get_if_present(self, key: str, *, limit: int | None = None) -> bytes | None:
         """All bytes of `key`, or None if there is no such key; otherwise as `get`."""
@@ -148,37 +145,40 @@ class Store:
                 fix="the dump was not written by this project; do not use it",
             )
 
-    def parsed(self, key: str, parse: Callable[[bytes], T], *, limit: int = JSON_BYTES) -> T | None:
-        """What `parse` makes of `key`, or None if there is no such key.
+    def parsed(self, key: str, parse: Callable[[bytes, str], T], *, limit: int = JSON_BYTES) -> T:
+        """What `parse` makes of the bytes of `key` and its name for messages.
 
         What an object store sent may have been damaged on its way: bytes that `parse` refuses are fetched once more.
 
         Raises:
             NeoError: as `parse` and `get`.
         """
-        data = self.get_if_present(key, limit=limit)
+        return self._there(key, self.parsed_if_present(key, parse, limit=limit))
+
+    def parsed_if_present(self, key: str, parse: Callable[[bytes, str], T], *, limit: int = JSON_BYTES) -> T | None:
+        """As `parsed`, or None if there is no such key."""
+        data, name = self.get_if_present(key, limit=limit), f"{self.url}/{key}"
         if data is None:
             return None
         try:
-            return parse(data)
+            return parse(data, name)
         except NeoError:
             again = None if self.root is not None else self.get_if_present(key, limit=limit)
             if again is None or again == data:
                 raise
-            return parse(again)
+            return parse(again, name)
 
-    def parsed_many(self, keys: Sequence[str], parse: Callable[[str, bytes], T]) -> Iterator[T]:
+    def parsed_many(self, keys: Sequence[str], parse: Callable[[bytes, str], T]) -> Iterator[T]:
         """What `parse` makes of each of `keys`, in order, with many requests in flight; errors as in `parsed`."""
-
-        def one(key: str) -> T:
-            found = self.parsed(key, lambda data: parse(key, data))
-            if found is None:
-                raise missing(self.url, key)
-            return found
-
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             for start in range(0, len(keys), 1024):
-                yield from pool.map(one, keys[start : start + 1024])
+                yield from pool.map(lambda key: self.parsed(key, parse), keys[start : start + 1024])
+
+    def _there(self, key: str, found: T | None) -> T:
+        if found is None:
+            fix = "check the URL; run `llm-neo verify`"
+            raise DataError(f"{self.url} has no {key}", got="nothing", expected="a file", fix=fix)
+        return found
 
     def size(self, key: str) -> int | None:
         """Size of `key` in bytes, or None if there is no such key."""
@@ -195,10 +195,10 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, size) of all keys under the folder `prefix`, in no particular order."""
+    def list(self, prefix: str) -> list[str]:
+        """All keys under the folder `prefix`, in no particular order."""
         _check(prefix)
-        yield from ((e["path"], e["size"]) for e in self.heads(prefix) if KEY.fullmatch(e["path"]))
+        return [head["path"] for head in self.heads(prefix) if KEY.fullmatch(head["path"])]
 
     def heads(self, folder: str) -> Sequence[Any]:
         """What `head` knows of all keys under a folder, whatever their names."""
@@ -377,11 +377,6 @@ def _check(key: str) -> None:
             expected=KEY.pattern,
             fix="the record that names it was not written by this project; do not use this dump",
         )
-
-
-def missing(url: str, key: str) -> DataError:
-    """What a reader says about a file that has to be there."""
-    return DataError(f"{url} has no {key}", got="nothing", expected="a file", fix="check the URL; run `llm-neo verify`")
 
 
 def _no_folder(url: str, error: OSError) -> MismatchError:

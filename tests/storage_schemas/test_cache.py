@@ -31,7 +31,7 @@ class Cache:
             self.fetched.append(name)
             return content(name)
 
-        assert self._cache.get(key(name), is_proven=lambda data: data == content(name), fetch=fetch) == content(name)
+        assert self._cache.get(key(name), fetch=fetch) == content(name)
 
 
 def kept(folder: Path) -> set[int]:

@@ -8,19 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import make_dump, metadata_of, replace_unit, some_provenance, unit_rows
+from support.dumps import ESTIMATORS, make_dump, metadata_of, replace_unit, some_provenance, unit_rows
 from support.poison import POISON, good_unit
 
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Adaptive, Estimator
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
-
-ESTIMATORS = [TopK(k=8), Adaptive(kind="adaptive", k_max=6, tail_draws=4), Sampled(kind="sampled", draws=12)]
 
 
 def with_targets(unit: UnitRows, **changes: Callable[[np.ndarray], None]) -> UnitRows:
@@ -113,24 +111,33 @@ def test_what_breaks_one_rule_alone_is_refused(case: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[1:], ids=lambda e: e.kind)
-@pytest.mark.parametrize("case", ["not drawn", "too many entries", "head of sampled"])
-def test_draws_that_break_a_rule_are_refused(case: str, estimator: object, tmp_path: Path) -> None:
-    provenance = some_provenance(estimator=estimator)  # type: ignore[arg-type]
-    make_dump(tmp_path, provenance, seal=False)
+def test_draws_that_were_never_drawn_are_refused(estimator: Estimator, tmp_path: Path) -> None:
+    provenance = make_dump(tmp_path, some_provenance(estimator=estimator), seal=False)
     unit = good_unit(provenance)
-    if case == "not drawn":
-        unit.targets.counts[unit.targets.counts > 0] = 0  # type: ignore[index]
-    elif case == "too many entries":
-        provenance = provenance.model_copy(update={"estimator": Adaptive(kind="adaptive", k_max=2, tail_draws=2)})
-        (tmp_path / "run.json").write_bytes(provenance.to_json())
-    elif isinstance(estimator, Sampled):
-        unit.targets.head_size[:] = 1
-    else:
-        pytest.skip("only `sampled` has no head")
-    replace_unit(
-        tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)), fingerprint=provenance.fingerprint
-    )
-    with pytest.raises(DataError, match=r"breaks the dump format|belongs elsewhere"):
+    assert unit.targets.counts is not None
+    unit.targets.counts[unit.targets.counts > 0] = 0
+    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)))
+    with pytest.raises(DataError, match="a draw was counted less than once"):
+        Dump.open(str(tmp_path)).read_unit(0)
+
+
+def test_heads_where_all_is_drawn_are_refused(tmp_path: Path) -> None:
+    provenance = make_dump(tmp_path, some_provenance(estimator=ESTIMATORS[2]), seal=False)
+    unit = good_unit(provenance)
+    unit.targets.head_size[:] = 1
+    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)))
+    with pytest.raises(DataError, match="the estimator only draws"):
+        Dump.open(str(tmp_path)).read_unit(0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS[1:], ids=lambda e: e.kind)
+def test_more_entries_than_the_estimator_chooses_are_refused(estimator: Estimator, tmp_path: Path) -> None:
+    provenance = make_dump(tmp_path, some_provenance(estimator=estimator), seal=False)
+    data = codec.encode(good_unit(provenance), metadata_of(provenance, 0))
+    provenance = provenance.model_copy(update={"estimator": Adaptive(kind="adaptive", k_max=2, tail_draws=2)})
+    (tmp_path / "run.json").write_bytes(provenance.to_json())
+    replace_unit(tmp_path, provenance, 0, data, fingerprint=provenance.fingerprint)
+    with pytest.raises(DataError, match="belongs elsewhere: entries"):
         Dump.open(str(tmp_path)).read_unit(0)
 
 
@@ -144,7 +151,7 @@ def test_the_unchanged_unit_is_accepted(tmp_path: Path) -> None:
 def test_size_and_hash_of_a_file_are_both_compared(claim: dict[str, object], tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, seal=False)
     replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata_of(provenance, 0)), **claim)
-    with pytest.raises(DataError, match=r"not the file that was committed|larger than it can be"):
+    with pytest.raises(DataError, match=r"not the file that was written|larger than it can be"):
         Dump.open(str(tmp_path)).read_unit(0)
 
 

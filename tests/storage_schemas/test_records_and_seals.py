@@ -109,7 +109,7 @@ def test_the_seal_covers_everything(tmp_path: Path) -> None:
     seal = tmp_path / "a" / "SEALED.json"
     original = seal.read_bytes()
     seal.write_bytes((tmp_path / "b" / "SEALED.json").read_bytes())
-    with pytest.raises(DataError, match="another dump"):
+    with pytest.raises(DataError, match="belongs elsewhere: fingerprint"):
         Dump.open(str(tmp_path / "a")).sealed()
     seal.write_bytes(original.replace(b'"rows":10', b'"rows":11'))
     with pytest.raises(DataError, match="torn or was changed"):
@@ -135,10 +135,10 @@ def forge_seal(folder: Path, records: list[dict[str, object]], **claims: object)
 FORGED_SEALS: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
     "a unit less": ([{}, {}], {}, "2 rows with the columns"),
     "units in another order": ([{"unit": 1}, {"unit": 0}, {}], {}, "every unit"),
-    "another number of units": ([{}, {}, {}], {"units": 4}, "another dump"),
+    "another number of units": ([{}, {}, {}], {"units": 4}, "belongs elsewhere: units"),
     "rows that the unit has not": ([{"rows": 3}, {}, {}], {}, "belongs elsewhere"),
     "a path that leads away": ([{"file": "../run.json"}, {}, {}], {}, "does not belong to unit 0"),
-    "a manifest elsewhere": ([{}, {}, {}], {"manifest": "run.json"}, "not the manifest that was sealed"),
+    "a manifest elsewhere": ([{}, {}, {}], {"manifest": "run.json"}, "not the file that was written"),
     "a manifest outside": ([{}, {}, {}], {"manifest": "../run.json"}, "plain relative path"),
 }
 
@@ -187,7 +187,7 @@ def test_a_manifest_of_another_shape_is_refused(damage: str, tmp_path: Path) -> 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda d: next((d / "data").glob("unit-00000001*")).unlink(), "unit 1: .* has no data"),
-    "empty shard": (lambda d: next((d / "data").glob("unit-00000001*")).write_bytes(b""), "unit 1: .* committed"),
+    "empty shard": (lambda d: next((d / "data").glob("unit-00000001*")).write_bytes(b""), "unit 1: .* written"),
     "missing record": (lambda d: (d / record_key(2)).unlink(), "unit 2: its commit record is missing"),
     "surplus record": (
         lambda d: (d / record_key(9)).write_bytes((d / record_key(2)).read_bytes()), "unit-00000009.json: no commit",

@@ -20,14 +20,14 @@ from storage_schemas.stores.store import Store
 def test_the_first_put_wins(tmp_path: Path) -> None:
     files = Store(str(tmp_path / "a" / "b"))
     assert files.get_if_present("x/y") is None
-    assert list(files.list("x")) == []
+    assert files.list("x") == []
     assert files.put_new("x/y", b"first")
     assert not files.put_new("x/y", b"second")
     assert files.put_new("x/y", b"first"), "our own bytes count as ours: the answer may have been lost"
     assert files.get("x/y") == b"first"
     assert files.size("x/y") == 5
     assert files.size("x/z") is None
-    assert list(files.list("x")) == [("x/y", 5)]
+    assert files.list("x") == ["x/y"]
     files.delete("x/y")
     files.delete("x/y")
     assert files.get_if_present("x/y") is None
@@ -60,7 +60,7 @@ def test_names_never_leave_the_dump(name: str, verb: str, tmp_path: Path) -> Non
     before = sorted(tmp_path.rglob("*"))
     calls = {
         "put_new": lambda: files.put_new(name, b"x"),
-        "list": lambda: list(files.list(name)),
+        "list": lambda: files.list(name),
         "get": lambda: files.get(name),
         "size": lambda: files.size(name),
         "delete": lambda: files.delete(name),
@@ -223,7 +223,7 @@ def test_staged_files_go_only_when_decided(tmp_path: Path) -> None:
     (tmp_path / "data" / ".staged-strange").write_bytes(b"not ours")
     assert files.remove_staged(lambda key: key == "data/x") == 1
     assert {p.name for p in (tmp_path / "data").iterdir()} == {"x", f".staged-y-{hexadecimal}", ".staged-strange"}
-    assert [key for key, _ in files.list("data")] == ["data/x"], "what is staged is never listed"
+    assert files.list("data") == ["data/x"], "what is staged is never listed"
 
 
 def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +264,10 @@ def test_many_keys_come_back_in_order(tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     for key in keys:
         (tmp_path / key).write_text(key)
-    assert list(files.parsed_many(keys, lambda key, data: (key, data))) == [(key, key.encode()) for key in keys]
+    found = list(files.parsed_many(keys, lambda data, name: (data, name)))
+    assert found == [(key.encode(), f"{tmp_path}/{key}") for key in keys]
     with pytest.raises(DataError, match="many/99"):
-        list(files.parsed_many([*keys, "many/99"], lambda key, data: data))
+        list(files.parsed_many([*keys, "many/99"], lambda data, name: data))
     assert threading.active_count() < 40
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
+from support.dumps import ESTIMATORS, TOKENIZER, make_dump, some_provenance, unit_rows
 from support.poison import POISON, poisoned
 
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError
 from storage_schemas.common.exits import Exit
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Estimator, TopK
 from storage_schemas.reader import Dump
 from storage_schemas.records import TOKENIZER as TOKENIZER_RECORD
 from storage_schemas.records import TokenizerRecord
@@ -21,13 +21,11 @@ from storage_schemas.stores.store import Store
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 
-ESTIMATORS = [TopK(k=8), Adaptive(kind="adaptive", k_max=6, tail_draws=4), Sampled(kind="sampled", draws=12)]
-
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.kind)
-def test_what_is_written_is_read(estimator: object, tmp_path: Path) -> None:
+def test_what_is_written_is_read(estimator: Estimator, tmp_path: Path) -> None:
     temperatures = (1.0, 2.0) if isinstance(estimator, TopK) else (1.0,)
-    provenance = some_provenance(estimator=estimator, temperatures=temperatures)  # type: ignore[arg-type]
+    provenance = some_provenance(estimator=estimator, temperatures=temperatures)
     make_dump(tmp_path, provenance)
     dump = Dump.open(str(tmp_path))
     assert dump.provenance == provenance
@@ -177,7 +175,7 @@ def test_a_tokenizer_of_another_run_or_with_names_that_lead_away_is_refused(tmp_
     provenance = make_dump(tmp_path, seal=False)
     path = tmp_path / TOKENIZER_RECORD
     for changes, message in (
-        ({"fingerprint": "f" * 64}, "another dump"),
+        ({"fingerprint": "f" * 64}, "belongs elsewhere"),
         ({"files": {"../run.json": "0" * 64}}, "plain relative path"),
         ({"files": {"absent.json": "0" * 64}}, "has no tokenizer"),
     ):

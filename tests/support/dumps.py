@@ -20,6 +20,12 @@ from storage_schemas.targets import Targets
 from storage_schemas.writer import DumpWriter
 
 HASH = "0" * 64
+ESTIMATORS: tuple[Estimator, ...] = (
+    TopK(k=8),
+    Adaptive(kind="adaptive", k_max=6, tail_draws=4),
+    Sampled(kind="sampled", draws=12),
+)
+"""One of each kind."""
 
 
 def some_provenance(
