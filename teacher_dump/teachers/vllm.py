@@ -266,7 +266,7 @@ class VllmTeacher(Teacher):
 
 def check_samples(corpus: Corpus, count: int) -> list[Row]:
     """Up to `count` usable samples, from the shortest to the longest in even steps of rank."""
-    usable = np.flatnonzero(corpus.statuses.are(OK))
+    usable = np.flatnonzero(corpus.have(OK))
     by_length = usable[np.argsort(np.diff(corpus.offsets)[usable], kind="stable")]
     places = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int))
     return [corpus.sample(int(index)) for index in by_length[places]]

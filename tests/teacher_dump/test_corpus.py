@@ -7,33 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError
-from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus.freeze import freeze_corpus
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 RECORDS = [
     {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}
     for i in range(1, 6)
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_jsonl(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def freeze(*paths, tokenizer=None, split="train", format="auto", ignored=(), **options):
-    sources = [SourceSection(path=str(path), split=split, format=format, ignore_columns=ignored) for path in paths]
-    section = CorpusSection(sources=sources, **options)
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
 
 
 def supervised(corpus, i, tokenizer=None):
@@ -50,8 +34,8 @@ def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path):
     (tmp_path / "folder").mkdir()
     write_jsonl(tmp_path / "folder" / "train.jsonl", RECORDS)
     corpus = freeze(lines)
-    assert corpus.sample_ids == ["r1", "r2", "r3", "r4", "r5"]
-    assert corpus.statuses == ["ok"] * 5
+    assert ids_of(corpus) == ["r1", "r2", "r3", "r4", "r5"]
+    assert statuses_of(corpus) == ["ok"] * 5
     assert supervised(corpus, 1) == "so so <|im_end|>"
     for other in ("a.json", "a.parquet", "saved", "splits", "folder"):
         assert freeze(tmp_path / other).fingerprint == corpus.fingerprint, other
@@ -72,8 +56,8 @@ def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path):
 def test_splits_can_be_cut(tmp_path, broken):
     lone = [{"id": "bad", "messages": [{"role": "user", "content": "\ud800"}]}] if broken else []
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS + lone)
-    assert freeze(path, split="train[:2]").sample_ids == ["r1", "r2"]
-    assert freeze(path, split="train[3:5]").sample_ids == ["r4", "r5"]
+    assert ids_of(freeze(path, split="train[:2]")) == ["r1", "r2"]
+    assert ids_of(freeze(path, split="train[3:5]")) == ["r4", "r5"]
 
 
 def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
@@ -96,10 +80,10 @@ def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
 def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path):
     bare = [{"text": "what is it"}, {"text": "the answer"}, {"text": "what is it"}]
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", bare))
-    assert corpus.sample_ids[0] == corpus.sample_ids[2] != corpus.sample_ids[1]
-    assert len(corpus.sample_ids[0]) == 16
+    assert ids_of(corpus)[0] == ids_of(corpus)[2] != ids_of(corpus)[1]
+    assert len(ids_of(corpus)[0]) == 16
     repeated = freeze(write_jsonl(tmp_path / "b.jsonl", [{"id": 7, "text": "what"}, {"id": 7, "text": "it is"}]))
-    assert repeated.sample_ids == ["7", "7"]
+    assert ids_of(repeated) == ["7", "7"]
 
 
 def test_over_long_samples(tmp_path, caplog):
@@ -108,13 +92,13 @@ def test_over_long_samples(tmp_path, caplog):
     limit = len(whole.sample(2).input_ids)
     assert len(whole.sample(3).input_ids) > limit
     cut = freeze(path, max_length=limit)
-    assert cut.statuses == ["ok"] * 5
+    assert statuses_of(cut) == ["ok"] * 5
     assert (whole.truncated, cut.truncated) == (0, 2)
     assert f"2 of 5 samples are cut to corpus.max_length {limit}" in caplog.text
     np.testing.assert_array_equal(cut.sample(4).input_ids, whole.sample(4).input_ids[:limit])
     np.testing.assert_array_equal(cut.sample(2).input_ids, whole.sample(2).input_ids)
     dropped = freeze(path, max_length=limit, too_long="drop")
-    assert dropped.statuses == ["ok", "ok", "ok", "too_long", "too_long"]
+    assert statuses_of(dropped) == ["ok", "ok", "ok", "too_long", "too_long"]
     assert dropped.longest == limit
     assert dropped.truncated == 0
     with pytest.raises(DataError, match=rf"record 4(.|\n)*at most {limit}"):
@@ -129,7 +113,7 @@ def test_samples_without_supervised_tokens_are_empty(tmp_path):
         {"id": "cut", "messages": [{"role": "user", "content": "what " * 50}, {"role": "assistant", "content": "so"}]},
     ]
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", records), max_length=40)
-    assert corpus.statuses == ["ok", "empty", "empty", "empty"]
+    assert statuses_of(corpus) == ["ok", "empty", "empty", "empty"]
     assert len(corpus.sample(1).input_ids) > 0
     assert not corpus.loss_mask[corpus.offsets[1] :].any()
 
@@ -137,8 +121,8 @@ def test_samples_without_supervised_tokens_are_empty(tmp_path):
 def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path):
     bad = {"id": "half", "messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "so"}]}
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], bad, RECORDS[1]]))
-    assert corpus.statuses == ["ok", "invalid_text", "ok"]
-    assert corpus.sample_ids == ["r1", "half", "r2"]
+    assert statuses_of(corpus) == ["ok", "invalid_text", "ok"]
+    assert ids_of(corpus) == ["r1", "half", "r2"]
     only_good = freeze(write_jsonl(tmp_path / "b.jsonl", [RECORDS[0], RECORDS[1]]))
     np.testing.assert_array_equal(corpus.sample(2).input_ids, only_good.sample(1).input_ids)
 
@@ -146,10 +130,10 @@ def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path):
 def test_bytes_that_are_not_utf8_lose_one_record(tmp_path):
     lines = [json.dumps(record).encode() for record in RECORDS[:2]]
     (tmp_path / "a.jsonl").write_bytes(lines[0] + b'\n{"messages": "\xff\xfe"}\n\n' + lines[1] + b"\n")
-    assert freeze(tmp_path / "a.jsonl").statuses == ["ok", "invalid_text", "ok"]
+    assert statuses_of(freeze(tmp_path / "a.jsonl")) == ["ok", "invalid_text", "ok"]
     invalid = pa.Array.from_buffers(pa.string(), 3, pa.array([b"what is", b"\xff\xfe", b"it is"]).buffers())
     pq.write_table(pa.table({"text": invalid}), tmp_path / "a.parquet")
-    assert freeze(tmp_path / "a.parquet").statuses == ["ok", "invalid_text", "ok"]
+    assert statuses_of(freeze(tmp_path / "a.parquet")) == ["ok", "invalid_text", "ok"]
 
 
 @pytest.mark.parametrize("split", ["train[:oops]", "validation"])
@@ -180,7 +164,7 @@ ODD = [
 def test_one_odd_record_is_a_row_with_a_status_and_is_named(tmp_path, caplog, odd, says):
     path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, odd])
     corpus = freeze(path)
-    assert corpus.statuses == ["ok"] * 5 + ["invalid_text"]
+    assert statuses_of(corpus) == ["ok"] * 5 + ["invalid_text"]
     ((problem,),) = corpus.problems
     assert problem.startswith(f"{path}, record 6: ")
     assert says in problem
@@ -196,7 +180,7 @@ def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path):
     with pytest.raises(DataError, match=r"4 of 5 records(.|\n)*record 2: (.|\n)*record 5: "):
         freeze(fine, path)
     corpus = freeze(fine, path, max_bad_share=0.8)
-    assert corpus.statuses[-5:] == ["ok"] + ["invalid_text"] * 4
+    assert statuses_of(corpus)[-5:] == ["ok"] + ["invalid_text"] * 4
 
 
 def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path, caplog):
@@ -206,7 +190,7 @@ def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path,
     ]
     path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, *shared, {"text": "what is it"}])
     corpus = freeze(path)
-    assert corpus.statuses == ["ok"] * 11
+    assert statuses_of(corpus) == ["ok"] * 11
     np.testing.assert_array_equal(corpus.sample(7).input_ids, corpus.sample(2).input_ids)
     assert "several formats: 5 messages, 5 conversations, 1 text" in caplog.text
 
@@ -223,8 +207,8 @@ def test_records_of_other_formats_in_columnar_files(tmp_path):
     datasets.Dataset.from_list(records).to_parquet(str(path))
     with pytest.raises(DataError, match="record 3: the record is not of format `messages`: columns reply"):
         freeze(path, max_bad_share=0.0)
-    assert freeze(path).statuses == ["ok", "ok", "invalid_text"]
-    assert freeze(path, ignored=["reply"]).statuses == ["ok", "ok", "empty"]
+    assert statuses_of(freeze(path)) == ["ok", "ok", "invalid_text"]
+    assert statuses_of(freeze(path, ignore_columns=["reply"])) == ["ok", "ok", "empty"]
 
 
 def test_files_of_a_directory_that_are_left_out_are_named(tmp_path, caplog):
@@ -250,7 +234,7 @@ def test_pretokenised_records(tmp_path):
     corpus = freeze(path)
     np.testing.assert_array_equal(corpus.sample(0).input_ids, [5, 6, 7])
     np.testing.assert_array_equal(corpus.sample(0).loss_mask, [False, False, True])
-    assert corpus.statuses == ["ok", "empty"]
+    assert statuses_of(corpus) == ["ok", "empty"]
     np.testing.assert_array_equal(freeze(path, mask="all").sample(1).loss_mask, [False, True, True])
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"input_ids": [5, 6, 7]}])
     np.testing.assert_array_equal(freeze(bare).sample(0).loss_mask, [False, True, True])
@@ -284,7 +268,7 @@ def test_unknown_columns_are_listed(tmp_path):
 
 def test_a_stated_format_is_not_guessed(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it", "messages": []}, {"text": "so", "messages": []}])
-    assert freeze(path, format="text").statuses == ["ok", "ok"]
+    assert statuses_of(freeze(path, format="text")) == ["ok", "ok"]
     with pytest.raises(DataError, match="alpaca"):
         freeze(path, format="alpaca")
 
@@ -294,8 +278,7 @@ def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_o
     path = write_jsonl(tmp_path / "a.jsonl", odd)
     with pytest.raises(DataError, match=r"record 1: a column decides(.|\n)*images(.|\n)*ignore_columns"):
         freeze(path)
-    section = CorpusSection(sources=[SourceSection(path=str(path), ignore_columns=["images"])])
-    assert freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY).statuses == ["ok"] * 5
+    assert statuses_of(freeze(path, ignore_columns=["images"])) == ["ok"] * 5
     assert caplog.text.count("does not read: mood") == 1
 
 

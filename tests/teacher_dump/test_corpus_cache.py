@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from filelock import FileLock
+from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.dump_checks import assert_each_sample_once, files_of, sections, write_corpus
 from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, save_teacher, tiny_tokenizer
 
@@ -28,15 +29,12 @@ from teacher_dump.dump import run_dump
 from teacher_dump.plan import plan_dump
 from teacher_dump.teachers.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RECORDS = [
     {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}
     for i in range(1, 9)
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -45,18 +43,10 @@ def path(tmp_path) -> Path:
 
 
 def write(path: Path, records, *, age: float = 60) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(path, records)
     stamp = path.stat().st_mtime - age
     os.utime(path, (stamp, stamp))
     return path
-
-
-def freeze(path: Path, *, tokenizer=None, lm_head_rows=VOCABULARY, source=None, **options) -> Corpus:
-    section = CorpusSection(
-        sources=[SourceSection(path=str(path), **source or {})],
-        **{"cache_dir": str(path.parent / "neo")} | options,
-    )
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=lm_head_rows)
 
 
 @pytest.fixture
@@ -74,7 +64,7 @@ def made(monkeypatch) -> list[int]:
 
 
 def assert_equal(a: Corpus, b: Corpus) -> None:
-    assert (a.sample_ids, a.statuses, a.fingerprint) == (b.sample_ids, b.statuses, b.fingerprint)
+    assert (ids_of(a), statuses_of(a), a.fingerprint) == (ids_of(b), statuses_of(b), b.fingerprint)
     assert a.problems == b.problems
     assert a.source_samples == b.source_samples
     for name in ("offsets", "input_ids", "loss_mask", "lengths"):
@@ -101,9 +91,9 @@ def test_a_second_start_tokenises_nothing(path, made):
         {"mask": "all"},
         {"too_long": "drop"},
         {"seed": 1},
-        {"source": {"weight": 0.5}},
-        {"source": {"split": "train[:4]"}},
-        {"source": {"format": "messages"}},
+        {"weight": 0.5},
+        {"split": "train[:4]"},
+        {"format": "messages"},
         {"lm_head_rows": VOCABULARY + 1},
         {"tokenizer": HEADERS},
         {"records": RECORDS[::-1]},
@@ -221,7 +211,8 @@ def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_t
     data = file.read_bytes()
     file.unlink()
     file.write_bytes(bytes([data[0] ^ 1, *data[1:]]))
-    kept_module._write_proof(file.parent)  # As a disk does it: nothing that `stat` tells has changed.
+    # As a disk does it: nothing that `stat` tells has changed.
+    kept_module._write_proof(file.parent, kept_module._opened(file.parent)[1])
     assert not np.array_equal(freeze(path).input_ids, first.input_ids), "the test changes nothing"
     monkeypatch.setattr(kept_module, "_proof_name", lambda: "proven-other.json")
     assert_equal(first, freeze(path))
@@ -251,7 +242,7 @@ def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, secon
     corpus = corpus_module._corpus(kept(tmp_path, "key", make=fill), 1)
     assert time.monotonic() - started < 1
     assert private_bytes() - before < 10e6
-    assert (len(corpus), corpus.statuses.count("ok")) == (parts * 2**16, parts * 2**16)
+    assert (len(corpus), corpus.status_counts().get("ok", 0)) == (parts * 2**16, parts * 2**16)
     assert corpus.longest == 3
     assert corpus.sample(len(corpus) - 1).sample_id == "xx"
     assert time.monotonic() - started < seconds
@@ -284,7 +275,7 @@ def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch
         if len(made) == 3:
             raise KeyboardInterrupt
 
-    section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(path.parent / "neo"))
+    section = CorpusSection(sources=[SourceSection(path=str(path))])
     with pytest.raises(KeyboardInterrupt):
         freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY, check=stop)
     assert made == [1] * 3
@@ -364,23 +355,19 @@ def prepare_hub(path: Path, cache: Path, commit: str) -> None:
 def test_a_hub_dataset_is_kept_by_its_commit(tmp_path, path, made):
     plain = freeze(path)
     made.clear()
-    options = {"cache_dir": str(tmp_path / "neo"), "sources": [SourceSection(path="org/name")]}
+    hub = SourceSection(path="org/name")
     prepare_hub(path, tmp_path, "a" * 40)
-
-    def frozen(**change) -> Corpus:
-        return freeze_corpus(CorpusSection(**options | change), tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
-
-    assert frozen().fingerprint == plain.fingerprint
-    assert_equal(frozen(), frozen())
+    assert freeze(hub).fingerprint == plain.fingerprint
+    assert_equal(freeze(hub), freeze(hub))
     assert made == [1]
-    other = frozen(sources=[SourceSection(path="org/name", split="train[2:]", weight=0.5)])
+    other = freeze(SourceSection(path="org/name", split="train[2:]", weight=0.5))
     assert len(other) == 3
     assert made == [1, 1]
     write(path, RECORDS[:4], age=10)
     prepare_hub(path, tmp_path, "b" * 40)
     os.utime(tmp_path / "cache/org___name/default/0.0.0" / ("a" * 40), (1, 1))
-    assert len(frozen()) == 4
-    assert len(frozen()) == 4
+    assert len(freeze(hub)) == 4
+    assert len(freeze(hub)) == 4
     assert made == [1, 1, 1]
 
 

@@ -277,7 +277,7 @@ def test_the_command_line_lists_all_that_vllm_cannot_do(tmp_path, capsys):
 def test_check_samples_run_from_the_shortest_to_the_longest(corpus_file, model_folder, tmp_path):
     section = sections(tmp_path, corpus_file, model_folder)["corpus"]
     corpus = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=VOCABULARY)
-    usable = sorted(len(corpus.sample(i).input_ids) for i in range(SAMPLES) if corpus.statuses[i] == "ok")
+    usable = sorted(len(corpus.sample(i).input_ids) for i in range(SAMPLES) if corpus.sample(i).status == "ok")
     for count in (0, 1, 2, 4, 9, 50):
         found = check_samples(corpus, count)
         assert len({sample.sample_index for sample in found}) == min(count, 9)
