@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 from support.dumps import some_provenance, unit_rows
@@ -94,8 +95,8 @@ NEXT = {
 def test_the_threads_failure_is_raised_by_whatever_comes_next(tmp_path, call):
     commits = Committer(Broken(writer_of(tmp_path).store, RUN))
     hand_over(commits, range(1))
-    commits._thread.join(20)
-    assert not commits._thread.is_alive()
+    wait([commits._done], 20)
+    assert commits._done.done()
     with pytest.raises(TemporaryError, match="disk full"):
         NEXT[call](commits)
 
