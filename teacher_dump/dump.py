@@ -175,7 +175,7 @@ def provenance_of(
     vocab = teacher.tokenizer.get_vocab()
     template = teacher.tokenizer.chat_template
     return Provenance(
-        teacher=teacher.identity(),
+        teacher=teacher.identity,
         tokenizer=TokenizerIdentity(
             vocab_size=len(vocab),
             vocab_sha256=vocab_sha256(vocab),

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from storage_schemas.common.errors import DataError, NeoError
-from teacher_dump.corpus.formats import Completion, Conversation, Document, Message
+from teacher_dump.corpus.formats import Completion, Conversation, Message
 from teacher_dump.corpus.turns import Span, Special, assistant_spans, next_turn
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ _ALWAYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id"}
 """Keys of a message that a template may leave out for good reasons."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
 _CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') "
     "| replace('%m', '07') | replace('%Y', '2024') | replace('%y', '24') | replace('%A', 'Friday') "
@@ -112,28 +110,23 @@ def tokenise_conversations(
 
 
 def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask: str) -> list[Tokens | Unusable]:
-    """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised."""
-    texts = [valid_text(text) for text in _ended(tokenizer, [record.prompt + record.completion for record in records])]
-    spans = [
-        [(0 if mask == "all" else len(record.prompt), len(text) if isinstance(text, str) else 0)]
-        for record, text in zip(records, texts, strict=True)
-    ]
-    return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
+    """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised.
 
-
-def tokenise_documents(tokenizer: Any, records: Sequence[Document]) -> list[Tokens | Unusable]:
-    """Plain texts with an end-of-text token; every token but the first is supervised."""
-    texts = [valid_text(text) for text in _ended(tokenizer, [record.text for record in records])]
-    spans = [[(0, len(text) if isinstance(text, str) else 0)] for text in texts]
-    return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
-
-
-def _ended(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Texts with an end-of-text token; empty ones, and those of a tokenizer that appends it by itself, as they are."""
+    A tokenizer may append the end-of-text token by itself.
+    """
     eos = tokenizer.eos_token or ""
     if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         eos = ""
-    return [text + eos if text and not text.endswith(eos) else text for text in texts]
+    texts: list[str | Unusable] = []
+    spans: list[list[Span]] = []
+    for record in records:
+        prompt = record.prompt or ""
+        text = prompt + record.completion
+        if text and not text.endswith(eos):
+            text += eos
+        texts.append(valid_text(text))
+        spans.append([(0 if mask == "all" else len(prompt), len(text))])
+    return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
 
 
 def marks_generation(template: str) -> bool:

@@ -8,7 +8,6 @@ from storage_schemas.common.errors import DataError
 from teacher_dump.corpus.formats import (
     Completion,
     Conversation,
-    Document,
     Pretokenised,
     detect_format,
     normalise,
@@ -91,7 +90,7 @@ def test_unknown_columns_are_listed():
         ),
         ({"prompt": "why", "completion": "so"}, "prompt_completion", Completion("why", "so")),
         ({"prompt": None, "completion": "so"}, "prompt_completion", Completion("", "so")),
-        ({"text": "some"}, "text", Document("some")),
+        ({"text": "some"}, "text", Completion(None, "some")),
         ({"input_ids": [1, 2]}, "tokens", Pretokenised([1, 2], None)),
         ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "tokens", Pretokenised([1, 2], [0, 1])),
     ],

@@ -13,13 +13,12 @@ from support.tiny_teachers import (
 
 from storage_schemas.common.errors import DataError
 from teacher_dump.corpus import masks
-from teacher_dump.corpus.formats import Completion, Conversation, Document
+from teacher_dump.corpus.formats import Completion, Conversation
 from teacher_dump.corpus.masks import (
     Tokens,
     Unusable,
     covered,
     tokenise_completions,
-    tokenise_documents,
 )
 
 
@@ -86,7 +85,9 @@ def test_the_beginning_of_text_is_not_doubled():
     # As Llama's tokenizer does, add <s> to whatever is tokenised.
     tokenizer._tokenizer.post_processor = _adds_bos(tokenizer)
     (chat,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
-    (plain, marked) = tokenise_documents(tokenizer, [Document("what is it"), Document("<s>what is it")])
+    (plain, marked) = tokenise_completions(
+        tokenizer, [Completion(None, "what is it"), Completion(None, "<s>what is it")], mask="assistant"
+    )
     for tokens in (chat, plain, marked):
         assert (tokens.input_ids == tokenizer.bos_token_id).sum() == 1
         assert tokens.input_ids[0] == tokenizer.bos_token_id
@@ -152,7 +153,7 @@ def test_invalid_unicode_is_unusable_and_leaves_its_neighbours_alone(template):
     assert isinstance(unusable, Unusable)
     assert supervised_text(tokenizer, good) == "the answer<|im_end|>"
     assert supervised_text(tokenizer, also_good).startswith("the answer<|im_end|>one")
-    assert isinstance(tokenise_documents(tokenizer, [Document("\udfff")])[0], Unusable)
+    assert isinstance(tokenise_completions(tokenizer, [Completion(None, "\udfff")], mask="all")[0], Unusable)
     assert isinstance(tokenise_completions(tokenizer, [Completion("\udfff", "a")], mask="assistant")[0], Unusable)
     assert isinstance(tokenise_conversations(tokenizer, [bad], mask="assistant")[0], Unusable)
 
@@ -174,8 +175,10 @@ def test_completions_supervise_the_completion_and_end_the_text():
 
 def test_documents_supervise_everything_but_the_first_token_and_end():
     tokenizer = tiny_tokenizer(None)
-    tokens, ended, empty = tokenise_documents(
-        tokenizer, [Document("what is the answer"), Document("what is the answer</s>"), Document("")]
+    tokens, ended, empty = tokenise_completions(
+        tokenizer,
+        [Completion(None, text) for text in ("what is the answer", "what is the answer</s>", "")],
+        mask="assistant",
     )
     assert text(tokenizer, tokens) == text(tokenizer, ended) == "what is the answer</s>"
     assert not tokens.loss_mask[0]

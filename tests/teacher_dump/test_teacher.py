@@ -256,10 +256,10 @@ def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path):
 def test_identity_needs_no_weights_and_follows_the_files(tmp_path):
     first = teacher_of(save_teacher(tmp_path / "a"))
     same, other = teacher_of(save_teacher(tmp_path / "b")), teacher_of(save_teacher(tmp_path / "c", seed=1))
-    hashes = [teacher.identity().weights_sha256 for teacher in (first, same, other)]
+    hashes = [teacher.identity.weights_sha256 for teacher in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert list(hashes[0]) == ["model.safetensors"]
-    assert first.identity().lm_head_rows == VOCABULARY
+    assert first.identity.lm_head_rows == VOCABULARY
     assert "model" not in vars(first), "the weights were loaded"
 
 
@@ -267,17 +267,17 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path):
     save_teacher(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(MismatchError, match="safetensors"):
-        teacher_of(tmp_path).identity()
+        _ = teacher_of(tmp_path).identity
 
 
 def test_a_missing_shard_is_named(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    assert sorted(teacher_of(tmp_path).identity().weights_sha256) == shards
+    assert sorted(teacher_of(tmp_path).identity.weights_sha256) == shards
     (tmp_path / shards[1]).unlink()
     with pytest.raises(MismatchError, match=shards[1]):
-        teacher_of(tmp_path).identity()
+        _ = teacher_of(tmp_path).identity
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path, monkeypatch):
