@@ -113,7 +113,7 @@ def freeze_corpus(
     Args:
         section: sources, mask and length policy.
         tokenizer: the teacher's fast tokenizer.
-        head_size: rows of the teacher's LM head; pre-tokenised ids must be below it.
+        lm_head_rows: rows of the teacher's LM head; pre-tokenised ids must be below it.
         check: called often; may raise to stop.
 
     Raises:

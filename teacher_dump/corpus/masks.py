@@ -85,28 +85,37 @@ def tokenise_conversations(
             for conversation, text in zip(conversations, rendered, strict=True)
         ]
     spans: list[list[Span]] = [[] for _ in conversations]
-    for i, (each, text) in enumerate(zip(conversations, rendered, strict=True)):
+    for i, (conversation, text) in enumerate(zip(conversations, rendered, strict=True)):
         if isinstance(text, Unusable):
             continue
         if mask == "all":
             spans[i] = [(0, len(text))]
             continue
-
-        def render(messages: list[Message], prompt: bool, each: Conversation = each) -> str | None:
-            text = _render(tokenizer, template, each, messages, add_generation_prompt=prompt)
-            return text if isinstance(text, str) else None
-
         try:
-            beside = Special(special, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-            spans[i] = assistant_spans(render, each.messages, text, special=beside, silent=each.silent)
-            if spans[i] and spans[i][-1][1] == len(text):
-                # GLM-4.5's turns end where the next one begins; the last one would teach no end.
-                text += next_turn(render, each.messages, text, beside)
-                rendered[i], spans[i][-1] = text, (spans[i][-1][0], len(text))
+            rendered[i], spans[i] = _located(tokenizer, template, conversation, text, special)
         except DataError as error:
             rendered[i] = Unusable.of(error)
     # The template writes the special tokens itself, so the tokenizer must not add them a second time.
     return _tokenise(tokenizer, rendered, spans, add_special_tokens=False)
+
+
+def _located(
+    tokenizer: Any, template: str, conversation: Conversation, text: str, tokens: set[str]
+) -> tuple[str, list[Span]]:
+    """A rendered conversation with the spans of the assistant's turns; as `assistant_spans`."""
+
+    def render(messages: list[Message], prompt: bool) -> str | None:
+        found = _render(tokenizer, template, conversation, messages, add_generation_prompt=prompt)
+        return found if isinstance(found, str) else None
+
+    messages, silent = conversation.messages, conversation.silent
+    special = Special(tokens, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    spans = assistant_spans(render, messages, text, special=special, silent=silent)
+    if spans and spans[-1][1] == len(text):
+        # GLM-4.5's turns end where the next one begins; the last one would teach no end.
+        text += next_turn(render, messages, text, special)
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
 
 
 def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask: str) -> list[Tokens | Unusable]:
