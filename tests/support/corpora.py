@@ -7,8 +7,11 @@ from typing import Any
 
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
+from storage_schemas.rows import Row
 from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.corpus.formats import Conversation, Message
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
+from teacher_dump.corpus.masks import Tokens, Unusable, tokenise_conversations
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
@@ -35,3 +38,13 @@ def ids_of(corpus: Corpus) -> list[str]:
 
 def statuses_of(corpus: Corpus) -> list[str]:
     return [corpus.sample(i).status for i in range(len(corpus))]
+
+
+def tokenise_chats(tokenizer: Any, chats: Iterable[list[Message]], *, mask: str) -> list[Tokens | Unusable]:
+    """Conversations of messages and nothing else."""
+    return tokenise_conversations(tokenizer, [Conversation(messages) for messages in chats], mask=mask)
+
+
+def supervised_text(tokenizer: Any, sample: Tokens | Unusable | Row) -> str:
+    assert not isinstance(sample, Unusable)
+    return str(tokenizer.decode(sample.input_ids[sample.loss_mask]))

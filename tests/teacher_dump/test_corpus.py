@@ -1,6 +1,8 @@
 """The frozen corpus on real files of every kind, good and bad."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,6 +13,7 @@ from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError
+from teacher_dump.corpus.freeze import Corpus
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -20,12 +23,12 @@ RECORDS = [
 ]
 
 
-def supervised(corpus, i, tokenizer=None):
+def supervised(corpus: Corpus, i: int, tokenizer: Any = None) -> str:
     sample = corpus.sample(i)
     return (tokenizer or tiny_tokenizer(CHATML)).decode(sample.input_ids[sample.loss_mask])
 
 
-def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path):
+def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path: Path) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
@@ -41,7 +44,7 @@ def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path):
         assert freeze(tmp_path / other).fingerprint == corpus.fingerprint, other
 
 
-def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path):
+def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path: Path) -> None:
     chat = write_jsonl(tmp_path / "chat.jsonl", RECORDS[:2])
     plain = write_jsonl(tmp_path / "plain.jsonl", [{"text": "what is the answer"}])
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "what ", "completion": "so"}])
@@ -53,14 +56,14 @@ def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_splits_can_be_cut(tmp_path, broken):
+def test_splits_can_be_cut(tmp_path: Path, broken: bool) -> None:
     lone = [{"id": "bad", "messages": [{"role": "user", "content": "\ud800"}]}] if broken else []
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS + lone)
     assert ids_of(freeze(path, split="train[:2]")) == ["r1", "r2"]
     assert ids_of(freeze(path, split="train[3:5]")) == ["r4", "r5"]
 
 
-def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
+def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     renamed = write_jsonl(tmp_path / "b.jsonl", [RECORDS[0] | {"id": "other"}, *RECORDS[1:]])
     limit = len(freeze(path).sample(2).input_ids)
@@ -77,7 +80,7 @@ def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
     assert freeze(again).fingerprint == prints[0], "where a file lies does not matter"
 
 
-def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path):
+def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path: Path) -> None:
     bare = [{"text": "what is it"}, {"text": "the answer"}, {"text": "what is it"}]
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", bare))
     assert ids_of(corpus)[0] == ids_of(corpus)[2] != ids_of(corpus)[1]
@@ -86,7 +89,7 @@ def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path):
     assert ids_of(repeated) == ["7", "7"]
 
 
-def test_over_long_samples(tmp_path, caplog):
+def test_over_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     whole = freeze(path)
     limit = len(whole.sample(2).input_ids)
@@ -105,7 +108,7 @@ def test_over_long_samples(tmp_path, caplog):
         freeze(path, max_length=limit, too_long="error")
 
 
-def test_samples_without_supervised_tokens_are_empty(tmp_path):
+def test_samples_without_supervised_tokens_are_empty(tmp_path: Path) -> None:
     records = [
         RECORDS[0],
         {"id": "prompt only", "messages": [{"role": "user", "content": "what"}]},
@@ -118,7 +121,7 @@ def test_samples_without_supervised_tokens_are_empty(tmp_path):
     assert not corpus.loss_mask[corpus.offsets[1] :].any()
 
 
-def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path):
+def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path: Path) -> None:
     bad = {"id": "half", "messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "so"}]}
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], bad, RECORDS[1]]))
     assert statuses_of(corpus) == ["ok", "invalid_text", "ok"]
@@ -127,7 +130,7 @@ def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path):
     np.testing.assert_array_equal(corpus.sample(2).input_ids, only_good.sample(1).input_ids)
 
 
-def test_bytes_that_are_not_utf8_lose_one_record(tmp_path):
+def test_bytes_that_are_not_utf8_lose_one_record(tmp_path: Path) -> None:
     lines = [json.dumps(record).encode() for record in RECORDS[:2]]
     (tmp_path / "a.jsonl").write_bytes(lines[0] + b'\n{"messages": "\xff\xfe"}\n\n' + lines[1] + b"\n")
     assert statuses_of(freeze(tmp_path / "a.jsonl")) == ["ok", "invalid_text", "ok"]
@@ -137,7 +140,7 @@ def test_bytes_that_are_not_utf8_lose_one_record(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train[:oops]", "validation"])
-def test_an_unknown_split_is_a_clear_error(tmp_path, split):
+def test_an_unknown_split_is_a_clear_error(tmp_path: Path, split: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)).save_to_disk(tmp_path / "splits")
     for source in (path, tmp_path / "splits"):
@@ -145,7 +148,7 @@ def test_an_unknown_split_is_a_clear_error(tmp_path, split):
             freeze(source, split=split)
 
 
-def test_a_torn_line_is_named(tmp_path):
+def test_a_torn_line_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     path.write_text(path.read_text() + '{"messages": [{"ro')
     with pytest.raises(DataError, match="line 6"):
@@ -161,7 +164,9 @@ ODD = [
 
 
 @pytest.mark.parametrize(("odd", "says"), ODD)
-def test_one_odd_record_is_a_row_with_a_status_and_is_named(tmp_path, caplog, odd, says):
+def test_one_odd_record_is_a_row_with_a_status_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: Any, says: Any
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, odd])
     corpus = freeze(path)
     assert statuses_of(corpus) == ["ok"] * 5 + ["invalid_text"]
@@ -174,7 +179,7 @@ def test_one_odd_record_is_a_row_with_a_status_and_is_named(tmp_path, caplog, od
         freeze(path, max_bad_share=0)
 
 
-def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path):
+def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], *(odd for odd, _ in ODD)])
     fine = write_jsonl(tmp_path / "b.jsonl", RECORDS * 100)
     with pytest.raises(DataError, match=r"4 of 5 records(.|\n)*record 2: (.|\n)*record 5: "):
@@ -183,7 +188,9 @@ def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path):
     assert statuses_of(corpus)[-5:] == ["ok"] + ["invalid_text"] * 4
 
 
-def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path, caplog):
+def test_records_of_another_known_format_are_told_by_their_own_columns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shared = [
         {"conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "so " * i}]}
         for i in range(1, 6)
@@ -195,7 +202,7 @@ def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path,
     assert "several formats: 5 messages, 5 conversations, 1 text" in caplog.text
 
 
-def test_records_of_other_formats_in_columnar_files(tmp_path):
+def test_records_of_other_formats_in_columnar_files(tmp_path: Path) -> None:
     """There every record has the columns of all, null or empty."""
     conversation = RECORDS[0]["messages"]
     records = [
@@ -211,7 +218,7 @@ def test_records_of_other_formats_in_columnar_files(tmp_path):
     assert statuses_of(freeze(path, ignore_columns=["reply"])) == ["ok", "ok", "empty"]
 
 
-def test_files_of_a_directory_that_are_left_out_are_named(tmp_path, caplog):
+def test_files_of_a_directory_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_jsonl(tmp_path / "data" / "a.jsonl", RECORDS)
     write_jsonl(tmp_path / "data" / "more" / "b.jsonl", RECORDS)
     write_jsonl(tmp_path / "data" / ".hidden" / "c.jsonl", RECORDS)
@@ -222,13 +229,13 @@ def test_files_of_a_directory_that_are_left_out_are_named(tmp_path, caplog):
     assert "files that split train leaves out: c.parquet" in caplog.text
 
 
-def test_a_very_long_sample_is_cut(tmp_path):
+def test_a_very_long_sample_is_cut(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it " * 40_000}, {"text": "what is it"}])
     corpus = freeze(path, max_length=100)
     assert [len(corpus.sample(i).input_ids) for i in range(2)] == [100, len(corpus.sample(1).input_ids)]
 
 
-def test_pretokenised_records(tmp_path):
+def test_pretokenised_records(tmp_path: Path) -> None:
     records = [{"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]}, {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 0]}]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     corpus = freeze(path)
@@ -244,7 +251,7 @@ def test_pretokenised_records(tmp_path):
             freeze(outside)
 
 
-def test_a_corpus_without_any_usable_sample_says_why(tmp_path):
+def test_a_corpus_without_any_usable_sample_says_why(tmp_path: Path) -> None:
     only_prompts = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "what"}]}] * 3)
     with pytest.raises(DataError, match="3 empty"):
         freeze(only_prompts)
@@ -255,25 +262,27 @@ def test_a_corpus_without_any_usable_sample_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "no/such/dataset"])
-def test_a_missing_source_is_a_clear_error(tmp_path, name):
+def test_a_missing_source_is_a_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"missing|cannot be read"):
         freeze(tmp_path / name)
 
 
-def test_unknown_columns_are_listed(tmp_path):
+def test_unknown_columns_are_listed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "what", "answer": "so"}])
     with pytest.raises(DataError, match="columns answer, question"):
         freeze(path)
 
 
-def test_a_stated_format_is_not_guessed(tmp_path):
+def test_a_stated_format_is_not_guessed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it", "messages": []}, {"text": "so", "messages": []}])
     assert statuses_of(freeze(path, format="text")) == ["ok", "ok"]
     with pytest.raises(DataError, match="alpaca"):
         freeze(path, format="alpaca")
 
 
-def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_once(tmp_path, caplog):
+def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     odd = [record | {"mood": "good", "images": None if i else ["a.png"]} for i, record in enumerate(RECORDS)]
     path = write_jsonl(tmp_path / "a.jsonl", odd)
     with pytest.raises(DataError, match=r"record 1: a column decides(.|\n)*images(.|\n)*ignore_columns"):
@@ -282,7 +291,7 @@ def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_o
     assert caplog.text.count("does not read: mood") == 1
 
 
-def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path):
+def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path: Path) -> None:
     """Columnar files give each tool and each call the keys of all others, as nulls."""
     given = [("get", {"city": "it"}), ("mul", {"a": 1, "b": 2})]
     records = [

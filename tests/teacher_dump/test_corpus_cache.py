@@ -6,8 +6,10 @@ import resource
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -38,11 +40,11 @@ RECORDS = [
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path: Path) -> Path:
     return write(tmp_path / "a.jsonl", RECORDS)
 
 
-def write(path: Path, records, *, age: float = 60) -> Path:
+def write(path: Path, records: Sequence[Any], *, age: float = 60) -> Path:
     write_jsonl(path, records)
     stamp = path.stat().st_mtime - age
     os.utime(path, (stamp, stamp))
@@ -50,12 +52,12 @@ def write(path: Path, records, *, age: float = 60) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[int]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every batch that is tokenised."""
     calls: list[int] = []
     original = corpus_module.tokenise
 
-    def counted(*arguments, **options):
+    def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         return original(*arguments, **options)
 
@@ -72,7 +74,7 @@ def assert_equal(a: Corpus, b: Corpus) -> None:
         assert getattr(a, name).dtype == getattr(b, name).dtype
 
 
-def test_a_second_start_tokenises_nothing(path, made):
+def test_a_second_start_tokenises_nothing(path: Path, made: list[int]) -> None:
     first = freeze(path, max_length=20)
     assert made == [1]
     again = freeze(path, max_length=20)
@@ -100,7 +102,7 @@ def test_a_second_start_tokenises_nothing(path, made):
         {"moved": True},
     ],
 )
-def test_whatever_a_corpus_depends_on_makes_a_new_one(path, made, change):
+def test_whatever_a_corpus_depends_on_makes_a_new_one(path: Path, made: list[int], change: dict[str, Any]) -> None:
     freeze(path)
     if template := change.pop("tokenizer", None):
         change["tokenizer"] = tiny_tokenizer(template)
@@ -114,14 +116,14 @@ def test_whatever_a_corpus_depends_on_makes_a_new_one(path, made, change):
     assert made == [1, 1]
 
 
-def test_code_that_changes_makes_a_new_one(path, made, monkeypatch):
+def test_code_that_changes_makes_a_new_one(path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     freeze(path)
     monkeypatch.setattr("teacher_dump.corpus.cache._MADE_BY", ("formats", "masks"))
     freeze(path)
     assert made == [1, 1]
 
 
-def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path, made):
+def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path: Path, made: list[int]) -> None:
     fresh = write(tmp_path / "fresh.jsonl", RECORDS, age=0)
     freeze(fresh)
     freeze(fresh)
@@ -131,7 +133,9 @@ def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path, made):
 
 @pytest.mark.parametrize("name", [*COLUMNS, JOURNAL])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_copy_is_made_again(path, made, name, damage, caplog):
+def test_a_damaged_copy_is_made_again(
+    path: Path, made: list[int], name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     first = freeze(path)
     (kept,) = (path.parent / "neo" / "corpora").glob("*/" + name)
     data = bytearray(kept.read_bytes())
@@ -165,7 +169,7 @@ def fill(columns: Columns, *, parts: int = 3, samples: int = 4) -> None:
     columns.finish(fingerprint="0")
 
 
-def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path):
+def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path: Path) -> None:
     """Bits of every file flipped, every file cut, at 20 places and more: the same corpus, each time."""
 
     def taken() -> tuple[str, int]:
@@ -191,7 +195,9 @@ def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path):
     assert noticed > 298
 
 
-def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(path, made, monkeypatch, caplog):
+def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     first = freeze(path)
     assert_equal(first, freeze(path))
@@ -205,7 +211,9 @@ def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(pat
     assert made == [1]
 
 
-def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_the_machine(path, made, monkeypatch):
+def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_the_machine(
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = freeze(path)
     (file,) = (path.parent / "neo" / "corpora").glob("*/input_ids")
     data = file.read_bytes()
@@ -219,7 +227,7 @@ def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_t
     assert made == [1, 1]
 
 
-def test_readers_need_no_lock(path, made):
+def test_readers_need_no_lock(path: Path, made: list[int]) -> None:
     first = freeze(path)
     (lock,) = (path.parent / "neo" / "corpora").glob("*.lock")
     with FileLock(lock), ThreadPoolExecutor(1) as pool:
@@ -234,7 +242,7 @@ def private_bytes() -> int:
 
 
 @pytest.mark.parametrize(("parts", "seconds"), [(31, 2), pytest.param(1526, 20, marks=pytest.mark.slow)])
-def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, seconds):
+def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path: Path, parts: int, seconds: int) -> None:
     """2 million samples, and 100 million (5 GB): in seconds, and their statuses and lengths in 40 MB."""
     made = kept(tmp_path, "key", make=lambda columns: fill(columns, parts=parts, samples=2**16))
     del made
@@ -250,7 +258,7 @@ def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, secon
 
 
 @pytest.mark.parametrize("key", ["key", None])
-def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path, key):
+def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path: Path, key: str | None) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -264,7 +272,9 @@ def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path, key):
     assert len(found.arrays["statuses"]) == 2000 * there[0] + 4
 
 
-def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch):
+def test_what_an_interrupted_start_has_tokenised_is_kept(
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus_module, "_BATCH", 2)
     monkeypatch.setattr(corpus_module, "_PART_SAMPLES", 2)
     whole = freeze(path, cache_dir=str(path.parent / "other"))
@@ -299,7 +309,7 @@ def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch
     assert made == [1] * 2
 
 
-def test_of_several_workers_one_tokenises(path, made):
+def test_of_several_workers_one_tokenises(path: Path, made: list[int]) -> None:
     start = threading.Barrier(4)
 
     def work(_: int) -> Corpus:
@@ -313,7 +323,7 @@ def test_of_several_workers_one_tokenises(path, made):
         assert_equal(corpora[0], other)
 
 
-def test_a_failure_leaves_nothing_behind_and_no_lock(path, made):
+def test_a_failure_leaves_nothing_behind_and_no_lock(path: Path, made: list[int]) -> None:
     bad = path.with_name("bad.jsonl")
     bad.write_text(path.read_text() + '{"messages": [{"ro')
     os.utime(bad, (1e9, 1e9))
@@ -323,13 +333,15 @@ def test_a_failure_leaves_nothing_behind_and_no_lock(path, made):
     assert [p for p in (path.parent / "neo" / "corpora").iterdir() if p.suffix != ".lock"] == []
 
 
-def test_a_cache_that_cannot_be_written_to_is_no_error(path, made, caplog):
+def test_a_cache_that_cannot_be_written_to_is_no_error(
+    path: Path, made: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     first = freeze(path, cache_dir=str(path))
     assert "nothing is kept" in caplog.text
     assert_equal(first, freeze(path))
 
 
-def test_a_directory_is_known_by_its_files(tmp_path, made):
+def test_a_directory_is_known_by_its_files(tmp_path: Path, made: list[int]) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_list(RECORDS).save_to_disk(folder)
     for file in folder.iterdir():
@@ -352,7 +364,7 @@ def prepare_hub(path: Path, cache: Path, commit: str) -> None:
         (folder / file.name.replace("json-", "name-")).write_bytes(file.read_bytes())
 
 
-def test_a_hub_dataset_is_kept_by_its_commit(tmp_path, path, made):
+def test_a_hub_dataset_is_kept_by_its_commit(tmp_path: Path, path: Path, made: list[int]) -> None:
     plain = freeze(path)
     made.clear()
     hub = SourceSection(path="org/name")
@@ -371,7 +383,7 @@ def test_a_hub_dataset_is_kept_by_its_commit(tmp_path, path, made):
     assert made == [1, 1, 1]
 
 
-def test_a_dump_continues_with_the_kept_corpus(tmp_path, made):
+def test_a_dump_continues_with_the_kept_corpus(tmp_path: Path, made: list[int]) -> None:
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
     job = sections(tmp_path / "dump", file, save_teacher(tmp_path / "teacher"))
@@ -386,7 +398,7 @@ def test_a_dump_continues_with_the_kept_corpus(tmp_path, made):
     assert made == [1], "a dump from the kept corpus"
 
 
-def test_preview_plan_and_dump_share_one_kept_corpus(tmp_path, made):
+def test_preview_plan_and_dump_share_one_kept_corpus(tmp_path: Path, made: list[int]) -> None:
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
     job = sections(tmp_path / "dump", file, save_teacher(tmp_path / "teacher"))

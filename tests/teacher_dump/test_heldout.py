@@ -26,13 +26,15 @@ def frozen(tmp_path: Path) -> Callable[..., Corpus]:
     return make
 
 
-def test_the_training_corpus_in_another_order_with_other_ids_is_refused(frozen):
+def test_the_training_corpus_in_another_order_with_other_ids_is_refused(frozen: Callable[..., Corpus]) -> None:
     for other in (TEXTS, [*reversed(TEXTS), "how"]):
         with pytest.raises(DataError, match=r"training corpus(.|\n)*same 6 samples"):
             refuse_shared(frozen(TEXTS), frozen(other, id="x"))
 
 
-def test_an_overlap_is_counted_and_none_is_silent(frozen, caplog):
+def test_an_overlap_is_counted_and_none_is_silent(
+    frozen: Callable[..., Corpus], caplog: pytest.LogCaptureFixture
+) -> None:
     refuse_shared(frozen(TEXTS), frozen(["it so is", "and the other"]))
     assert "held-out" not in caplog.text, "the same words in another order are another sample"
     refuse_shared(frozen(TEXTS), frozen(["how", "how", "it is", "and the other"]))

@@ -34,7 +34,9 @@ def write(path: Path, count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS])
-def test_the_corpus_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch, template):
+def test_the_corpus_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
     write(tmp_path / "a.jsonl", 150)
     alone = freeze(tmp_path / "a.jsonl", num_proc=1, tokenizer=tiny_tokenizer(template), max_length=40)
     monkeypatch.setattr(corpus_module, "_BATCH", 7)
@@ -45,19 +47,19 @@ def test_the_corpus_does_not_depend_on_the_number_of_processes(tmp_path, monkeyp
     assert several.problems[0][0].startswith(str(tmp_path / "a.jsonl"))
 
 
-def test_what_a_process_raises_is_the_error_of_the_command(tmp_path):
+def test_what_a_process_raises_is_the_error_of_the_command(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 40)
     with pytest.raises(DataError, match=r"record \d+: the sample is too long(.|\n)*corpus\.max_length"):
         freeze(tmp_path / "a.jsonl", num_proc=2, max_length=30, too_long="error")
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_is_killed_is_an_error_and_not_a_wait():
+def test_a_process_that_is_killed_is_an_error_and_not_a_wait() -> None:
     with pytest.raises(TemporaryError, match=r"was killed(.|\n)*num_proc"), Pool(killed, processes=2) as pool:
         list(pool.map(range(100)))
 
 
-def test_leaving_ends_what_is_running():
+def test_leaving_ends_what_is_running() -> None:
     def work() -> None:
         with Pool(slow, processes=2) as pool:
             for _ in pool.map(range(10)):
@@ -71,7 +73,7 @@ def test_leaving_ends_what_is_running():
     assert time.monotonic() - started < 20
 
 
-def test_processes_end_with_the_one_that_started_them():
+def test_processes_end_with_the_one_that_started_them() -> None:
     code = "from support.pool_jobs import slow; from teacher_dump.corpus.pool import Pool\nif __name__ == '__main__':\n"
     code += " with Pool(slow, processes=2) as pool:\n  r = pool.map(range(9)); print(next(r), flush=True); list(r)\n"
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}

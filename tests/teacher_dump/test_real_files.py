@@ -6,6 +6,7 @@ Larger corpora are looked for in `$LLM_NEO_DATA`, or in `shared/data` beside the
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ LARGER = Path(os.environ.get("LLM_NEO_DATA") or ROOT.parent / "shared" / "data")
 SMOLLM = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
-def freeze(path: Path, **options) -> Corpus:
+def freeze(path: Path, **options: Any) -> Corpus:
     return freeze_sources(path, **{"max_length": 200_000, "max_bad_share": 0.1} | options)
 
 
@@ -52,7 +53,7 @@ def answers(record: dict) -> str:
     ],
 )
 @pytest.mark.parametrize("real_tokenizer", [False, True])
-def test_every_answer_of_a_real_corpus_is_supervised(name, samples, empty, real_tokenizer):
+def test_every_answer_of_a_real_corpus_is_supervised(name: str, samples: int, empty: int, real_tokenizer: bool) -> None:
     path = LARGER / name if name else SHIPPED
     if not path.is_file():
         pytest.skip(f"no {path}; set LLM_NEO_DATA to a folder with it")
@@ -74,7 +75,7 @@ def test_every_answer_of_a_real_corpus_is_supervised(name, samples, empty, real_
 
 
 @pytest.fixture
-def spoilt(tmp_path) -> tuple[Path, list[str]]:
+def spoilt(tmp_path: Path) -> tuple[Path, list[str]]:
     """The shipped corpus with bad records among the good ones; and what becomes of each record."""
     lines = SHIPPED.read_bytes().splitlines()[:40]
     question, answer = (m["content"] for m in json.loads(lines[0])["messages"])
@@ -105,7 +106,7 @@ def spoilt(tmp_path) -> tuple[Path, list[str]]:
     return path, statuses
 
 
-def test_bad_records_are_marked_and_leave_the_others_alone(spoilt):
+def test_bad_records_are_marked_and_leave_the_others_alone(spoilt: tuple[Path, list[str]]) -> None:
     path, statuses = spoilt
     corpus, clean = freeze(path), freeze(SHIPPED)
     assert statuses_of(corpus) == statuses
@@ -122,7 +123,9 @@ def test_bad_records_are_marked_and_leave_the_others_alone(spoilt):
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
-def test_a_dump_of_it_has_every_sample_and_is_proven(tmp_path, spoilt, too_long):
+def test_a_dump_of_it_has_every_sample_and_is_proven(
+    tmp_path: Path, spoilt: tuple[Path, list[str]], too_long: str
+) -> None:
     path, statuses = spoilt
     limit = 900
     long = freeze(path).lengths > limit

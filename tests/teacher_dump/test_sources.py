@@ -6,8 +6,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -33,11 +34,11 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
 
 
-def lines_of(records) -> bytes:
+def lines_of(records: Sequence[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def write(path: Path, records) -> str:
+def write(path: Path, records: Sequence[Any]) -> str:
     return str(write_jsonl(path, records))
 
 
@@ -45,13 +46,13 @@ def write(path: Path, records) -> str:
     ("records", "weight", "count"),
     [(10, 1.0, 10), (10, 0.5, 5), (10, 0.25, 3), (10, 0.24, 2), (3, 0.001, 1), (7473, 0.1, 747), (1000, 0.0125, 13)],
 )
-def test_a_weight_is_a_share_of_the_records_rounded_half_up(records, weight, count):
+def test_a_weight_is_a_share_of_the_records_rounded_half_up(records: int, weight: float, count: int) -> None:
     assert len(chosen_records(records, weight, seed=0)) == count
 
 
 @given(st.integers(0, 300), st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 2**64 - 1))
 @settings(max_examples=60, deadline=None)
-def test_choices_are_ordered_repeatable_and_nested(records, a, b, seed):
+def test_choices_are_ordered_repeatable_and_nested(records: int, a: float, b: float, seed: int) -> None:
     small, large = sorted((a, b))
     fewer, more = chosen_records(records, small, seed=seed), chosen_records(records, large, seed=seed)
     assert (np.diff(more) > 0).all()
@@ -59,7 +60,7 @@ def test_choices_are_ordered_repeatable_and_nested(records, a, b, seed):
     np.testing.assert_array_equal(chosen_records(records, large, seed=seed), more)
 
 
-def test_every_record_is_as_likely_as_any_other():
+def test_every_record_is_as_likely_as_any_other() -> None:
     """1,000 seeds of 30 %: a record is chosen 300 times, give or take 4 standard deviations of 14.5."""
     counts = np.zeros(40)
     for seed in range(1000):
@@ -67,13 +68,13 @@ def test_every_record_is_as_likely_as_any_other():
     assert np.abs(counts - 300).max() < 4 * np.sqrt(1000 * 0.3 * 0.7)
 
 
-def test_the_choice_of_a_seed_never_changes():
+def test_the_choice_of_a_seed_never_changes() -> None:
     """What a fingerprint rests on: other numbers here would make every weighted dump impossible to continue."""
     assert chosen_records(20, 0.3, seed=0).tolist() == [0, 1, 2, 9, 11, 17]
     assert chosen_records(20, 0.3, seed=1).tolist() == [2, 3, 5, 7, 9, 10]
 
 
-def test_weights_choose_by_seed_and_keep_order_whatever_the_other_sources(tmp_path):
+def test_weights_choose_by_seed_and_keep_order_whatever_the_other_sources(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", RECORDS)
     b = write(tmp_path / "b.jsonl", [{"id": f"b{i}", "text": "so"} for i in range(5)])
     half, other = SourceSection(path=a, weight=0.5), SourceSection(path=b, weight=0.4)
@@ -91,7 +92,7 @@ def test_weights_choose_by_seed_and_keep_order_whatever_the_other_sources(tmp_pa
     )
 
 
-def test_weights_apply_to_what_the_split_leaves_and_to_files_with_broken_lines(tmp_path):
+def test_weights_apply_to_what_the_split_leaves_and_to_files_with_broken_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", RECORDS)
     part = freeze(SourceSection(path=path, split="train[5:]", weight=0.6))
     assert ids_of(part) == [f"r{5 + i}" for i in chosen_records(5, 0.6, seed=0)]
@@ -101,7 +102,7 @@ def test_weights_apply_to_what_the_split_leaves_and_to_files_with_broken_lines(t
     assert ids_of(by_line) == ids_of(part)
 
 
-def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path):
+def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path: Path) -> None:
     last = int(chosen_records(10, 0.3, seed=0)[-1])
     records = [{"messages": []} for _ in range(10)]
     records[last] = {"messages": [{"role": "nobody", "content": "x"}]}
@@ -111,12 +112,12 @@ def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("weight", "says"), [(1.5, "answer twice"), (0, "greater than 0"), (-1, "greater than 0")])
-def test_other_weights_are_refused(weight, says):
+def test_other_weights_are_refused(weight: float, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         SourceSection(path="a.jsonl", weight=weight)
 
 
-def test_globs_and_file_urls_are_one_source_in_order_of_name(tmp_path):
+def test_globs_and_file_urls_are_one_source_in_order_of_name(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         write(tmp_path / f"deep/{i}/part.jsonl", RECORDS[3 * i : 3 * i + 3])
     whole = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS[:9])))
@@ -135,14 +136,14 @@ def test_globs_and_file_urls_are_one_source_in_order_of_name(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def no_ambient_settings(monkeypatch):
+def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up within a second."""
     be_impatient(monkeypatch)
 
@@ -153,7 +154,7 @@ def put(port: int, key: str, data: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory) -> Iterator[int]:
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """SeaweedFS with the ten records as JSONL in two parts, as Parquet, and things beside them."""
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as found:
         put(found, "corpus/lines/part-0 of 2.jsonl", lines_of(RECORDS[:4]))
@@ -175,7 +176,7 @@ def port(tmp_path_factory) -> Iterator[int]:
     ["corpus/all.parquet", "corpus/lines", "corpus/lines/", "corpus/l*s/**/part-*.jsonl", "corpus/*.parquet",
      "corpus/lines/[a-z]*/part-?*.jsonl"],
 )  # fmt: skip
-def test_an_object_store_gives_the_same_corpus_as_files(tmp_path, port, path):
+def test_an_object_store_gives_the_same_corpus_as_files(tmp_path: Path, port: int, path: str) -> None:
     local = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)))
     source = SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=options(port, READER))
     remote = freeze(source)
@@ -188,7 +189,7 @@ def test_an_object_store_gives_the_same_corpus_as_files(tmp_path, port, path):
         assert remote.fingerprint == local.fingerprint
 
 
-def test_credentials_may_come_from_the_environment(tmp_path, port, monkeypatch):
+def test_credentials_may_come_from_the_environment(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER["access_key_id"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER["secret_access_key"])
     given = {key: value for key, value in options(port).items() if key in ("endpoint", "region")}
@@ -196,7 +197,7 @@ def test_credentials_may_come_from_the_environment(tmp_path, port, monkeypatch):
     assert len(freeze(source)) == 5
 
 
-def test_a_broken_line_in_an_object_loses_one_record(tmp_path, port):
+def test_a_broken_line_in_an_object_loses_one_record(tmp_path: Path, port: int) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/broken/a.jsonl", storage_options=options(port))
     assert statuses_of(freeze(source)) == ["ok", "invalid_text", *["ok"] * 9]
 
@@ -207,25 +208,25 @@ def test_a_broken_line_in_an_object_loses_one_record(tmp_path, port):
      ("corpus/lin", "no object matches"), ("mixed", r"json, parquet(.|\n)*by a glob"),
      ("corpus/lines/_SUCCESS", "unknown kinds")],
 )  # fmt: skip
-def test_objects_that_cannot_be_a_source_are_named(tmp_path, port, path, says):
+def test_objects_that_cannot_be_a_source_are_named(tmp_path: Path, port: int, path: str, says: str) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=options(port))
     with pytest.raises(DataError, match=says):
         freeze(source)
 
 
-def test_a_bucket_that_is_not_there_is_a_configuration_error(tmp_path, port):
+def test_a_bucket_that_is_not_there_is_a_configuration_error(tmp_path: Path, port: int) -> None:
     with pytest.raises(MismatchError, match=r"bucket of s3://nowhere(.|\n)*corpus\.sources"):
         freeze(SourceSection(path="s3://nowhere/a.jsonl", storage_options=options(port)))
 
 
 @pytest.mark.parametrize("path", ["corpus/all.parquet", "corpus/lines", "corpus/*.parquet"])
-def test_wrong_credentials_are_told_apart(tmp_path, port, path):
+def test_wrong_credentials_are_told_apart(tmp_path: Path, port: int, path: str) -> None:
     wrong = options(port, {"access_key_id": "testkey", "secret_access_key": "wrong"})
     with pytest.raises(MismatchError, match=r"no access to s3://logits(.|\n)*credentials"):
         freeze(SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=wrong))
 
 
-def test_a_url_with_credentials_or_an_unknown_option_is_refused(tmp_path):
+def test_a_url_with_credentials_or_an_unknown_option_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="must not carry credentials"):
         freeze(SourceSection(path="s3://key:secret@bucket/a.jsonl"))
     source = SourceSection(path="s3://bucket/a.jsonl", storage_options={"endpiont": "x"})
@@ -241,7 +242,7 @@ def tiny() -> Iterator[TinyS3]:
     server.close()
 
 
-def test_an_object_is_fetched_once(tmp_path, tiny):
+def test_an_object_is_fetched_once(tmp_path: Path, tiny: TinyS3) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
     first = freeze(source)
     asked = len(tiny.requests)
@@ -250,7 +251,9 @@ def test_an_object_is_fetched_once(tmp_path, tiny):
     assert not list((tmp_path / "neo").rglob(".part-*"))
 
 
-def test_a_damaged_copy_of_an_object_is_fetched_again(tmp_path, tiny, caplog):
+def test_a_damaged_copy_of_an_object_is_fetched_again(
+    tmp_path: Path, tiny: TinyS3, caplog: pytest.LogCaptureFixture
+) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
     first = freeze(source)
     (copy,) = (tmp_path / "neo/sources").glob("*/a.jsonl")
@@ -265,14 +268,16 @@ def test_a_damaged_copy_of_an_object_is_fetched_again(tmp_path, tiny, caplog):
         assert copy.read_bytes() == whole
 
 
-def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypatch):
+def test_many_objects_are_fetched_side_by_side_in_order(
+    tmp_path: Path, tiny: TinyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(10):
         tiny.objects[f"{BUCKET}/parts/{i}.jsonl"] = lines_of(RECORDS[i : i + 1])
     start = threading.Barrier(8, timeout=20)
     original = obstore.get
     asked = iter(range(100))
 
-    def together(*arguments):
+    def together(*arguments: Any) -> Any:
         if next(asked) < 8:
             start.wait()
         return original(*arguments)
@@ -288,7 +293,7 @@ def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypa
     assert not list((tmp_path / "other").rglob(".part-*"))
 
 
-def test_a_store_that_is_away_is_temporary(tmp_path, tiny, impatient):
+def test_a_store_that_is_away_is_temporary(tmp_path: Path, tiny: TinyS3, impatient: None) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
     tiny.fault = lambda method, key, n: "before" if n > 1 else None
     with pytest.raises(TemporaryError, match="does not answer"):
@@ -297,7 +302,7 @@ def test_a_store_that_is_away_is_temporary(tmp_path, tiny, impatient):
     assert len(freeze(source)) == 10
 
 
-def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path):
+def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -313,7 +318,7 @@ PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 
 @pytest.mark.parametrize("suffix", PACKED)
-def test_compressed_files_are_read_whole_and_by_line(tmp_path, suffix):
+def test_compressed_files_are_read_whole_and_by_line(tmp_path: Path, suffix: str) -> None:
     plain = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)))
     for name, records in (("b", RECORDS), ("c", [*RECORDS, {"id": "bad", "text": "\ud800"}])):
         path = f"{tmp_path}/{name}.jsonl{suffix}"
@@ -332,7 +337,7 @@ def test_compressed_files_are_read_whole_and_by_line(tmp_path, suffix):
         {"messages": [{"role": "user", "content": "when"}, {"role": "assistant", "content": "2024-01-01"}]},
     ],
 )
-def test_text_that_looks_like_a_date_stays_text(tmp_path, record):
+def test_text_that_looks_like_a_date_stays_text(tmp_path: Path, record: dict[str, Any]) -> None:
     path = write(tmp_path / "a.jsonl", [record, record])
     mixed = write(tmp_path / "b.jsonl", [record, {"id": "x", "prompt": "what", "completion": "it"}, record])
     dates, others = (
@@ -344,7 +349,7 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path, record):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.arrow", "a"])
-def test_a_file_of_another_kind_is_told_which_ones_are_read(tmp_path, name):
+def test_a_file_of_another_kind_is_told_which_ones_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=r"\.jsonl, \.json, \.ndjson, \.parquet"):
         freeze(SourceSection(path=str(tmp_path / name)))
