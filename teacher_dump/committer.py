@@ -2,11 +2,13 @@
 
 import queue
 import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import wait
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from storage_schemas.common.interrupt import in_background
 from storage_schemas.records import CommitRecord
 from storage_schemas.rows import Row
 from storage_schemas.writer import DumpWriter
@@ -25,10 +27,8 @@ class Committer:
         self.lost: set[int] = set()
         """Units that another worker committed first."""
         self._queue: queue.Queue[tuple[int, Sequence[Row]] | None] = queue.Queue(maxsize=_WAITING_UNITS)
-        self._error: BaseException | None = None
         self._abandon = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="commits", daemon=True)
-        self._thread.start()
+        self._done = in_background(self._work)
 
     def __enter__(self) -> Self:
         return self
@@ -41,30 +41,18 @@ class Committer:
 
     def commit(self, unit: int, rows: Sequence[Row]) -> None:
         """Hand a unit over; waits while the queue is full."""
-        while True:
-            self.check()
-            try:
-                self._queue.put((unit, rows), timeout=0.2)
-                return
-            except queue.Full:
-                continue
+        self._put((unit, rows))
 
     def check(self) -> None:
         """Raise what stopped the thread, if something did."""
-        if self._error is not None:
-            raise self._error
+        if self._done.done():
+            self._done.result()
 
     def close(self) -> None:
         """Wait until everything is committed."""
-        while self._thread.is_alive():
-            self.check()
-            try:
-                self._queue.put(None, timeout=0.2)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
-        self.check()
+        if not self._done.done():
+            self._put(None)
+        self._done.result()
 
     def abandon(self, *, seconds: float = 5.0) -> None:
         """Finish the unit under way if that takes no longer than `seconds`, and drop the others.
@@ -72,25 +60,22 @@ class Committer:
         Units that were not committed are computed again by whoever runs next.
         """
         self._abandon.set()
-        deadline = time.monotonic() + seconds
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            try:
-                self._queue.put_nowait(None)
-                break
-            except queue.Full:
-                time.sleep(0.01)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        with suppress(queue.Full):  # Else there is something else that wakes the thread.
+            self._queue.put_nowait(None)
+        wait([self._done], seconds)
+
+    def _put(self, work: tuple[int, Sequence[Row]] | None) -> None:
+        while True:
+            self.check()
+            with suppress(queue.Full):
+                self._queue.put(work, timeout=0.2)
+                return
 
     def _work(self) -> None:
-        try:
-            while (work := self._queue.get()) is not None:
-                if self._abandon.is_set():
-                    return
-                unit, rows = work
-                record = self.writer.commit_unit(unit, rows)
-                if record is None:
-                    self.lost.add(unit)
-                else:
-                    self.won[unit] = record
-        except BaseException as error:
-            self._error = error
+        while (work := self._queue.get()) is not None and not self._abandon.is_set():
+            unit, rows = work
+            record = self.writer.commit_unit(unit, rows)
+            if record is None:
+                self.lost.add(unit)
+            else:
+                self.won[unit] = record

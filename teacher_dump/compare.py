@@ -69,50 +69,49 @@ class _Entries(NamedTuple):
     logprobs: F32
     place: Bool
     """(all entries,) which ones these are."""
+    common: Bool
+    """(entries,) which ones the other targets have, too: in the same order there, as tokens and ids ascend."""
 
-    @classmethod
-    def of(cls, targets: Targets, place: Bool) -> "_Entries":
-        token = np.repeat(np.arange(len(targets)), targets.lengths)
-        return cls(token[place], targets.ids[place], targets.logprobs[place], place)
 
-    def common(self, other: "_Entries") -> tuple[I64, I64]:
-        """Where the entries lie that both have, here and there."""
-        one, two = (each.token << 32 | each.ids for each in (self, other))
-        _, here, there = np.intersect1d(one, two, assume_unique=True, return_indices=True)
-        return here, there
+def _matched(exact: Targets, found: Targets, *, heads: bool) -> tuple[_Entries, _Entries]:
+    """The heads, or the draws, of both."""
+    sides = []
+    for each in (exact, found):
+        place = in_head(each.offsets, each.head_size) == heads
+        token = np.repeat(np.arange(len(each)), each.lengths)[place]
+        sides.append((token, each.ids[place], each.logprobs[place], place))
+    p, q = (token << 32 | ids for token, ids, *_ in sides)
+    return _Entries(*sides[0], np.isin(p, q)), _Entries(*sides[1], np.isin(q, p))
 
 
 def compare(exact: Targets, found: Targets, *, temperatures: Sequence[float] = (1.0,)) -> Compared:
     """Targets of the same tokens: the teacher's, and what shall be like them. Draws only at T = 1."""
     n = len(exact)
-    p_head, q_head = (_Entries.of(each, in_head(each.offsets, each.head_size)) for each in (exact, found))
-    p_in, q_in = p_head.common(q_head)
-    p_alone, q_alone = _without(p_head, p_in), _without(q_head, q_in)
-
+    p_head, q_head = _matched(exact, found, heads=True)
+    token = p_head.token[p_head.common]
     kl = np.zeros((n, len(temperatures)))
     for i, temperature in enumerate(temperatures):
         p, q = (decode(each, temperature_index=i, temperature=temperature) for each in (exact, found))
         log_p, log_q = (each.logprobs[each.in_head].astype(np.float64) for each in (p, q))
-        p_rest = _rest(p.tail_logprob, p_head.token[p_alone], log_p[p_alone])
-        q_rest = _rest(q.tail_logprob, q_head.token[q_alone], log_q[q_alone])
-        common = np.exp(log_p[p_in]) * (log_p[p_in] - log_q[q_in])
-        kl[:, i] = np.bincount(p_head.token[p_in], common, n) + p_rest * np.log(p_rest / q_rest)
+        p_rest, q_rest = _rest(p.tail_logprob, p_head, log_p), _rest(q.tail_logprob, q_head, log_q)
+        log_p, log_q = log_p[p_head.common], log_q[q_head.common]
+        kl[:, i] = np.bincount(token, np.exp(log_p) * (log_p - log_q), n) + p_rest * np.log(p_rest / q_rest)
 
     logprob = np.zeros(n)
-    np.maximum.at(logprob, p_head.token[p_in], np.abs(p_head.logprobs[p_in] - q_head.logprobs[q_in]))
+    np.maximum.at(logprob, token, np.abs(p_head.logprobs[p_head.common] - q_head.logprobs[q_head.common]))
     gap = np.full(n, -np.inf)
-    for one, alone, other in ((p_head, p_alone, q_head), (q_head, q_alone, p_head)):
-        np.maximum.at(gap, one.token[alone], one.logprobs[alone] - _least(other, n)[one.token[alone]])
+    for one, other in ((p_head, q_head), (q_head, p_head)):
+        alone = one.token[~one.common]
+        np.maximum.at(gap, alone, one.logprobs[~one.common] - _least(other, n)[alone])
     drawn, redrawn, drift = np.zeros((3, n))
     if exact.counts is not None and found.counts is not None:
-        p_draws, q_draws = _Entries.of(exact, ~p_head.place), _Entries.of(found, ~q_head.place)
-        p_in, q_in = p_draws.common(q_draws)
+        p_draws, q_draws = _matched(exact, found, heads=False)
         p_counts, q_counts = exact.counts[p_draws.place], found.counts[q_draws.place]
-        token = p_draws.token[p_in]
         drawn += np.maximum(np.bincount(p_draws.token, p_counts, n), np.bincount(q_draws.token, q_counts, n))
-        redrawn += np.bincount(token, np.minimum(p_counts[p_in], q_counts[q_in]), n)
-        off = p_draws.logprobs[p_in].astype(np.float64) - q_draws.logprobs[q_in]
-        drift += np.bincount(token, off * q_counts[q_in], n) / np.maximum(drawn, 1) * np.exp(found.tail_logprob[:, 0])
+        token, times = p_draws.token[p_draws.common], q_counts[q_draws.common]
+        redrawn += np.bincount(token, np.minimum(p_counts[p_draws.common], times), n)
+        off = p_draws.logprobs[p_draws.common].astype(np.float64) - q_draws.logprobs[q_draws.common]
+        drift += np.bincount(token, off * times, n) / np.maximum(drawn, 1) * np.exp(found.tail_logprob[:, 0])
     return Compared(kl, logprob, gap, drawn, redrawn, drift)
 
 
@@ -136,12 +135,11 @@ def problems(
     def say(token: Any, what: str) -> None:
         said.setdefault(int(token), what)
 
-    p_head, q_head = (_Entries.of(each, in_head(each.offsets, each.head_size)) for each in (exact, found))
+    p_head, q_head = _matched(exact, found, heads=True)
     # Rounding moves a log-prob by no more than a quarter of the step per nat.
     least = np.minimum(_least(p_head, n), _least(q_head, n))
     for t in np.flatnonzero(figures.gap > logprob + step / 4 * np.maximum(1.0, -least)):
-        here, there = p_head.ids[p_head.token == t], q_head.ids[q_head.token == t]
-        alone, lacking = np.setdiff1d(there, here), np.setdiff1d(here, there)
+        lacking, alone = (each.ids[~each.common & (each.token == t)] for each in (p_head, q_head))
         say(
             t,
             f"the head has {len(alone)} ids that the teacher has not among its largest, and lacks {len(lacking)}"
@@ -158,18 +156,17 @@ def problems(
 
     kinds = [(p_head, q_head)]
     if found.counts is not None:
-        kinds.append((_Entries.of(exact, ~p_head.place), _Entries.of(found, ~q_head.place)))
+        kinds.append(_matched(exact, found, heads=False))
     for p, q in kinds:
-        p_in, q_in = p.common(q)
-        x, y = p.logprobs[p_in], q.logprobs[q_in]
+        x, y = p.logprobs[p.common], q.logprobs[q.common]
         # Rounding is monotone, so that the bounds are rounded.
         low, high = x - np.float32(logprob), x + np.float32(logprob)
         if step:
             low, high = round_logprobs(low, step), round_logprobs(high, step)
-        wrong = np.flatnonzero((y < low) | (y > high))
+        wrong, entries = np.flatnonzero((y < low) | (y > high)), np.flatnonzero(q.common)
         for i in wrong[np.argsort(-np.abs(x - y)[wrong], kind="stable")]:
-            where = f"the log-prob of id {q.ids[q_in[i]]} is stored"
-            say(q.token[q_in[i]], f"{where} as {y[i]:.4f}, recomputed {x[i]:.4f}")
+            entry = entries[i]
+            say(q.token[entry], f"the log-prob of id {q.ids[entry]} is stored as {y[i]:.4f}, recomputed {x[i]:.4f}")
     wrong = np.isneginf(figures.gap)[:, None] & _off(stored, tails, logprob + _tail_rounding(tails))
     for t, i in np.argwhere(wrong):
         say(t, f"the log tail mass is stored as {stored[t, i]:.4f}, recomputed {tails[t, i]:.4f}")
@@ -183,14 +180,10 @@ def problems(
     return said
 
 
-def _without(entries: _Entries, places: I64) -> I64:
-    return np.setdiff1d(np.arange(len(entries.ids)), places)
-
-
-def _rest(tail: F32, token: I64, logprobs: F64) -> F64:
-    """(n,) mass of the bucket: the tail's, and that of some head entries."""
-    mass = np.exp(tail.astype(np.float64)) + np.bincount(token, np.exp(logprobs), len(tail))
-    return np.maximum(mass, _LEAST_MASS)
+def _rest(tail: F32, head: _Entries, logprobs: F64) -> F64:
+    """(n,) mass of the bucket: the tail's, and that of the entries that only this head has."""
+    alone = np.bincount(head.token[~head.common], np.exp(logprobs[~head.common]), len(tail))
+    return np.maximum(np.exp(tail.astype(np.float64)) + alone, _LEAST_MASS)
 
 
 def _least(head: _Entries, n: int) -> F64:

@@ -6,10 +6,9 @@ import logging
 import os
 import random
 import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.interrupt import in_background
 from storage_schemas.common.signals import StopRequest, stoppable
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.provenance import CorpusIdentity, Provenance, TokenizerIdentity
@@ -175,7 +175,7 @@ def provenance_of(
     vocab = teacher.tokenizer.get_vocab()
     template = teacher.tokenizer.chat_template
     return Provenance(
-        teacher=teacher.identity(),
+        teacher=teacher.identity,
         tokenizer=TokenizerIdentity(
             vocab_size=len(vocab),
             vocab_sha256=vocab_sha256(vocab),
@@ -279,7 +279,7 @@ class UnitWorker:
             starts = np.minimum(np.arange(provenance.units + 1) * provenance.samples_per_unit, len(self.corpus))
             sizes = np.diff(self.corpus.offsets[starts])
             progress = DumpProgress(unit_tokens=sizes, world_size=self.world_size, events=events, console=console)
-            with progress, Committer(self.writer) as commits:
+            with progress.shown(), Committer(self.writer) as commits:
                 self._take_all(commits, progress)
                 commits.close()
                 progress.update(committed=self.writer.committed(), records=commits.won, last=True)
@@ -341,9 +341,7 @@ class UnitWorker:
         """See what others have committed, from time to time. A thread asks: of many units it takes seconds."""
         if self._listing is None:
             if time.monotonic() - self._looked > _LOOK_SECONDS:
-                self._listing = Future()
-                # A daemon, since a store that does not answer must not keep the process.
-                threading.Thread(target=_answer, args=(self._listing, self.writer.committed), daemon=True).start()
+                self._listing = in_background(self.writer.committed)
         elif self._listing.done():
             listing, self._listing = self._listing, None
             self._looked, self._committed = time.monotonic(), listing.result()
@@ -351,13 +349,6 @@ class UnitWorker:
 
 def _by_sample(batch: Sequence[Row], pending: PendingTargets) -> dict[int, Targets | None]:
     return dict(zip((sample.sample_index for sample in batch), pending(), strict=True))
-
-
-def _answer(question: "Future[set[int]]", work: Callable[[], set[int]]) -> None:
-    try:
-        question.set_result(work())
-    except BaseException as error:
-        question.set_exception(error)
 
 
 def refuse_nonfinite(unit: int, nonfinite: Sequence[bool], teacher: Teacher) -> None:

@@ -140,12 +140,12 @@ def plan_dump(
         )
     units = [_encoded(picked, found, recipe) for (found, _), recipe in zip(passes, recipes[1:], strict=True)]
     supervised = int(frozen.loss_mask.sum())
-    lengths, usable = np.diff(frozen.offsets), frozen.statuses.are(OK)
+    lengths, usable = np.diff(frozen.offsets), frozen.have(OK)
     teacher_tokens = int(lengths[usable].sum())
     speed = tokens_per_second or sum(len(s.input_ids) for s in picked if s.status == OK) / passes[0][1]
     return Plan(
         samples=len(frozen),
-        statuses=frozen.statuses.counts(),
+        statuses=frozen.status_counts(),
         units=provenance.units,
         tokens=int(frozen.offsets[-1]),
         teacher_tokens=teacher_tokens,

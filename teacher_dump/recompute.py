@@ -147,7 +147,7 @@ def _report(
 
 def refuse_other_teacher(provenance: Provenance, teacher: Teacher) -> None:
     """Raise MismatchError unless the teacher is the one of run.json, wherever it lies: weights, config and dtype."""
-    here = provenance.model_copy(update={"teacher": teacher.identity(), "made_by": teacher.made_by()})
+    here = provenance.model_copy(update={"teacher": teacher.identity, "made_by": teacher.made_by()})
     if found := provenance.differences_to(here):
         raise MismatchError(
             f"{teacher.section.model} is not the teacher that made the dump: {', '.join(found.keys)}",

@@ -7,8 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from storage_schemas.common.hashes import SETTLED_SECONDS, file_state, this_boot
 from storage_schemas.common.publish import give_name, publish
 from storage_schemas.rows import STATUSES
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Arrays, Columns, mapped, read_journal, whole_parts
+from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Columns, Frozen, mapped, read_journal, whole_parts
 from teacher_dump.corpus.remote import RemoteFile
 from teacher_dump.corpus.sources import Found, Records
 
@@ -35,6 +34,8 @@ _NOT_CONTENT: dict[str, Any] = {
     "sources": {"__all__": {"storage_options"}},
 }
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError)
+"""What reading a damaged corpus may end in."""
 
 
 def cache_folder(section: CorpusSection | None = None) -> Path:
@@ -72,16 +73,6 @@ def corpus_key(
         {name: version(name) for name in ("llm-neo", *_LIBRARIES)},
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frozen:
-    """A frozen corpus, mapped."""
-
-    arrays: Arrays
-    """Its columns."""
-    parts: Sequence[Mapping[str, Any]]
-    """Its journal."""
 
 
 def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> Frozen:
@@ -126,7 +117,7 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
         try:
             shutil.rmtree(target, ignore_errors=True)
             give_name(part, target)
-            _write_proof(target)
+            _write_proof(target, _opened(target)[1])
         except OSError as error:
             log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
         return found
@@ -135,55 +126,52 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
 def _made(folder: Path | None, scratch: Path | None, make: Callable[[Columns], None]) -> Frozen:
     with closing(Columns(folder, scratch=scratch)) as columns:
         make(columns)
-        return Frozen(arrays=columns.arrays(), parts=columns.parts)
+        return columns.frozen()
 
 
 def _proven(folder: Path) -> Frozen | None:
     """A kept corpus whose files are those that were read from end to end since this machine was started."""
-    try:
-        proof = json.loads((folder / _proof_name()).read_bytes())
-        with ExitStack() as stack:
-            files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
-            if {name: file_state(file.fileno()) for name, file in files.items()} != proof:
-                return None
-            found = Frozen(arrays=mapped(files), parts=read_journal(folder))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    log.info("the tokenised corpus is taken from %s", folder)
-    return found
+    with suppress(*_DAMAGE):
+        found, seen = _opened(folder)
+        if seen == json.loads((folder / _proof_name()).read_bytes()):
+            log.info("the tokenised corpus is taken from %s", folder)
+            return found
+    return None
 
 
 def _prove(folder: Path) -> Frozen | None:
     """Read every byte of a kept corpus; None if one of them is not what was written."""
     log.info("the tokenised corpus in %s is read once, to see that it is whole", folder)
     try:
-        seen = _see(folder)
-        parts = whole_parts(folder)
-        if parts == read_journal(folder) and parts[-1]["ends"] == {name: seen[name][1] for name in COLUMNS}:
+        found, seen = _opened(folder)
+        sizes = {name: seen[name][1] for name in COLUMNS}
+        if found.parts == whole_parts(folder) and found.parts[-1]["ends"] == sizes:
             _write_proof(folder, seen)
-            with ExitStack() as stack:
-                files = {name: stack.enter_context((folder / name).open("rb")) for name in COLUMNS}
-                return Frozen(arrays=mapped(files), parts=parts)
+            return found
         reason = "its content has another hash"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGE as error:
         reason = str(error)
     log.warning("%s is damaged (%s); the corpus is tokenised again", folder, reason)
     return None
 
 
-def _write_proof(folder: Path, seen: Mapping[str, Any] | None = None) -> None:
+def _opened(folder: Path) -> tuple[Frozen, dict[str, list[int]]]:
+    """A kept corpus, and the states of the very files that are mapped."""
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
+        frozen = Frozen(arrays=mapped(files), parts=read_journal(folder))
+        return frozen, {name: file_state(file.fileno()) for name, file in files.items()}
+
+
+def _write_proof(folder: Path, seen: Mapping[str, Any]) -> None:
     try:
-        publish(folder / _proof_name(), json.dumps(seen or _see(folder)))
+        publish(folder / _proof_name(), json.dumps(seen))
     except OSError as error:
         log.warning("%s is read again at each start: %s", folder, error)
 
 
 def _proof_name() -> str:
     return f"proven-{this_boot()}.json"
-
-
-def _see(folder: Path) -> dict[str, list[int]]:
-    return {name: file_state(folder / name) for name in (*COLUMNS, JOURNAL)}
 
 
 def _lock(stack: ExitStack, path: Path) -> None:

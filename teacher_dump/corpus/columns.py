@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -57,6 +57,15 @@ class Part:
     """What is wrong with samples that cannot be used."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """Columns, mapped."""
+
+    arrays: Arrays
+    parts: Sequence[Mapping[str, Any]]
+    """Lines of their journal."""
+
+
 def joined(parts: Sequence[Part]) -> Part:
     """One part after the other."""
     names = [each.name for each in fields(Part) if each.name != "problems"]
@@ -72,25 +81,17 @@ class Columns:
     """
 
     def __init__(self, folder: Path | None, *, scratch: Path | None = None) -> None:
-        self.parts: list[dict[str, Any]] = []
+        self._keeps, self._where = folder is not None, folder or scratch or tempfile.gettempdir()
+        self.parts = whole_parts(folder) if folder else []
         """Lines of the journal."""
-        self._journal: BinaryIO | None = None
         self._files: dict[str, BinaryIO] = {}
-        if folder is None:
-            self._where: Path | str = scratch or tempfile.gettempdir()
-            with self._room():
-                for name in COLUMNS:
-                    self._files[name] = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
-            return
-        self._where = folder
-        self.parts = whole_parts(folder)
-        lines = b"".join(_line(part) for part in self.parts)
-        with self._room():
+        lines = b"".join(map(_line, self.parts))
+        with self._room(), nullcontext(folder) if folder else tempfile.TemporaryDirectory(dir=scratch) as place:
             for name, end in (*self._ends.items(), (JOURNAL, len(lines))):
-                self._files[name] = open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b")  # noqa: SIM115
+                number = os.open(Path(place) / name, os.O_RDWR | os.O_CREAT, 0o644)
+                self._files[name] = open(number, "r+b")  # noqa: SIM115
                 self._files[name].truncate(end)
                 self._files[name].seek(end)
-        self._journal = self._files.pop(JOURNAL)
 
     def append(self, part: Part, **note: Any) -> None:
         """Add the samples of a part; `note` is kept in the journal with it.
@@ -112,9 +113,9 @@ class Columns:
             TemporaryError: the disk is full.
         """
         self._append({}, note)
-        if self._journal is not None:
+        if self._keeps:
             with self._room():
-                for file in (*self._files.values(), self._journal):
+                for file in self._files.values():
                     os.fsync(file.fileno())
 
     def _append(self, blocks: Arrays, note: Mapping[str, Any]) -> None:
@@ -122,14 +123,12 @@ class Columns:
         with self._room():
             for name, block in blocks.items():
                 self._files[name].write(block.data)
+                self._files[name].flush()
                 ends[name] += block.nbytes
             line = {**note, "ends": ends}
             line["sha256"] = _hash(line, blocks.values())
-            for file in self._files.values():
-                file.flush()
-            if self._journal is not None:
-                self._journal.write(_line(line))
-                self._journal.flush()
+            self._files[JOURNAL].write(_line(line))
+            self._files[JOURNAL].flush()
         self.parts.append(line)
 
     @contextmanager
@@ -144,13 +143,13 @@ class Columns:
                 fix="free space, or set corpus.cache_dir; then run the same command again",
             ) from error
 
-    def arrays(self) -> Arrays:
-        """All that is there, mapped."""
-        return mapped(self._files)
+    def frozen(self) -> Frozen:
+        """All that is there."""
+        return Frozen(arrays=mapped(self._files), parts=self.parts)
 
     def close(self) -> None:
         """Close the files; what is mapped stays."""
-        for file in (*self._files.values(), *([self._journal] if self._journal else [])):
+        for file in self._files.values():
             with suppress(OSError):  # What found no room was told; it is tried once more here.
                 file.close()
 
@@ -187,41 +186,26 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
 
 def whole_parts(folder: Path) -> list[dict[str, Any]]:
     """The leading parts of a folder whose content is what was written; every byte of it is read."""
-    lines = list(_journal_lines(folder / JOURNAL))
-    if not lines or any(not (folder / name).is_file() for name in COLUMNS):
+    if any(not (folder / name).is_file() for name in (*COLUMNS, JOURNAL)):
         return []
-    starts = [dict.fromkeys(COLUMNS, 0), *(line["ends"] for line in lines)]
-    files = {name: (folder / name).open("rb") for name in COLUMNS}
+    lines: list[dict[str, Any]] = []
+    with suppress(ValueError):  # Who was killed may have written half a line.
+        for line in (folder / JOURNAL).read_bytes().splitlines():
+            lines.append(json.loads(line))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("rb")) for name in COLUMNS}
 
-    def whole(start: Mapping[str, int], line: dict[str, Any]) -> bool:
-        blocks = [_block(files[name], start[name], line["ends"][name]) for name in COLUMNS]
-        rest = {name: value for name, value in line.items() if name != "sha256"}
-        return bool(_hash(rest, blocks) == line["sha256"])
+        def is_whole(before: Any, line: Any) -> bool:
+            try:
+                starts = before["ends"] if before else dict.fromkeys(COLUMNS, 0)
+                blocks = [_block(files[name], starts[name], line["ends"][name]) for name in COLUMNS]
+                return bool(_hash({name: line[name] for name in line if name != "sha256"}, blocks) == line["sha256"])
+            except (KeyError, TypeError, ValueError, OverflowError):
+                return False
 
-    try:
-        with ThreadPoolExecutor(min(8, usable_cores())) as pool:
-            good = pool.map(lambda pair: whole(*pair), zip(starts[:-1], lines, strict=True))
-            return [line for line, _ in takewhile(lambda pair: pair[1], zip(lines, good, strict=True))]
-    finally:
-        for file in files.values():
-            file.close()
-
-
-def _journal_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a journal, as far as they have the form of one."""
-    previous = dict.fromkeys(COLUMNS, 0)
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            part = json.loads(line)
-            ends = part["ends"]
-            if _line(part) != line + b"\n" or ends.keys() != previous.keys():
-                return
-            if not all(type(ends[name]) is int and ends[name] >= previous[name] for name in COLUMNS):
-                return
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return
-        previous = ends
-        yield part
+        pool = stack.enter_context(ThreadPoolExecutor(min(8, usable_cores())))
+        whole = pool.map(is_whole, [None, *lines[:-1]], lines)
+        return [line for line, good in takewhile(lambda pair: pair[1], zip(lines, whole, strict=True))]
 
 
 def _block(file: BinaryIO, start: int, end: int) -> bytes:

@@ -87,17 +87,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and what shall follow it, without a template."""
+    """A text without a template: a prompt and what shall follow it, or plain text, which follows nothing."""
 
-    prompt: str
+    prompt: str | None
     completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Plain text."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +102,7 @@ class Pretokenised:
     """One per token; None: every token but the first is supervised."""
 
 
-Record = Conversation | Completion | Document | Pretokenised
+Record = Conversation | Completion | Pretokenised
 
 
 def fitting_format(columns: Collection[str]) -> str | None:
@@ -187,7 +180,7 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
             return Completion(prompt, completion) if completion else None
         case "text":
             text = _text(record["text"], "text")
-            return Document(text) if text else None
+            return Completion(None, text) if text else None
         case "tokens":
             return _tokens(record)
         case _:

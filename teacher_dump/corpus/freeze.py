@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,8 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG, Row
 from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus.cache import Frozen, cache_folder, corpus_key, is_looked_up, kept
-from teacher_dump.corpus.columns import Columns, Part, joined
+from teacher_dump.corpus.cache import cache_folder, corpus_key, is_looked_up, kept
+from teacher_dump.corpus.columns import Columns, Frozen, Part, joined
 from teacher_dump.corpus.masks import Tokens, Unusable
 from teacher_dump.corpus.pool import Pool, chunked
 from teacher_dump.corpus.sources import RawRecord, Records, find_source, open_source, read_source
@@ -38,74 +38,10 @@ _NAMED = 5
 _STRIDE = 2**20
 
 
-class Ids(Sequence[str]):
-    """Texts in flat arrays; equal to a list of the same texts."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, data: npt.NDArray[np.uint8], offsets: I64) -> None:
-        self._data, self._offsets = data, offsets
-
-    def __len__(self) -> int:
-        return max(0, len(self._offsets) - 1)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
-        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-
-class Statuses(Sequence[str]):
-    """Statuses as one byte each; equal to a list of the same names."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, codes: npt.NDArray[np.uint8]) -> None:
-        self._codes = codes
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Statuses": ...
-    def __getitem__(self, index: int | slice) -> "str | Statuses":
-        return Statuses(self._codes[index]) if isinstance(index, slice) else STATUSES[self._codes[index]]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def are(self, status: str) -> npt.NDArray[np.bool_]:
-        """(samples,) which samples have it."""
-        return np.equal(self._codes, STATUSES.index(status))
-
-    def count(self, status: str) -> int:
-        """How many samples have it."""
-        return int(np.count_nonzero(self.are(status)))
-
-    def counts(self) -> dict[str, int]:
-        """How many samples have each status that there is, by name."""
-        found = np.bincount(self._codes, minlength=len(STATUSES)).tolist()
-        return {status: n for status, n in sorted(zip(STATUSES, found, strict=True)) if n}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
     """All samples in flat arrays: sample i owns tokens offsets[i]:offsets[i + 1]."""
 
-    sample_ids: Ids
-    """(samples,) ids are the user's and need not be unique."""
-    statuses: Statuses
-    """(samples,)"""
     offsets: I64
     """(samples + 1,)"""
     input_ids: I32
@@ -114,6 +50,13 @@ class Corpus:
     """(tokens,)"""
     lengths: I64
     """(samples,) tokens of each before it was cut or dropped."""
+    statuses: npt.NDArray[np.uint8]
+    """(samples,) place of each status in STATUSES."""
+    id_offsets: I64
+    """(samples + 1,)"""
+    id_bytes: npt.NDArray[np.uint8]
+    """(bytes,) sample i has the id id_offsets[i]:id_offsets[i + 1], in UTF-8. Ids are the user's and need not be
+    unique."""
     source_samples: list[int]
     """Samples of each source, in order."""
     problems: list[list[str]]
@@ -122,18 +65,27 @@ class Corpus:
     """Hash over every sample's id, status, token ids and loss mask, in order."""
 
     def __len__(self) -> int:
-        return len(self.sample_ids)
+        return len(self.statuses)
 
     def sample(self, index: int) -> Row:
         """Sample `index`, sharing memory; it has no targets yet."""
         tokens = slice(self.offsets[index], self.offsets[index + 1])
         return Row(
             sample_index=index,
-            sample_id=self.sample_ids[index],
-            status=self.statuses[index],
+            sample_id=self.id_bytes[self.id_offsets[index] : self.id_offsets[index + 1]].tobytes().decode(),
+            status=STATUSES[self.statuses[index]],
             input_ids=self.input_ids[tokens],
             loss_mask=self.loss_mask[tokens],
         )
+
+    def have(self, status: str) -> npt.NDArray[np.bool_]:
+        """(samples,) which samples have a status."""
+        return np.equal(self.statuses, STATUSES.index(status))
+
+    def status_counts(self, samples: slice = slice(None)) -> dict[str, int]:
+        """How many samples, of all or of some, have each status that there is, by name."""
+        found = np.bincount(self.statuses[samples], minlength=len(STATUSES)).tolist()
+        return {status: n for status, n in sorted(zip(STATUSES, found, strict=True)) if n}
 
     def tokens(self, samples: range) -> int:
         """Number of tokens of a range of samples."""
@@ -144,7 +96,7 @@ class Corpus:
         """Samples that were cut to the longest allowed length."""
         starts = range(0, len(self), _STRIDE)
         cut = (np.diff(self.offsets[i : i + _STRIDE + 1]) < self.lengths[i : i + _STRIDE] for i in starts)
-        return sum(map(np.count_nonzero, cut)) - self.statuses.count(TOO_LONG)
+        return sum(map(np.count_nonzero, cut)) - int(np.count_nonzero(self.have(TOO_LONG)))
 
     @property
     def longest(self) -> int:
@@ -161,7 +113,7 @@ def freeze_corpus(
     Args:
         section: sources, mask and length policy.
         tokenizer: the teacher's fast tokenizer.
-        head_size: rows of the teacher's LM head; pre-tokenised ids must be below it.
+        lm_head_rows: rows of the teacher's LM head; pre-tokenised ids must be below it.
         check: called often; may raise to stop.
 
     Raises:
@@ -176,11 +128,9 @@ def freeze_corpus(
         return open_source(section.sources[number], found[number], seed=section.seed, cache=cache)
 
     def make(columns: Columns) -> None:
-        digest = hashlib.sha256()
-        earlier = _corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found))
-        for i in range(len(earlier)):
-            _hash(digest, earlier.sample(i))
-        done = earlier.source_samples
+        corpus = _corpus(columns.frozen(), len(found))
+        done, digest = corpus.source_samples, hashlib.sha256()
+        _hash(digest, corpus, first=0)
         records = [opened.get(number) or records_of(number) for number in range(len(found))]
         work = partial(_tokenise_part, tokenizer=tokenizer, section=section, lm_head_rows=lm_head_rows)
         left = sum(each.used for each in records) - sum(done)
@@ -189,9 +139,9 @@ def freeze_corpus(
                 raw = islice(read_source(source, each), done[number], None)
                 for part in _larger(pool.map(chunked(raw, _BATCH)), check):
                     columns.append(part, source=number, problems=part.problems[:_NAMED])
-                    for sample in _samples(part):
-                        _hash(digest, sample)
-        _refuse_useless(_corpus(Frozen(arrays=columns.arrays(), parts=columns.parts), len(found)))
+                    hashed, corpus = len(corpus), _corpus(columns.frozen(), len(found))
+                    _hash(digest, corpus, first=hashed)
+        _refuse_useless(corpus)
         columns.finish(fingerprint=digest.hexdigest())
 
     opened = {number: records_of(number) for number, source in enumerate(found) if is_looked_up(source)}
@@ -214,7 +164,7 @@ def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
     """Name the records that cannot be used; DataError where a source holds more of them than is allowed."""
     first = 0
     for source, samples, problems in zip(section.sources, corpus.source_samples, corpus.problems, strict=True):
-        bad = corpus.statuses[first : first + samples].count(INVALID_TEXT)
+        bad = corpus.status_counts(slice(first, first + samples)).get(INVALID_TEXT, 0)
         first += samples
         share = section.max_bad_share
         if not bad:
@@ -231,7 +181,6 @@ def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
 
 
 def _corpus(frozen: Frozen, sources: int) -> Corpus:
-    arrays = dict(frozen.arrays)
     samples, problems = [0] * sources, [list[str]() for _ in range(sources)]
     seen = 0
     for part in frozen.parts:
@@ -240,14 +189,8 @@ def _corpus(frozen: Frozen, sources: int) -> Corpus:
             samples[source] += stop - seen
             problems[source] = [*problems[source], *part["problems"]][:_NAMED]
             seen = stop
-    return Corpus(
-        sample_ids=Ids(arrays.pop("id_bytes"), arrays.pop("id_offsets")),
-        statuses=Statuses(arrays.pop("statuses")),
-        source_samples=samples,
-        problems=problems,
-        fingerprint=frozen.parts[-1].get("fingerprint", "") if frozen.parts else "",
-        **arrays,
-    )
+    fingerprint = frozen.parts[-1].get("fingerprint", "") if frozen.parts else ""
+    return Corpus(source_samples=samples, problems=problems, fingerprint=fingerprint, **frozen.arrays)
 
 
 def _processes(section: CorpusSection, records: int) -> int:
@@ -273,35 +216,21 @@ def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
             return
 
 
-def _samples(part: Part) -> Iterator[Row]:
-    ids = Ids(part.id_bytes, _offsets(part.id_sizes))
-    offsets = _offsets(part.sizes)
-    for i, code in enumerate(part.statuses.tolist()):
-        tokens = slice(offsets[i], offsets[i + 1])
-        yield Row(
-            sample_index=i,
-            sample_id=ids[i],
-            status=STATUSES[code],
-            input_ids=part.input_ids[tokens],
-            loss_mask=part.loss_mask[tokens],
-        )
-
-
-def _offsets(sizes: I64) -> I64:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-
-def _hash(digest: "hashlib._Hash", sample: Row) -> None:
-    head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
-    digest.update(head.encode() + b"\n")
-    digest.update(sample.input_ids.astype("<i4").tobytes())
-    digest.update(sample.loss_mask.tobytes())
+def _hash(digest: "hashlib._Hash", corpus: Corpus, *, first: int) -> None:
+    """Go on with the fingerprint at sample `first`."""
+    for i in range(first, len(corpus)):
+        sample = corpus.sample(i)
+        head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
+        digest.update(head.encode() + b"\n")
+        digest.update(sample.input_ids.astype("<i4").tobytes())
+        digest.update(sample.loss_mask.tobytes())
 
 
 def _refuse_useless(corpus: Corpus) -> None:
-    if corpus.statuses.count(OK):
+    counts = corpus.status_counts()
+    if OK in counts:
         return
-    found = ", ".join(f"{n} {status}" for status, n in corpus.statuses.counts().items()) or "no records"
+    found = ", ".join(f"{n} {status}" for status, n in counts.items()) or "no records"
     raise DataError(
         "no sample of the corpus can be used",
         got="; ".join([found, *(problem for problems in corpus.problems for problem in problems)]),

@@ -20,8 +20,8 @@ def refuse_shared(corpus: Corpus, heldout: Corpus) -> None:
     Raises:
         DataError: each of the two holds all that the other holds.
     """
-    theirs = {_body(heldout, i): 0 for i in np.flatnonzero(heldout.statuses.are(OK)).tolist()}
-    usable = corpus.statuses.are(OK)
+    theirs = {_body(heldout, i): 0 for i in np.flatnonzero(heldout.have(OK)).tolist()}
+    usable = corpus.have(OK)
     # Sums first: no loop over the samples of a large corpus.
     likely = np.flatnonzero(np.isin(_sums(corpus), _sums(heldout)) & usable).tolist()
     shared = [body for body in (_body(corpus, i) for i in likely) if body in theirs]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from storage_schemas.common.errors import DataError, NeoError
-from teacher_dump.corpus.formats import Completion, Conversation, Document, Message
+from teacher_dump.corpus.formats import Completion, Conversation, Message
 from teacher_dump.corpus.turns import Span, Special, assistant_spans, next_turn
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ _ALWAYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id"}
 """Keys of a message that a template may leave out for good reasons."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
 _CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') "
     "| replace('%m', '07') | replace('%Y', '2024') | replace('%y', '24') | replace('%A', 'Friday') "
@@ -87,53 +85,57 @@ def tokenise_conversations(
             for conversation, text in zip(conversations, rendered, strict=True)
         ]
     spans: list[list[Span]] = [[] for _ in conversations]
-    for i, (each, text) in enumerate(zip(conversations, rendered, strict=True)):
+    for i, (conversation, text) in enumerate(zip(conversations, rendered, strict=True)):
         if isinstance(text, Unusable):
             continue
         if mask == "all":
             spans[i] = [(0, len(text))]
             continue
-
-        def render(messages: list[Message], prompt: bool, each: Conversation = each) -> str | None:
-            text = _render(tokenizer, template, each, messages, add_generation_prompt=prompt)
-            return text if isinstance(text, str) else None
-
         try:
-            beside = Special(special, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-            spans[i] = assistant_spans(render, each.messages, text, special=beside, silent=each.silent)
-            if spans[i] and spans[i][-1][1] == len(text):
-                # GLM-4.5's turns end where the next one begins; the last one would teach no end.
-                text += next_turn(render, each.messages, text, beside)
-                rendered[i], spans[i][-1] = text, (spans[i][-1][0], len(text))
+            rendered[i], spans[i] = _located(tokenizer, template, conversation, text, special)
         except DataError as error:
             rendered[i] = Unusable.of(error)
     # The template writes the special tokens itself, so the tokenizer must not add them a second time.
     return _tokenise(tokenizer, rendered, spans, add_special_tokens=False)
 
 
+def _located(
+    tokenizer: Any, template: str, conversation: Conversation, text: str, tokens: set[str]
+) -> tuple[str, list[Span]]:
+    """A rendered conversation with the spans of the assistant's turns; as `assistant_spans`."""
+
+    def render(messages: list[Message], prompt: bool) -> str | None:
+        found = _render(tokenizer, template, conversation, messages, add_generation_prompt=prompt)
+        return found if isinstance(found, str) else None
+
+    messages, silent = conversation.messages, conversation.silent
+    special = Special(tokens, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    spans = assistant_spans(render, messages, text, special=special, silent=silent)
+    if spans and spans[-1][1] == len(text):
+        # GLM-4.5's turns end where the next one begins; the last one would teach no end.
+        text += next_turn(render, messages, text, special)
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
 def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask: str) -> list[Tokens | Unusable]:
-    """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised."""
-    texts = [valid_text(text) for text in _ended(tokenizer, [record.prompt + record.completion for record in records])]
-    spans = [
-        [(0 if mask == "all" else len(record.prompt), len(text) if isinstance(text, str) else 0)]
-        for record, text in zip(records, texts, strict=True)
-    ]
-    return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
+    """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised.
 
-
-def tokenise_documents(tokenizer: Any, records: Sequence[Document]) -> list[Tokens | Unusable]:
-    """Plain texts with an end-of-text token; every token but the first is supervised."""
-    texts = [valid_text(text) for text in _ended(tokenizer, [record.text for record in records])]
-    spans = [[(0, len(text) if isinstance(text, str) else 0)] for text in texts]
-    return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
-
-
-def _ended(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Texts with an end-of-text token; empty ones, and those of a tokenizer that appends it by itself, as they are."""
+    A tokenizer may append the end-of-text token by itself.
+    """
     eos = tokenizer.eos_token or ""
     if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         eos = ""
-    return [text + eos if text and not text.endswith(eos) else text for text in texts]
+    texts: list[str | Unusable] = []
+    spans: list[list[Span]] = []
+    for record in records:
+        prompt = record.prompt or ""
+        text = prompt + record.completion
+        if text and not text.endswith(eos):
+            text += eos
+        texts.append(valid_text(text))
+        spans.append([(0 if mask == "all" else len(prompt), len(text))])
+    return _tokenise(tokenizer, texts, spans, add_special_tokens=True)
 
 
 def marks_generation(template: str) -> bool:

@@ -141,13 +141,13 @@ def preview(
     corpus = freeze_corpus(lenient, tokenizer, lm_head_rows=lm_head_rows)
     if row is not None and row >= len(corpus):
         raise UsageError("no such row in this corpus", got=row, expected=f"0 to {len(corpus) - 1}")
-    usable = np.flatnonzero(corpus.statuses.are(OK))
+    usable = np.flatnonzero(corpus.have(OK))
     spaced = usable[np.unique(np.linspace(0, len(usable) - 1, min(samples, len(usable))).astype(int))]
     chosen = [row] if row is not None else spaced.tolist()
     edges = np.concatenate([[0], np.cumsum(corpus.source_samples)])
     sources, templated = [], False
     for source, first, last, problems in zip(section.sources, edges[:-1], edges[1:], corpus.problems, strict=True):
-        view, conversation = _source(source, section, corpus.statuses[first:last].counts(), problems)
+        view, conversation = _source(source, section, corpus.status_counts(slice(first, last)), problems)
         sources.append(view)
         templated |= conversation
     paths = [source.path for source in section.sources]
@@ -168,7 +168,7 @@ def _whole(
     longer = stops - starts > 1
     twice = (corpus.input_ids[starts[longer]] == bos) & (corpus.input_ids[starts[longer] + 1] == bos)
     sums = np.concatenate([[0], np.cumsum(corpus.loss_mask, dtype=np.int64)])
-    usable = corpus.statuses.are(OK)
+    usable = corpus.have(OK)
     supervised, tokens = (sums[stops] - sums[starts])[usable], (stops - starts)[usable]
     bodies = {_body(corpus, i) for i in np.flatnonzero(usable).tolist()}
     return Preview(
@@ -176,7 +176,7 @@ def _whole(
         sources=sources,
         samples=len(corpus),
         duplicates=int(usable.sum()) - len(bodies),
-        statuses=corpus.statuses.counts(),
+        statuses=corpus.status_counts(),
         mask=section.mask,
         template=template,
         begins_with_bos=0 if bos is None else int((first == bos).sum()),
@@ -205,7 +205,7 @@ def _ends(corpus: Corpus, tokenizer: Any) -> dict[str, int]:
 
 def _empty(corpus: Corpus) -> dict[str, int]:
     """Why nothing of a sample is supervised, where it can be told."""
-    empty = corpus.statuses.are(EMPTY)
+    empty = corpus.have(EMPTY)
     kept = np.diff(corpus.offsets)
     found = {
         "without content": int((empty & (corpus.lengths == 0)).sum()),

@@ -120,7 +120,12 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
         seen[kind] += 1
         decisive, odd = unread_columns(record, kind)
         if decisive:
-            raise _unread(source, kind, decisive, where)
+            raise DataError(
+                f"{where}: a column decides what the sample is, and format `{kind}` does not read it",
+                got=", ".join(sorted(decisive)),
+                expected="columns that are read, or that do not matter",
+                fix="convert the records, or name the column in ignore_columns of this source",
+            )
         if odd := odd - unknown:
             unknown |= odd
             log.warning("%s: columns that format `%s` does not read: %s", where, kind, ", ".join(sorted(odd)))
@@ -128,15 +133,6 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
     if len(seen) > 1:
         counted = ", ".join(f"{count} {kind}" for kind, count in seen.most_common())
         log.warning("%s holds records of several formats: %s", source.path, counted)
-
-
-def _unread(source: SourceSection, kind: str, columns: set[str], where: str) -> DataError:
-    return DataError(
-        f"{where}: a column decides what the sample is, and format `{kind}` does not read it",
-        got=", ".join(sorted(columns)),
-        expected="columns that are read, or that do not matter",
-        fix="convert the records, or name the column in ignore_columns of this source",
-    )
 
 
 def _kind(record: Mapping[str, Any], usual: str) -> str:

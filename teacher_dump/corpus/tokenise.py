@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from storage_schemas.common.errors import DataError
-from teacher_dump.corpus.formats import Completion, Conversation, Document, Pretokenised, Record, normalise
-from teacher_dump.corpus.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations, tokenise_documents
+from teacher_dump.corpus.formats import Completion, Conversation, Pretokenised, Record, normalise
+from teacher_dump.corpus.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations
 from teacher_dump.corpus.sources import RawRecord
 
 NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
@@ -48,16 +48,11 @@ def _form(record: RawRecord, kind: str) -> Record | Unusable | None:
 
 def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) -> Iterator[Tokens | Unusable]:
     """One result per form, in order; forms of one kind are tokenised together, which is several times faster."""
-    conversations = [form for form in forms if isinstance(form, Conversation)]
-    completions = [form for form in forms if isinstance(form, Completion)]
-    documents = [form for form in forms if isinstance(form, Document)]
     results: dict[type, Iterator[Tokens | Unusable]] = {}
-    if conversations:
+    if conversations := [form for form in forms if isinstance(form, Conversation)]:
         results[Conversation] = iter(tokenise_conversations(tokenizer, conversations, mask=mask))
-    if completions:
+    if completions := [form for form in forms if isinstance(form, Completion)]:
         results[Completion] = iter(tokenise_completions(tokenizer, completions, mask=mask))
-    if documents:
-        results[Document] = iter(tokenise_documents(tokenizer, documents))
     for form in forms:
         if form is None:
             yield NOTHING
@@ -88,9 +83,7 @@ def _content_hash(form: Record | Unusable | None) -> str:
         case Conversation(messages, tools, options, silent):
             content = [messages, tools, options, silent] if tools or options or silent else messages
         case Completion(prompt, completion):
-            content = [prompt, completion]
-        case Document(text):
-            content = text
+            content = completion if prompt is None else [prompt, completion]
         case Pretokenised(input_ids, loss_mask):
             content = [list(input_ids), None if loss_mask is None else list(loss_mask)]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)

@@ -38,9 +38,8 @@ def assistant_spans(
     A turn begins where the generation prompt ends, which is where the model would begin to write, and includes its
     end-of-turn token with the white space before it: the first special token, or the tokenizer's end of text if that
     follows at once; where turns have no end of their own, the next one's first token, at which generation stops. Where
-    history is rendered without the generation prompt's own
-    opening (such as `<think>`), it begins with the answer. Tool calls belong to the turn. A turn that nothing precedes
-    answers nothing and is not in the list.
+    history is rendered without the generation prompt's own opening (such as `<think>`), it begins with the answer.
+    Tool calls belong to the turn. A turn that nothing precedes answers nothing and is not in the list.
 
     Args:
         render: the chat template.
@@ -74,7 +73,7 @@ def _turn(render: Render, messages: list[Message], i: int, text: str, special: S
     alone = after
     if i + 1 < len(messages):
         _, alone = _cut(render(marked[: i + 1], False), mark, messages, i)
-    return start, stop + len(_end_of_turn(after, alone, special, provenance=bool(calls)))
+    return start, stop + len(_end_of_turn(after, alone, special, take_all=bool(calls)))
 
 
 def _start(render: Render, messages: list[Message], i: int, text: str, before: str, mark: str) -> int:
@@ -112,14 +111,14 @@ def _beginning(after: str, special: Special) -> str:
     return after[:end] if end else ""
 
 
-def _end_of_turn(after: str, alone: str, special: Special, *, provenance: bool) -> str:
+def _end_of_turn(after: str, alone: str, special: Special, *, take_all: bool) -> str:
     """What ends a turn: up to a special token that follows it here and where nothing comes after it.
 
     Args:
         after: what follows the turn in this conversation.
         alone: what follows it when it is the last one; without a special token there, all of it but white space.
         special: special tokens; those that follow at once are taken as far as the end of text, if that is among them.
-        run: take all that follow at once: tool calls are closed by several.
+        take_all: take all that follow at once: tool calls are closed by several.
     """
     end = _special_end(alone, 0, special.tokens, anywhere=True)
     if end is None:
@@ -134,7 +133,7 @@ def _end_of_turn(after: str, alone: str, special: Special, *, provenance: bool) 
     if not stops:
         return ""
     ended = next((stop for stop in stops if special.eos and alone[:stop].endswith(special.eos)), stops[0])
-    return alone[: stops[-1] if provenance else ended]
+    return alone[: stops[-1] if take_all else ended]
 
 
 def _special_end(text: str, start: int, special: Collection[str], *, anywhere: bool) -> int | None:

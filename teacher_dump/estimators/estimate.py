@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.config import Estimator, Sampled, TopK
 from storage_schemas.targets import I64, Targets
 from teacher_dump.estimators.draws import uniforms
 from teacher_dump.estimators.selection import draw_from_weights, largest
@@ -67,30 +67,19 @@ class _Head:
     """Of all z / T."""
 
 
-def draws_per_token(estimator: Estimator) -> int:
-    """How many uniform numbers a token needs."""
-    match estimator:
-        case TopK():
-            return 0
-        case Adaptive():
-            return 1
-        case Sampled():
-            return estimator.draws
-
-
 def estimate(
     logits: Logits, estimator: Estimator, *, temperatures: Sequence[float], sample_index: I64, position: I64
 ) -> Entries:
     """Targets of n tokens; `sample_index` and `position` (n,) say which, for the draws. Leaves no logits behind."""
     if isinstance(estimator, TopK):
         return topk(logits, k=estimator.k, mass=estimator.mass, temperatures=temperatures)
-    u = uniforms(estimator.seed, sample_index, position, draws=draws_per_token(estimator))
-    u_device = on_device(u, logits.device)
+    draws = estimator.draws if isinstance(estimator, Sampled) else 1
+    u = on_device(uniforms(estimator.seed, sample_index, position, draws=draws), logits.device)
     if isinstance(estimator, Sampled):
-        return sampled(logits, u_device, temperatures=temperatures)
+        return sampled(logits, u, temperatures=temperatures)
     return adaptive(
         logits,
-        u_device[:, 0],
+        u[:, 0],
         mass=estimator.mass,
         k_min=estimator.k_min,
         k_max=estimator.k_max,

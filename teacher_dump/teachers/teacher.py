@@ -31,8 +31,6 @@ from teacher_dump.teachers.products import Float32Results, linear
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Value of `teacher.dtype` -> torch's."""
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits that exist at a time: little memory, and enough to keep the matrix product busy."""
 _MEMORY_ADVICE = (
@@ -174,7 +172,7 @@ class Teacher:
 
     def read_weights(self, **options: Any) -> Any:
         """The model as transformers reads it, with options that say where to put it."""
-        dtype = DTYPES[self.section.dtype]
+        dtype = getattr(torch, self.section.dtype)
         return self.from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **options)
 
     @property
@@ -200,10 +198,6 @@ class Teacher:
 
     def close(self) -> None:
         """Let go of what must not be left to the interpreter's exit."""
-
-    def identity(self) -> TeacherIdentity:
-        """Who the teacher is, from its files alone."""
-        return self._identity
 
     def batches(self, samples: Sequence[Row]) -> list[list[Row]]:
         """Samples that go through the model together: of like length, within the budget of padded tokens."""
@@ -243,7 +237,8 @@ class Teacher:
         return lambda: [found for part in parts for found in part()]
 
     @cached_property
-    def _identity(self) -> TeacherIdentity:
+    def identity(self) -> TeacherIdentity:
+        """Who the teacher is, from its files alone."""
         return TeacherIdentity(
             config_sha256=self.files.config_sha256(),
             weights_sha256=self.files.weights_sha256(),

@@ -13,19 +13,19 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 
 from storage_schemas.common.errors import MismatchError, TemporaryError, first_line
+from storage_schemas.common.interrupt import in_background
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
 from storage_schemas.rows import OK, Row
@@ -133,9 +133,8 @@ class VllmTeacher(Teacher):
             self._open(provenance.max_entries, provenance.corpus.max_length)
             return
         samples = check_samples(corpus, self.section.vllm_check_samples)
-        recipe = replace(
-            provenance.recipe, masked_from=None
-        )  # The two mask in different ways, see docs/design/teacher.md.
+        # The two mask in different ways, see docs/design/teacher.md.
+        recipe = replace(provenance.recipe, masked_from=None)
         # The reference comes first and leaves: the engine takes the memory that it finds free.
         expected = _reference(self.section, samples, recipe)
         self._open(provenance.max_entries, provenance.corpus.max_length)
@@ -187,30 +186,21 @@ class VllmTeacher(Teacher):
             max_tokens=1, temperature=0.0, prompt_logprobs=k, flat_logprobs=True, detokenize=False
         )
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answer: SimpleQueue[Any] = SimpleQueue()
-
-        def generate(engine: Any) -> None:
-            try:
-                answer.put(engine.generate(asked, parameters, use_tqdm=False))
-            except Exception as error:
-                answer.put(error)
-
         # A daemon, because `generate` waits for ever for an engine whose process was killed (seen with 0.32.0).
-        Thread(target=generate, args=(self._engine,), name="vllm", daemon=True).start()
-        outputs = self._wait(answer)
-        if isinstance(outputs, Exception):
-            raise self._explain(outputs) from outputs
+        answer = in_background(lambda: self._engine.generate(asked, parameters, use_tqdm=False))
+        try:
+            outputs = self._wait(answer)
+        except Exception as error:
+            raise self._explain(error) from error
         self._answered = True
         return [output.prompt_logprobs for output in outputs]
 
-    def _wait(self, answer: "SimpleQueue[Any]") -> Any:
-        """What is put into the queue, or an error if the engine is gone before."""
-        while True:
-            try:
-                return answer.get(timeout=_LOOK_SECONDS)
-            except Empty:
-                if not all(process.is_alive() for process in self._processes):
-                    return RuntimeError("its process is gone, as after a kill for want of memory")
+    def _wait(self, answer: "Future[Any]") -> Any:
+        """What the engine answers, or an error if it is gone before."""
+        while not wait([answer], _LOOK_SECONDS).done:
+            if not all(process.is_alive() for process in self._processes):
+                raise RuntimeError("its process is gone, as after a kill for want of memory")
+        return answer.result()
 
     def _open(self, k: int, tokens: int) -> None:
         """Start the engine, unless one runs that gives k entries per token for prompts of this length."""
@@ -266,7 +256,7 @@ class VllmTeacher(Teacher):
 
 def check_samples(corpus: Corpus, count: int) -> list[Row]:
     """Up to `count` usable samples, from the shortest to the longest in even steps of rank."""
-    usable = np.flatnonzero(corpus.statuses.are(OK))
+    usable = np.flatnonzero(corpus.have(OK))
     by_length = usable[np.argsort(np.diff(corpus.offsets)[usable], kind="stable")]
     places = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int))
     return [corpus.sample(int(index)) for index in by_length[places]]

@@ -42,7 +42,6 @@ def load_partitioned(load: Callable[[], Any], *, dtype: str, offload: bool, on_g
     model = load()
     engine = deepspeed.initialize(model=model, config=config)[0]
     del partitions
-    model.zero_engine = [
-        engine
-    ]  # Its hooks gather the weights: it must live as long. In a list, it is no part of the model.
+    # Its hooks gather the weights: it must live as long. In a list, it is no part of the model.
+    model.zero_engine = [engine]
     return model

@@ -96,7 +96,7 @@ def test_what_it_counts_is_what_the_dump_will_hold(config, call, tmp_path):
     assert (found["samples"], found["statuses"]) == (8, {"empty": 1, "ok": 7})
     assert found["duplicates"] == 2, "one conversation and one text"
     assert found["template"] == "located"
-    usable = [corpus.sample(i) for i in range(8) if corpus.statuses[i] == "ok"]
+    usable = [corpus.sample(i) for i in range(8) if corpus.sample(i).status == "ok"]
     assert found["tokens"] == sum(len(sample.input_ids) for sample in usable)
     assert found["supervised_tokens"] == sum(int(sample.loss_mask.sum()) for sample in usable)
     assert found["supervised_share"] == pytest.approx(found["supervised_tokens"] / found["tokens"])

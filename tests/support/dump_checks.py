@@ -55,6 +55,14 @@ def sections(url, corpus_file, model_folder, *, batch_tokens=200, **dump):
     }
 
 
+def vllm_sections(url, corpus_file, model_folder, *, k=8, mass=0.9, **teacher):
+    """The same with vLLM. Of 96 places one is for the token that it generates."""
+    job = sections(url, corpus_file, model_folder, logsumexp=False, logprob_step=0.0)
+    options = job["teacher"].model_dump() | {"backend": "vllm", "vllm": {}} | teacher
+    corpus = job["corpus"].model_copy(update={"max_length": 95})
+    return job | {"teacher": TeacherSection(**options), "corpus": corpus, "estimator": TopK(k=k, mass=mass)}
+
+
 def rows_of(url) -> list:
     """All rows of a sealed dump, in order; every checksum verified."""
     found = Dump.open(str(url))

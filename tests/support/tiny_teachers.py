@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from storage_schemas.rows import OK, Row
 
 VOCABULARY = 320
 
@@ -117,3 +120,11 @@ def save_teacher(folder: Path, name: str = "llama", *, template: str | None = CH
     tiny_model(name, **changes).save_pretrained(folder)
     tiny_tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def sample_of(length: int, *, index: int = 0, mask: list[int] | None = None) -> Row:
+    """Random ids; the supervised tokens are those of `mask`, else every second one."""
+    ids = np.random.default_rng(index).integers(0, VOCABULARY, length).astype(np.int32)
+    loss_mask = np.zeros(length, bool)
+    loss_mask[mask if mask is not None else slice(1, None, 2)] = True
+    return Row(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=loss_mask)

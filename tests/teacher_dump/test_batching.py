@@ -11,7 +11,9 @@ LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
 
 @given(LENGTHS, st.integers(1, 2000), st.none() | st.integers(1, 300))
-def test_batches_hold_each_sample_once_and_keep_the_budget(lengths, budget, apart_at):
+def test_batches_hold_each_sample_once_and_keep_the_budget(
+    lengths: list[int], budget: int, apart_at: int | None
+) -> None:
     batches = length_sorted_batches(lengths, budget=budget, apart_at=apart_at)
     assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -25,12 +27,12 @@ def test_batches_hold_each_sample_once_and_keep_the_budget(lengths, budget, apar
 
 
 @given(LENGTHS, st.integers(1, 2000))
-def test_no_two_neighbouring_batches_could_be_one(lengths, budget):
+def test_no_two_neighbouring_batches_could_be_one(lengths: list[int], budget: int) -> None:
     batches = length_sorted_batches(lengths, budget=budget)
     for first, second in pairwise(batches):
         assert (len(first) + 1) * lengths[first[0]] > budget
         assert second
 
 
-def test_like_lengths_share_a_batch():
+def test_like_lengths_share_a_batch() -> None:
     assert length_sorted_batches([5, 100, 6, 90], budget=200) == [[1, 3], [2, 0]]

@@ -2,19 +2,24 @@
 
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 from support.dumps import some_provenance, unit_rows
 
 from storage_schemas.common.errors import TemporaryError
 from storage_schemas.reader import Dump
+from storage_schemas.records import CommitRecord
+from storage_schemas.rows import Row
 from storage_schemas.writer import DumpWriter
 from teacher_dump.committer import Committer
 
 RUN = some_provenance(samples=20, samples_per_unit=4)
 
 
-def writer_of(path) -> DumpWriter:
+def writer_of(path: Path) -> DumpWriter:
     return DumpWriter.open(str(path), RUN)
 
 
@@ -25,7 +30,7 @@ class Held(DumpWriter):
         super().__init__(writer.store, writer.provenance)
         self.started, self.go, self.fails = threading.Event(), threading.Event(), fails
 
-    def commit_unit(self, unit, rows):
+    def commit_unit(self, unit: int, rows: Sequence[Row]) -> CommitRecord | None:
         self.started.set()
         assert self.go.wait(20)
         if self.fails:
@@ -36,11 +41,11 @@ class Held(DumpWriter):
 class Broken(DumpWriter):
     """Cannot commit anything."""
 
-    def commit_unit(self, unit, rows):
+    def commit_unit(self, unit: int, rows: Sequence[Row]) -> None:
         raise TemporaryError("disk full")
 
 
-def test_everything_that_was_handed_over_is_committed_on_close(tmp_path):
+def test_everything_that_was_handed_over_is_committed_on_close(tmp_path: Path) -> None:
     with Committer(writer_of(tmp_path)) as commits:
         for unit in range(RUN.units):
             commits.commit(unit, unit_rows(RUN, unit))
@@ -48,7 +53,7 @@ def test_everything_that_was_handed_over_is_committed_on_close(tmp_path):
     assert Dump.open(str(tmp_path)).records() == commits.won
 
 
-def test_a_unit_that_somebody_else_committed_is_lost_not_won(tmp_path):
+def test_a_unit_that_somebody_else_committed_is_lost_not_won(tmp_path: Path) -> None:
     writer_of(tmp_path).commit_unit(1, unit_rows(RUN, 1))
     with Committer(writer_of(tmp_path)) as commits:
         for unit in range(2):
@@ -56,12 +61,12 @@ def test_a_unit_that_somebody_else_committed_is_lost_not_won(tmp_path):
     assert (sorted(commits.won), commits.lost) == ([0], {1})
 
 
-def test_computing_waits_for_writing(tmp_path):
+def test_computing_waits_for_writing(tmp_path: Path) -> None:
     held = Held(writer_of(tmp_path))
     commits = Committer(held)
     handed: list[int] = []
 
-    def work():
+    def work() -> None:
         for unit in range(RUN.units):
             commits.commit(unit, unit_rows(RUN, unit))
             handed.append(unit)
@@ -91,16 +96,16 @@ NEXT = {
 
 
 @pytest.mark.parametrize("call", NEXT)
-def test_the_threads_failure_is_raised_by_whatever_comes_next(tmp_path, call):
+def test_the_threads_failure_is_raised_by_whatever_comes_next(tmp_path: Path, call: str) -> None:
     commits = Committer(Broken(writer_of(tmp_path).store, RUN))
     hand_over(commits, range(1))
-    commits._thread.join(20)
-    assert not commits._thread.is_alive()
+    wait([commits._done], 20)
+    assert commits._done.done()
     with pytest.raises(TemporaryError, match="disk full"):
         NEXT[call](commits)
 
 
-def test_a_full_queue_of_a_dead_thread_is_no_trap(tmp_path):
+def test_a_full_queue_of_a_dead_thread_is_no_trap(tmp_path: Path) -> None:
     held = Held(writer_of(tmp_path), fails=True)
     commits = Committer(held)
     threading.Timer(0.3, held.go.set).start()
@@ -110,7 +115,7 @@ def test_a_full_queue_of_a_dead_thread_is_no_trap(tmp_path):
     assert time.monotonic() - started < 5
 
 
-def test_leaving_after_an_error_finishes_the_unit_under_way_and_drops_the_rest(tmp_path):
+def test_leaving_after_an_error_finishes_the_unit_under_way_and_drops_the_rest(tmp_path: Path) -> None:
     held = Held(writer_of(tmp_path))
     commits = Committer(held)
     hand_over(commits, range(3))
@@ -120,7 +125,7 @@ def test_leaving_after_an_error_finishes_the_unit_under_way_and_drops_the_rest(t
     assert sorted(Dump.open(str(tmp_path)).records()) == [0]
 
 
-def test_leaving_does_not_wait_for_a_store_that_hangs(tmp_path):
+def test_leaving_does_not_wait_for_a_store_that_hangs(tmp_path: Path) -> None:
     held = Held(writer_of(tmp_path))
     commits = Committer(held)
     for unit in range(3):

@@ -1,17 +1,21 @@
 """The frozen corpus on real files of every kind, good and bad."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError
-from teacher_dump.config import CorpusSection, SourceSection
-from teacher_dump.corpus.freeze import freeze_corpus
+from teacher_dump.corpus.freeze import Corpus
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 RECORDS = [
     {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}
@@ -19,29 +23,12 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_jsonl(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def freeze(*paths, tokenizer=None, split="train", format="auto", ignored=(), **options):
-    sources = [SourceSection(path=str(path), split=split, format=format, ignore_columns=ignored) for path in paths]
-    section = CorpusSection(sources=sources, **options)
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
-
-
-def supervised(corpus, i, tokenizer=None):
+def supervised(corpus: Corpus, i: int, tokenizer: Any = None) -> str:
     sample = corpus.sample(i)
     return (tokenizer or tiny_tokenizer(CHATML)).decode(sample.input_ids[sample.loss_mask])
 
 
-def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path):
+def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path: Path) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
@@ -50,14 +37,14 @@ def test_jsonl_json_parquet_and_directories_give_the_same_corpus(tmp_path):
     (tmp_path / "folder").mkdir()
     write_jsonl(tmp_path / "folder" / "train.jsonl", RECORDS)
     corpus = freeze(lines)
-    assert corpus.sample_ids == ["r1", "r2", "r3", "r4", "r5"]
-    assert corpus.statuses == ["ok"] * 5
+    assert ids_of(corpus) == ["r1", "r2", "r3", "r4", "r5"]
+    assert statuses_of(corpus) == ["ok"] * 5
     assert supervised(corpus, 1) == "so so <|im_end|>"
     for other in ("a.json", "a.parquet", "saved", "splits", "folder"):
         assert freeze(tmp_path / other).fingerprint == corpus.fingerprint, other
 
 
-def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path):
+def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path: Path) -> None:
     chat = write_jsonl(tmp_path / "chat.jsonl", RECORDS[:2])
     plain = write_jsonl(tmp_path / "plain.jsonl", [{"text": "what is the answer"}])
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "what ", "completion": "so"}])
@@ -69,14 +56,14 @@ def test_sources_are_concatenated_in_order_and_may_differ_in_format(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_splits_can_be_cut(tmp_path, broken):
+def test_splits_can_be_cut(tmp_path: Path, broken: bool) -> None:
     lone = [{"id": "bad", "messages": [{"role": "user", "content": "\ud800"}]}] if broken else []
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS + lone)
-    assert freeze(path, split="train[:2]").sample_ids == ["r1", "r2"]
-    assert freeze(path, split="train[3:5]").sample_ids == ["r4", "r5"]
+    assert ids_of(freeze(path, split="train[:2]")) == ["r1", "r2"]
+    assert ids_of(freeze(path, split="train[3:5]")) == ["r4", "r5"]
 
 
-def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
+def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     renamed = write_jsonl(tmp_path / "b.jsonl", [RECORDS[0] | {"id": "other"}, *RECORDS[1:]])
     limit = len(freeze(path).sample(2).input_ids)
@@ -93,35 +80,35 @@ def test_the_fingerprint_follows_ids_masks_and_statuses(tmp_path):
     assert freeze(again).fingerprint == prints[0], "where a file lies does not matter"
 
 
-def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path):
+def test_records_without_id_are_named_by_content_and_ids_may_repeat(tmp_path: Path) -> None:
     bare = [{"text": "what is it"}, {"text": "the answer"}, {"text": "what is it"}]
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", bare))
-    assert corpus.sample_ids[0] == corpus.sample_ids[2] != corpus.sample_ids[1]
-    assert len(corpus.sample_ids[0]) == 16
+    assert ids_of(corpus)[0] == ids_of(corpus)[2] != ids_of(corpus)[1]
+    assert len(ids_of(corpus)[0]) == 16
     repeated = freeze(write_jsonl(tmp_path / "b.jsonl", [{"id": 7, "text": "what"}, {"id": 7, "text": "it is"}]))
-    assert repeated.sample_ids == ["7", "7"]
+    assert ids_of(repeated) == ["7", "7"]
 
 
-def test_over_long_samples(tmp_path, caplog):
+def test_over_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     whole = freeze(path)
     limit = len(whole.sample(2).input_ids)
     assert len(whole.sample(3).input_ids) > limit
     cut = freeze(path, max_length=limit)
-    assert cut.statuses == ["ok"] * 5
+    assert statuses_of(cut) == ["ok"] * 5
     assert (whole.truncated, cut.truncated) == (0, 2)
     assert f"2 of 5 samples are cut to corpus.max_length {limit}" in caplog.text
     np.testing.assert_array_equal(cut.sample(4).input_ids, whole.sample(4).input_ids[:limit])
     np.testing.assert_array_equal(cut.sample(2).input_ids, whole.sample(2).input_ids)
     dropped = freeze(path, max_length=limit, too_long="drop")
-    assert dropped.statuses == ["ok", "ok", "ok", "too_long", "too_long"]
+    assert statuses_of(dropped) == ["ok", "ok", "ok", "too_long", "too_long"]
     assert dropped.longest == limit
     assert dropped.truncated == 0
     with pytest.raises(DataError, match=rf"record 4(.|\n)*at most {limit}"):
         freeze(path, max_length=limit, too_long="error")
 
 
-def test_samples_without_supervised_tokens_are_empty(tmp_path):
+def test_samples_without_supervised_tokens_are_empty(tmp_path: Path) -> None:
     records = [
         RECORDS[0],
         {"id": "prompt only", "messages": [{"role": "user", "content": "what"}]},
@@ -129,31 +116,31 @@ def test_samples_without_supervised_tokens_are_empty(tmp_path):
         {"id": "cut", "messages": [{"role": "user", "content": "what " * 50}, {"role": "assistant", "content": "so"}]},
     ]
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", records), max_length=40)
-    assert corpus.statuses == ["ok", "empty", "empty", "empty"]
+    assert statuses_of(corpus) == ["ok", "empty", "empty", "empty"]
     assert len(corpus.sample(1).input_ids) > 0
     assert not corpus.loss_mask[corpus.offsets[1] :].any()
 
 
-def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path):
+def test_lone_surrogates_in_jsonl_lose_one_record(tmp_path: Path) -> None:
     bad = {"id": "half", "messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "so"}]}
     corpus = freeze(write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], bad, RECORDS[1]]))
-    assert corpus.statuses == ["ok", "invalid_text", "ok"]
-    assert corpus.sample_ids == ["r1", "half", "r2"]
+    assert statuses_of(corpus) == ["ok", "invalid_text", "ok"]
+    assert ids_of(corpus) == ["r1", "half", "r2"]
     only_good = freeze(write_jsonl(tmp_path / "b.jsonl", [RECORDS[0], RECORDS[1]]))
     np.testing.assert_array_equal(corpus.sample(2).input_ids, only_good.sample(1).input_ids)
 
 
-def test_bytes_that_are_not_utf8_lose_one_record(tmp_path):
+def test_bytes_that_are_not_utf8_lose_one_record(tmp_path: Path) -> None:
     lines = [json.dumps(record).encode() for record in RECORDS[:2]]
     (tmp_path / "a.jsonl").write_bytes(lines[0] + b'\n{"messages": "\xff\xfe"}\n\n' + lines[1] + b"\n")
-    assert freeze(tmp_path / "a.jsonl").statuses == ["ok", "invalid_text", "ok"]
+    assert statuses_of(freeze(tmp_path / "a.jsonl")) == ["ok", "invalid_text", "ok"]
     invalid = pa.Array.from_buffers(pa.string(), 3, pa.array([b"what is", b"\xff\xfe", b"it is"]).buffers())
     pq.write_table(pa.table({"text": invalid}), tmp_path / "a.parquet")
-    assert freeze(tmp_path / "a.parquet").statuses == ["ok", "invalid_text", "ok"]
+    assert statuses_of(freeze(tmp_path / "a.parquet")) == ["ok", "invalid_text", "ok"]
 
 
 @pytest.mark.parametrize("split", ["train[:oops]", "validation"])
-def test_an_unknown_split_is_a_clear_error(tmp_path, split):
+def test_an_unknown_split_is_a_clear_error(tmp_path: Path, split: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)).save_to_disk(tmp_path / "splits")
     for source in (path, tmp_path / "splits"):
@@ -161,7 +148,7 @@ def test_an_unknown_split_is_a_clear_error(tmp_path, split):
             freeze(source, split=split)
 
 
-def test_a_torn_line_is_named(tmp_path):
+def test_a_torn_line_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     path.write_text(path.read_text() + '{"messages": [{"ro')
     with pytest.raises(DataError, match="line 6"):
@@ -177,10 +164,12 @@ ODD = [
 
 
 @pytest.mark.parametrize(("odd", "says"), ODD)
-def test_one_odd_record_is_a_row_with_a_status_and_is_named(tmp_path, caplog, odd, says):
+def test_one_odd_record_is_a_row_with_a_status_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: Any, says: Any
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, odd])
     corpus = freeze(path)
-    assert corpus.statuses == ["ok"] * 5 + ["invalid_text"]
+    assert statuses_of(corpus) == ["ok"] * 5 + ["invalid_text"]
     ((problem,),) = corpus.problems
     assert problem.startswith(f"{path}, record 6: ")
     assert says in problem
@@ -190,28 +179,30 @@ def test_one_odd_record_is_a_row_with_a_status_and_is_named(tmp_path, caplog, od
         freeze(path, max_bad_share=0)
 
 
-def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path):
+def test_too_many_odd_records_stop_the_start_and_the_first_are_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], *(odd for odd, _ in ODD)])
     fine = write_jsonl(tmp_path / "b.jsonl", RECORDS * 100)
     with pytest.raises(DataError, match=r"4 of 5 records(.|\n)*record 2: (.|\n)*record 5: "):
         freeze(fine, path)
     corpus = freeze(fine, path, max_bad_share=0.8)
-    assert corpus.statuses[-5:] == ["ok"] + ["invalid_text"] * 4
+    assert statuses_of(corpus)[-5:] == ["ok"] + ["invalid_text"] * 4
 
 
-def test_records_of_another_known_format_are_told_by_their_own_columns(tmp_path, caplog):
+def test_records_of_another_known_format_are_told_by_their_own_columns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shared = [
         {"conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "so " * i}]}
         for i in range(1, 6)
     ]
     path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, *shared, {"text": "what is it"}])
     corpus = freeze(path)
-    assert corpus.statuses == ["ok"] * 11
+    assert statuses_of(corpus) == ["ok"] * 11
     np.testing.assert_array_equal(corpus.sample(7).input_ids, corpus.sample(2).input_ids)
     assert "several formats: 5 messages, 5 conversations, 1 text" in caplog.text
 
 
-def test_records_of_other_formats_in_columnar_files(tmp_path):
+def test_records_of_other_formats_in_columnar_files(tmp_path: Path) -> None:
     """There every record has the columns of all, null or empty."""
     conversation = RECORDS[0]["messages"]
     records = [
@@ -223,11 +214,11 @@ def test_records_of_other_formats_in_columnar_files(tmp_path):
     datasets.Dataset.from_list(records).to_parquet(str(path))
     with pytest.raises(DataError, match="record 3: the record is not of format `messages`: columns reply"):
         freeze(path, max_bad_share=0.0)
-    assert freeze(path).statuses == ["ok", "ok", "invalid_text"]
-    assert freeze(path, ignored=["reply"]).statuses == ["ok", "ok", "empty"]
+    assert statuses_of(freeze(path)) == ["ok", "ok", "invalid_text"]
+    assert statuses_of(freeze(path, ignore_columns=["reply"])) == ["ok", "ok", "empty"]
 
 
-def test_files_of_a_directory_that_are_left_out_are_named(tmp_path, caplog):
+def test_files_of_a_directory_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_jsonl(tmp_path / "data" / "a.jsonl", RECORDS)
     write_jsonl(tmp_path / "data" / "more" / "b.jsonl", RECORDS)
     write_jsonl(tmp_path / "data" / ".hidden" / "c.jsonl", RECORDS)
@@ -238,19 +229,19 @@ def test_files_of_a_directory_that_are_left_out_are_named(tmp_path, caplog):
     assert "files that split train leaves out: c.parquet" in caplog.text
 
 
-def test_a_very_long_sample_is_cut(tmp_path):
+def test_a_very_long_sample_is_cut(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it " * 40_000}, {"text": "what is it"}])
     corpus = freeze(path, max_length=100)
     assert [len(corpus.sample(i).input_ids) for i in range(2)] == [100, len(corpus.sample(1).input_ids)]
 
 
-def test_pretokenised_records(tmp_path):
+def test_pretokenised_records(tmp_path: Path) -> None:
     records = [{"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]}, {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 0]}]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     corpus = freeze(path)
     np.testing.assert_array_equal(corpus.sample(0).input_ids, [5, 6, 7])
     np.testing.assert_array_equal(corpus.sample(0).loss_mask, [False, False, True])
-    assert corpus.statuses == ["ok", "empty"]
+    assert statuses_of(corpus) == ["ok", "empty"]
     np.testing.assert_array_equal(freeze(path, mask="all").sample(1).loss_mask, [False, True, True])
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"input_ids": [5, 6, 7]}])
     np.testing.assert_array_equal(freeze(bare).sample(0).loss_mask, [False, True, True])
@@ -260,7 +251,7 @@ def test_pretokenised_records(tmp_path):
             freeze(outside)
 
 
-def test_a_corpus_without_any_usable_sample_says_why(tmp_path):
+def test_a_corpus_without_any_usable_sample_says_why(tmp_path: Path) -> None:
     only_prompts = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "what"}]}] * 3)
     with pytest.raises(DataError, match="3 empty"):
         freeze(only_prompts)
@@ -271,35 +262,36 @@ def test_a_corpus_without_any_usable_sample_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "no/such/dataset"])
-def test_a_missing_source_is_a_clear_error(tmp_path, name):
+def test_a_missing_source_is_a_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"missing|cannot be read"):
         freeze(tmp_path / name)
 
 
-def test_unknown_columns_are_listed(tmp_path):
+def test_unknown_columns_are_listed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "what", "answer": "so"}])
     with pytest.raises(DataError, match="columns answer, question"):
         freeze(path)
 
 
-def test_a_stated_format_is_not_guessed(tmp_path):
+def test_a_stated_format_is_not_guessed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it", "messages": []}, {"text": "so", "messages": []}])
-    assert freeze(path, format="text").statuses == ["ok", "ok"]
+    assert statuses_of(freeze(path, format="text")) == ["ok", "ok"]
     with pytest.raises(DataError, match="alpaca"):
         freeze(path, format="alpaca")
 
 
-def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_once(tmp_path, caplog):
+def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     odd = [record | {"mood": "good", "images": None if i else ["a.png"]} for i, record in enumerate(RECORDS)]
     path = write_jsonl(tmp_path / "a.jsonl", odd)
     with pytest.raises(DataError, match=r"record 1: a column decides(.|\n)*images(.|\n)*ignore_columns"):
         freeze(path)
-    section = CorpusSection(sources=[SourceSection(path=str(path), ignore_columns=["images"])])
-    assert freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY).statuses == ["ok"] * 5
+    assert statuses_of(freeze(path, ignore_columns=["images"])) == ["ok"] * 5
     assert caplog.text.count("does not read: mood") == 1
 
 
-def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path):
+def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path: Path) -> None:
     """Columnar files give each tool and each call the keys of all others, as nulls."""
     given = [("get", {"city": "it"}), ("mul", {"a": 1, "b": 2})]
     records = [

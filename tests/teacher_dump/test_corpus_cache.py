@@ -6,13 +6,16 @@ import resource
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from filelock import FileLock
+from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.dump_checks import assert_each_sample_once, files_of, sections, write_corpus
 from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, save_teacher, tiny_tokenizer
 
@@ -28,44 +31,33 @@ from teacher_dump.dump import run_dump
 from teacher_dump.plan import plan_dump
 from teacher_dump.teachers.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RECORDS = [
     {"id": f"r{i}", "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so " * i}]}
     for i in range(1, 9)
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path: Path) -> Path:
     return write(tmp_path / "a.jsonl", RECORDS)
 
 
-def write(path: Path, records, *, age: float = 60) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+def write(path: Path, records: Sequence[Any], *, age: float = 60) -> Path:
+    write_jsonl(path, records)
     stamp = path.stat().st_mtime - age
     os.utime(path, (stamp, stamp))
     return path
 
 
-def freeze(path: Path, *, tokenizer=None, lm_head_rows=VOCABULARY, source=None, **options) -> Corpus:
-    section = CorpusSection(
-        sources=[SourceSection(path=str(path), **source or {})],
-        **{"cache_dir": str(path.parent / "neo")} | options,
-    )
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=lm_head_rows)
-
-
 @pytest.fixture
-def made(monkeypatch) -> list[int]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every batch that is tokenised."""
     calls: list[int] = []
     original = corpus_module.tokenise
 
-    def counted(*arguments, **options):
+    def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         return original(*arguments, **options)
 
@@ -74,7 +66,7 @@ def made(monkeypatch) -> list[int]:
 
 
 def assert_equal(a: Corpus, b: Corpus) -> None:
-    assert (a.sample_ids, a.statuses, a.fingerprint) == (b.sample_ids, b.statuses, b.fingerprint)
+    assert (ids_of(a), statuses_of(a), a.fingerprint) == (ids_of(b), statuses_of(b), b.fingerprint)
     assert a.problems == b.problems
     assert a.source_samples == b.source_samples
     for name in ("offsets", "input_ids", "loss_mask", "lengths"):
@@ -82,7 +74,7 @@ def assert_equal(a: Corpus, b: Corpus) -> None:
         assert getattr(a, name).dtype == getattr(b, name).dtype
 
 
-def test_a_second_start_tokenises_nothing(path, made):
+def test_a_second_start_tokenises_nothing(path: Path, made: list[int]) -> None:
     first = freeze(path, max_length=20)
     assert made == [1]
     again = freeze(path, max_length=20)
@@ -101,16 +93,16 @@ def test_a_second_start_tokenises_nothing(path, made):
         {"mask": "all"},
         {"too_long": "drop"},
         {"seed": 1},
-        {"source": {"weight": 0.5}},
-        {"source": {"split": "train[:4]"}},
-        {"source": {"format": "messages"}},
+        {"weight": 0.5},
+        {"split": "train[:4]"},
+        {"format": "messages"},
         {"lm_head_rows": VOCABULARY + 1},
         {"tokenizer": HEADERS},
         {"records": RECORDS[::-1]},
         {"moved": True},
     ],
 )
-def test_whatever_a_corpus_depends_on_makes_a_new_one(path, made, change):
+def test_whatever_a_corpus_depends_on_makes_a_new_one(path: Path, made: list[int], change: dict[str, Any]) -> None:
     freeze(path)
     if template := change.pop("tokenizer", None):
         change["tokenizer"] = tiny_tokenizer(template)
@@ -124,14 +116,14 @@ def test_whatever_a_corpus_depends_on_makes_a_new_one(path, made, change):
     assert made == [1, 1]
 
 
-def test_code_that_changes_makes_a_new_one(path, made, monkeypatch):
+def test_code_that_changes_makes_a_new_one(path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     freeze(path)
     monkeypatch.setattr("teacher_dump.corpus.cache._MADE_BY", ("formats", "masks"))
     freeze(path)
     assert made == [1, 1]
 
 
-def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path, made):
+def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path: Path, made: list[int]) -> None:
     fresh = write(tmp_path / "fresh.jsonl", RECORDS, age=0)
     freeze(fresh)
     freeze(fresh)
@@ -141,7 +133,9 @@ def test_a_file_that_may_still_be_written_to_is_not_kept(tmp_path, made):
 
 @pytest.mark.parametrize("name", [*COLUMNS, JOURNAL])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_copy_is_made_again(path, made, name, damage, caplog):
+def test_a_damaged_copy_is_made_again(
+    path: Path, made: list[int], name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     first = freeze(path)
     (kept,) = (path.parent / "neo" / "corpora").glob("*/" + name)
     data = bytearray(kept.read_bytes())
@@ -175,7 +169,7 @@ def fill(columns: Columns, *, parts: int = 3, samples: int = 4) -> None:
     columns.finish(fingerprint="0")
 
 
-def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path):
+def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path: Path) -> None:
     """Bits of every file flipped, every file cut, at 20 places and more: the same corpus, each time."""
 
     def taken() -> tuple[str, int]:
@@ -201,7 +195,9 @@ def test_every_mutation_of_a_kept_corpus_is_noticed_or_harmless(tmp_path):
     assert noticed > 298
 
 
-def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(path, made, monkeypatch, caplog):
+def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     first = freeze(path)
     assert_equal(first, freeze(path))
@@ -215,20 +211,23 @@ def test_what_is_proven_is_not_read_again_until_the_machine_is_started_again(pat
     assert made == [1]
 
 
-def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_the_machine(path, made, monkeypatch):
+def test_a_flipped_bit_that_no_write_has_made_is_found_after_the_next_start_of_the_machine(
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = freeze(path)
     (file,) = (path.parent / "neo" / "corpora").glob("*/input_ids")
     data = file.read_bytes()
     file.unlink()
     file.write_bytes(bytes([data[0] ^ 1, *data[1:]]))
-    kept_module._write_proof(file.parent)  # As a disk does it: nothing that `stat` tells has changed.
+    # As a disk does it: nothing that `stat` tells has changed.
+    kept_module._write_proof(file.parent, kept_module._opened(file.parent)[1])
     assert not np.array_equal(freeze(path).input_ids, first.input_ids), "the test changes nothing"
     monkeypatch.setattr(kept_module, "_proof_name", lambda: "proven-other.json")
     assert_equal(first, freeze(path))
     assert made == [1, 1]
 
 
-def test_readers_need_no_lock(path, made):
+def test_readers_need_no_lock(path: Path, made: list[int]) -> None:
     first = freeze(path)
     (lock,) = (path.parent / "neo" / "corpora").glob("*.lock")
     with FileLock(lock), ThreadPoolExecutor(1) as pool:
@@ -243,7 +242,7 @@ def private_bytes() -> int:
 
 
 @pytest.mark.parametrize(("parts", "seconds"), [(31, 2), pytest.param(1526, 20, marks=pytest.mark.slow)])
-def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, seconds):
+def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path: Path, parts: int, seconds: int) -> None:
     """2 million samples, and 100 million (5 GB): in seconds, and their statuses and lengths in 40 MB."""
     made = kept(tmp_path, "key", make=lambda columns: fill(columns, parts=parts, samples=2**16))
     del made
@@ -251,7 +250,7 @@ def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, secon
     corpus = corpus_module._corpus(kept(tmp_path, "key", make=fill), 1)
     assert time.monotonic() - started < 1
     assert private_bytes() - before < 10e6
-    assert (len(corpus), corpus.statuses.count("ok")) == (parts * 2**16, parts * 2**16)
+    assert (len(corpus), corpus.status_counts().get("ok", 0)) == (parts * 2**16, parts * 2**16)
     assert corpus.longest == 3
     assert corpus.sample(len(corpus) - 1).sample_id == "xx"
     assert time.monotonic() - started < seconds
@@ -259,7 +258,7 @@ def test_opening_costs_neither_time_nor_memory_per_sample(tmp_path, parts, secon
 
 
 @pytest.mark.parametrize("key", ["key", None])
-def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path, key):
+def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path: Path, key: str | None) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -273,7 +272,9 @@ def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path, key):
     assert len(found.arrays["statuses"]) == 2000 * there[0] + 4
 
 
-def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch):
+def test_what_an_interrupted_start_has_tokenised_is_kept(
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus_module, "_BATCH", 2)
     monkeypatch.setattr(corpus_module, "_PART_SAMPLES", 2)
     whole = freeze(path, cache_dir=str(path.parent / "other"))
@@ -284,7 +285,7 @@ def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch
         if len(made) == 3:
             raise KeyboardInterrupt
 
-    section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(path.parent / "neo"))
+    section = CorpusSection(sources=[SourceSection(path=str(path))])
     with pytest.raises(KeyboardInterrupt):
         freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY, check=stop)
     assert made == [1] * 3
@@ -308,7 +309,7 @@ def test_what_an_interrupted_start_has_tokenised_is_kept(path, made, monkeypatch
     assert made == [1] * 2
 
 
-def test_of_several_workers_one_tokenises(path, made):
+def test_of_several_workers_one_tokenises(path: Path, made: list[int]) -> None:
     start = threading.Barrier(4)
 
     def work(_: int) -> Corpus:
@@ -322,7 +323,7 @@ def test_of_several_workers_one_tokenises(path, made):
         assert_equal(corpora[0], other)
 
 
-def test_a_failure_leaves_nothing_behind_and_no_lock(path, made):
+def test_a_failure_leaves_nothing_behind_and_no_lock(path: Path, made: list[int]) -> None:
     bad = path.with_name("bad.jsonl")
     bad.write_text(path.read_text() + '{"messages": [{"ro')
     os.utime(bad, (1e9, 1e9))
@@ -332,13 +333,15 @@ def test_a_failure_leaves_nothing_behind_and_no_lock(path, made):
     assert [p for p in (path.parent / "neo" / "corpora").iterdir() if p.suffix != ".lock"] == []
 
 
-def test_a_cache_that_cannot_be_written_to_is_no_error(path, made, caplog):
+def test_a_cache_that_cannot_be_written_to_is_no_error(
+    path: Path, made: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     first = freeze(path, cache_dir=str(path))
     assert "nothing is kept" in caplog.text
     assert_equal(first, freeze(path))
 
 
-def test_a_directory_is_known_by_its_files(tmp_path, made):
+def test_a_directory_is_known_by_its_files(tmp_path: Path, made: list[int]) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_list(RECORDS).save_to_disk(folder)
     for file in folder.iterdir():
@@ -361,30 +364,26 @@ def prepare_hub(path: Path, cache: Path, commit: str) -> None:
         (folder / file.name.replace("json-", "name-")).write_bytes(file.read_bytes())
 
 
-def test_a_hub_dataset_is_kept_by_its_commit(tmp_path, path, made):
+def test_a_hub_dataset_is_kept_by_its_commit(tmp_path: Path, path: Path, made: list[int]) -> None:
     plain = freeze(path)
     made.clear()
-    options = {"cache_dir": str(tmp_path / "neo"), "sources": [SourceSection(path="org/name")]}
+    hub = SourceSection(path="org/name")
     prepare_hub(path, tmp_path, "a" * 40)
-
-    def frozen(**change) -> Corpus:
-        return freeze_corpus(CorpusSection(**options | change), tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
-
-    assert frozen().fingerprint == plain.fingerprint
-    assert_equal(frozen(), frozen())
+    assert freeze(hub).fingerprint == plain.fingerprint
+    assert_equal(freeze(hub), freeze(hub))
     assert made == [1]
-    other = frozen(sources=[SourceSection(path="org/name", split="train[2:]", weight=0.5)])
+    other = freeze(SourceSection(path="org/name", split="train[2:]", weight=0.5))
     assert len(other) == 3
     assert made == [1, 1]
     write(path, RECORDS[:4], age=10)
     prepare_hub(path, tmp_path, "b" * 40)
     os.utime(tmp_path / "cache/org___name/default/0.0.0" / ("a" * 40), (1, 1))
-    assert len(frozen()) == 4
-    assert len(frozen()) == 4
+    assert len(freeze(hub)) == 4
+    assert len(freeze(hub)) == 4
     assert made == [1, 1, 1]
 
 
-def test_a_dump_continues_with_the_kept_corpus(tmp_path, made):
+def test_a_dump_continues_with_the_kept_corpus(tmp_path: Path, made: list[int]) -> None:
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
     job = sections(tmp_path / "dump", file, save_teacher(tmp_path / "teacher"))
@@ -399,7 +398,7 @@ def test_a_dump_continues_with_the_kept_corpus(tmp_path, made):
     assert made == [1], "a dump from the kept corpus"
 
 
-def test_preview_plan_and_dump_share_one_kept_corpus(tmp_path, made):
+def test_preview_plan_and_dump_share_one_kept_corpus(tmp_path: Path, made: list[int]) -> None:
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
     job = sections(tmp_path / "dump", file, save_teacher(tmp_path / "teacher"))

@@ -6,8 +6,10 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,6 @@ from support.dump_checks import (
     files_of,
     rows_of,
     sections,
-    write_corpus,
 )
 from support.rounding import LOGPROB
 from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model, tiny_tokenizer
@@ -28,28 +29,20 @@ from transformers import AutoTokenizer
 
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.reader import Dump
-from storage_schemas.targets import decode
+from storage_schemas.rows import Row
+from storage_schemas.targets import Decoded, Targets, decode
 from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump, tokenizer_files
 from teacher_dump.recompute import recompute
-from teacher_dump.teachers.teacher import Teacher
+from teacher_dump.teachers.teacher import PendingTargets, Teacher
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
-def exact_logprobs(model, row) -> np.ndarray:
+def exact_logprobs(model: Any, row: Row) -> np.ndarray:
     """(supervised tokens, V) float64 log-softmax of the logits one position before each supervised token."""
     with torch.no_grad():
         ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
@@ -58,7 +51,9 @@ def exact_logprobs(model, row) -> np.ndarray:
     return torch.log_softmax(logits[tokens - 1], dim=1).numpy()
 
 
-def test_stored_targets_are_the_log_softmax_one_position_earlier(tmp_path, corpus_file, model_folder):
+def test_stored_targets_are_the_log_softmax_one_position_earlier(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     run_dump(
         **sections(tmp_path, corpus_file, model_folder, logprob_step=0.0) | {"estimator": TopK(k=VOCABULARY, mass=1.0)},
         temperatures=(1.0, 2.0),
@@ -83,7 +78,9 @@ def test_stored_targets_are_the_log_softmax_one_position_earlier(tmp_path, corpu
     "estimator",
     [TopK(k=12), Adaptive(kind="adaptive", mass=0.8, k_max=8, tail_draws=4), Sampled(kind="sampled", draws=20)],
 )
-def test_rounded_targets_stay_within_the_gate(tmp_path, corpus_file, model_folder, estimator):
+def test_rounded_targets_stay_within_the_gate(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, estimator: Estimator
+) -> None:
     temperatures = (1.0, 2.0) if estimator.kind == "topk" else (1.0,)
     run_dump(**sections(tmp_path, corpus_file, model_folder) | {"estimator": estimator}, temperatures=temperatures)
     model = tiny_model("llama")
@@ -101,14 +98,14 @@ def test_rounded_targets_stay_within_the_gate(tmp_path, corpus_file, model_folde
         assert -1e-6 < total / tokens < 1.2e-4
 
 
-def assert_true_entries(stored, exact) -> None:
+def assert_true_entries(stored: Decoded, exact: np.ndarray) -> None:
     """Each stored log-prob is the teacher's, up to the rounding grid."""
     filled = stored.weights > 0
     there = np.take_along_axis(exact, stored.ids.astype(np.int64), 1)
     np.testing.assert_allclose(stored.logprobs[filled], there[filled], atol=0.08)
 
 
-def bucketed_kl(stored, exact) -> float:
+def bucketed_kl(stored: Decoded, exact: np.ndarray) -> float:
     """Sum over tokens of KL(exact || stored) on the head and one bucket for the rest."""
     there = np.take_along_axis(exact, stored.ids.astype(np.int64), 1)
     p = np.where(stored.in_head, np.exp(there), 0.0)
@@ -118,7 +115,9 @@ def bucketed_kl(stored, exact) -> float:
     return float(head + (rest[visible] * (np.log(rest[visible]) - stored.tail_logprob[visible])).sum())
 
 
-def test_every_sample_has_one_row_and_the_summary_counts_them(tmp_path, corpus_file, model_folder):
+def test_every_sample_has_one_row_and_the_summary_counts_them(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     summary = run_dump(**sections(tmp_path, corpus_file, model_folder))
     rows = rows_of(tmp_path)
     assert_each_sample_once(tmp_path)
@@ -141,7 +140,7 @@ def test_every_sample_has_one_row_and_the_summary_counts_them(tmp_path, corpus_f
     assert 0 < summary.mean_kept_mass < 1
 
 
-def test_the_tokenizer_in_the_dump_is_the_teachers(tmp_path, corpus_file, model_folder):
+def test_the_tokenizer_in_the_dump_is_the_teachers(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -152,7 +151,7 @@ def test_the_tokenizer_in_the_dump_is_the_teachers(tmp_path, corpus_file, model_
     assert found.chat_template == tiny_tokenizer().chat_template
 
 
-def test_a_rerun_does_nothing_and_loads_no_weights(tmp_path, corpus_file, model_folder):
+def test_a_rerun_does_nothing_and_loads_no_weights(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     first = run_dump(**sections(tmp_path, corpus_file, model_folder))
     before = files_of(tmp_path)
     teacher = Teacher(sections(tmp_path, corpus_file, model_folder)["teacher"])
@@ -173,7 +172,9 @@ def test_a_rerun_does_nothing_and_loads_no_weights(tmp_path, corpus_file, model_
         ({"teacher": "other"}, "teacher.weights_sha256"),
     ],
 )
-def test_other_settings_are_refused_before_the_weights_are_loaded(tmp_path, corpus_file, model_folder, change, field):
+def test_other_settings_are_refused_before_the_weights_are_loaded(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, change: dict[str, Any], field: str
+) -> None:
     url = tmp_path / "dump"
     run_dump(**sections(url, corpus_file, model_folder))
     before = files_of(url)
@@ -191,7 +192,9 @@ def test_other_settings_are_refused_before_the_weights_are_loaded(tmp_path, corp
     assert files_of(url) == before
 
 
-def test_a_copy_of_the_teacher_continues_a_dump_with_other_versions(tmp_path, corpus_file, model_folder, monkeypatch):
+def test_a_copy_of_the_teacher_continues_a_dump_with_other_versions(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another mount, another release of a library: its tokenizer files and config.json may be other bytes, too."""
     url = str(tmp_path / "dump")
     first = run_dump(**sections(url, corpus_file, model_folder))
@@ -214,7 +217,7 @@ def test_a_copy_of_the_teacher_continues_a_dump_with_other_versions(tmp_path, co
         run_dump(**sections(url, corpus_file, copy))
 
 
-def test_one_teacher_serves_several_dumps(tmp_path, corpus_file, model_folder):
+def test_one_teacher_serves_several_dumps(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     other = tmp_path / "heldout.jsonl"
     other.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:4]))
     teacher = Teacher(sections(tmp_path, corpus_file, model_folder)["teacher"])
@@ -229,7 +232,9 @@ def test_one_teacher_serves_several_dumps(tmp_path, corpus_file, model_folder):
 
 
 @pytest.mark.parametrize("estimator", [TopK(k=8), Adaptive(kind="adaptive", mass=0.6, k_max=4)])
-def test_targets_do_not_depend_on_the_batches(tmp_path, corpus_file, model_folder, estimator):
+def test_targets_do_not_depend_on_the_batches(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, estimator: Estimator
+) -> None:
     """Entries are equal; log-probs differ by float32 rounding of other matrix shapes, see `support.rounding`."""
     for tokens in (1, 64, 10_000):
         job = sections(tmp_path / str(tokens), corpus_file, model_folder, batch_tokens=tokens, logprob_step=0.0)
@@ -250,7 +255,9 @@ PADDED = VOCABULARY + 64
     "estimator",
     [TopK(k=VOCABULARY, mass=1.0), Adaptive(kind="adaptive", mass=0.3, k_max=4), Sampled(kind="sampled", draws=200)],
 )
-def test_ids_that_the_tokenizer_lacks_have_no_probability(tmp_path, corpus_file, estimator):
+def test_ids_that_the_tokenizer_lacks_have_no_probability(
+    tmp_path: Path, corpus_file: Path, estimator: Estimator
+) -> None:
     """Many heads are padded; a student with a smaller one stops at such an id in mid-run."""
     folder = save_teacher(tmp_path / "teacher", vocab_size=PADDED)
     section = sections(tmp_path / "dump", corpus_file, folder, logprob_step=0.0) | {"estimator": estimator}
@@ -270,7 +277,9 @@ def test_ids_that_the_tokenizer_lacks_have_no_probability(tmp_path, corpus_file,
     assert report.errors == []
 
 
-def test_heads_wider_than_the_vocabulary_are_refused_before_anything_is_read(tmp_path, model_folder):
+def test_heads_wider_than_the_vocabulary_are_refused_before_anything_is_read(
+    tmp_path: Path, model_folder: Path
+) -> None:
     for estimator in (TopK(k=VOCABULARY + 1), Adaptive(kind="adaptive", k_max=1_000_000)):
         section = sections(tmp_path / "dump", tmp_path / "no-such-file", model_folder) | {"estimator": estimator}
         with pytest.raises(MismatchError, match=rf"more entries(.|\n)*at most {VOCABULARY}"):
@@ -278,7 +287,7 @@ def test_heads_wider_than_the_vocabulary_are_refused_before_anything_is_read(tmp
     assert not (tmp_path / "dump").exists()
 
 
-def test_a_teacher_that_gives_only_nan_makes_no_dump(tmp_path, corpus_file):
+def test_a_teacher_that_gives_only_nan_makes_no_dump(tmp_path: Path, corpus_file: Path) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -292,7 +301,7 @@ def test_a_teacher_that_gives_only_nan_makes_no_dump(tmp_path, corpus_file):
     assert not (tmp_path / "dump" / "SEALED.json").exists()
 
 
-def test_a_torn_teacher_leaves_no_mark_on_the_dump(tmp_path, corpus_file):
+def test_a_torn_teacher_leaves_no_mark_on_the_dump(tmp_path: Path, corpus_file: Path) -> None:
     """The repaired one is not another teacher: run.json is written once the weights have loaded."""
     folder = save_teacher(tmp_path / "teacher")
     weights = folder / "model.safetensors"
@@ -318,7 +327,9 @@ def test_a_torn_teacher_leaves_no_mark_on_the_dump(tmp_path, corpus_file):
         ({"weight_map": {"lm_head.weight": "../other.safetensors"}}, MismatchError, "out of the directory"),
     ],
 )
-def test_a_teacher_that_cannot_be_run_is_refused_before_the_corpus_is_read(tmp_path, change, error, words, monkeypatch):
+def test_a_teacher_that_cannot_be_run_is_refused_before_the_corpus_is_read(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The corpus is a file that is not there, which nobody gets to see."""
     folder = save_teacher(tmp_path / "teacher")
     if "weight_map" in change:
@@ -339,7 +350,9 @@ def test_a_teacher_that_cannot_be_run_is_refused_before_the_corpus_is_read(tmp_p
     assert not (tmp_path / "dump").exists()
 
 
-def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpus_file, model_folder):
+def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     section = sections(tmp_path, corpus_file, model_folder)["corpus"]
     corpus = freeze_corpus(section, tokenizer, lm_head_rows=VOCABULARY)
@@ -360,24 +373,26 @@ def test_a_sample_with_nonfinite_logits_is_a_row_without_targets(tmp_path, corpu
     assert_each_sample_once(tmp_path / "dump")
 
 
-def test_the_next_batch_runs_while_targets_of_one_are_waited_for(tmp_path, corpus_file, model_folder):
+def test_the_next_batch_runs_while_targets_of_one_are_waited_for(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     launched: list[threading.Event] = []
 
     class Following(Teacher):
         """Targets come when the batch after them has been sent through the model."""
 
-        def batches(self, samples):
+        def batches(self, samples: Sequence[Row]) -> list[list[Row]]:
             batches = super().batches(samples)
             launched[:] = [threading.Event() for _ in batches]
             self.place = 0
             return batches
 
-        def launch(self, samples, recipe):
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
             pending, following = super().launch(samples, recipe), launched[self.place + 1 : self.place + 2]
             launched[self.place].set()
             self.place += 1
 
-            def targets():
+            def targets() -> list[Targets | None]:
                 assert all(event.wait(20) for event in following), "nobody went on"
                 return pending()
 
@@ -388,10 +403,10 @@ def test_the_next_batch_runs_while_targets_of_one_are_waited_for(tmp_path, corpu
     assert_each_sample_once(tmp_path)
 
 
-def test_targets_that_cannot_be_had_end_the_dump(tmp_path, corpus_file, model_folder):
+def test_targets_that_cannot_be_had_end_the_dump(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     class Failing(Teacher):
-        def launch(self, samples, recipe):
-            def targets():
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
+            def targets() -> None:
                 raise RuntimeError("the device is gone")
 
             return targets
@@ -403,13 +418,20 @@ def test_targets_that_cannot_be_had_end_the_dump(tmp_path, corpus_file, model_fo
 
 
 @pytest.mark.parametrize(("action", "error"), [("thread", RuntimeError), ("full", TemporaryError)])
-def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_folder, action, error, monkeypatch):
+def test_a_dead_writer_stops_the_worker_at_once(
+    tmp_path: Path,
+    corpus_file: Path,
+    model_folder: Path,
+    action: str,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     class Watching(Teacher):
         """One sample per call; after the first unit, it waits for the writer's death and goes on."""
 
-        def launch(self, samples, recipe):
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
             asked.append(len(samples))
             deadline = time.monotonic() + 20
             while len(asked) > 5 and any(thread.name == "commits" for thread in threading.enumerate()):
@@ -429,7 +451,13 @@ def test_a_dead_writer_stops_the_worker_at_once(tmp_path, corpus_file, model_fol
     assert [row.sample_index for row in rows_of(tmp_path)] == list(range(SAMPLES))
 
 
-def test_progress_is_a_line_or_a_bar_and_events_are_json(tmp_path, corpus_file, model_folder, caplog, monkeypatch):
+def test_progress_is_a_line_or_a_bar_and_events_are_json(
+    tmp_path: Path,
+    corpus_file: Path,
+    model_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("teacher_dump.progress._LINE_SECONDS", 0.0)
     monkeypatch.setattr("teacher_dump.progress._BAR_SECONDS", 0.0)
     job = sections(tmp_path / "a", corpus_file, model_folder)
@@ -454,13 +482,13 @@ def test_progress_is_a_line_or_a_bar_and_events_are_json(tmp_path, corpus_file, 
     assert len(caplog.messages) == lines, "the bar and the lines were both shown"
 
 
-def test_signal_handlers_are_put_back(tmp_path, corpus_file, model_folder):
+def test_signal_handlers_are_put_back(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run_dump(**sections(tmp_path, corpus_file, model_folder))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_how_the_tokenizer_was_loaded_is_not_part_of_it(tmp_path):
+def test_how_the_tokenizer_was_loaded_is_not_part_of_it(tmp_path: Path) -> None:
     """Offline or not, with a copy on disk or from the hub: workers write the same files."""
     tokenizer = Teacher(TeacherSection(model=str(save_teacher(tmp_path / "teacher")))).tokenizer
     found = []
@@ -477,8 +505,8 @@ def test_how_the_tokenizer_was_loaded_is_not_part_of_it(tmp_path):
 
 
 def test_held_out_samples_that_are_the_corpus_are_refused_before_anything_is_written(
-    tmp_path, corpus_file, model_folder
-):
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     job = sections(tmp_path / "dump", corpus_file, model_folder)
     with pytest.raises(DataError, match="held-out samples are the training corpus"):
         run_dump(**job, heldout=job["corpus"])

@@ -1,5 +1,8 @@
 """Estimators against float64 references written from the definition, and their statistical properties."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rounding import BELOW_16
 
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.targets import Targets, decode
 from teacher_dump.estimators.draws import uniforms
 from teacher_dump.estimators.estimate import estimate, gather
@@ -23,7 +26,14 @@ def random_logits(n: int, vocabulary: int, *, scale: float = 3.0, seed: int = 0)
     return scale * torch.randn(n, vocabulary, generator=generator)
 
 
-def targets_of(logits, estimator, *, temperatures=(1.0,), sample_index=None, position=None) -> Targets:
+def targets_of(
+    logits: torch.Tensor,
+    estimator: Estimator,
+    *,
+    temperatures: Sequence[float] = (1.0,),
+    sample_index: Any = None,
+    position: Any = None,
+) -> Targets:
     n = len(logits)
     entries = estimate(
         logits.clone(),
@@ -37,11 +47,11 @@ def targets_of(logits, estimator, *, temperatures=(1.0,), sample_index=None, pos
     return targets
 
 
-def log_softmax64(logits, temperature=1.0):
+def log_softmax64(logits: torch.Tensor, temperature: float = 1.0) -> np.ndarray:
     return torch.log_softmax(logits.double() / temperature, dim=1).numpy()
 
 
-def head_by_definition(logprobs, *, k_min, k_max, mass):
+def head_by_definition(logprobs: np.ndarray, *, k_min: int, k_max: int, mass: float) -> np.ndarray:
     """Ids of the fewest entries that hold `mass`, by value, then by lowest id; ascending."""
     order = np.lexsort((np.arange(len(logprobs)), -logprobs))[:k_max]
     if mass >= 1.0:
@@ -53,7 +63,7 @@ def head_by_definition(logprobs, *, k_min, k_max, mass):
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize(("k", "mass"), [(1, 1.0), (8, 1.0), (8, 0.9), (64, 0.999), (6000, 1.0), (6000, 0.5)])
-def test_topk_equals_its_definition_at_every_temperature(vocabulary, k, mass):
+def test_topk_equals_its_definition_at_every_temperature(vocabulary: int, k: int, mass: float) -> None:
     logits = random_logits(9, vocabulary)
     temperatures = (1.0, 2.0, 0.5)
     targets = targets_of(logits, TopK(k=k, mass=mass), temperatures=temperatures)
@@ -74,7 +84,7 @@ def test_topk_equals_its_definition_at_every_temperature(vocabulary, k, mass):
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_adaptive_head_and_draws_equal_their_definition(vocabulary):
+def test_adaptive_head_and_draws_equal_their_definition(vocabulary: int) -> None:
     logits = random_logits(40, vocabulary)
     estimator = Adaptive(kind="adaptive", mass=0.9, k_min=2, k_max=16, tail_draws=4, seed=3)
     targets = targets_of(logits, estimator)
@@ -100,7 +110,7 @@ def test_adaptive_head_and_draws_equal_their_definition(vocabulary):
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_sampled_draws_equal_their_definition(vocabulary):
+def test_sampled_draws_equal_their_definition(vocabulary: int) -> None:
     logits = random_logits(20, vocabulary)
     targets = targets_of(logits, Sampled(kind="sampled", draws=50, seed=5), temperatures=(1.0, 2.0))
     exact = log_softmax64(logits)
@@ -118,7 +128,7 @@ def test_sampled_draws_equal_their_definition(vocabulary):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 80), st.integers(0, 2**31), st.sampled_from([1, 3, 17, 1000]))
-def test_largest_breaks_ties_by_lowest_id(width, k, seed, levels):
+def test_largest_breaks_ties_by_lowest_id(width: int, k: int, seed: int, levels: int) -> None:
     k = min(k, width)
     generator = np.random.default_rng(seed)
     values = generator.integers(-levels, levels + 1, (3, width)).astype(np.float32) / 4
@@ -132,7 +142,7 @@ def test_largest_breaks_ties_by_lowest_id(width, k, seed, levels):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(0, 2**31), st.floats(0, 1, exclude_max=True))
-def test_a_weight_of_zero_is_never_drawn(width, seed, u):
+def test_a_weight_of_zero_is_never_drawn(width: int, seed: int, u: Any) -> None:
     generator = np.random.default_rng(seed)
     weights = generator.random((2, width)).astype(np.float32) * (generator.random((2, width)) < 0.05)
     weights[:, generator.integers(width)] = 1e-30
@@ -143,7 +153,7 @@ def test_a_weight_of_zero_is_never_drawn(width, seed, u):
 
 
 @pytest.mark.parametrize("estimator", [TopK(k=4), Adaptive(kind="adaptive", k_max=4)])
-def test_a_peaked_teacher_keeps_an_exact_tail(estimator):
+def test_a_peaked_teacher_keeps_an_exact_tail(estimator: Estimator) -> None:
     # 1 - p of the first token is far below what float32 or float64 can subtract.
     logits = torch.full((1, 1000), -100.0)
     logits[0, 3] = 60.0
@@ -156,7 +166,7 @@ def test_a_peaked_teacher_keeps_an_exact_tail(estimator):
         assert len(targets.ids) == 1, "a tail of mass 0 needs no draws"
 
 
-def test_a_flat_teacher():
+def test_a_flat_teacher() -> None:
     logits = torch.zeros(2, 5000)
     top = targets_of(logits, TopK(k=64, mass=0.999))
     np.testing.assert_array_equal(top.ids.reshape(2, 64), np.tile(np.arange(64), (2, 1)))
@@ -166,7 +176,7 @@ def test_a_flat_teacher():
     np.testing.assert_allclose(drawn.logprobs, -np.log(5000), rtol=1e-6)
 
 
-def test_bfloat16_ties_are_broken_by_lowest_id():
+def test_bfloat16_ties_are_broken_by_lowest_id() -> None:
     logits = random_logits(50, 5000).bfloat16().float()
     targets = targets_of(logits, TopK(k=16, mass=1.0))
     exact = logits.numpy()
@@ -179,7 +189,9 @@ def test_bfloat16_ties_are_broken_by_lowest_id():
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [0, 70, 4999])
 @pytest.mark.parametrize("estimator", [TopK(), Adaptive(kind="adaptive"), Sampled(kind="sampled")])
-def test_nonfinite_logits_are_reported_and_leave_other_rows_alone(bad, column, estimator):
+def test_nonfinite_logits_are_reported_and_leave_other_rows_alone(
+    bad: float, column: int, estimator: Estimator
+) -> None:
     logits = random_logits(3, 5000)
     good = targets_of(logits, estimator)
     logits[1, column] = bad
@@ -192,7 +204,7 @@ def test_nonfinite_logits_are_reported_and_leave_other_rows_alone(bad, column, e
 
 
 @pytest.mark.parametrize("estimator", [TopK(k=8), Adaptive(kind="adaptive", k_max=8), Sampled(kind="sampled", draws=9)])
-def test_masked_out_vocabulary_has_no_entries(estimator):
+def test_masked_out_vocabulary_has_no_entries(estimator: Estimator) -> None:
     logits = random_logits(5, 300)
     logits[:, 5:] = -torch.inf
     targets = targets_of(logits, estimator)
@@ -205,7 +217,7 @@ def test_masked_out_vocabulary_has_no_entries(estimator):
 @pytest.mark.parametrize(
     "estimator", [TopK(k=8), Adaptive(kind="adaptive", mass=0.8, k_max=8), Sampled(kind="sampled", draws=20)]
 )
-def test_weights_and_bucket_sum_to_one(estimator):
+def test_weights_and_bucket_sum_to_one(estimator: Estimator) -> None:
     targets = targets_of(random_logits(60, 500), estimator)
     decoded = decode(targets)
     total = decoded.weights.astype(np.float64).sum(1)
@@ -215,7 +227,7 @@ def test_weights_and_bucket_sum_to_one(estimator):
 
 
 @pytest.mark.parametrize("estimator", [Adaptive(kind="adaptive", k_max=4), Sampled(kind="sampled", draws=10)])
-def test_draws_depend_on_sample_and_position_alone(estimator):
+def test_draws_depend_on_sample_and_position_alone(estimator: Estimator) -> None:
     logits = random_logits(12, 700)
     sample_index, position = np.repeat([4, 9, 11], 4), np.tile(np.arange(4), 3)
     together = targets_of(logits, estimator, sample_index=sample_index, position=position)
@@ -227,7 +239,7 @@ def test_draws_depend_on_sample_and_position_alone(estimator):
         np.testing.assert_array_equal(alone.counts, there.counts)
 
 
-def test_uniforms_are_uniform_and_differ_by_seed_sample_and_position():
+def test_uniforms_are_uniform_and_differ_by_seed_sample_and_position() -> None:
     u = uniforms(1, np.repeat(np.arange(100), 100), np.tile(np.arange(100), 100), draws=5)
     assert len(np.unique(u)) == u.size
     assert u.min() >= 0.0
@@ -251,7 +263,7 @@ ADAPTIVE = Adaptive(kind="adaptive", mass=0.7, k_max=4, tail_draws=3)
 
 
 @pytest.mark.parametrize("estimator", [ADAPTIVE, Sampled(kind="sampled", draws=12)])
-def test_target_and_gradient_are_unbiased(estimator):
+def test_target_and_gradient_are_unbiased(estimator: Any) -> None:
     vocabulary, repeats = 100, 5000
     teacher, student = random_logits(1, vocabulary, scale=1.0), random_logits(1, vocabulary, seed=1)
     p = np.exp(log_softmax64(teacher))[0]
@@ -265,12 +277,12 @@ def test_target_and_gradient_are_unbiased(estimator):
 
 
 @pytest.mark.parametrize(("scale", "draws"), [(5.0, 72), (6.0, 80)])
-def test_adaptive_is_closer_than_sampling_at_equal_entries(scale, draws):
+def test_adaptive_is_closer_than_sampling_at_equal_entries(scale: float, draws: int) -> None:
     # 2.0 and 1.5 nats of entropy, as on real text. Where most mass lies outside k_max entries, four draws are too few.
     logits = random_logits(400, 3000, scale=scale)
     p = np.exp(log_softmax64(logits))
 
-    def error_and_entries(estimator):
+    def error_and_entries(estimator: Estimator) -> tuple[float, float]:
         targets = targets_of(logits, estimator)
         return np.linalg.norm(dense(targets, 3000) - p, axis=1).mean(), targets.lengths.mean()
 

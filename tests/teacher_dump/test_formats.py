@@ -1,6 +1,7 @@
 """Every record format, its detection, and the records that do not fit."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,6 @@ from storage_schemas.common.errors import DataError
 from teacher_dump.corpus.formats import (
     Completion,
     Conversation,
-    Document,
     Pretokenised,
     detect_format,
     normalise,
@@ -31,11 +31,11 @@ ANSWER = {"role": "assistant", "content": "because"}
         (["input_ids", "loss_mask"], "tokens"),
     ],
 )
-def test_detection_follows_the_documented_order(columns, expected):
+def test_detection_follows_the_documented_order(columns: list[str], expected: str) -> None:
     assert detect_format(columns, where="a.jsonl") == expected
 
 
-def test_unknown_columns_are_listed():
+def test_unknown_columns_are_listed() -> None:
     with pytest.raises(DataError, match=r"a\.jsonl(.|\n)*answer, question(.|\n)*prompt \+ completion"):
         detect_format(["question", "answer"], where="a.jsonl")
 
@@ -91,12 +91,12 @@ def test_unknown_columns_are_listed():
         ),
         ({"prompt": "why", "completion": "so"}, "prompt_completion", Completion("why", "so")),
         ({"prompt": None, "completion": "so"}, "prompt_completion", Completion("", "so")),
-        ({"text": "some"}, "text", Document("some")),
+        ({"text": "some"}, "text", Completion(None, "some")),
         ({"input_ids": [1, 2]}, "tokens", Pretokenised([1, 2], None)),
         ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "tokens", Pretokenised([1, 2], [0, 1])),
     ],
 )
-def test_records_become_their_common_form(record, kind, expected):
+def test_records_become_their_common_form(record: dict[str, Any], kind: str, expected: Any) -> None:
     assert normalise(record, kind) == expected
 
 
@@ -111,7 +111,7 @@ def test_records_become_their_common_form(record, kind, expected):
         ({"input_ids": []}, "tokens"),
     ],
 )
-def test_records_with_nothing_to_learn_are_empty(record, kind):
+def test_records_with_nothing_to_learn_are_empty(record: dict[str, Any], kind: str) -> None:
     assert normalise(record, kind) is None
 
 
@@ -140,7 +140,7 @@ def test_records_with_nothing_to_learn_are_empty(record, kind):
         ({"messages": [{"role": "system", "content": "x"}, ANSWER], "system": "y"}, "messages", "column `system`"),
     ],
 )
-def test_records_of_another_shape_say_what_is_wrong(record, kind, says):
+def test_records_of_another_shape_say_what_is_wrong(record: dict[str, Any], kind: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
         normalise(record, kind)
 
@@ -155,7 +155,7 @@ SUPERVISED = [
 
 
 @pytest.mark.parametrize("given", SUPERVISED)
-def test_every_usual_mask_of_tokenised_records_is_honoured(given):
+def test_every_usual_mask_of_tokenised_records_is_honoured(given: Any) -> None:
     found = normalise({"input_ids": [5, 6, 7, 8], **given}, "tokens")
     assert found == Pretokenised([5, 6, 7, 8], [0, 0, 1, 1])
     left, right = {}, {}
@@ -178,16 +178,16 @@ def test_every_usual_mask_of_tokenised_records_is_honoured(given):
         ({"position_ids": [0, 1, 0, 1]}, "start again"),
     ],
 )
-def test_masks_that_contradict_are_refused_by_name(given, says):
+def test_masks_that_contradict_are_refused_by_name(given: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=says):
         normalise({"input_ids": [5, 6, 7, 8], **given}, "tokens")
 
 
-def test_a_record_of_padding_only_is_empty():
+def test_a_record_of_padding_only_is_empty() -> None:
     assert normalise({"input_ids": [0, 0], "attention_mask": [0, 0]}, "tokens") is None
 
 
-def called(arguments, **keys):
+def called(arguments: Any, **keys: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "look", "arguments": arguments}, **keys}
 
 
@@ -200,13 +200,13 @@ def called(arguments, **keys):
         {"function_call": {"name": "look", "arguments": '{"city": "Paris"}'}, "content": None},
     ],
 )
-def test_every_usual_form_of_a_tool_call_is_the_same_one(message):
+def test_every_usual_form_of_a_tool_call_is_the_same_one(message: dict[str, Any]) -> None:
     found = normalise({"messages": [QUESTION, {"role": "assistant", **message}]}, "messages")
     expected = {"role": "assistant", "content": None, "tool_calls": [called({"city": "Paris"})]}
     assert found == Conversation([QUESTION, expected])
 
 
-def test_tools_and_options_are_read_as_lists_mappings_and_json_text():
+def test_tools_and_options_are_read_as_lists_mappings_and_json_text() -> None:
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"city": {"type": "string"}}}}]
     padded = [{"type": "function", "function": tools[0]["function"] | {"description": None}, "other": None}]
     expected = Conversation([QUESTION, ANSWER], tools, {"enable_thinking": False})
@@ -220,7 +220,7 @@ def test_tools_and_options_are_read_as_lists_mappings_and_json_text():
 
 
 @pytest.mark.parametrize("name", ["weight", "train", "training", "loss"])
-def test_a_turn_of_weight_0_is_not_supervised(name):
+def test_a_turn_of_weight_0_is_not_supervised(name: str) -> None:
     record = {"messages": [QUESTION, ANSWER | {name: 0}, QUESTION, ANSWER | {name: 1}]}
     assert normalise(record, "messages") == Conversation([QUESTION, ANSWER, QUESTION, ANSWER], silent=(1,))
 
@@ -240,19 +240,19 @@ def test_a_turn_of_weight_0_is_not_supervised(name):
         ({"loss_weight": 0.0}, "loss_weight"),
     ],
 )
-def test_keys_of_a_message_that_are_not_understood_are_refused(message, says):
+def test_keys_of_a_message_that_are_not_understood_are_refused(message: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=says):
         normalise({"messages": [QUESTION, ANSWER | message]}, "messages")
 
 
-def test_other_names_of_roles():
+def test_other_names_of_roles() -> None:
     found = normalise(
         {"messages": [{"role": "developer", "content": "x"}, {"role": "function", "content": "y"}]}, "messages"
     )
     assert [message["role"] for message in found.messages] == ["system", "tool"]
 
 
-def test_columns_that_are_not_read():
+def test_columns_that_are_not_read() -> None:
     record = {"messages": [QUESTION], "prompt": "x", "images": [], "tools": ["a"], "functions": "[]", "mood": "good"}
     assert unread_columns(record, "messages") == ({"functions"}, {"mood"})
     assert unread_columns({"text": "x", "tools": "[1]", "input_ids": [1]}, "text") == ({"tools", "input_ids"}, set())

@@ -16,12 +16,11 @@ import pytest
 from pydantic import ValidationError
 from support.distributed import TESTS, environment, run_ranks
 from support.rounding import LOGPROB
-from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model
+from support.tiny_teachers import sample_of, save_teacher, tiny_model
 
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.config import TopK
 from storage_schemas.provenance import Recipe
-from storage_schemas.rows import OK, Row
 from storage_schemas.targets import Targets
 from storage_schemas.verify import verify
 from teacher_dump.config import TeacherSection
@@ -34,13 +33,8 @@ RECIPE = Recipe(estimator=ESTIMATOR, temperatures=(1.0, 2.0), logsumexp=True)
 WAYS = [{"sharding": "tensor"}, {"sharding": "zero3"}, {"sharding": "zero3", "offload": True}]
 
 
-def sample_of(length: int, index: int) -> Row:
-    ids = np.random.default_rng(index).integers(0, VOCABULARY, length).astype(np.int32)
-    mask = np.arange(length) % 3 > 0
-    return Row(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=mask)
-
-
-BATCHES = [[sample_of(9, 0), sample_of(31, 1)], [sample_of(90, 2)], [sample_of(5, 3), sample_of(6, 4), sample_of(7, 5)]]
+LENGTHS = [[9, 31], [90], [5, 6, 7]]
+BATCHES = [[sample_of(length, index=length) for length in lengths] for lengths in LENGTHS]
 
 
 def assert_close(found: list[Targets | None], expected: list[Targets | None]) -> None:

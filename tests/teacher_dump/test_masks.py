@@ -1,7 +1,10 @@
 """Which tokens the assistant wrote, over templates with and without generation marks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+from support.corpora import supervised_text, tokenise_chats
 from support.tiny_teachers import (
     CHATML,
     CHATML_GENERATION,
@@ -13,18 +16,13 @@ from support.tiny_teachers import (
 
 from storage_schemas.common.errors import DataError
 from teacher_dump.corpus import masks
-from teacher_dump.corpus.formats import Completion, Conversation, Document
+from teacher_dump.corpus.formats import Completion, Conversation, Message
 from teacher_dump.corpus.masks import (
     Tokens,
     Unusable,
     covered,
     tokenise_completions,
-    tokenise_documents,
 )
-
-
-def tokenise_conversations(tokenizer, conversations, *, mask):
-    return masks.tokenise_conversations(tokenizer, [Conversation(messages) for messages in conversations], mask=mask)
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -45,57 +43,54 @@ CONVERSATIONS = [
 ]
 
 
-def supervised_text(tokenizer, tokens: Tokens) -> str:
-    assert isinstance(tokens, Tokens)
-    return tokenizer.decode(tokens.input_ids[tokens.loss_mask])
-
-
-def text(tokenizer, tokens: Tokens) -> str:
+def text(tokenizer: Any, tokens: Tokens) -> str:
     return tokenizer.decode(tokens.input_ids)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_generation_marks_and_prefix_rendering_agree(messages):
+def test_generation_marks_and_prefix_rendering_agree(messages: list[Message]) -> None:
     marked, unmarked = tiny_tokenizer(CHATML_GENERATION), tiny_tokenizer(CHATML)
-    (a,) = tokenise_conversations(marked, [messages], mask="assistant")
-    (b,) = tokenise_conversations(unmarked, [messages], mask="assistant")
+    (a,) = tokenise_chats(marked, [messages], mask="assistant")
+    (b,) = tokenise_chats(unmarked, [messages], mask="assistant")
     np.testing.assert_array_equal(a.input_ids, b.input_ids)
     np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_chatml_supervises_each_answer_and_its_end_of_turn(template, messages):
+def test_chatml_supervises_each_answer_and_its_end_of_turn(template: str, messages: list[Message]) -> None:
     tokenizer = tiny_tokenizer(template)
-    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [messages], mask="assistant")
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     assert supervised_text(tokenizer, tokens) == "".join(answer + "<|im_end|>" for answer in answers)
     assert text(tokenizer, tokens) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_header_template_supervises_each_answer_and_its_end_of_turn(messages):
+def test_header_template_supervises_each_answer_and_its_end_of_turn(messages: list[Message]) -> None:
     tokenizer = tiny_tokenizer(HEADERS)
-    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [messages], mask="assistant")
     answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
     assert supervised_text(tokenizer, tokens) == "".join(answer + "<|eot|>" for answer in answers)
 
 
-def test_the_beginning_of_text_is_not_doubled():
+def test_the_beginning_of_text_is_not_doubled() -> None:
     tokenizer = tiny_tokenizer(HEADERS)
     # As Llama's tokenizer does, add <s> to whatever is tokenised.
     tokenizer._tokenizer.post_processor = _adds_bos(tokenizer)
-    (chat,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
-    (plain, marked) = tokenise_documents(tokenizer, [Document("what is it"), Document("<s>what is it")])
+    (chat,) = tokenise_chats(tokenizer, [CONVERSATIONS[0]], mask="assistant")
+    (plain, marked) = tokenise_completions(
+        tokenizer, [Completion(None, "what is it"), Completion(None, "<s>what is it")], mask="assistant"
+    )
     for tokens in (chat, plain, marked):
         assert (tokens.input_ids == tokenizer.bos_token_id).sum() == 1
         assert tokens.input_ids[0] == tokenizer.bos_token_id
     np.testing.assert_array_equal(plain.input_ids, marked.input_ids)
 
 
-def test_instruction_template_without_generation_prompt():
+def test_instruction_template_without_generation_prompt() -> None:
     tokenizer = tiny_tokenizer(INSTRUCTIONS)
-    ours, refused = tokenise_conversations(
+    ours, refused = tokenise_chats(
         tokenizer, [turns("what", "the answer", "how", "so"), CONVERSATIONS[2]], mask="assistant"
     )
     assert supervised_text(tokenizer, ours) == " the answer</s> so</s>"
@@ -103,61 +98,59 @@ def test_instruction_template_without_generation_prompt():
     assert "only user and assistant" in refused.reason
 
 
-def test_a_template_that_rewrites_history_is_followed():
+def test_a_template_that_rewrites_history_is_followed() -> None:
     tokenizer = tiny_tokenizer(FORGETS_THOUGHTS)
-    (single,) = tokenise_conversations(tokenizer, [turns("what", "the answer")], mask="assistant")
+    (single,) = tokenise_chats(tokenizer, [turns("what", "the answer")], mask="assistant")
     assert supervised_text(tokenizer, single) == "<think></think>the answer<|im_end|>"
     several = [turns("what", "the answer", "how", "so")]
-    (both,) = tokenise_conversations(tokenizer, several, mask="assistant")
+    (both,) = tokenise_chats(tokenizer, several, mask="assistant")
     assert supervised_text(tokenizer, both) == "the answer<|im_end|><think></think>so<|im_end|>"
-    (everything,) = tokenise_conversations(tokenizer, several, mask="all")
+    (everything,) = tokenise_chats(tokenizer, several, mask="all")
     assert everything.loss_mask[1:].all()
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
-def test_a_template_that_writes_the_date_writes_the_same_one_every_day(template):
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(template: str) -> None:
     dated = "\n\n{% set today = strftime_now('%d %b %Y') %}{{ 'Today Date: ' + today + '\n' }}" + template
     tokenizer = tiny_tokenizer(dated)
-    (tokens,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [CONVERSATIONS[0]], mask="assistant")
     assert text(tokenizer, tokens).startswith("\n\nToday Date: 26 Jul 2024\n<|im_start|>user")
     assert supervised_text(tokenizer, tokens) == "the answer<|im_end|>"
 
 
-def test_an_answer_that_nothing_precedes_is_context():
+def test_an_answer_that_nothing_precedes_is_context() -> None:
     tokenizer = tiny_tokenizer(CHATML)
     messages = [{"role": "assistant", "content": "hello"}, *turns("what", "the answer")]
-    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [messages], mask="assistant")
     assert supervised_text(tokenizer, tokens) == "the answer<|im_end|>"
 
 
-def test_mask_all_supervises_everything_but_the_first_token():
+def test_mask_all_supervises_everything_but_the_first_token() -> None:
     tokenizer = tiny_tokenizer(CHATML)
-    (tokens,) = tokenise_conversations(tokenizer, [CONVERSATIONS[1]], mask="all")
+    (tokens,) = tokenise_chats(tokenizer, [CONVERSATIONS[1]], mask="all")
     assert not tokens.loss_mask[0]
     assert tokens.loss_mask[1:].all()
 
 
-def test_no_chat_template_is_a_clear_error():
+def test_no_chat_template_is_a_clear_error() -> None:
     with pytest.raises(DataError, match="chat template"):
-        tokenise_conversations(tiny_tokenizer(None), [CONVERSATIONS[0]], mask="assistant")
+        tokenise_chats(tiny_tokenizer(None), [CONVERSATIONS[0]], mask="assistant")
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
-def test_invalid_unicode_is_unusable_and_leaves_its_neighbours_alone(template):
+def test_invalid_unicode_is_unusable_and_leaves_its_neighbours_alone(template: str) -> None:
     tokenizer = tiny_tokenizer(template)
     bad = turns("what", "\ud800 half a pair")
-    good, unusable, also_good = tokenise_conversations(
-        tokenizer, [CONVERSATIONS[0], bad, CONVERSATIONS[1]], mask="assistant"
-    )
+    good, unusable, also_good = tokenise_chats(tokenizer, [CONVERSATIONS[0], bad, CONVERSATIONS[1]], mask="assistant")
     assert isinstance(unusable, Unusable)
     assert supervised_text(tokenizer, good) == "the answer<|im_end|>"
     assert supervised_text(tokenizer, also_good).startswith("the answer<|im_end|>one")
-    assert isinstance(tokenise_documents(tokenizer, [Document("\udfff")])[0], Unusable)
+    assert isinstance(tokenise_completions(tokenizer, [Completion(None, "\udfff")], mask="all")[0], Unusable)
     assert isinstance(tokenise_completions(tokenizer, [Completion("\udfff", "a")], mask="assistant")[0], Unusable)
-    assert isinstance(tokenise_conversations(tokenizer, [bad], mask="assistant")[0], Unusable)
+    assert isinstance(tokenise_chats(tokenizer, [bad], mask="assistant")[0], Unusable)
 
 
-def test_completions_supervise_the_completion_and_end_the_text():
+def test_completions_supervise_the_completion_and_end_the_text() -> None:
     tokenizer = tiny_tokenizer(None)
     records = [Completion("what is", " the answer"), Completion("", "the answer"), Completion("what ", "so</s>")]
     with_prompt, without, ended = tokenise_completions(tokenizer, records, mask="assistant")
@@ -172,10 +165,12 @@ def test_completions_supervise_the_completion_and_end_the_text():
     assert everything.loss_mask[1:].all()
 
 
-def test_documents_supervise_everything_but_the_first_token_and_end():
+def test_documents_supervise_everything_but_the_first_token_and_end() -> None:
     tokenizer = tiny_tokenizer(None)
-    tokens, ended, empty = tokenise_documents(
-        tokenizer, [Document("what is the answer"), Document("what is the answer</s>"), Document("")]
+    tokens, ended, empty = tokenise_completions(
+        tokenizer,
+        [Completion(None, text) for text in ("what is the answer", "what is the answer</s>", "")],
+        mask="assistant",
     )
     assert text(tokenizer, tokens) == text(tokenizer, ended) == "what is the answer</s>"
     assert not tokens.loss_mask[0]
@@ -183,7 +178,7 @@ def test_documents_supervise_everything_but_the_first_token_and_end():
     assert len(empty.input_ids) == 0
 
 
-def test_white_space_tokens_belong_to_the_span_they_end_in():
+def test_white_space_tokens_belong_to_the_span_they_end_in() -> None:
     # As byte-level tokenizers with trimmed offsets report: token 1 is white space before the span, token 3 inside it.
     offsets = [(0, 4), (5, 5), (5, 9), (10, 10), (10, 14), (0, 0)]
     np.testing.assert_array_equal(covered(offsets, [(5, 14)]), [False, False, True, True, True, True])
@@ -192,7 +187,7 @@ def test_white_space_tokens_belong_to_the_span_they_end_in():
     assert covered([], [(0, 3)]).shape == (0,)
 
 
-def _adds_bos(tokenizer):
+def _adds_bos(tokenizer: Any) -> Any:
     from tokenizers.processors import TemplateProcessing
 
     return TemplateProcessing(
@@ -205,23 +200,23 @@ QUIET = [Conversation(turns("what is it", "the answer", "how", "so"), [{"name": 
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
-def test_tools_options_and_weights_reach_the_template_and_the_mask(template):
+def test_tools_options_and_weights_reach_the_template_and_the_mask(template: str) -> None:
     tokenizer = tiny_tokenizer(TOOLS + template)
-    (found,) = masks.tokenise_conversations(tokenizer, QUIET, mask="assistant")
+    (found,) = masks.tokenise_chats(tokenizer, QUIET, mask="assistant")
     assert text(tokenizer, found).startswith("it|quiet <|im_start|>user\nwhat is it")
     assert supervised_text(tokenizer, found) == "so<|im_end|>"
 
 
-def test_what_the_template_does_not_read_is_named(caplog):
+def test_what_the_template_does_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:
     masks._warn_once.cache_clear()
-    masks.tokenise_conversations(tiny_tokenizer(CHATML), QUIET * 3, mask="assistant")
+    masks.tokenise_chats(tiny_tokenizer(CHATML), QUIET * 3, mask="assistant")
     assert sorted(record.args or record.message for record in caplog.records) == [
         "the chat template does not read `quiet`; records that have it are rendered without",
         "the chat template does not read `tools`; records that have it are rendered without",
     ]
 
 
-def test_a_template_that_takes_arguments_as_text_only_gets_text():
+def test_a_template_that_takes_arguments_as_text_only_gets_text() -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
         "{{ call.function.name + call.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -230,15 +225,15 @@ def test_a_template_that_takes_arguments_as_text_only_gets_text():
     tokenizer = tiny_tokenizer(template)
     call = {"type": "function", "function": {"name": "it", "arguments": {"a": 1}}}
     messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    (tokens,) = masks.tokenise_conversations(tokenizer, [Conversation(messages)], mask="assistant")
+    (tokens,) = masks.tokenise_chats(tokenizer, [Conversation(messages)], mask="assistant")
     assert supervised_text(tokenizer, tokens) == 'it{"a": 1}<|im_end|>'
 
 
-def test_marks_that_leave_out_the_end_of_a_turn_are_told(caplog):
+def test_marks_that_leave_out_the_end_of_a_turn_are_told(caplog: pytest.LogCaptureFixture) -> None:
     masks._warn_once.cache_clear()
     end = "{% endgeneration %}"
     template = CHATML_GENERATION.replace("+ '<|im_end|>' }}" + end, "}}" + end + "{{ '<|im_end|>' }}")
     tokenizer = tiny_tokenizer(template)
-    (tokens,) = tokenise_conversations(tokenizer, [CONVERSATIONS[0]], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [CONVERSATIONS[0]], mask="assistant")
     assert supervised_text(tokenizer, tokens) == "the answer"
     assert "leaves out <|im_end|>" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ SAMPLES = 150
 # The numbers alone
 
 
-def test_hours_and_money():
+def test_hours_and_money() -> None:
     found = durations(teacher_tokens=3_600_000, units=10, tokens_per_second=100.0, price_per_hour=2.0)
     assert [each.devices for each in found] == list(WORKERS)
     # Of 10 units, 4 devices take 3 at most, 8 take 2, and from 10 devices on each takes one.
@@ -44,7 +45,7 @@ def test_hours_and_money():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, and a corpus of many lengths; some of its samples have nothing to learn from or are too long."""
     folder = tmp_path_factory.mktemp("plan")
     save_teacher(folder / "teacher", max_position_embeddings=128)
@@ -60,7 +61,7 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(place: Path, url: Path, *, kind: str = "topk", samples_per_unit: int = 40, **changes) -> dict:
+def settings(place: Path, url: Path, *, kind: str = "topk", samples_per_unit: int = 40, **changes: Any) -> dict:
     return {
         "dump": DumpSection(url=str(url), samples_per_unit=samples_per_unit),
         "teacher": Teacher(TeacherSection(model=str(place / "teacher"), dtype="float32", device="cpu")),
@@ -72,7 +73,7 @@ def settings(place: Path, url: Path, *, kind: str = "topk", samples_per_unit: in
     } | changes
 
 
-def test_the_mass_of_the_k_largest_is_that_of_the_model(place, tmp_path):
+def test_the_mass_of_the_k_largest_is_that_of_the_model(place: Path, tmp_path: Path) -> None:
     teacher = settings(place, tmp_path)["teacher"]
     corpus = freeze_corpus(settings(place, tmp_path)["corpus"], teacher.tokenizer, lm_head_rows=VOCABULARY)
     sample = corpus.sample(2)
@@ -86,7 +87,7 @@ def test_the_mass_of_the_k_largest_is_that_of_the_model(place, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
-def test_the_forecast_is_that_of_the_real_dump(place, tmp_path, kind):
+def test_the_forecast_is_that_of_the_real_dump(place: Path, tmp_path: Path, kind: str) -> None:
     """In units of the size of the pilot, a third of the corpus."""
     chosen = settings(place, tmp_path / "dump", kind=kind, samples_per_unit=50)
     plan = plan_dump(**chosen, samples=50)
@@ -106,7 +107,7 @@ def test_the_forecast_is_that_of_the_real_dump(place, tmp_path, kind):
     assert forecast.entries_per_supervised_token == pytest.approx(entries, rel=0.05)
 
 
-def test_the_other_kinds_are_planned_with_their_defaults(place, tmp_path):
+def test_the_other_kinds_are_planned_with_their_defaults(place: Path, tmp_path: Path) -> None:
     seen = []
     plan = plan_dump(
         **settings(place, tmp_path, kind="adaptive", estimator=Adaptive(kind="adaptive", k_max=3)),
@@ -128,7 +129,7 @@ def test_the_other_kinds_are_planned_with_their_defaults(place, tmp_path):
     assert given.durations[0].money == pytest.approx(3 * given.durations[0].hours)
 
 
-def test_a_pilot_without_anything_to_learn_from_is_an_error(place, tmp_path):
+def test_a_pilot_without_anything_to_learn_from_is_an_error(place: Path, tmp_path: Path) -> None:
     lines = (place / "corpus.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "corpus.jsonl").write_text("".join([lines[0]] * 40 + lines[2:3]))
     corpus = CorpusSection(sources=[SourceSection(path=str(tmp_path / "corpus.jsonl"))], max_length=96)
@@ -137,7 +138,7 @@ def test_a_pilot_without_anything_to_learn_from_is_an_error(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_forecast_on_gsm8k_is_within_a_tenth(place, tmp_path):
+def test_the_forecast_on_gsm8k_is_within_a_tenth(place: Path, tmp_path: Path) -> None:
     """Of every kind, with the pilot that the command takes by default."""
     folder = save_teacher(tmp_path / "teacher", max_position_embeddings=2048)
     source = SourceSection(path=str(ROOT / "benchmarks/data/gsm8k_150.jsonl"))

@@ -1,6 +1,5 @@
 """Tokenising in several processes: the same corpus, errors that are the parent's, and nothing left running."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -10,28 +9,18 @@ import threading
 import time
 from pathlib import Path
 
-import datasets
 import pytest
+from support.corpora import freeze, statuses_of, write_jsonl
 from support.pool_jobs import killed, slow
-from support.tiny_teachers import CHATML, HEADERS, VOCABULARY, tiny_tokenizer
+from support.tiny_teachers import CHATML, HEADERS, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError, TemporaryError
-from teacher_dump.config import CorpusSection, SourceSection
 from teacher_dump.corpus import freeze as corpus_module
-from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.pool import Pool
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def freeze(path: Path, *, template=CHATML, **options) -> Corpus:
-    section = CorpusSection(sources=[SourceSection(path=str(path))], cache_dir=str(path.parent / "neo"), **options)
-    return freeze_corpus(section, tiny_tokenizer(template), lm_head_rows=VOCABULARY)
 
 
 def write(path: Path, count: int) -> list[dict]:
@@ -40,35 +29,37 @@ def write(path: Path, count: int) -> list[dict]:
         for i in range(count)
     ]
     records[count // 2] = {"id": "half", "messages": [{"role": "user", "content": "\ud800"}]}
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(path, records)
     return records
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS])
-def test_the_corpus_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch, template):
+def test_the_corpus_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
     write(tmp_path / "a.jsonl", 150)
-    alone = freeze(tmp_path / "a.jsonl", num_proc=1, template=template, max_length=40)
+    alone = freeze(tmp_path / "a.jsonl", num_proc=1, tokenizer=tiny_tokenizer(template), max_length=40)
     monkeypatch.setattr(corpus_module, "_BATCH", 7)
-    several = freeze(tmp_path / "a.jsonl", num_proc=2, template=template, max_length=40)
+    several = freeze(tmp_path / "a.jsonl", num_proc=2, tokenizer=tiny_tokenizer(template), max_length=40)
     assert several.fingerprint == alone.fingerprint
-    assert (several.problems, several.statuses) == (alone.problems, alone.statuses)
+    assert (several.problems, statuses_of(several)) == (alone.problems, statuses_of(alone))
     assert several.lengths.tolist() == alone.lengths.tolist()
     assert several.problems[0][0].startswith(str(tmp_path / "a.jsonl"))
 
 
-def test_what_a_process_raises_is_the_error_of_the_command(tmp_path):
+def test_what_a_process_raises_is_the_error_of_the_command(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 40)
     with pytest.raises(DataError, match=r"record \d+: the sample is too long(.|\n)*corpus\.max_length"):
         freeze(tmp_path / "a.jsonl", num_proc=2, max_length=30, too_long="error")
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_is_killed_is_an_error_and_not_a_wait():
+def test_a_process_that_is_killed_is_an_error_and_not_a_wait() -> None:
     with pytest.raises(TemporaryError, match=r"was killed(.|\n)*num_proc"), Pool(killed, processes=2) as pool:
         list(pool.map(range(100)))
 
 
-def test_leaving_ends_what_is_running():
+def test_leaving_ends_what_is_running() -> None:
     def work() -> None:
         with Pool(slow, processes=2) as pool:
             for _ in pool.map(range(10)):
@@ -82,7 +73,7 @@ def test_leaving_ends_what_is_running():
     assert time.monotonic() - started < 20
 
 
-def test_processes_end_with_the_one_that_started_them():
+def test_processes_end_with_the_one_that_started_them() -> None:
     code = "from support.pool_jobs import slow; from teacher_dump.corpus.pool import Pool\nif __name__ == '__main__':\n"
     code += " with Pool(slow, processes=2) as pool:\n  r = pool.map(range(9)); print(next(r), flush=True); list(r)\n"
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}

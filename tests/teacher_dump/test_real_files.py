@@ -6,18 +6,22 @@ Larger corpora are looked for in `$LLM_NEO_DATA`, or in `shared/data` beside the
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import datasets
 import numpy as np
 import pytest
+from support.corpora import freeze as freeze_sources
+from support.corpora import statuses_of
 from support.dump_checks import rows_of
 from support.tiny_teachers import CHATML, VOCABULARY, save_teacher, tiny_tokenizer
 
 from storage_schemas.config import DumpSection, TopK
 from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
-from teacher_dump.corpus.freeze import Corpus, freeze_corpus
+from teacher_dump.corpus.freeze import Corpus
 from teacher_dump.dump import run_dump
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "benchmarks" / "data" / "gsm8k_150.jsonl"
@@ -25,16 +29,8 @@ LARGER = Path(os.environ.get("LLM_NEO_DATA") or ROOT.parent / "shared" / "data")
 SMOLLM = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def freeze(path: Path, *, tokenizer=None, lm_head_rows=VOCABULARY, **options) -> Corpus:
-    section = CorpusSection(
-        sources=[SourceSection(path=str(path))], **{"max_length": 200_000, "max_bad_share": 0.1} | options
-    )
-    return freeze_corpus(section, tokenizer or tiny_tokenizer(CHATML), lm_head_rows=lm_head_rows)
+def freeze(path: Path, **options: Any) -> Corpus:
+    return freeze_sources(path, **{"max_length": 200_000, "max_bad_share": 0.1} | options)
 
 
 def records_of(path: Path) -> list[dict]:
@@ -57,7 +53,7 @@ def answers(record: dict) -> str:
     ],
 )
 @pytest.mark.parametrize("real_tokenizer", [False, True])
-def test_every_answer_of_a_real_corpus_is_supervised(name, samples, empty, real_tokenizer):
+def test_every_answer_of_a_real_corpus_is_supervised(name: str, samples: int, empty: int, real_tokenizer: bool) -> None:
     path = LARGER / name if name else SHIPPED
     if not path.is_file():
         pytest.skip(f"no {path}; set LLM_NEO_DATA to a folder with it")
@@ -70,8 +66,8 @@ def test_every_answer_of_a_real_corpus_is_supervised(name, samples, empty, real_
         tokenizer, lm_head_rows = AutoTokenizer.from_pretrained(SMOLLM), 49_152
     corpus = freeze(path, tokenizer=tokenizer, lm_head_rows=lm_head_rows)
     assert len(corpus) == samples
-    assert corpus.statuses.count("empty") == empty
-    assert corpus.statuses.count("ok") == samples - empty
+    assert corpus.status_counts().get("empty", 0) == empty
+    assert corpus.status_counts().get("ok", 0) == samples - empty
     for i, record in enumerate(records_of(path)):
         sample = corpus.sample(i)
         # A BPE tokenizer may join the line end of the header with one that the answer begins with.
@@ -79,7 +75,7 @@ def test_every_answer_of_a_real_corpus_is_supervised(name, samples, empty, real_
 
 
 @pytest.fixture
-def spoilt(tmp_path) -> tuple[Path, list[str]]:
+def spoilt(tmp_path: Path) -> tuple[Path, list[str]]:
     """The shipped corpus with bad records among the good ones; and what becomes of each record."""
     lines = SHIPPED.read_bytes().splitlines()[:40]
     question, answer = (m["content"] for m in json.loads(lines[0])["messages"])
@@ -110,24 +106,26 @@ def spoilt(tmp_path) -> tuple[Path, list[str]]:
     return path, statuses
 
 
-def test_bad_records_are_marked_and_leave_the_others_alone(spoilt):
+def test_bad_records_are_marked_and_leave_the_others_alone(spoilt: tuple[Path, list[str]]) -> None:
     path, statuses = spoilt
     corpus, clean = freeze(path), freeze(SHIPPED)
-    assert corpus.statuses == statuses
+    assert statuses_of(corpus) == statuses
     assert corpus.longest > 100_000
-    good = [i for i, status in enumerate(corpus.statuses) if status == "ok"]
+    good = [i for i, status in enumerate(statuses_of(corpus)) if status == "ok"]
     bodies = {corpus.sample(i).input_ids.tobytes() for i in good}
     for i in range(40):
         assert clean.sample(i).input_ids.tobytes() in bodies
     third = [i for i in good if corpus.sample(i).input_ids.tobytes() == clean.sample(2).input_ids.tobytes()]
     assert len(third) == 3, "duplicates are samples like any other"
-    assert len({corpus.sample_ids[i] for i in third}) == 1
+    assert len({corpus.sample(i).sample_id for i in third}) == 1
     for i in third:
         np.testing.assert_array_equal(corpus.sample(i).loss_mask, clean.sample(2).loss_mask)
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
-def test_a_dump_of_it_has_every_sample_and_is_proven(tmp_path, spoilt, too_long):
+def test_a_dump_of_it_has_every_sample_and_is_proven(
+    tmp_path: Path, spoilt: tuple[Path, list[str]], too_long: str
+) -> None:
     path, statuses = spoilt
     limit = 900
     long = freeze(path).lengths > limit

@@ -6,6 +6,7 @@ A forged dump is written by the real writer with the run.json of the good one: e
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from storage_schemas import codec
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.reader import Dump
-from storage_schemas.rows import NONFINITE
+from storage_schemas.rows import NONFINITE, Row
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
@@ -37,7 +38,7 @@ EMPTY_AND_TOO_LONG = {5, 7}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, another one of the same shape, a corpus, and for each estimator a dump and one that is not rounded."""
     folder = tmp_path_factory.mktemp("recompute")
     save_teacher(folder / "teacher")
@@ -55,7 +56,7 @@ def teacher_of(place: Path, name: str = "teacher", *, batch_tokens: int = 1, dty
     return Teacher(TeacherSection(model=str(place / name), dtype=dtype, device="cpu", batch_tokens=batch_tokens))
 
 
-def forge(place: Path, folder: Path, change, *, of: str = "topk", provenance=None) -> Dump:
+def forge(place: Path, folder: Path, change: Any, *, of: str = "topk", provenance: Any = None) -> Dump:
     """The dump `of` with each row that has targets changed, as if it had been made so."""
     provenance = provenance or Dump.open(str(place / of)).provenance
     writer = DumpWriter.open(str(folder), provenance)
@@ -70,7 +71,7 @@ def forge(place: Path, folder: Path, change, *, of: str = "topk", provenance=Non
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
 @pytest.mark.parametrize("batch_tokens", [1, 2000])
-def test_a_good_dump_passes_in_other_batches(place, kind, batch_tokens):
+def test_a_good_dump_passes_in_other_batches(place: Path, kind: str, batch_tokens: int) -> None:
     dump = Dump.open(str(place / kind))
     seen = []
     report = recompute(
@@ -94,7 +95,7 @@ def test_a_good_dump_passes_in_other_batches(place, kind, batch_tokens):
     assert seen[-1] == (len(report.rows), len(report.rows))
 
 
-def test_rows_are_spread_over_the_units_and_chosen_by_the_seed(place):
+def test_rows_are_spread_over_the_units_and_chosen_by_the_seed(place: Path) -> None:
     dump = Dump.open(str(place / "topk"))
     for seed in range(5):
         picked, errors = pick_rows(dump, 4, seed=seed)
@@ -115,7 +116,7 @@ def rolled(targets: Targets) -> Targets:
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
-def test_targets_that_are_off_by_one_are_caught(place, tmp_path, kind):
+def test_targets_that_are_off_by_one_are_caught(place: Path, tmp_path: Path, kind: str) -> None:
     dump = forge(place, tmp_path / "dump", lambda row: replace(row, targets=rolled(row.targets)), of=kind)
     report = recompute(dump, teacher_of(place), rows=SAMPLES)
     # Rows of one supervised token cannot be shifted.
@@ -125,7 +126,7 @@ def test_targets_that_are_off_by_one_are_caught(place, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
-def test_another_teachers_targets_are_caught(place, tmp_path, kind):
+def test_another_teachers_targets_are_caught(place: Path, tmp_path: Path, kind: str) -> None:
     """Its run.json says that they are the right teacher's."""
     provenance = Dump.open(str(place / kind)).provenance
     estimator = ESTIMATORS[kind]
@@ -143,10 +144,12 @@ def test_another_teachers_targets_are_caught(place, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
 @pytest.mark.parametrize("nats", [-0.5, 0.3])
-def test_one_perturbed_logprob_is_caught_by_row_and_position(place, tmp_path, kind, nats):
+def test_one_perturbed_logprob_is_caught_by_row_and_position(
+    place: Path, tmp_path: Path, kind: str, nats: float
+) -> None:
     where = {}
 
-    def perturb(row):
+    def perturb(row: Row) -> Row:
         if row.sample_index != 9:
             return row
         # An entry that matters, in the second target.
@@ -163,7 +166,7 @@ def test_one_perturbed_logprob_is_caught_by_row_and_position(place, tmp_path, ki
     assert report.errors[0].startswith(f"row 9, position {where['position']}: the log-prob of id {where['id']} is")
 
 
-def cut(row, keep):
+def cut(row: Row, keep: Any) -> Row:
     """Heads of `keep` entries, the rest honestly in the tail."""
     parts = []
     for i in range(len(row.targets)):
@@ -185,21 +188,21 @@ def cut(row, keep):
     return replace(row, targets=concatenate(parts))
 
 
-def test_heads_that_end_too_early_are_caught(place, tmp_path):
+def test_heads_that_end_too_early_are_caught(place: Path, tmp_path: Path) -> None:
     """All that is left is true, and the divergence is 0: only the estimator's rule says that entries are missing."""
     report = recompute(forge(place, tmp_path / "dump", lambda row: cut(row, 20)), teacher_of(place), rows=3)
     assert len(report.errors) >= 3
     assert "the head has 20 entries, the teacher gives 24" in report.errors[0]
 
 
-def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place, tmp_path):
+def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place: Path, tmp_path: Path) -> None:
     for field, nats, words in (
         ("tail_logprob", -0.2, "log tail mass"),
         ("logsumexp", 0.1, "logsumexp"),
     ):
         for column in (0, 1):
 
-            def change(row, field=field, nats=nats, column=column):
+            def change(row: Row, field: str = field, nats: float = nats, column: int = column) -> Row:
                 values = getattr(row.targets, field).copy()
                 values[:, column] += nats
                 return replace(row, targets=replace(row.targets, **{field: values}))
@@ -209,7 +212,7 @@ def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place, tmp_path):
             assert len([line for line in report.errors if words in line]) == 4
 
 
-def test_draws_of_another_seed_are_caught(place, tmp_path):
+def test_draws_of_another_seed_are_caught(place: Path, tmp_path: Path) -> None:
     for kind in ("adaptive", "sampled"):
         provenance = Dump.open(str(place / kind)).provenance
         claimed = provenance.model_copy(update={"estimator": provenance.estimator.model_copy(update={"seed": 1})})
@@ -220,22 +223,22 @@ def test_draws_of_another_seed_are_caught(place, tmp_path):
         assert all(re.match(r"row \d+, position \d+: ", line) for line in report.errors)
 
 
-def test_a_row_that_hides_as_nonfinite_is_caught(place, tmp_path):
-    def hide(row):
+def test_a_row_that_hides_as_nonfinite_is_caught(place: Path, tmp_path: Path) -> None:
+    def hide(row: Row) -> Row:
         return replace(row, status=NONFINITE, targets=None) if row.sample_index == 3 else row
 
     report = recompute(forge(place, tmp_path / "dump", hide), teacher_of(place), rows=SAMPLES)
     assert report.errors == ["row 3: stored as nonfinite, but its logits are finite"]
 
 
-def test_labels_and_loss_masks_are_compared_with_the_corpus(place, tmp_path):
+def test_labels_and_loss_masks_are_compared_with_the_corpus(place: Path, tmp_path: Path) -> None:
     """The targets fit the row as it stands, so that the teacher alone sees nothing."""
     section = sections(tmp_path, place / "corpus.jsonl", place / "teacher")["corpus"]
     corpus = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=320)
     good = Dump.open(str(place / "topk"))
     assert recompute(good, teacher_of(place), rows=SAMPLES, corpus=corpus).errors == []
 
-    def unmask(row):
+    def unmask(row: Row) -> Row:
         mask, first = row.loss_mask.copy(), np.flatnonzero(row.loss_mask)[0]
         mask[first] = False
         if row.sample_index != 4:
@@ -258,7 +261,7 @@ def test_labels_and_loss_masks_are_compared_with_the_corpus(place, tmp_path):
         recompute(good, teacher_of(place), rows=1, corpus=other)
 
 
-def test_another_teacher_is_refused_before_its_weights_are_loaded(place):
+def test_another_teacher_is_refused_before_its_weights_are_loaded(place: Path) -> None:
     dump = Dump.open(str(place / "topk"))
     other = teacher_of(place, "other")
     with pytest.raises(MismatchError, match=r"weights_sha256\.model\.safetensors"):
@@ -270,7 +273,7 @@ def test_another_teacher_is_refused_before_its_weights_are_loaded(place):
     assert "model" not in vars(half)
 
 
-def test_a_damaged_unit_is_named_and_the_others_are_recomputed(place, tmp_path):
+def test_a_damaged_unit_is_named_and_the_others_are_recomputed(place: Path, tmp_path: Path) -> None:
     dump = forge(place, tmp_path / "dump", lambda row: row)
     (tmp_path / "dump" / dump.record(1).file).write_bytes(b"torn")
     report = recompute(dump, teacher_of(place), rows=SAMPLES)
@@ -287,7 +290,7 @@ def targets_of(p: list[float], *, k: int, mass: float = 1.0) -> Targets:
     return dense_targets(logits, k=min(k, kept or k))
 
 
-def problems_of(exact: Targets, stored: Targets, estimator, *, step: float = 0.0) -> dict[int, str]:
+def problems_of(exact: Targets, stored: Targets, estimator: Estimator, *, step: float = 0.0) -> dict[int, str]:
     return problems(
         exact,
         stored,
@@ -299,7 +302,7 @@ def problems_of(exact: Targets, stored: Targets, estimator, *, step: float = 0.0
     )
 
 
-def test_ties_may_be_broken_otherwise_and_nothing_else():
+def test_ties_may_be_broken_otherwise_and_nothing_else() -> None:
     tied = targets_of([0.5, 0.2, 0.1, 0.1, 0.1], k=3)
     other = replace(tied, ids=np.array([0, 1, 4], np.int32))
     assert problems_of(tied, tied, TopK(k=3)) == {}
@@ -308,7 +311,7 @@ def test_ties_may_be_broken_otherwise_and_nothing_else():
     assert "not among its largest" in problems_of(tied, wrong, TopK(k=3))[0]
 
 
-def test_a_head_may_end_one_entry_earlier_only_where_its_mass_is_the_limit():
+def test_a_head_may_end_one_entry_earlier_only_where_its_mass_is_the_limit() -> None:
     p = [0.6, 0.3, 0.06, 0.04]
     two, three = dense_targets(np.log([p]), k=2), dense_targets(np.log([p]), k=3)
     for exact, stored in ((two, three), (three, two)):
@@ -317,7 +320,7 @@ def test_a_head_may_end_one_entry_earlier_only_where_its_mass_is_the_limit():
         assert "entries, the teacher gives" in problems_of(exact, stored, TopK(k=3, mass=1.0))[0]
 
 
-def test_rounding_is_allowed_to_half_a_cell_and_the_noise_only():
+def test_rounding_is_allowed_to_half_a_cell_and_the_noise_only() -> None:
     exact = dense_targets(np.random.default_rng(0).normal(0, 3, (200, 50)), k=20)
     for step in (0.25, 0.0625, 0.0):
         rounded = exact if not step else replace(exact, logprobs=codec.round_logprobs(exact.logprobs, step))

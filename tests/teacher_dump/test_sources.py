@@ -6,10 +6,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import datasets
 import fsspec
 import numpy as np
 import obstore
@@ -19,51 +19,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.s3_servers import BUCKET, READER, WRITER, TinyS3, be_impatient, options, seaweedfs
-from support.tiny_teachers import CHATML, VOCABULARY, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.common.signals import stoppable
 from storage_schemas.stores.requests import object_store
-from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.config import SourceSection
 from teacher_dump.corpus import remote
-from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.sources import chosen_records
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 RECORDS = [{"id": f"r{i}", "text": f"what is it {i}"} for i in range(10)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def lines_of(records) -> bytes:
+def lines_of(records: Sequence[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def write(path: Path, records) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(lines_of(records))
-    return str(path)
-
-
-def freeze(*sources, folder: Path, **corpus) -> Corpus:
-    section = CorpusSection(sources=list(sources), cache_dir=str(folder / "neo"), **corpus)
-    return freeze_corpus(section, tiny_tokenizer(CHATML), lm_head_rows=VOCABULARY)
+def write(path: Path, records: Sequence[Any]) -> str:
+    return str(write_jsonl(path, records))
 
 
 @pytest.mark.parametrize(
     ("records", "weight", "count"),
     [(10, 1.0, 10), (10, 0.5, 5), (10, 0.25, 3), (10, 0.24, 2), (3, 0.001, 1), (7473, 0.1, 747), (1000, 0.0125, 13)],
 )
-def test_a_weight_is_a_share_of_the_records_rounded_half_up(records, weight, count):
+def test_a_weight_is_a_share_of_the_records_rounded_half_up(records: int, weight: float, count: int) -> None:
     assert len(chosen_records(records, weight, seed=0)) == count
 
 
 @given(st.integers(0, 300), st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 2**64 - 1))
 @settings(max_examples=60, deadline=None)
-def test_choices_are_ordered_repeatable_and_nested(records, a, b, seed):
+def test_choices_are_ordered_repeatable_and_nested(records: int, a: float, b: float, seed: int) -> None:
     small, large = sorted((a, b))
     fewer, more = chosen_records(records, small, seed=seed), chosen_records(records, large, seed=seed)
     assert (np.diff(more) > 0).all()
@@ -71,7 +60,7 @@ def test_choices_are_ordered_repeatable_and_nested(records, a, b, seed):
     np.testing.assert_array_equal(chosen_records(records, large, seed=seed), more)
 
 
-def test_every_record_is_as_likely_as_any_other():
+def test_every_record_is_as_likely_as_any_other() -> None:
     """1,000 seeds of 30 %: a record is chosen 300 times, give or take 4 standard deviations of 14.5."""
     counts = np.zeros(40)
     for seed in range(1000):
@@ -79,83 +68,82 @@ def test_every_record_is_as_likely_as_any_other():
     assert np.abs(counts - 300).max() < 4 * np.sqrt(1000 * 0.3 * 0.7)
 
 
-def test_the_choice_of_a_seed_never_changes():
+def test_the_choice_of_a_seed_never_changes() -> None:
     """What a fingerprint rests on: other numbers here would make every weighted dump impossible to continue."""
     assert chosen_records(20, 0.3, seed=0).tolist() == [0, 1, 2, 9, 11, 17]
     assert chosen_records(20, 0.3, seed=1).tolist() == [2, 3, 5, 7, 9, 10]
 
 
-def test_weights_choose_by_seed_and_keep_order_whatever_the_other_sources(tmp_path):
+def test_weights_choose_by_seed_and_keep_order_whatever_the_other_sources(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", RECORDS)
     b = write(tmp_path / "b.jsonl", [{"id": f"b{i}", "text": "so"} for i in range(5)])
     half, other = SourceSection(path=a, weight=0.5), SourceSection(path=b, weight=0.4)
-    alone = freeze(half, folder=tmp_path)
+    alone = freeze(half)
     assert len(alone) == 5
-    assert alone.sample_ids == sorted(alone.sample_ids)
-    both = freeze(other, half, folder=tmp_path)
-    assert both.sample_ids[2:] == alone.sample_ids
-    assert freeze(half, folder=tmp_path).fingerprint == alone.fingerprint
-    reseeded = freeze(half, folder=tmp_path, seed=1)
+    assert ids_of(alone) == sorted(ids_of(alone))
+    both = freeze(other, half)
+    assert ids_of(both)[2:] == ids_of(alone)
+    assert freeze(half).fingerprint == alone.fingerprint
+    reseeded = freeze(half, seed=1)
     assert len(reseeded) == 5
     assert reseeded.fingerprint != alone.fingerprint
-    assert (
-        freeze(SourceSection(path=a), folder=tmp_path, seed=1).fingerprint
-        == freeze(SourceSection(path=a), folder=tmp_path).fingerprint
-    ), "without weights, the seed chooses nothing"
+    assert freeze(SourceSection(path=a), seed=1).fingerprint == freeze(SourceSection(path=a)).fingerprint, (
+        "without weights, the seed chooses nothing"
+    )
 
 
-def test_weights_apply_to_what_the_split_leaves_and_to_files_with_broken_lines(tmp_path):
+def test_weights_apply_to_what_the_split_leaves_and_to_files_with_broken_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", RECORDS)
-    part = freeze(SourceSection(path=path, split="train[5:]", weight=0.6), folder=tmp_path)
-    assert part.sample_ids == [f"r{5 + i}" for i in chosen_records(5, 0.6, seed=0)]
+    part = freeze(SourceSection(path=path, split="train[5:]", weight=0.6))
+    assert ids_of(part) == [f"r{5 + i}" for i in chosen_records(5, 0.6, seed=0)]
     broken = [*RECORDS[:9], {"id": "r9", "text": "\ud800"}]
     (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(record) for record in broken))
-    by_line = freeze(SourceSection(path=str(tmp_path / "b.jsonl"), split="train[5:]", weight=0.6), folder=tmp_path)
-    assert by_line.sample_ids == part.sample_ids
+    by_line = freeze(SourceSection(path=str(tmp_path / "b.jsonl"), split="train[5:]", weight=0.6))
+    assert ids_of(by_line) == ids_of(part)
 
 
-def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path):
+def test_errors_of_a_weighted_source_name_the_record_of_the_file(tmp_path: Path) -> None:
     last = int(chosen_records(10, 0.3, seed=0)[-1])
     records = [{"messages": []} for _ in range(10)]
     records[last] = {"messages": [{"role": "nobody", "content": "x"}]}
     path = write(tmp_path / "a.jsonl", records)
     with pytest.raises(DataError, match=f"record {last + 1}:"):
-        freeze(SourceSection(path=path, weight=0.3), folder=tmp_path, max_bad_share=0)
+        freeze(SourceSection(path=path, weight=0.3), max_bad_share=0)
 
 
 @pytest.mark.parametrize(("weight", "says"), [(1.5, "answer twice"), (0, "greater than 0"), (-1, "greater than 0")])
-def test_other_weights_are_refused(weight, says):
+def test_other_weights_are_refused(weight: float, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         SourceSection(path="a.jsonl", weight=weight)
 
 
-def test_globs_and_file_urls_are_one_source_in_order_of_name(tmp_path):
+def test_globs_and_file_urls_are_one_source_in_order_of_name(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         write(tmp_path / f"deep/{i}/part.jsonl", RECORDS[3 * i : 3 * i + 3])
-    whole = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS[:9])), folder=tmp_path)
+    whole = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS[:9])))
     for path in (f"{tmp_path}/deep/*/part.jsonl", f"{tmp_path}/deep/**/*.jsonl", f"file://{tmp_path}/a.jsonl",
                  f"file://{tmp_path}/deep/?/part.jsonl"):  # fmt: skip
-        assert freeze(SourceSection(path=path), folder=tmp_path).fingerprint == whole.fingerprint, path
+        assert freeze(SourceSection(path=path)).fingerprint == whole.fingerprint, path
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "deep/2/part.parquet")
     with pytest.raises(DataError, match=r"json, parquet(.|\n)*by a glob"):
-        freeze(SourceSection(path=f"{tmp_path}/deep/*/*"), folder=tmp_path)
+        freeze(SourceSection(path=f"{tmp_path}/deep/*/*"))
     for path in (f"{tmp_path}/none/*.jsonl", f"file://{tmp_path}/none"):
         with pytest.raises(DataError, match="missing"):
-            freeze(SourceSection(path=path), folder=tmp_path)
+            freeze(SourceSection(path=path))
 
 
 # --- object stores ---
 
 
 @pytest.fixture(autouse=True)
-def no_ambient_settings(monkeypatch):
+def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up within a second."""
     be_impatient(monkeypatch)
 
@@ -166,7 +154,7 @@ def put(port: int, key: str, data: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory) -> Iterator[int]:
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """SeaweedFS with the ten records as JSONL in two parts, as Parquet, and things beside them."""
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as found:
         put(found, "corpus/lines/part-0 of 2.jsonl", lines_of(RECORDS[:4]))
@@ -188,30 +176,30 @@ def port(tmp_path_factory) -> Iterator[int]:
     ["corpus/all.parquet", "corpus/lines", "corpus/lines/", "corpus/l*s/**/part-*.jsonl", "corpus/*.parquet",
      "corpus/lines/[a-z]*/part-?*.jsonl"],
 )  # fmt: skip
-def test_an_object_store_gives_the_same_corpus_as_files(tmp_path, port, path):
-    local = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)), folder=tmp_path)
+def test_an_object_store_gives_the_same_corpus_as_files(tmp_path: Path, port: int, path: str) -> None:
+    local = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)))
     source = SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=options(port, READER))
-    remote = freeze(source, folder=tmp_path)
+    remote = freeze(source)
     if path.startswith("corpus/lines/["):
-        assert remote.sample_ids == local.sample_ids[4:]
+        assert ids_of(remote) == ids_of(local)[4:]
     elif "*s/**" in path or "lines" in path:
         # `day=2/` sorts before `part-0`.
-        assert remote.sample_ids == local.sample_ids[4:] + local.sample_ids[:4]
+        assert ids_of(remote) == ids_of(local)[4:] + ids_of(local)[:4]
     else:
         assert remote.fingerprint == local.fingerprint
 
 
-def test_credentials_may_come_from_the_environment(tmp_path, port, monkeypatch):
+def test_credentials_may_come_from_the_environment(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER["access_key_id"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER["secret_access_key"])
     given = {key: value for key, value in options(port).items() if key in ("endpoint", "region")}
     source = SourceSection(path=f"s3://{BUCKET}/corpus/all.parquet", storage_options=given, weight=0.5)
-    assert len(freeze(source, folder=tmp_path)) == 5
+    assert len(freeze(source)) == 5
 
 
-def test_a_broken_line_in_an_object_loses_one_record(tmp_path, port):
+def test_a_broken_line_in_an_object_loses_one_record(tmp_path: Path, port: int) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/broken/a.jsonl", storage_options=options(port))
-    assert freeze(source, folder=tmp_path).statuses == ["ok", "invalid_text", *["ok"] * 9]
+    assert statuses_of(freeze(source)) == ["ok", "invalid_text", *["ok"] * 9]
 
 
 @pytest.mark.parametrize(
@@ -220,30 +208,30 @@ def test_a_broken_line_in_an_object_loses_one_record(tmp_path, port):
      ("corpus/lin", "no object matches"), ("mixed", r"json, parquet(.|\n)*by a glob"),
      ("corpus/lines/_SUCCESS", "unknown kinds")],
 )  # fmt: skip
-def test_objects_that_cannot_be_a_source_are_named(tmp_path, port, path, says):
+def test_objects_that_cannot_be_a_source_are_named(tmp_path: Path, port: int, path: str, says: str) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=options(port))
     with pytest.raises(DataError, match=says):
-        freeze(source, folder=tmp_path)
+        freeze(source)
 
 
-def test_a_bucket_that_is_not_there_is_a_configuration_error(tmp_path, port):
+def test_a_bucket_that_is_not_there_is_a_configuration_error(tmp_path: Path, port: int) -> None:
     with pytest.raises(MismatchError, match=r"bucket of s3://nowhere(.|\n)*corpus\.sources"):
-        freeze(SourceSection(path="s3://nowhere/a.jsonl", storage_options=options(port)), folder=tmp_path)
+        freeze(SourceSection(path="s3://nowhere/a.jsonl", storage_options=options(port)))
 
 
 @pytest.mark.parametrize("path", ["corpus/all.parquet", "corpus/lines", "corpus/*.parquet"])
-def test_wrong_credentials_are_told_apart(tmp_path, port, path):
+def test_wrong_credentials_are_told_apart(tmp_path: Path, port: int, path: str) -> None:
     wrong = options(port, {"access_key_id": "testkey", "secret_access_key": "wrong"})
     with pytest.raises(MismatchError, match=r"no access to s3://logits(.|\n)*credentials"):
-        freeze(SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=wrong), folder=tmp_path)
+        freeze(SourceSection(path=f"s3://{BUCKET}/{path}", storage_options=wrong))
 
 
-def test_a_url_with_credentials_or_an_unknown_option_is_refused(tmp_path):
+def test_a_url_with_credentials_or_an_unknown_option_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="must not carry credentials"):
-        freeze(SourceSection(path="s3://key:secret@bucket/a.jsonl"), folder=tmp_path)
+        freeze(SourceSection(path="s3://key:secret@bucket/a.jsonl"))
     source = SourceSection(path="s3://bucket/a.jsonl", storage_options={"endpiont": "x"})
     with pytest.raises(MismatchError, match=r"corpus\.sources"):
-        freeze(source, folder=tmp_path)
+        freeze(source)
 
 
 @pytest.fixture
@@ -254,18 +242,20 @@ def tiny() -> Iterator[TinyS3]:
     server.close()
 
 
-def test_an_object_is_fetched_once(tmp_path, tiny):
+def test_an_object_is_fetched_once(tmp_path: Path, tiny: TinyS3) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
-    first = freeze(source, folder=tmp_path)
+    first = freeze(source)
     asked = len(tiny.requests)
-    assert freeze(source, folder=tmp_path).fingerprint == first.fingerprint
+    assert freeze(source).fingerprint == first.fingerprint
     assert len(tiny.requests) == asked + 1, "only its head is asked for"
     assert not list((tmp_path / "neo").rglob(".part-*"))
 
 
-def test_a_damaged_copy_of_an_object_is_fetched_again(tmp_path, tiny, caplog):
+def test_a_damaged_copy_of_an_object_is_fetched_again(
+    tmp_path: Path, tiny: TinyS3, caplog: pytest.LogCaptureFixture
+) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
-    first = freeze(source, folder=tmp_path)
+    first = freeze(source)
     (copy,) = (tmp_path / "neo/sources").glob("*/a.jsonl")
     whole = copy.read_bytes()
     for damaged in (copy, copy.with_name("a.jsonl.sha256")):
@@ -273,19 +263,21 @@ def test_a_damaged_copy_of_an_object_is_fetched_again(tmp_path, tiny, caplog):
         data[-4] ^= 1
         damaged.write_bytes(data)
         caplog.clear()
-        assert freeze(source, folder=tmp_path, seed=len(data)).fingerprint == first.fingerprint
+        assert freeze(source, seed=len(data)).fingerprint == first.fingerprint
         assert "fetched again" in caplog.text
         assert copy.read_bytes() == whole
 
 
-def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypatch):
+def test_many_objects_are_fetched_side_by_side_in_order(
+    tmp_path: Path, tiny: TinyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(10):
         tiny.objects[f"{BUCKET}/parts/{i}.jsonl"] = lines_of(RECORDS[i : i + 1])
     start = threading.Barrier(8, timeout=20)
     original = obstore.get
     asked = iter(range(100))
 
-    def together(*arguments):
+    def together(*arguments: Any) -> Any:
         if next(asked) < 8:
             start.wait()
         return original(*arguments)
@@ -301,16 +293,16 @@ def test_many_objects_are_fetched_side_by_side_in_order(tmp_path, tiny, monkeypa
     assert not list((tmp_path / "other").rglob(".part-*"))
 
 
-def test_a_store_that_is_away_is_temporary(tmp_path, tiny, impatient):
+def test_a_store_that_is_away_is_temporary(tmp_path: Path, tiny: TinyS3, impatient: None) -> None:
     source = SourceSection(path=f"s3://{BUCKET}/a.jsonl", storage_options=options(tiny.port))
     tiny.fault = lambda method, key, n: "before" if n > 1 else None
     with pytest.raises(TemporaryError, match="does not answer"):
-        freeze(source, folder=tmp_path)
+        freeze(source)
     tiny.fault = lambda method, key, n: None
-    assert len(freeze(source, folder=tmp_path)) == 10
+    assert len(freeze(source)) == 10
 
 
-def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path):
+def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -318,7 +310,7 @@ def test_a_stop_request_is_heard_while_a_store_hangs(tmp_path):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         asked = time.monotonic()
         with pytest.raises(TemporaryError, match="SIGTERM"), stoppable():
-            freeze(source, folder=tmp_path)
+            freeze(source)
     assert time.monotonic() - asked < 5
 
 
@@ -326,16 +318,16 @@ PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 
 @pytest.mark.parametrize("suffix", PACKED)
-def test_compressed_files_are_read_whole_and_by_line(tmp_path, suffix):
-    plain = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)), folder=tmp_path)
+def test_compressed_files_are_read_whole_and_by_line(tmp_path: Path, suffix: str) -> None:
+    plain = freeze(SourceSection(path=write(tmp_path / "a.jsonl", RECORDS)))
     for name, records in (("b", RECORDS), ("c", [*RECORDS, {"id": "bad", "text": "\ud800"}])):
         path = f"{tmp_path}/{name}.jsonl{suffix}"
         with fsspec.open(path, "wb", compression=PACKED[suffix]) as file:
             file.write(lines_of(records))
-        found = freeze(SourceSection(path=path), folder=tmp_path)
-        assert found.statuses[:10] == ["ok"] * 10
+        found = freeze(SourceSection(path=path))
+        assert statuses_of(found)[:10] == ["ok"] * 10
         np.testing.assert_array_equal(found.input_ids, plain.input_ids)
-    assert found.statuses[10:] == ["invalid_text"]
+    assert statuses_of(found)[10:] == ["invalid_text"]
 
 
 @pytest.mark.parametrize(
@@ -345,19 +337,19 @@ def test_compressed_files_are_read_whole_and_by_line(tmp_path, suffix):
         {"messages": [{"role": "user", "content": "when"}, {"role": "assistant", "content": "2024-01-01"}]},
     ],
 )
-def test_text_that_looks_like_a_date_stays_text(tmp_path, record):
+def test_text_that_looks_like_a_date_stays_text(tmp_path: Path, record: dict[str, Any]) -> None:
     path = write(tmp_path / "a.jsonl", [record, record])
     mixed = write(tmp_path / "b.jsonl", [record, {"id": "x", "prompt": "what", "completion": "it"}, record])
     dates, others = (
-        freeze(SourceSection(path=path), folder=tmp_path),
-        freeze(SourceSection(path=mixed), folder=tmp_path),
+        freeze(SourceSection(path=path)),
+        freeze(SourceSection(path=mixed)),
     )
     np.testing.assert_array_equal(dates.sample(1).input_ids, others.sample(2).input_ids)
-    assert dates.statuses == ["ok", "ok"]
+    assert statuses_of(dates) == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.arrow", "a"])
-def test_a_file_of_another_kind_is_told_which_ones_are_read(tmp_path, name):
+def test_a_file_of_another_kind_is_told_which_ones_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=r"\.jsonl, \.json, \.ndjson, \.parquet"):
-        freeze(SourceSection(path=str(tmp_path / name)), folder=tmp_path)
+        freeze(SourceSection(path=str(tmp_path / name)))

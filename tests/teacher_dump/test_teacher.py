@@ -1,18 +1,21 @@
 """The teacher's targets against the model's own logits, over architectures, batches, dtypes and bad weights."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.rounding import LOGPROB
-from support.tiny_teachers import ARCHITECTURES, VOCABULARY, save_teacher, tiny_model
+from support.tiny_teachers import ARCHITECTURES, VOCABULARY, sample_of, save_teacher, tiny_model
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.config import Adaptive, TopK
+from storage_schemas.config import Adaptive, Estimator, TopK
 from storage_schemas.provenance import Recipe
-from storage_schemas.rows import OK, Row
-from storage_schemas.targets import concatenate
+from storage_schemas.rows import Row
+from storage_schemas.targets import Targets, concatenate
 from teacher_dump.config import TeacherSection
 from teacher_dump.teachers import products
 from teacher_dump.teachers import teacher as teacher_module
@@ -23,23 +26,17 @@ pytestmark = pytest.mark.exact
 EVERYTHING = TopK(k=VOCABULARY, mass=1.0)
 
 
-def sample_of(length: int, *, index: int = 0, mask: list[int] | None = None) -> Row:
-    """Random ids; the supervised tokens are those of `mask`, else every second one."""
-    ids = np.random.default_rng(index).integers(0, VOCABULARY, length).astype(np.int32)
-    loss_mask = np.zeros(length, bool)
-    loss_mask[mask if mask is not None else slice(1, None, 2)] = True
-    return Row(sample_index=index, sample_id=str(index), status=OK, input_ids=ids, loss_mask=loss_mask)
-
-
-def ask(teacher, samples, estimator=EVERYTHING, temperatures=(1.0,)):
+def ask(
+    teacher: Teacher, samples: Sequence[Row], estimator: Estimator = EVERYTHING, temperatures: Sequence[float] = (1.0,)
+) -> list[Targets | None]:
     return teacher.targets(samples, Recipe(estimator=estimator, temperatures=temperatures, logsumexp=True))
 
 
-def teacher_of(folder, **options) -> Teacher:
+def teacher_of(folder: Path, **options: Any) -> Teacher:
     return Teacher(TeacherSection(model=str(folder), **({"dtype": "float32", "device": "cpu"} | options)))
 
 
-def all_logits(model, sample) -> np.ndarray:
+def all_logits(model: Any, sample: Row) -> np.ndarray:
     """(tokens, V) logits of the whole sample, alone, through the model's own forward, float64."""
     with torch.no_grad():
         ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
@@ -47,7 +44,7 @@ def all_logits(model, sample) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_targets_equal_the_models_logits_one_position_earlier(name, tmp_path):
+def test_targets_equal_the_models_logits_one_position_earlier(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     teacher = teacher_of(save_teacher(tmp_path, name))
     samples = [sample_of(n, index=i) for i, n in enumerate([19, 7, 30])]
@@ -67,7 +64,7 @@ def test_targets_equal_the_models_logits_one_position_earlier(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_targets_do_not_depend_on_the_batch(name, tmp_path):
+def test_targets_do_not_depend_on_the_batch(name: str, tmp_path: Path) -> None:
     teacher = teacher_of(save_teacher(tmp_path, name))
     samples = [sample_of(n, index=i) for i, n in enumerate([12, 40, 3, 23])]
     estimator = Adaptive(kind="adaptive", mass=0.6, k_max=4, tail_draws=4)
@@ -80,7 +77,7 @@ def test_targets_do_not_depend_on_the_batch(name, tmp_path):
         np.testing.assert_allclose(there.tail_logprob, alone.tail_logprob, atol=LOGPROB)
 
 
-def test_chunks_of_the_head_change_nothing(tmp_path, monkeypatch):
+def test_chunks_of_the_head_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
     samples = [sample_of(60, index=i) for i in range(3)]
     whole = ask(teacher, samples, TopK(k=5))
@@ -90,11 +87,13 @@ def test_chunks_of_the_head_change_nothing(tmp_path, monkeypatch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=LOGPROB)
 
 
-def test_no_tensor_of_batch_times_sequence_times_vocabulary_exists(tmp_path, monkeypatch):
+def test_no_tensor_of_batch_times_sequence_times_vocabulary_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
     largest = 0
 
-    def watch(module, inputs, output):
+    def watch(module: Any, inputs: Any, output: Any) -> None:
         nonlocal largest
         largest = max(largest, output.numel() // VOCABULARY)
 
@@ -106,7 +105,7 @@ def test_no_tensor_of_batch_times_sequence_times_vocabulary_exists(tmp_path, mon
     assert largest == 20
 
 
-def test_what_follows_the_last_supervised_token_is_not_run(tmp_path):
+def test_what_follows_the_last_supervised_token_is_not_run(tmp_path: Path) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
     seen = []
     teacher.model.get_decoder().register_forward_pre_hook(
@@ -118,7 +117,9 @@ def test_what_follows_the_last_supervised_token_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "phi"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_heads_product_of_16_bit_factors_is_not_rounded_to_16_bits(name, dtype, tmp_path, monkeypatch):
+def test_the_heads_product_of_16_bit_factors_is_not_rounded_to_16_bits(
+    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of large logits, as real teachers have them, rounding costs more than the fidelity gate allows."""
     model = tiny_model(name)
     weight = model.get_output_embeddings().weight
@@ -139,7 +140,7 @@ def test_the_heads_product_of_16_bit_factors_is_not_rounded_to_16_bits(name, dty
     expected = exact.log_softmax(1).numpy()
     p = np.exp(expected)
 
-    def kl(found):
+    def kl(found: Any) -> float:
         return (p * (expected - found)).sum(1).mean()
 
     assert abs(kl(targets.logprobs.reshape(expected.shape))) < 1e-6
@@ -148,7 +149,7 @@ def test_the_heads_product_of_16_bit_factors_is_not_rounded_to_16_bits(name, dty
         assert kl(rounded) > 1e-4, "these logits are too small to show anything"
 
 
-def test_a_sample_with_nonfinite_logits_leaves_the_others_of_its_batch_alone(tmp_path):
+def test_a_sample_with_nonfinite_logits_leaves_the_others_of_its_batch_alone(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[77] = float("nan")
@@ -166,13 +167,15 @@ def test_a_sample_with_nonfinite_logits_leaves_the_others_of_its_batch_alone(tmp
     assert ask(teacher, samples)[1] is not None, "logits before the broken token are finite"
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_the_lesson_is_kept(tmp_path, caplog):
+def test_a_batch_that_does_not_fit_is_halved_and_the_lesson_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
     samples = [sample_of(21, index=i) for i in range(8)]
     expected = ask(teacher, samples, TopK(k=5))
     sizes = []
 
-    def small_memory(module, args, kwargs):
+    def small_memory(module: Any, args: Any, kwargs: Any) -> None:
         sizes.append(len(kwargs["input_ids"]))
         if len(kwargs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -186,10 +189,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_lesson_is_kept(tmp_path, ca
     assert sum("halving" in message for message in caplog.messages) == 1
 
 
-def test_a_sample_that_alone_does_not_fit_is_a_clear_error(tmp_path):
+def test_a_sample_that_alone_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
 
-    def no_memory(module, args):
+    def no_memory(module: Any, args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     teacher.model.get_output_embeddings().register_forward_pre_hook(no_memory)
@@ -197,12 +200,12 @@ def test_a_sample_that_alone_does_not_fit_is_a_clear_error(tmp_path):
         ask(teacher, [sample_of(9, index=3)])
 
 
-def test_a_model_that_is_not_causal_is_refused(tmp_path):
+def test_a_model_that_is_not_causal_is_refused(tmp_path: Path) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
     layer = type(teacher.model.get_decoder().layers[0])
     forward = layer.forward
 
-    def sees_everything(self, hidden_states, *args, **kwargs):
+    def sees_everything(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, hidden_states, *args, **kwargs) + hidden_states.mean(1, keepdim=True)
 
     layer.forward = sees_everything
@@ -213,12 +216,12 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path):
         layer.forward = forward
 
 
-def test_a_head_that_is_not_understood_is_refused(tmp_path):
+def test_a_head_that_is_not_understood_is_refused(tmp_path: Path) -> None:
     teacher = teacher_of(save_teacher(tmp_path))
     kind = type(teacher.model)
     forward = kind.forward
 
-    def scales(self, *args, **kwargs):
+    def scales(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
         output.logits = output.logits * 1.5
         return output
@@ -231,14 +234,14 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
         kind.forward = forward
 
 
-def test_a_model_with_more_than_a_weight_before_its_logits_is_refused(tmp_path):
+def test_a_model_with_more_than_a_weight_before_its_logits_is_refused(tmp_path: Path) -> None:
     """transformers takes the head of ModernBERT's decoder for its body."""
     tiny_model("modernbert-decoder", num_key_value_heads=None, cls_token_id=0, sep_token_id=0).save_pretrained(tmp_path)
     with pytest.raises(MismatchError, match="head of ModernBertDecoderForCausalLM is not understood"):
         _ = teacher_of(tmp_path).model
 
 
-def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path):
+def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [7.0] * 4}
     save_teacher(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=16, sliding_window=None)
     teacher = teacher_of(tmp_path, batch_tokens=1000)
@@ -253,34 +256,34 @@ def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path):
     assert np.abs(mixed - ask(teacher, [samples[0]])[0].logprobs).max() > 1e-2, "the factors of this model do nothing"
 
 
-def test_identity_needs_no_weights_and_follows_the_files(tmp_path):
+def test_identity_needs_no_weights_and_follows_the_files(tmp_path: Path) -> None:
     first = teacher_of(save_teacher(tmp_path / "a"))
     same, other = teacher_of(save_teacher(tmp_path / "b")), teacher_of(save_teacher(tmp_path / "c", seed=1))
-    hashes = [teacher.identity().weights_sha256 for teacher in (first, same, other)]
+    hashes = [teacher.identity.weights_sha256 for teacher in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert list(hashes[0]) == ["model.safetensors"]
-    assert first.identity().lm_head_rows == VOCABULARY
+    assert first.identity.lm_head_rows == VOCABULARY
     assert "model" not in vars(first), "the weights were loaded"
 
 
-def test_weights_that_are_not_safetensors_are_refused(tmp_path):
+def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
     save_teacher(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(MismatchError, match="safetensors"):
-        teacher_of(tmp_path).identity()
+        _ = teacher_of(tmp_path).identity
 
 
-def test_a_missing_shard_is_named(tmp_path):
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    assert sorted(teacher_of(tmp_path).identity().weights_sha256) == shards
+    assert sorted(teacher_of(tmp_path).identity.weights_sha256) == shards
     (tmp_path / shards[1]).unlink()
     with pytest.raises(MismatchError, match=shards[1]):
-        teacher_of(tmp_path).identity()
+        _ = teacher_of(tmp_path).identity
 
 
-def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     teacher = teacher_of(save_teacher(tmp_path), device="auto")
@@ -291,6 +294,6 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path, monkeypatch):
     assert teacher_of(tmp_path, device="auto").device.type == "cpu"
 
 
-def test_an_unknown_device_is_a_clear_error(tmp_path):
+def test_an_unknown_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"teacher\.device"):
         _ = teacher_of(save_teacher(tmp_path), device="warp:9").model

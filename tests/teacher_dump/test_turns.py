@@ -1,20 +1,15 @@
 """The assistant's turns under the templates of well-known models: what they say is supervised, and nothing else is."""
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import CHATS, GLM_45, Chat
+from support.corpora import supervised_text, tokenise_chats
 
-from teacher_dump.corpus import masks
-from teacher_dump.corpus.formats import Conversation
 from teacher_dump.corpus.masks import Tokens, Unusable
-
-
-def tokenise_conversations(tokenizer, conversations, *, mask):
-    return masks.tokenise_conversations(tokenizer, [Conversation(messages) for messages in conversations], mask=mask)
-
 
 TOKENIZERS = {name: chat.tokenizer() for name, chat in CHATS.items()}
 PIECES = [
@@ -43,10 +38,10 @@ def conversations(draw: st.DrawFn, *, system: bool) -> list[dict[str, str]]:
 
 def supervised(name: str, messages: list[dict]) -> str:
     tokenizer = TOKENIZERS[name]
-    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [messages], mask="assistant")
     assert isinstance(tokens, Tokens)
     assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-    return tokenizer.decode(tokens.input_ids[tokens.loss_mask])
+    return supervised_text(tokenizer, tokens)
 
 
 def last_question(messages: list[dict]) -> int:
@@ -84,7 +79,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_every_answer_and_its_end_of_turn_are_supervised(name):
+def test_every_answer_and_its_end_of_turn_are_supervised(name: str) -> None:
     for messages in (PLAIN[:2], PLAIN, PLAIN[:3]):
         check(name, messages)
         if CHATS[name].system:
@@ -94,7 +89,7 @@ def test_every_answer_and_its_end_of_turn_are_supervised(name):
 @pytest.mark.parametrize("name", CHATS)
 @given(st.data())
 @settings(max_examples=12, deadline=None)
-def test_whatever_is_said(name, data):
+def test_whatever_is_said(name: str, data: bytes) -> None:
     if name == "qwen-3":
         # A turn after the last question that is not the conversation's last keeps its thoughts; that is tested below.
         messages = data.draw(conversations(system=True).filter(lambda m: last_question(m) >= len(m) - 2))
@@ -107,11 +102,11 @@ def test_whatever_is_said(name, data):
 @pytest.mark.parametrize("name", CHATS)
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_whatever_is_said_many_times(name, data):
+def test_whatever_is_said_many_times(name: str, data: bytes) -> None:
     test_whatever_is_said.hypothesis.inner_test(name, data)
 
 
-def test_qwen_3_forgets_the_thoughts_of_earlier_answers_and_keeps_the_last():
+def test_qwen_3_forgets_the_thoughts_of_earlier_answers_and_keeps_the_last() -> None:
     thought = [m | {"content": f"<think>\nhm {i}\n</think>\n\n{m['content']}"} if m["role"] == "assistant" else m
                for i, m in enumerate(PLAIN)]  # fmt: skip
     assert supervised("qwen-3", thought) == ("the answer<|im_end|><|im_end|><think>\nhm 5\n</think>\n\nso <|im_end|>")
@@ -148,19 +143,19 @@ DS_CALL += DS("call\u2581end") + DS("calls\u2581end") + "<\uff5cend\u2581of\u258
         ("deepseek-v3", DS_CALL, "%s<\uff5cend\u2581of\u2581sentence\uff5c>"),
     ],
 )
-def test_tool_calls_are_what_the_assistant_says_and_tool_results_are_not(name, first, answer):
+def test_tool_calls_are_what_the_assistant_says_and_tool_results_are_not(name: str, first: Any, answer: str) -> None:
     ends = "<think>\n\n</think>\n\n%s<|im_end|>" if name == "qwen-3" else answer
     assert supervised(name, TOOLS) == first % "it" + answer % "nothing" + first % "now" + ends % "all"
 
 
-def test_several_calls_with_words_before_them():
+def test_several_calls_with_words_before_them() -> None:
     messages = [TOOLS[0], TOOLS[1] | {"content": "let me see", "tool_calls": [call("look"), call("hear")]}, TOOLS[2]]
     said = 'let me see\n<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>\n<tool_call>\n'
     said += '{"name": "hear", "arguments": {}}\n</tool_call><|im_end|>'
     assert supervised("qwen-2.5", messages) == said
 
 
-def test_thoughts_between_tool_calls_after_the_last_question_are_kept():
+def test_thoughts_between_tool_calls_after_the_last_question_are_kept() -> None:
     messages = [TOOLS[0], TOOLS[1] | {"content": "<think>\nhm\n</think>\n\n"}, *TOOLS[2:4]]
     assert supervised("qwen-3", messages) == (
         f"<think>\nhm\n</think>\n\n{QWEN_CALL % 'it'}<think>\n\n</think>\n\nnothing<|im_end|>"
@@ -171,18 +166,18 @@ def refused(template: str, messages: list[dict], says: str, name: str = "chatml"
     tokenizer = CHATS[name].tokenizer()
     tokenizer.chat_template = template
     good = [{"role": "user", "content": "what"}]
-    unusable, neighbour = tokenise_conversations(tokenizer, [messages, good], mask="assistant")
+    unusable, neighbour = tokenise_chats(tokenizer, [messages, good], mask="assistant")
     assert isinstance(unusable, Unusable)
     assert re.search(rf"located.*{says}.*mask: all.*generation", unusable.reason)
     assert isinstance(neighbour, Tokens) or "odd" in neighbour.reason
-    (everything,) = tokenise_conversations(tokenizer, [messages], mask="all")
+    (everything,) = tokenise_chats(tokenizer, [messages], mask="all")
     assert everything.loss_mask[1:].all()
 
 
 CHATML = CHATS["chatml"].template
 
 
-def test_what_cannot_be_located_is_refused_and_not_guessed():
+def test_what_cannot_be_located_is_refused_and_not_guessed() -> None:
     twice = CHATML.replace("message['content'] +", "message['content'] + message['content'] +")
     refused(twice, PLAIN[:2], "2 times")
     refused(CHATML.replace("message['content'] +", ""), PLAIN[:2], "0 times")
@@ -198,17 +193,17 @@ def test_what_cannot_be_located_is_refused_and_not_guessed():
     refused(CHATS["qwen-2.5"].template, tricky, "special token inside its tool calls")
 
 
-def test_an_end_of_turn_that_only_the_last_turn_has_is_not_looked_for_elsewhere():
+def test_an_end_of_turn_that_only_the_last_turn_has_is_not_looked_for_elsewhere() -> None:
     tokenizer = CHATS["chatml"].tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% else %}{{ eos_token }}{% endif %}"
     )
-    (tokens,) = tokenise_conversations(tokenizer, [PLAIN[:4] + PLAIN[:2]], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [PLAIN[:4] + PLAIN[:2]], mask="assistant")
     assert tokenizer.decode(tokens.input_ids[tokens.loss_mask]) == " the answer  the answer\n<|im_end|>"
 
 
-def test_guards_of_the_place_of_a_turn():
+def test_guards_of_the_place_of_a_turn() -> None:
     eager = CHATML.replace("+ '<|im_end|>'", "+ ('\n' if message['content'] else '') + '<|im_end|>'")
     refused(eager, [PLAIN[0], PLAIN[3]], "renders differently with another answer")
     counted = CHATS["mistral-3"].template.replace("+ '[/INST]'", "+ (message['content'] | length) ~ '[/INST]'")
@@ -220,11 +215,11 @@ def test_guards_of_the_place_of_a_turn():
 def with_template(name: str, template: str, messages: list[dict]) -> str:
     tokenizer = CHATS[name].tokenizer()
     tokenizer.chat_template = template
-    (tokens,) = tokenise_conversations(tokenizer, [messages], mask="assistant")
+    (tokens,) = tokenise_chats(tokenizer, [messages], mask="assistant")
     return tokenizer.decode(tokens.input_ids[tokens.loss_mask])
 
 
-def test_an_answer_that_repeats_the_opening_of_the_generation_prompt_is_whole():
+def test_an_answer_that_repeats_the_opening_of_the_generation_prompt_is_whole() -> None:
     opens = CHATS["deepseek-v3"].template.replace("}}{% endif %}", "+ '<think>\n' }}{% endif %}")
     assert opens.endswith("<think>\n' }}{% endif %}")
     said = "<think>\nhm</think>so"
@@ -232,16 +227,16 @@ def test_an_answer_that_repeats_the_opening_of_the_generation_prompt_is_whole():
     assert found == CHATS["deepseek-v3"].turn(said, True)
 
 
-def test_the_end_of_a_text_after_the_end_of_a_turn_is_not_the_assistants():
+def test_the_end_of_a_text_after_the_end_of_a_turn_is_not_the_assistants() -> None:
     ended = CHATS["llama-3"].template + "{% if not add_generation_prompt %}{{ '<|eom_id|>' }}{% endif %}"
     assert with_template("llama-3", ended, PLAIN[:2]) == "the answer<|eot_id|>"
 
 
-def test_turns_without_an_end_of_their_own_end_where_the_next_one_begins():
+def test_turns_without_an_end_of_their_own_end_where_the_next_one_begins() -> None:
     """As GLM-4.5, whose generation stops at the next role."""
     special = "[gMASK] <|endoftext|> <sop> <|user|> <|assistant|> <|system|>"
     tokenizer = Chat(template=GLM_45, special=special, turn=lambda c, _: c).tokenizer()
-    good, asks = tokenise_conversations(tokenizer, [PLAIN[:2] + PLAIN[4:], PLAIN[:3]], mask="assistant")
+    good, asks = tokenise_chats(tokenizer, [PLAIN[:2] + PLAIN[4:], PLAIN[:3]], mask="assistant")
     assert tokenizer.decode(good.input_ids[good.loss_mask]) == "\nthe answer<|user|>\nso<|user|>"
     assert tokenizer.decode(good.input_ids).endswith("so<|user|>")
     assert tokenizer.decode(asks.input_ids[asks.loss_mask]) == "\nthe answer<|user|>"

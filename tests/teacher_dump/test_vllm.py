@@ -5,21 +5,23 @@ import importlib.util
 import json
 import logging
 import time
+from concurrent.futures import Future
 from multiprocessing import get_context
-from queue import SimpleQueue
+from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, sections, write_corpus
+from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, sections, vllm_sections
 from support.rounding import LOGPROB
-from support.tiny_teachers import VOCABULARY, save_teacher, tiny_model, tiny_tokenizer
+from support.tiny_teachers import VOCABULARY, tiny_model, tiny_tokenizer
 from test_vllm_logprobs import Flat
 
 from pipeline.cli import main
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Adaptive, Sampled
 from storage_schemas.targets import Targets
 from teacher_dump.compare import TOLERANCES, compare
 from teacher_dump.config import TeacherSection
@@ -31,18 +33,8 @@ from teacher_dump.teachers.vllm import VllmTeacher, check_samples
 LIMIT = {"max_model_len": 96}
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
 @pytest.fixture
-def installed(monkeypatch):
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if vLLM 0.32.0 were there."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "vllm" else found(name))
@@ -55,16 +47,16 @@ class StandIn(VllmTeacher):
     seed = 0
     asked = 0
 
-    def _open(self, k, tokens):
+    def _open(self, k: int, tokens: int) -> None:
         self.engine_limits = (k, tokens)
 
-    def _ask(self, prompts, k):
+    def _ask(self, prompts: list[list[int]], k: int) -> list[Flat]:
         model = tiny_model("llama", seed=self.seed)
         self.asked += len(prompts)
         return [flat_answer(model, prompt, k) for prompt in prompts]
 
 
-def flat_answer(model, prompt, k) -> Flat:
+def flat_answer(model: Any, prompt: list[int], k: int) -> Flat:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt])).logits[0].float()
     logprobs = torch.log_softmax(logits, 1)[:-1]
@@ -82,16 +74,16 @@ def flat_answer(model, prompt, k) -> Flat:
     )
 
 
-def vllm_job(url, corpus_file, model_folder, *, kind=StandIn, k=8, **teacher):
-    job = sections(url, corpus_file, model_folder, logsumexp=False, logprob_step=0.0)
-    section = TeacherSection(**(job["teacher"].model_dump() | {"backend": "vllm", "vllm": {}} | teacher))
-    corpus = job["corpus"].model_copy(update={"max_length": 95})  # One place is for the token that vLLM generates.
-    return job | {"teacher": kind(section), "corpus": corpus, "estimator": TopK(k=k, mass=0.9)}
+def vllm_job(
+    url: Path | str, corpus_file: Path, model_folder: Path, *, kind: Any = StandIn, **options: Any
+) -> dict[str, Any]:
+    job = vllm_sections(url, corpus_file, model_folder, **options)
+    return job | {"teacher": kind(job["teacher"])}
 
 
 def test_a_dump_through_vllms_answers_equals_that_of_transformers(
-    tmp_path, corpus_file, model_folder, installed, caplog
-):
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None, caplog: pytest.LogCaptureFixture
+) -> None:
     job = vllm_job(tmp_path / "vllm", corpus_file, model_folder, vllm_check_samples=3)
     with caplog.at_level(logging.INFO, logger="teacher_dump"):
         run_dump(**job)
@@ -114,7 +106,9 @@ def test_a_dump_through_vllms_answers_equals_that_of_transformers(
     assert job["teacher"].asked == 3 + 9
 
 
-def test_a_teacher_of_several_dumps_is_compared_once(tmp_path, corpus_file, model_folder, installed):
+def test_a_teacher_of_several_dumps_is_compared_once(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None
+) -> None:
     """The engine holds the memory by then, so that the model of the check would not fit beside it."""
     job = vllm_job(tmp_path / "a", corpus_file, model_folder, vllm_check_samples=3)
     run_dump(**job)
@@ -123,22 +117,27 @@ def test_a_teacher_of_several_dumps_is_compared_once(tmp_path, corpus_file, mode
 
 
 @pytest.mark.timeout(60)
-def test_an_engine_that_is_killed_is_noticed(model_folder, installed, monkeypatch):
+def test_an_engine_that_is_killed_is_noticed(
+    model_folder: Path, installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process stands for the engine: vLLM's own `generate` may wait for a killed one for ever."""
     monkeypatch.setattr(vllm_backend, "_LOOK_SECONDS", 0.05)
     teacher = VllmTeacher(TeacherSection(model=str(model_folder), backend="vllm"))
     engine = get_context("spawn").Process(target=time.sleep, args=(100,))
     engine.start()
     teacher._processes = {engine}
-    answer = SimpleQueue()
-    Timer(0.3, answer.put, ["said"]).start()
+    answer: Future[str] = Future()
+    Timer(0.3, answer.set_result, ["said"]).start()
     assert teacher._wait(answer) == "said"
     Timer(0.3, engine.kill).start()
-    assert "gone" in str(teacher._wait(answer))
+    with pytest.raises(RuntimeError, match="gone"):
+        teacher._wait(Future())
     engine.join()
 
 
-def test_the_dump_says_vllm_and_takes_no_other_engine(tmp_path, corpus_file, model_folder, installed):
+def test_the_dump_says_vllm_and_takes_no_other_engine(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None
+) -> None:
     job = vllm_job(tmp_path, corpus_file, model_folder)
     run_dump(**job)
     provenance = json.loads((tmp_path / "run.json").read_text())
@@ -154,7 +153,9 @@ def test_the_dump_says_vllm_and_takes_no_other_engine(tmp_path, corpus_file, mod
     assert run_dump(**elsewhere).units_done_here == 0
 
 
-def test_a_disagreement_stops_the_run_with_the_figures(tmp_path, corpus_file, model_folder, installed):
+def test_a_disagreement_stops_the_run_with_the_figures(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None
+) -> None:
     class Other(StandIn):
         seed = 1
 
@@ -165,7 +166,9 @@ def test_a_disagreement_stops_the_run_with_the_figures(tmp_path, corpus_file, mo
     assert not list(tmp_path.glob("data/*"))
 
 
-def test_without_the_check_the_log_says_so(tmp_path, corpus_file, model_folder, installed, caplog):
+def test_without_the_check_the_log_says_so(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None, caplog: pytest.LogCaptureFixture
+) -> None:
     class Other(StandIn):
         seed = 1
 
@@ -174,9 +177,11 @@ def test_without_the_check_the_log_says_so(tmp_path, corpus_file, model_folder, 
     assert any("nobody compares" in message for message in caplog.messages)
 
 
-def test_a_sample_without_numbers_is_a_row_without_targets(tmp_path, corpus_file, model_folder, installed):
+def test_a_sample_without_numbers_is_a_row_without_targets(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None
+) -> None:
     class Broken(StandIn):
-        def _ask(self, prompts, k):
+        def _ask(self, prompts: list[list[int]], k: int) -> list[Flat]:
             answers = super()._ask(prompts, k)
             for prompt, answer in zip(prompts, answers, strict=True):
                 if len(prompt) == self.broken:
@@ -207,8 +212,8 @@ def test_a_sample_without_numbers_is_a_row_without_targets(tmp_path, corpus_file
     ],
 )
 def test_what_vllm_cannot_make_is_refused_before_anything_is_written(
-    tmp_path, corpus_file, model_folder, installed, change, field
-):
+    tmp_path: Path, corpus_file: Path, model_folder: Path, installed: None, change: dict[str, Any], field: str
+) -> None:
     job = vllm_job(tmp_path / "dump", corpus_file, model_folder)
     if change.pop("logsumexp", False):
         change["dump"] = job["dump"].model_copy(update={"logsumexp": True})
@@ -221,7 +226,9 @@ def test_what_vllm_cannot_make_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(("options", "limit"), [({}, 95), (LIMIT, 95), ({"max_model_len": 40}, 39)])
-def test_a_sample_must_leave_a_place_for_the_generated_token(tmp_path, model_folder, installed, options, limit):
+def test_a_sample_must_leave_a_place_for_the_generated_token(
+    tmp_path: Path, model_folder: Path, installed: None, options: Any, limit: int
+) -> None:
     corpus_file = tmp_path / "tokens.jsonl"
     for length in (limit, limit + 1):
         corpus_file.write_text(json.dumps({"input_ids": [5] * length, "loss_mask": [0] + [1] * (length - 1)}) + "\n")
@@ -235,7 +242,7 @@ def test_a_sample_must_leave_a_place_for_the_generated_token(tmp_path, model_fol
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_the_error_names_the_command(tmp_path, corpus_file, model_folder):
+def test_without_vllm_the_error_names_the_command(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     section = TeacherSection(model=str(model_folder), backend="vllm")
     job = sections(tmp_path / "dump", corpus_file, model_folder, logsumexp=False) | {"teacher": section}
     with pytest.raises(MismatchError, match=r"pip install 'llm-neo\[vllm\]'") as caught:
@@ -254,13 +261,13 @@ def test_without_vllm_the_error_names_the_command(tmp_path, corpus_file, model_f
         ({"backend": "vllm", "vllm_check_samples": -1}, "greater than or equal to 0"),
     ],
 )
-def test_engine_arguments_that_the_backend_owns_are_refused_by_name(teacher, problem):
+def test_engine_arguments_that_the_backend_owns_are_refused_by_name(teacher: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match="validation error") as caught:
         TeacherSection(model="m", **teacher)
     assert problem in str(caught.value)
 
 
-def test_the_command_line_lists_all_that_vllm_cannot_do(tmp_path, capsys):
+def test_the_command_line_lists_all_that_vllm_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
         f"dump: {{url: {tmp_path}/dump}}\nteacher: {{model: m, backend: vllm}}\nestimator: {{kind: sampled}}\n"
@@ -274,10 +281,12 @@ def test_the_command_line_lists_all_that_vllm_cannot_do(tmp_path, capsys):
         assert field in said
 
 
-def test_check_samples_run_from_the_shortest_to_the_longest(corpus_file, model_folder, tmp_path):
+def test_check_samples_run_from_the_shortest_to_the_longest(
+    corpus_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
     section = sections(tmp_path, corpus_file, model_folder)["corpus"]
     corpus = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=VOCABULARY)
-    usable = sorted(len(corpus.sample(i).input_ids) for i in range(SAMPLES) if corpus.statuses[i] == "ok")
+    usable = sorted(len(corpus.sample(i).input_ids) for i in range(SAMPLES) if corpus.sample(i).status == "ok")
     for count in (0, 1, 2, 4, 9, 50):
         found = check_samples(corpus, count)
         assert len({sample.sample_index for sample in found}) == min(count, 9)
@@ -289,7 +298,7 @@ def test_check_samples_run_from_the_shortest_to_the_longest(corpus_file, model_f
             assert lengths[-1] == usable[-1]
 
 
-def targets_of(*tokens, tail) -> Targets:
+def targets_of(*tokens: dict[int, float], tail: float) -> Targets:
     """Each token is {id: probability}; `tail` is the mass of every one's rest."""
     return Targets(
         offsets=np.cumsum([0, *map(len, tokens)]),
@@ -302,7 +311,7 @@ def targets_of(*tokens, tail) -> Targets:
     )
 
 
-def test_agreement_is_the_bucketed_kl_over_common_entries():
+def test_agreement_is_the_bucketed_kl_over_common_entries() -> None:
     a = targets_of({1: 0.5, 2: 0.3}, {1: 0.5, 2: 0.3}, tail=0.2)
     b = targets_of({1: 0.4, 2: 0.3}, {1: 0.4, 3: 0.3}, tail=0.3)
     found = compare(a, b)
@@ -328,7 +337,7 @@ def test_agreement_is_the_bucketed_kl_over_common_entries():
         ({2: 0.2, 3: 0.2}, np.log(0.5 / 0.2), False),  # Lacks the largest.
     ],
 )
-def test_heads_agree_up_to_ties_and_where_they_end(other, gap, fine):
+def test_heads_agree_up_to_ties_and_where_they_end(other: dict[int, float], gap: float, fine: bool) -> None:
     a, b = targets_of({1: 0.5, 2: 0.2}, tail=0.3), targets_of(other, tail=1.0 - sum(other.values()))
     for found in (compare(a, b), compare(b, a)):
         assert found.gap[0] == pytest.approx(gap, abs=1e-6)
@@ -336,7 +345,7 @@ def test_heads_agree_up_to_ties_and_where_they_end(other, gap, fine):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_each_figure_alone_can_stop_the_run(dtype):
+def test_each_figure_alone_can_stop_the_run(dtype: str) -> None:
     tolerance = TOLERANCES[dtype]
     same = compare(targets_of({1: 0.5}, tail=0.5), targets_of({1: 0.5}, tail=0.5))
     for name, most in (("kl", tolerance.kl), ("logprob", tolerance.logprob), ("gap", tolerance.logprob)):

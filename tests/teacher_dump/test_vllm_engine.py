@@ -5,19 +5,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, sections, write_corpus
+from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, vllm_sections
 from support.record_vllm import CPU
 from support.tiny_teachers import save_teacher
 
 from storage_schemas.common.errors import MismatchError, TemporaryError
-from storage_schemas.config import TopK
 from storage_schemas.targets import concatenate
 from teacher_dump.compare import TOLERANCES, compare
-from teacher_dump.config import TeacherSection
 from teacher_dump.dump import run_dump
 from teacher_dump.teachers.open import open_teacher
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_machine():
+def small_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CPU.items():
             patch.setenv(name, os.environ.get(name, value))
@@ -37,28 +37,19 @@ def small_machine():
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teacher"), head_dim=32)
 
 
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
-def vllm_job(url, corpus_file, model_folder, **teacher):
-    job = sections(url, corpus_file, model_folder, logsumexp=False, logprob_step=0.0)
-    options = job["teacher"].model_dump() | {"backend": "vllm"} | teacher
-    corpus = job["corpus"].model_copy(update={"max_length": 95})
-    return job | {"teacher": TeacherSection(**options), "corpus": corpus, "estimator": TopK(k=16, mass=0.95)}
-
-
-def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model_folder, capsys):
+def test_a_dump_by_vllm_equals_that_of_transformers(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Prompts longer than a step of the engine are among them, so that it puts their log-probs together from parts.
 
     At the end the engine is killed, of which vLLM itself may say nothing; the next call gets a new one.
     """
-    job = vllm_job(tmp_path / "vllm", corpus_file, model_folder, vllm={"max_num_batched_tokens": 32, "max_num_seqs": 8})
+    engine = {"max_num_batched_tokens": 32, "max_num_seqs": 8}
+    job = vllm_sections(tmp_path / "vllm", corpus_file, model_folder, k=16, mass=0.95, vllm=engine)
     teacher = job["teacher"]
     running = open_teacher(teacher)
     summary = run_dump(**job | {"teacher": running})
@@ -104,9 +95,9 @@ def test_a_dump_by_vllm_equals_that_of_transformers(tmp_path, corpus_file, model
     assert not active_children()
 
 
-def test_the_command_ends_with_its_own_exit_code(tmp_path, corpus_file, model_folder):
+def test_the_command_ends_with_its_own_exit_code(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     """An engine that is left to the interpreter's exit may abort the process."""
-    job = vllm_job(tmp_path / "dump", corpus_file, model_folder)
+    job = vllm_sections(tmp_path / "dump", corpus_file, model_folder)
     sections = {name: job[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus", "estimator")}
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(sections))
@@ -114,26 +105,28 @@ def test_the_command_ends_with_its_own_exit_code(tmp_path, corpus_file, model_fo
     assert_each_sample_once(tmp_path / "dump")
 
 
-def test_other_numbers_from_the_engine_stop_the_run(tmp_path, corpus_file, model_folder):
+def test_other_numbers_from_the_engine_stop_the_run(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     changed = {"hf_overrides": {"rms_norm_eps": 0.3}}
     with pytest.raises(MismatchError, match=r"(?s)disagree.*mean KL") as caught:
-        run_dump(**vllm_job(tmp_path, corpus_file, model_folder, vllm=changed))
+        run_dump(**vllm_sections(tmp_path, corpus_file, model_folder, vllm=changed))
     print(caught.value)
     assert not list(tmp_path.glob("data/*"))
     assert "rms_norm_eps" in json.loads((tmp_path / "run.json").read_text())["engine"]["version"]
 
 
-def test_a_model_that_the_engine_refuses_is_a_configuration_error(tmp_path, corpus_file):
+def test_a_model_that_the_engine_refuses_is_a_configuration_error(tmp_path: Path, corpus_file: Path) -> None:
     """The CPU build starts with heads of 8 and dies at the first prompt."""
     folder = save_teacher(tmp_path / "teacher")
     with pytest.raises(MismatchError, match="vLLM cannot run the teacher") as caught:
-        run_dump(**vllm_job(tmp_path / "dump", corpus_file, folder))
+        run_dump(**vllm_sections(tmp_path / "dump", corpus_file, folder))
     print(caught.value)
     assert caught.value.exit_code == 78
     assert not list(tmp_path.glob("dump/data/*"))
 
 
-def test_an_engine_argument_that_vllm_does_not_know_is_a_configuration_error(tmp_path, corpus_file, model_folder):
-    job = vllm_job(tmp_path, corpus_file, model_folder, vllm={"tensor_paralel_size": 2}, vllm_check_samples=0)
+def test_an_engine_argument_that_vllm_does_not_know_is_a_configuration_error(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
+    job = vllm_sections(tmp_path, corpus_file, model_folder, vllm={"tensor_paralel_size": 2}, vllm_check_samples=0)
     with pytest.raises(MismatchError, match="tensor_paralel_size"):
         run_dump(**job)

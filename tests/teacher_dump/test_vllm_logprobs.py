@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,13 +26,13 @@ class Flat(SimpleNamespace):
         return len(self.start_indices)
 
 
-def truth(case) -> np.ndarray:
+def truth(case: Any) -> np.ndarray:
     """(tokens - 1, V) log-probs of transformers; the head's rows come in equal pairs."""
     return np.repeat(np.array(case["transformers"]), 2, axis=1)
 
 
 @pytest.mark.parametrize("case", RECORDED["cases"])
-def test_recorded_answers_are_the_largest_entries_of_transformers(case):
+def test_recorded_answers_are_the_largest_entries_of_transformers(case: Any) -> None:
     tokens = np.arange(1, len(case["prompt"]))
     ids, logprobs = ranked(Flat(**case["flat"]), tokens, K)
     exact = truth(case)
@@ -41,7 +42,7 @@ def test_recorded_answers_are_the_largest_entries_of_transformers(case):
     np.testing.assert_allclose(logprobs, np.take_along_axis(exact, ids, 1), atol=2e-5)
 
 
-def test_the_recording_holds_what_it_is_for():
+def test_the_recording_holds_what_it_is_for() -> None:
     """A prompt token among the k largest, one outside them (K + 1 entries), and one that a tie alone keeps out."""
     inside = outside = tied = 0
     for case in RECORDED["cases"]:
@@ -55,7 +56,7 @@ def test_the_recording_holds_what_it_is_for():
     assert min(inside, outside, tied) >= 2
 
 
-def test_the_prompts_own_token_is_no_entry_unless_it_is_among_the_largest():
+def test_the_prompts_own_token_is_no_entry_unless_it_is_among_the_largest() -> None:
     kept = dropped = 0
     for case in RECORDED["cases"]:
         ids, _ = ranked(Flat(**case["flat"]), np.arange(1, len(case["prompt"])), K)
@@ -65,7 +66,7 @@ def test_the_prompts_own_token_is_no_entry_unless_it_is_among_the_largest():
     assert min(kept, dropped) >= 4
 
 
-def test_a_tied_token_with_the_rank_of_another_entry_is_no_entry():
+def test_a_tied_token_with_the_rank_of_another_entry_is_no_entry() -> None:
     """Were ranks counted by `greater than`, a token tied with the k-th but not chosen would have a rank up to k."""
     case = {
         "start_indices": [0, 0],
@@ -87,12 +88,12 @@ def test_a_tied_token_with_the_rank_of_another_entry_is_no_entry():
         ([1, 2], K + 1, "2 of 2 positions"),
     ],
 )
-def test_what_is_missing_is_refused(tokens, k, problem):
+def test_what_is_missing_is_refused(tokens: list[int], k: int, problem: str) -> None:
     with pytest.raises(MismatchError, match=problem):
         ranked(Flat(**RECORDED["cases"][0]["flat"]), np.array(tokens), k)
 
 
-def test_a_missing_rank_is_refused():
+def test_a_missing_rank_is_refused() -> None:
     case = copy.deepcopy(RECORDED["cases"][0])
     case["flat"]["ranks"][case["flat"]["start_indices"][3] + 3] = K + 9
     with pytest.raises(MismatchError, match="1 of 5 positions"):
@@ -117,7 +118,7 @@ def as_vllm_says(logits: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("k", "mass"), [(1, 0.999), (8, 1.0), (16, 0.9), (64, 0.999), (499, 1.0), (500, 1.0)])
 @pytest.mark.parametrize("kind", ["usual", "flat", "ties", "peaked3", "peaked12"])
-def test_targets_are_those_of_the_estimator_that_sees_all_logits(kind, k, mass):
+def test_targets_are_those_of_the_estimator_that_sees_all_logits(kind: str, k: int, mass: float) -> None:
     logits = logits_of(kind)
     found, finite = topk_targets(*as_vllm_says(logits, k), mass=mass, vocabulary=500)
     expected, _ = gather([topk(logits.clone(), k=k, mass=mass, temperatures=(1.0,))], logsumexp=False)()
@@ -133,7 +134,7 @@ def test_targets_are_those_of_the_estimator_that_sees_all_logits(kind, k, mass):
 
 
 @pytest.mark.parametrize("gap", [10, 14, 18, 25])
-def test_where_the_teacher_is_sure_the_tail_is_bounded_by_the_smallest_entry(gap):
+def test_where_the_teacher_is_sure_the_tail_is_bounded_by_the_smallest_entry(gap: int) -> None:
     """1 - sum is noise of either sign there; the tail stays finite and within the noise, and better where it can."""
     logits = logits_of(f"peaked{gap}")
     exact = torch.log_softmax(logits.double(), 1)
@@ -145,7 +146,7 @@ def test_where_the_teacher_is_sure_the_tail_is_bounded_by_the_smallest_entry(gap
         assert (np.abs(tail - truth.numpy()) <= np.minimum(TAIL_NOISE, (500 - k) * smallest * 1.0001)).all()
 
 
-def test_what_the_head_leaves_out_of_the_k_entries_is_known_exactly():
+def test_what_the_head_leaves_out_of_the_k_entries_is_known_exactly() -> None:
     """The head ends with the first entry; 1e-9 of mass follow, far below what 1 - sum can tell."""
     logits = torch.full((1, 64), -200.0)
     logits[0, :3] = torch.tensor([0.0, -21.0, -22.0])
@@ -154,7 +155,7 @@ def test_what_the_head_leaves_out_of_the_k_entries_is_known_exactly():
     assert float(targets.tail_logprob[0, 0]) == pytest.approx(np.logaddexp(-21.0, -22.0), abs=1e-5)
 
 
-def test_impossible_tokens_are_no_entries_and_nan_is_said():
+def test_impossible_tokens_are_no_entries_and_nan_is_said() -> None:
     logits = torch.full((2, 10), -torch.inf)
     logits[:, :3] = torch.tensor([1.0, 2.0, 3.0])
     logits[1, 0] = torch.nan
@@ -164,7 +165,7 @@ def test_impossible_tokens_are_no_entries_and_nan_is_said():
     assert np.isneginf(targets.tail_logprob[0, 0])
 
 
-def test_of_equal_entries_the_lowest_id_comes_first_whatever_the_order_of_the_answer():
+def test_of_equal_entries_the_lowest_id_comes_first_whatever_the_order_of_the_answer() -> None:
     ids, logprobs = np.array([[5, 2, 9], [9, 5, 2]]), np.log([[0.4, 0.4, 0.2], [0.5, 0.25, 0.25]])
     targets, _ = topk_targets(ids, logprobs, mass=0.3, vocabulary=3)
     assert targets.ids.tolist() == [2, 9]
@@ -173,7 +174,7 @@ def test_of_equal_entries_the_lowest_id_comes_first_whatever_the_order_of_the_an
 
 
 @pytest.mark.parametrize("k", [40, 12])
-def test_ids_that_the_tokenizer_lacks_are_dropped(k):
+def test_ids_that_the_tokenizer_lacks_are_dropped(k: int) -> None:
     """With all entries known, as if they had been masked; else what is not named of them stays in the tail."""
     logits = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)) * 3
     every = logits.double().log_softmax(1).numpy()

@@ -6,33 +6,26 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import dump_jobs
-from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_of, sections, write_corpus
+from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_of, sections
 from support.forks import ForkServer
-from support.tiny_teachers import save_teacher
 
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.provenance import Recipe
+from storage_schemas.rows import Row
 from storage_schemas.writer import DumpWriter
 from teacher_dump import dump as dump_module
 from teacher_dump.dump import run_dump, unit_order
-from teacher_dump.teachers.teacher import Teacher
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+from teacher_dump.teachers.teacher import PendingTargets, Teacher
 
 
 @pytest.mark.parametrize(("units", "world_size"), [(1, 1), (7, 3), (4, 4), (2, 5), (20, 6)])
-def test_every_worker_goes_through_all_units_its_own_first(units, world_size):
+def test_every_worker_goes_through_all_units_its_own_first(units: int, world_size: int) -> None:
     firsts = []
     for rank in range(world_size):
         order = list(unit_order(units, rank=rank, world_size=world_size))
@@ -44,19 +37,23 @@ def test_every_worker_goes_through_all_units_its_own_first(units, world_size):
         assert len(set(firsts)) > 1, "all workers go for the same unit when they are done"
 
 
-def test_one_worker_of_three_finishes_what_the_others_never_began(tmp_path, corpus_file, model_folder):
+def test_one_worker_of_three_finishes_what_the_others_never_began(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     summary = run_dump(**sections(tmp_path, corpus_file, model_folder), rank=1, world_size=3)
     assert summary.units_done_here == UNITS
     assert_each_sample_once(tmp_path)
 
 
-def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(tmp_path, corpus_file, model_folder):
+def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     job = sections(tmp_path, corpus_file, model_folder)
 
     class Overtaken(Teacher):
         calls = 0
 
-        def launch(self, samples, recipe):
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
             found = super().launch(samples, recipe)
             if not self.calls:
                 self.calls = 1
@@ -69,13 +66,15 @@ def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(tmp_path, corp
     assert len(list(tmp_path.glob("data/*"))) == UNITS, "the loser's file stayed"
 
 
-def test_a_slow_listing_delays_no_batch(tmp_path, corpus_file, model_folder, monkeypatch):
+def test_a_slow_listing_delays_no_batch(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Others are looked for after every batch here, by a listing that answers once the units are done."""
     job = sections(tmp_path, corpus_file, model_folder)
     asked, answered = threading.Event(), threading.Event()
     committed = DumpWriter.committed
 
-    def slow(writer):
+    def slow(writer: DumpWriter) -> set[int]:
         if threading.current_thread() is not threading.main_thread():
             asked.set()
             answered.wait(30)
@@ -84,7 +83,7 @@ def test_a_slow_listing_delays_no_batch(tmp_path, corpus_file, model_folder, mon
     class Watched(Teacher):
         batches_while_asking = 0
 
-        def launch(self, samples, recipe):
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
             self.batches_while_asking += asked.is_set()
             return super().launch(samples, recipe)
 
@@ -99,19 +98,19 @@ def test_a_slow_listing_delays_no_batch(tmp_path, corpus_file, model_folder, mon
     assert_each_sample_once(tmp_path)
 
 
-def test_a_rank_outside_the_world_is_refused(tmp_path, corpus_file, model_folder):
+def test_a_rank_outside_the_world_is_refused(tmp_path: Path, corpus_file: Path, model_folder: Path) -> None:
     with pytest.raises(ValueError, match="rank 2"):
         run_dump(**sections(tmp_path, corpus_file, model_folder), rank=2, world_size=2)
 
 
 @pytest.fixture(scope="module")
-def workers():
+def workers() -> Iterator[ForkServer]:
     found = ForkServer(dump_jobs.__file__)
     yield found
     found.close()
 
 
-def job_of(url, corpus_file, model_folder, **options) -> dict:
+def job_of(url: Path | str, corpus_file: Path, model_folder: Path, **options: Any) -> dict:
     parts = sections(url, corpus_file, model_folder)
     return {name: parts[name].model_dump(mode="json") for name in ("dump", "teacher", "corpus")} | options
 
@@ -121,7 +120,9 @@ def job_of(url, corpus_file, model_folder, **options) -> dict:
     ["put:run.json:after:1", "put:tokenizer:before:2", "local:fsync:5", "put:data:after:1", "commit:between:2",
      "local:linked:9", "put:commits:after:2", "put:SEALED.json:before:1"],
 )  # fmt: skip
-def test_a_killed_worker_loses_nothing(tmp_path, corpus_file, model_folder, workers, fault):
+def test_a_killed_worker_loses_nothing(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer, fault: str
+) -> None:
     job = job_of(tmp_path, corpus_file, model_folder)
     assert workers.run(job, fault=f"{fault}:kill") == -signal.SIGKILL, "this point was never passed"
     assert not (tmp_path / "SEALED.json").exists()
@@ -129,7 +130,9 @@ def test_a_killed_worker_loses_nothing(tmp_path, corpus_file, model_folder, work
     assert_each_sample_once(tmp_path)
 
 
-def test_two_workers_share_the_units(tmp_path, corpus_file, model_folder, workers):
+def test_two_workers_share_the_units(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer
+) -> None:
     jobs = [
         job_of(
             tmp_path / "dump",
@@ -150,7 +153,9 @@ def test_two_workers_share_the_units(tmp_path, corpus_file, model_folder, worker
     assert min(shares) >= 1
 
 
-def test_workers_that_do_not_know_of_each_other_share_the_units(tmp_path, corpus_file, model_folder, workers):
+def test_workers_that_do_not_know_of_each_other_share_the_units(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer
+) -> None:
     """Both rank 0 of 1: after the first meeting each goes its own way, and both say what was computed twice."""
     jobs = [
         job_of(tmp_path / "dump", corpus_file, model_folder, delay=0.3, summary=str(tmp_path / str(number)))
@@ -168,7 +173,9 @@ def test_workers_that_do_not_know_of_each_other_share_the_units(tmp_path, corpus
     assert sum(lost) <= SAMPLES - 2
 
 
-def test_a_worker_killed_beside_another_is_covered_by_it(tmp_path, corpus_file, model_folder, workers):
+def test_a_worker_killed_beside_another_is_covered_by_it(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer
+) -> None:
     jobs = [job_of(tmp_path, corpus_file, model_folder, rank=rank, world_size=2, delay=0.2) for rank in range(2)]
     dies, lives = workers.start(jobs[0], fault="put:data:before:1:kill"), workers.start(jobs[1])
     assert workers.wait(dies) == -signal.SIGKILL
@@ -177,7 +184,9 @@ def test_a_worker_killed_beside_another_is_covered_by_it(tmp_path, corpus_file, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_file, model_folder, workers, number):
+def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer, number: int
+) -> None:
     ready = tmp_path / "ready"
     pid = workers.start(job_of(tmp_path / "dump", corpus_file, model_folder, delay=30.0, ready=str(ready)))
     while not ready.exists():
@@ -191,7 +200,9 @@ def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(tmp_path, corpus_f
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_stop_request_is_heard_while_the_corpus_is_tokenised(tmp_path, model_folder, workers, processes):
+def test_a_stop_request_is_heard_while_the_corpus_is_tokenised(
+    tmp_path: Path, model_folder: Path, workers: ForkServer, processes: int
+) -> None:
     path = tmp_path / "large.jsonl"
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "the answer " * 300}]
     path.write_text((json.dumps({"messages": turns}) + "\n") * 20_000)
@@ -210,7 +221,9 @@ def test_a_stop_request_is_heard_while_the_corpus_is_tokenised(tmp_path, model_f
     assert [each.suffix for each in (tmp_path / "cache/corpora").iterdir() if each.is_dir()] == [".part"]
 
 
-def test_a_stop_request_is_heard_while_the_store_does_not_answer(tmp_path, corpus_file, model_folder, workers):
+def test_a_stop_request_is_heard_while_the_store_does_not_answer(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer
+) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -227,7 +240,9 @@ def test_a_stop_request_is_heard_while_the_store_does_not_answer(tmp_path, corpu
             assert time.monotonic() - asked < 10
 
 
-def test_workers_share_a_file_of_events(tmp_path, corpus_file, model_folder, workers):
+def test_workers_share_a_file_of_events(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer
+) -> None:
     log = tmp_path / "events.jsonl"
     options = {"world_size": 2, "delay": 0.2, "events": str(log)}
     jobs = [job_of(tmp_path / "dump", corpus_file, model_folder, rank=rank, **options) for rank in range(2)]
@@ -243,13 +258,17 @@ def test_workers_share_a_file_of_events(tmp_path, corpus_file, model_folder, wor
         assert {"tokens_per_second", "eta_seconds", "bytes_per_supervised_token", "mean_kept_mass"} <= last.keys()
 
 
-def test_events_that_cannot_be_written_are_the_users_mistake(tmp_path, corpus_file, model_folder):
+def test_events_that_cannot_be_written_are_the_users_mistake(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
     (tmp_path / "events").symlink_to(tmp_path / "gone" / "events")
     with pytest.raises(MismatchError, match="--events"):
         run_dump(**sections(tmp_path / "dump", corpus_file, model_folder), events=tmp_path / "events")
 
 
-def test_a_stop_request_keeps_what_is_committed(tmp_path, corpus_file, model_folder, workers):
+def test_a_stop_request_keeps_what_is_committed(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer
+) -> None:
     pid = workers.start(job_of(tmp_path, corpus_file, model_folder, delay=1.0))
     while not list(tmp_path.glob("commits/*.json")):
         time.sleep(0.02)
