@@ -49,8 +49,8 @@ class Summary(FrozenModel):
     """Where training began."""
     final: str
     """Path of the adapter, or of the model for the full arms."""
-    final_record: str | None = None
-    """sha256 of its llm-neo.json; null for runs from before there was one."""
+    final_record: str
+    """sha256 of its llm-neo.json."""
     extended: tuple[Extension, ...] = ()
     """Where the run went on under other settings."""
 

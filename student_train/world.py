@@ -79,9 +79,13 @@ class World:
         self.leave_together([vote[0] for vote in self.gather([exit_code(error)])], error)
         return result  # type: ignore[return-value]
 
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do `work` on the main rank alone; if it fails, raise on all. Collective; `work` itself must not be."""
+        return self.together(lambda: work() if self.main else None)
+
     def told(self, work: Callable[[], float]) -> float:
         """What `work` finds on the main rank, on every rank. Collective; `work` itself must not be."""
-        return self.gather([self.together(lambda: work() if self.main else 0.0)])[0][0]
+        return self.gather([self.on_main(work) or 0.0])[0][0]
 
     def close(self) -> None:
         """Leave the job. Collective."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.suggest import did_you_mean
+from student_train.checkpoint import exactly
 from student_train.config import LoraSection
 
 ADAPTER = "default"
@@ -106,6 +107,7 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
 
     Raises:
         MismatchError: no such target modules, the head is among them, or `extra` does not go with the variant.
+        DataError: `initial` is not that of this adapter.
     """
     config = lora_config(lora)
     torch.manual_seed(seed)
@@ -115,7 +117,8 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
         raise _not_taken(error) from error
     _refuse_head(model)
     if lora.variant == "pissa":
-        _subtract(model, _principal_factors(model) if initial is None else initial)
+        shapes = {name: p.shape for name, p in _factors(model)}
+        _subtract(model, _principal_factors(model) if initial is None else dict(exactly(initial.items(), shapes)))
     if lora.variant == "moslora":
         _mix(model, lora)
     return model
@@ -123,10 +126,11 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
 
 def initial_factors(model: PeftModel, lora: LoraSection) -> dict[str, Tensor]:
     """What `pissa` has taken out of the base weights, by parameter name; empty for the other variants."""
-    if lora.variant != "pissa":
-        return {}
-    factors = [(name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
-    return {name: p.detach().clone() for name, p in factors}
+    return {name: p.detach().clone() for name, p in _factors(model)} if lora.variant == "pissa" else {}
+
+
+def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name)
 
 
 def plain_adapter(

@@ -1,6 +1,5 @@
 """The student: how it is loaded, and its forward pass from a micro-batch to sums of losses."""
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,8 +120,6 @@ class Student:
     """A student that is ready to be trained."""
 
     module: Distilled
-    digest: str
-    """Of a few of the weights that it started from, as checkpoints of version 1 know it."""
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
     files: dict[str, str] = field(default_factory=dict)
@@ -155,7 +152,6 @@ def load_student(
     head = HeadSpec.of(
         base.config, valid_vocab=min(rows, provenance.teacher.lm_head_rows), chunk_tokens=train.head_chunk_tokens
     )
-    digest = weights_digest(base)
     model: nn.Module = base
     start: dict[str, Tensor] = {}
     if train.lora:
@@ -171,7 +167,7 @@ def load_student(
     refuse_unknown_head(module)
     if train.packing:
         refuse_mixed_samples(module)
-    return Student(module=module, digest=digest, initial=start)
+    return Student(module=module, initial=start)
 
 
 def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -228,16 +224,6 @@ def loss_spec(loss: LossSection, train: TrainSection) -> LossSpec:
 def causal_of(student: nn.Module) -> Any:
     """The causal language model of transformers inside."""
     return student.get_base_model() if isinstance(student, PeftModel) else student
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Identity of a model by its parameters' names, shapes and a few values of each: cheap, and free of its path."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def refuse_long_rows(student: nn.Module, longest: int) -> None:

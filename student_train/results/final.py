@@ -139,7 +139,7 @@ def _trained_logits(
 ) -> Float[Tensor, "1 seq vocab"]:
     """Of what was trained, made anew in fp32: the model as training builds it, with the trained weights in it."""
     base = load_model(section.model, section.revision, dtype=torch.float32)
-    model = attach(base, section.lora, seed=train.seed, initial=student.initial or None)
+    model = attach(base, section.lora, seed=train.seed, initial=student.initial)
     scale_between(model)
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
