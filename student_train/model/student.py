@@ -22,7 +22,6 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
-from student_train.model.losses import LossSpec
 from student_train.model.scaling import scale_between
 from student_train.model.student_files import has_tokenizer, weight_files
 
@@ -44,7 +43,7 @@ class Head(nn.Module):
     the function alone: as a parameter it would be gathered once more in every backward pass, which does not read it.
     """
 
-    def __init__(self, embeddings: nn.Module, *, loss: LossSpec, spec: HeadSpec) -> None:
+    def __init__(self, embeddings: nn.Module, *, loss: LossSection, spec: HeadSpec) -> None:
         super().__init__()
         self.loss, self.spec = loss, spec
         self.gather: Gather = lambda _: nullcontext()
@@ -77,7 +76,7 @@ class Head(nn.Module):
 class Distilled(nn.Module):
     """Student and loss: what DeepSpeed trains. Logits exist for chunks of supervised tokens only."""
 
-    def __init__(self, student: nn.Module, *, loss: LossSpec, head: HeadSpec) -> None:
+    def __init__(self, student: nn.Module, *, loss: LossSection, head: HeadSpec) -> None:
         """Wrap a student.
 
         Args:
@@ -138,7 +137,7 @@ def load_student(
 
     Args:
         student: model and adapter.
-        loss: what is minimised; the arms `sft` and `lora` use its cross-entropy alone.
+        loss: what is minimised; the arms `sft` and `lora` use its cross-entropy alone, as with alpha 0.
         train: arm, precision and seed.
         provenance: of the dump.
         initial: of a resumed run, see `adapter.attach`.
@@ -163,7 +162,7 @@ def load_student(
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    module = Distilled(model, loss=loss_spec(loss, train), head=head)
+    module = Distilled(model, loss=loss if train.distils else loss.model_copy(update={"alpha": 0.0}), head=head)
     refuse_unknown_head(module)
     if train.packing:
         refuse_mixed_samples(module)
@@ -209,16 +208,6 @@ def _loading(name: str) -> Iterator[None]:
             expected="a directory or hub id with config.json and *.safetensors",
             fix="correct student.model; convert other weight formats to safetensors first",
         ) from error
-
-
-def loss_spec(loss: LossSection, train: TrainSection) -> LossSpec:
-    """What the arm minimises: `sft` and `lora` have no divergence."""
-    return LossSpec(
-        alpha=loss.alpha if train.distils else 0.0,
-        divergence=loss.divergence,
-        temperature=loss.temperature,
-        beta=loss.beta,
-    )
 
 
 def causal_of(student: nn.Module) -> Any:

@@ -11,9 +11,9 @@ from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
+from student_train.config import LossSection
 from student_train.data.batch import collate
 from student_train.model.head import HeadSpec
-from student_train.model.losses import LossSpec
 from student_train.model.student import (
     Distilled,
     causal_of,
@@ -91,7 +91,7 @@ def evaluate(
     rows = causal.get_output_embeddings().weight.shape[0]
     refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=rows)
     valid = min(rows, dump.provenance.teacher.lm_head_rows)
-    loss = LossSpec(alpha=0.5, temperature=temperature)
+    loss = LossSection(temperature=temperature)
     module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()
     refuse_unknown_head(module)
     module.to(where)
