@@ -280,13 +280,11 @@ def reporting(
     name: str,
     monitors: Mapping[str, Callable[[], Any]],
 ) -> Iterator[Write]:
-    """All places that the rank that reports tells of its run, events.jsonl first.
+    """All places that the rank that reports tells of its run, after `start` of `stop` steps; events.jsonl first.
 
     Args:
         output: run directory.
         report_to: trackers beside events.jsonl.
-        start: steps done.
-        stop: steps in all.
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.

@@ -85,10 +85,8 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
 def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
     """The checkpoint to go on from; None to start at the beginning.
 
-    Args:
-        checkpoints: of the run.
-        resume: `auto`, `must` or `never`.
-        used: whether the run directory holds anything that training has left there.
+    `resume` is `auto`, `must` or `never`; `used` says whether the run directory holds anything else that training has
+    left there.
 
     Raises:
         NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.

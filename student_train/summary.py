@@ -56,12 +56,7 @@ class Summary(FrozenModel):
 
 
 def write_summary(output: Path, content: dict[str, Any]) -> None:
-    """Of the run directory `output`.
-
-    Args:
-        output: what lies there, of an end whose checkpoint was damaged since for one, is written over.
-        content: a `Summary`, and what was found out about the finished run since.
-    """
+    """Write a `Summary`, and what was found out about the finished run since, over what lies in the run directory."""
     publish(output / SUMMARY, canonical_json(content, indent=2))
 
 

@@ -25,7 +25,7 @@ from student_train.data.batch import TrainBatch, collate
 from student_train.data.stream import Follower, Stream
 from student_train.engine import Engine, load_weights
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
-from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
+from student_train.model.student import Student, load_student, refuse_other_dump
 from student_train.model.student_files import identity
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
@@ -36,9 +36,9 @@ from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
     await_dump,
+    nothing_usable,
     open_run,
     refuse_early,
-    refuse_untrained,
     stored_rows,
     weigh,
 )
@@ -67,9 +67,7 @@ def train(
     Args:
         world: all ranks, see `engine.join`.
         dump: where the targets lie; the rest of the section is stage one's.
-        student: model and adapter.
-        loss: what is minimised.
-        settings: everything else, the section `train`.
+        settings: the section `train`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
@@ -96,9 +94,7 @@ def train(
         world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
     engine = Engine(learner.module, settings, world)
     try:
-        if checkpoint is None:
-            _save_checkpoint(world, run, learner, engine, 0)
-        elif updates := checkpoint.state.updates:
+        if checkpoint is not None and (updates := checkpoint.state.updates):
             kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
             world.together(lambda: engine.restore(kinds, updates=updates))
         return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
@@ -119,45 +115,8 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
     learner = replace(learner, files=identity(model, revision))
     if checkpoint is not None:
         refuse_other_run({FILES: checkpoint.state.identity.get(FILES)}, {FILES: learner.files})
-    rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
-    refuse_long_rows(learner.module.student, run.dump.provenance.corpus.max_length)
-    refuse_tokenizer(model, revision, run.dump.tokenizer_files(), head_rows=rows)
+    refuse_other_dump(learner.module.student, model, revision, run.dump)
     return learner
-
-
-def _refuse_changed_student(run: TrainingRun, learner: Student) -> None:
-    """Raise DataError if the adapter would be saved for another base than it was trained on."""
-    if (found := identity(run.student.model, run.student.revision)) != learner.files:
-        raise DataError(
-            f"the student {run.student.model} has changed since it was loaded",
-            got=found,
-            expected=learner.files,
-            fix="restore its files, then run the same command again; the checkpoint is intact",
-        )
-
-
-def _save_checkpoint(world: World, run: TrainingRun, learner: Student, engine: Engine, step: int) -> None:
-    """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
-    exported = engine.export() if step else iter(())
-
-    def write() -> None:
-        try:
-            if not world.main:
-                return
-            state = TrainState(
-                step=step,
-                updates=engine.updates,
-                consumed=consumed_root(run.dump, run.order, step),
-                identity=identity_of(run) | {FILES: learner.files},
-                extended=run.extended,
-            )
-            initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
-            run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
-        finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
-            for _ in exported:
-                pass
-
-    world.together(write)
 
 
 class _Vote(NamedTuple):
@@ -205,6 +164,8 @@ class _Loop:
     def run(self) -> Summary:
         """All steps that are left, and the end."""
         world, run = self._world, self._run
+        if self._resumed is None:
+            self._save(0)
         with ExitStack() as stack:
             self._write = world.on_main(lambda: stack.enter_context(self._reporting()))
             stream = stack.enter_context(closing(self._open_stream()))
@@ -318,7 +279,28 @@ class _Loop:
             )
 
     def _save(self, done: int) -> None:
-        _save_checkpoint(self._world, self._run, self._learner, self._engine, done)
+        """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
+        run, learner = self._run, self._learner
+        exported = self._engine.export() if done else iter(())
+
+        def write() -> None:
+            try:
+                if not self._world.main:
+                    return
+                state = TrainState(
+                    step=done,
+                    updates=self._engine.updates,
+                    consumed=consumed_root(run.dump, run.order, done),
+                    identity=identity_of(run) | {FILES: learner.files},
+                    extended=run.extended,
+                )
+                initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
+                run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
+            finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
+                for _ in exported:
+                    pass
+
+        self._world.together(write)
         self._saved = done
 
     def _report(self, done: int) -> None:
@@ -374,7 +356,8 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
-        world.on_main(lambda: refuse_untrained(run, self._engine.updates))
+        if not self._engine.updates:  # On no rank.
+            raise nothing_usable(run) if world.main else PeerError(0, Exit.BAD_DATA)
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         stray = self._engine.stray()
 
@@ -396,7 +379,13 @@ class _Loop:
         final, events = run.train.output / FINAL, read_events(run.train.output / EVENTS)
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
-        _refuse_changed_student(run, self._learner)
+        if (found := identity(run.student.model, run.student.revision)) != self._learner.files:
+            raise DataError(
+                f"the student {run.student.model} has changed since it was loaded",
+                got=found,
+                expected=self._learner.files,
+                fix="restore its files, then run the same command again; the checkpoint is intact",
+            )
         checkpoint, rows = run.checkpoints.at(run.steps), stored_rows(run)
         record = write_final(
             final,

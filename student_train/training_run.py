@@ -56,12 +56,8 @@ def await_dump(
 ) -> None:
     """Wait until stage one has begun, if there is nothing to refuse before. Collective.
 
-    Args:
-        world: all ranks.
-        section: where the dump will be.
-        seconds: how long.
-        stop: asked again and again.
-        early: called once if there is something to wait for; raises what waiting would not mend.
+    `stop` is asked again and again. `early` is called once if there is something to wait for: it raises what waiting
+    would not mend.
 
     Raises:
         TemporaryError: there is no dump after so many seconds, or a stop is asked for.
@@ -127,7 +123,7 @@ def weigh(run: TrainingRun) -> None:
         if usable >= wanted:
             return
     if not usable:
-        raise _nothing_usable(run)
+        raise nothing_usable(run)
     log.warning(
         "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is %d "
         "optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
@@ -135,13 +131,8 @@ def weigh(run: TrainingRun) -> None:
     )  # fmt: skip
 
 
-def refuse_untrained(run: TrainingRun, updates: int) -> None:
-    """Raise DataError if no step of the run had anything to learn from."""
-    if not updates:
-        raise _nothing_usable(run)
-
-
-def _nothing_usable(run: TrainingRun) -> DataError:
+def nothing_usable(run: TrainingRun) -> DataError:
+    """What there is to say of a run that has nothing to learn from."""
     return DataError(
         f"nothing can be learned from {run.dump.store.url}",
         got=f"no sample with a target in {run.steps} steps of {run.train.global_batch_size} samples",

@@ -48,14 +48,7 @@ def model_card(
 ) -> str:
     """The card of a run's adapter, or of its model for the full arms, with front matter for the hub.
 
-    Args:
-        dump: that it was trained on.
-        student: where it started.
-        loss: as configured.
-        train: as configured.
-        events: all of the run, at least one.
-        folder: where it lies.
-        evaluation: if there was one.
+    `events` are all of the run, at least one; `folder` is where the adapter or model lies.
     """
     return _render(
         "model_card.md.jinja",
@@ -74,11 +67,9 @@ def model_card(
 
 
 def merged_card(card: str, folder: Path) -> str | None:
-    """The card of an adapter, as that of the model it was folded into; None if it is not a card with front matter.
+    """The card of an adapter, as that of the model in `folder` that it was folded into; None if it has no front matter.
 
-    Args:
-        card: README.md of the adapter; what its owner has added before the last section stays.
-        folder: where the merged model lies.
+    What its owner has added before the last section stays.
     """
     found = _FRONT.match(card)
     try:
