@@ -30,12 +30,11 @@ from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes
 from storage_schemas.rows import OK
 from storage_schemas.stores.store import Store
 from storage_schemas.writer import DumpWriter
-from student_train.config import TrainSection
+from student_train.config import LossSection, TrainSection
 from student_train.data.batch import collate
 from student_train.data.order import Order
 from student_train.data.stream import Follower, Stream
 from student_train.model.head import HeadSpec, fused_head_loss
-from student_train.model.losses import LossSpec
 from student_train.resume import consumed_root
 
 Rows = dict[str, float]
@@ -257,7 +256,7 @@ def head_rows(title: str, *, vocab: int, k: int) -> Rows:
     targets = random_targets(labels, vocab=vocab, k=k, generator=generator)
 
     def fused() -> None:
-        fused_head_loss(hidden, weight, targets, loss=LossSpec(), head=HeadSpec()).loss.backward()
+        fused_head_loss(hidden, weight, targets, loss=LossSection(), head=HeadSpec()).loss.backward()
 
     def plain() -> None:
         nn.functional.cross_entropy(nn.functional.linear(hidden, weight), labels, reduction="sum").backward()

@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +30,8 @@ from storage_schemas.stores.store import Store
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-READABLE = (1, FORMAT_VERSION)
-"""Version 1 has no checksum in its commit record."""
 _OTHER_VERSION = "resume with the version of llm-neo that wrote it, or choose another train.output"
+_RESTORE = "nothing, if an earlier checkpoint is complete; else restore the file"
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 """Kinds of tensors: fp32 weights, and Adam's first and second moments. A tensor's key is `kind/parameter name`."""
 INITIAL = "initial"
@@ -81,13 +81,11 @@ class FileRecord(FrozenModel):
 
 
 class Commit(FrozenModel):
-    """COMMIT.json."""
+    """COMMIT.json, which also holds the checksum of all this."""
 
     format_version: int = FORMAT_VERSION
     step: int
     files: tuple[FileRecord, ...]
-    checksum: str | None = None
-    """sha256 of the record without this field, as canonical JSON; from version 2 on."""
 
 
 class Checkpoint:
@@ -103,16 +101,14 @@ class Checkpoint:
         self._store, self.step = store, step
         name = f"{store.url}/{_folder(step)}/COMMIT.json"
         content = parse_json(store.get(f"{_folder(step)}/COMMIT.json"), name=name)
-        refuse_other_version(content, name=name, readable=READABLE, fix=_OTHER_VERSION)
-        if content["format_version"] > 1 or "checksum" in content:
-            _refuse_changed(content, name)
-        self._commit: Commit = validated(Commit, content, name=name)
+        refuse_other_version(content, name=name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
+        self._commit = validated(Commit, without_checksum(content, name=name, fix=_RESTORE), name=name)
         record = next((record for record in self._commit.files if record.kind == "state"), None)
         if record is None or self._commit.step != step:
             raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
         state = parse_json(self._read(record), name=record.name)
-        refuse_other_version(state, name=record.name, readable=READABLE, fix=_OTHER_VERSION)
-        self.state: TrainState = validated(TrainState, state, name=record.name)
+        refuse_other_version(state, name=record.name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
+        self.state = validated(TrainState, state, name=record.name)
 
     def tensors(self, kinds: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """(`kind/name`, fp32 tensor) of some kinds; each file is verified before its tensors are given.
@@ -135,13 +131,13 @@ class Checkpoint:
 
     def _read(self, record: FileRecord) -> bytes:
         data = self._store.get(f"{_folder(self.step)}/{record.name}")
-        digest = hashlib.sha256(data).hexdigest()
-        if (len(data), digest) != (record.bytes, record.sha256):
+        found = hashlib.sha256(data).hexdigest()
+        if (len(data), found) != (record.bytes, record.sha256):
             raise DataError(
                 f"{self._store.url}/{_folder(self.step)}/{record.name} is torn or was changed",
-                got=f"{len(data)} bytes, sha256 {digest[:16]}",
+                got=f"{len(data)} bytes, sha256 {found[:16]}",
                 expected=f"{record.bytes} bytes, sha256 {record.sha256[:16]}",
-                fix="nothing, if an earlier checkpoint is complete; else restore the file",
+                fix=_RESTORE,
             )
         return data
 
@@ -198,7 +194,7 @@ class Checkpoints:
         for kind, number, part in _files(tensors):
             name = f"{attempt}-{kind}-{number:03d}.safetensors"
             files.append(self._put(state.step, name, kind, safetensors.torch.save(part)))
-        commit = Commit(step=state.step, files=tuple(files)).model_dump(mode="json", exclude={"checksum"})
+        commit = Commit(step=state.step, files=tuple(files)).model_dump(mode="json")
         self._store.put_new(f"{_folder(state.step)}/COMMIT.json", canonical_json(with_checksum(commit)))
         self.at(state.step).verify()
         older = [step for step in self.steps() if step < state.step]
@@ -251,15 +247,17 @@ def _other_tensors(got: str, expected: object) -> DataError:
     )
 
 
-def _refuse_changed(content: Mapping[str, Any], name: str) -> None:
-    found = digest({key: value for key, value in content.items() if key != "checksum"})
-    if found != content.get("checksum"):
+def without_checksum(content: Mapping[str, Any], *, name: str, fix: str) -> dict[str, Any]:
+    """What `canonical.with_checksum` was given. Raises DataError if it was changed since."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    if (found := digest(rest)) != content.get("checksum"):
         raise DataError(
             f"{name} was changed",
             got=f"sha256 {found[:16]}",
-            expected=str(content.get("checksum"))[:16],
-            fix="nothing, if an earlier checkpoint is complete; else restore the file",
+            expected=f"sha256 {str(content.get('checksum'))[:16]}",
+            fix=fix,
         )
+    return rest
 
 
 def _folder(step: int) -> str:
@@ -268,15 +266,13 @@ def _folder(step: int) -> str:
 
 def _files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
     """(kind, number, tensors) of the files to write: one kind each, and not much above FILE_BYTES."""
-    part: dict[str, Tensor] = {}
-    current, number, size = MASTER, 0, 0
-    for key, tensor in tensors:
-        kind = key.split("/", 1)[0]
-        if part and (kind != current or size >= FILE_BYTES):
-            yield current, number, part
-            number, part, size = (number + 1 if kind == current else 0), {}, 0
-        current = kind
-        part[key] = tensor.contiguous()
-        size += tensor.numel() * tensor.element_size()
-    if part:
-        yield current, number, part
+    for kind, group in groupby(tensors, key=lambda pair: pair[0].split("/", 1)[0]):
+        part: dict[str, Tensor] = {}
+        number = size = 0
+        for key, tensor in group:
+            if size >= FILE_BYTES:
+                yield kind, number, part
+                part, number, size = {}, number + 1, 0
+            part[key] = tensor.contiguous()
+            size += tensor.nbytes
+        yield kind, number, part

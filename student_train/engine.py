@@ -79,12 +79,7 @@ class Engine:
         """Hand the module to DeepSpeed, which casts it to the precision and shards it. Collective.
 
         In bf16 the working copy of an adapter is rounded to bf16, and its fp32 master starts from that rounded copy;
-        from the first update on, the master keeps what bf16 would lose.
-
-        Args:
-            module: the same weights on every rank.
-            train: stage, precision, optimizer and DeepSpeed settings.
-            world: all ranks.
+        from the first update on, the master keeps what bf16 would lose. All ranks bring the same weights.
 
         Raises:
             MismatchError: `train.deepspeed` is not what DeepSpeed takes. PeerError on the other ranks.
@@ -119,10 +114,7 @@ class Engine:
     def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
         """One optimizer step over the global batch. Collective; every rank brings the same number of micro-batches.
 
-        Args:
-            batches: this rank's micro-batches.
-            tokens: supervised tokens of the global batch.
-            learning_rate: of this step.
+        `tokens` are the supervised tokens of the global batch.
 
         Raises:
             DataError: the loss or the gradient is not finite; the weights are untouched.

@@ -4,11 +4,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict
 from rich.console import Console
@@ -54,21 +56,33 @@ class Event(FrozenModel):
     """Estimated time to the last step."""
 
 
+class Step(NamedTuple):
+    """What a step was, over all ranks."""
+
+    loss: float
+    """Sum over its supervised tokens, as the next two."""
+    ce: float
+    kl: float
+    supervised: int
+    """Supervised tokens."""
+    tokens: int
+    """All tokens that are not padding."""
+    wait: float
+    """Seconds that the slowest rank waited for data."""
+    learning_rate: float
+    grad_norm: float
+
+
 class Meter:
     """Adds up steps until the next event. Means are per supervised token, so that steps weigh what they hold."""
 
     def __init__(self, *, start: int, stop: int, steps_per_epoch: int) -> None:
         """Begin after `start` of `stop` steps."""
         self._first, self._stop, self._steps_per_epoch = start, stop, steps_per_epoch
-        self._begin = time.monotonic()
-        self.total_tokens = 0
-        """Tokens since the beginning."""
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since = time.monotonic()
-        self._loss = self._ce = self._kl = self._wait = 0.0
-        self._steps = self._tokens = self._supervised = 0
+        self._begin = self._since = time.monotonic()
+        self.total_tokens, self.total_wait = 0, 0.0
+        """Tokens, and seconds of waiting for data, since the beginning."""
+        self._steps: list[Step] = []
 
     @property
     def empty(self) -> bool:
@@ -80,73 +94,30 @@ class Meter:
         """Wall time since the beginning."""
         return time.monotonic() - self._begin
 
-    def add(self, *, loss: float, ce: float, kl: float, supervised: int, tokens: int, wait: float) -> None:
-        """One step: sums over its supervised tokens, its tokens, and seconds of waiting for data."""
-        self._loss, self._ce, self._kl = self._loss + loss, self._ce + ce, self._kl + kl
-        self._steps += 1
-        self._wait += wait
-        self._tokens += tokens
-        self._supervised += supervised
-        self.total_tokens += tokens
+    def add(self, step: Step) -> None:
+        """One step."""
+        self._steps.append(step)
+        self.total_tokens += step.tokens
+        self.total_wait += step.wait
 
-    def event(self, step: int, *, learning_rate: float, grad_norm: float) -> Event:
-        """The event after `step` steps; starts the next one."""
-        supervised, elapsed = max(1, self._supervised), max(1e-9, time.monotonic() - self._since)
-        event = Event(
-            step=step,
-            epoch=step / self._steps_per_epoch,
-            loss=self._loss / supervised,
-            ce=self._ce / supervised,
-            kl=self._kl / supervised,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            supervised_tokens=self._supervised,
-            tokens_per_second=self._tokens / elapsed,
-            data_wait_seconds=self._wait,
-            eta_seconds=self.seconds / max(1, step - self._first) * (self._stop - step),
+    def event(self, done: int) -> Event:
+        """The event after `done` steps; starts the next one."""
+        steps, self._steps = self._steps, []
+        since, self._since = self._since, time.monotonic()
+        supervised = sum(step.supervised for step in steps)
+        return Event(
+            step=done,
+            epoch=done / self._steps_per_epoch,
+            loss=sum(step.loss for step in steps) / max(1, supervised),
+            ce=sum(step.ce for step in steps) / max(1, supervised),
+            kl=sum(step.kl for step in steps) / max(1, supervised),
+            learning_rate=steps[-1].learning_rate,
+            grad_norm=steps[-1].grad_norm,
+            supervised_tokens=supervised,
+            tokens_per_second=sum(step.tokens for step in steps) / max(1e-9, self._since - since),
+            data_wait_seconds=sum(step.wait for step in steps),
+            eta_seconds=self.seconds / max(1, done - self._first) * (self._stop - done),
         )
-        self._reset()
-        return event
-
-
-class Sink(Protocol):
-    """Somewhere that events go."""
-
-    def write(self, event: Event) -> None:
-        """Take one event."""
-
-    def close(self) -> None:
-        """No more will come."""
-
-
-class EventLog:
-    """events.jsonl."""
-
-    def __init__(self, path: Path, *, after: int) -> None:
-        """Open it, dropping what was logged beyond step `after`: those steps are trained again.
-
-        Raises:
-            TemporaryError: the file cannot be written.
-        """
-        self._path = path
-        try:
-            kept = [event.model_dump() for event in read_events(path) if event.step <= after]
-            publish(path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise _cannot_write(path, error) from error
-
-    def write(self, event: Event) -> None:
-        """Append and flush, so that others can follow."""
-        try:
-            self._file.write(json.dumps(event.model_dump()) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read_events(path: Path) -> list[Event]:
@@ -162,47 +133,82 @@ def read_events(path: Path) -> list[Event]:
     return found
 
 
-class Bar:
+Write = Callable[[Event], None]
+"""Takes the events of a run, one after the other."""
+
+
+@contextmanager
+def event_log(path: Path, *, after: int) -> Iterator[Write]:
+    """events.jsonl, without what was logged beyond step `after`: those steps are trained again.
+
+    Raises:
+        TemporaryError: the file cannot be written.
+    """
+    with _writing(path):
+        lines = [_line(event) for event in read_events(path) if event.step <= after]
+        publish(path, "".join(lines))
+        file = path.open("a", encoding="utf-8")
+
+    def write(event: Event) -> None:
+        with _writing(path):
+            file.write(_line(event))
+            file.flush()  # So that others can follow.
+
+    with file:
+        yield write
+
+
+def _line(event: Event) -> str:
+    return json.dumps(event.model_dump()) + "\n"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TemporaryError(
+            f"cannot write {path}",
+            got=error.strerror,
+            fix="free space or repair the file system, then run the same command again",
+        ) from error
+
+
+@contextmanager
+def bar(console: Console, *, start: int, stop: int) -> Iterator[Write]:
     """A progress bar on a terminal."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(TextColumn("train"), *columns, console=console) as progress:
+        task = progress.add_task("", total=stop, completed=start)
 
-    def __init__(self, console: Console, *, start: int, stop: int) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(TextColumn("train"), *columns, console=console)
-        self._task = self._progress.add_task("", total=stop, completed=start)
-        self._progress.start()
+        def write(event: Event) -> None:
+            speed = f"{event.tokens_per_second:,.0f} tokens/s"
+            progress.update(task, completed=event.step, description=f"{_losses(event)}  {speed}")
 
-    def write(self, event: Event) -> None:
-        """Move on."""
-        text = f"loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}  {event.tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, completed=event.step, description=text)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._progress.stop()
+        yield write
 
 
-class Lines:
+def lines(console: Console, *, stop: int) -> Write:
     """One line every few seconds, and one for the first and the last step."""
+    due = 0.0
 
-    def __init__(self, console: Console, *, stop: int) -> None:
-        self._console, self._stop = console, stop
-        self._next = 0.0
-
-    def write(self, event: Event) -> None:
-        """Print a line, if it is time."""
-        if time.monotonic() < self._next and event.step < self._stop:
+    def write(event: Event) -> None:
+        nonlocal due
+        if time.monotonic() < due and event.step < stop:
             return
-        self._next = time.monotonic() + LINE_SECONDS
-        self._console.print(
-            f"train step {event.step}/{self._stop}  loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}  "
-            f"lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s  "
-            f"eta {_duration(event.eta_seconds)}",
+        due = time.monotonic() + LINE_SECONDS
+        console.print(
+            f"train step {event.step}/{stop}  {_losses(event)}  lr {event.learning_rate:.2e}  "
+            f"{event.tokens_per_second:,.0f} tokens/s  eta {timedelta(seconds=int(event.eta_seconds))}",
             highlight=False,
             soft_wrap=True,
         )
 
-    def close(self) -> None:
-        """Nothing to do."""
+    return write
+
+
+def _losses(event: Event) -> str:
+    return f"loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}"
 
 
 Values = dict[str, float]
@@ -237,58 +243,34 @@ def _monitor(monitor: Any) -> Told:
     return lambda values, step: monitor.write_events([(*pair, step) for pair in values.items()]), lambda: None
 
 
-class Tracker:
-    """A sink that training does not depend on: once it fails, it is told so once and left alone."""
+@contextmanager
+def tracker(name: str, opened: Callable[[], Told]) -> Iterator[Write]:
+    """What training does not depend on: once it fails, that is told once, and it is left alone."""
+    told: Told | None = None
 
-    def __init__(self, name: str, opened: Callable[[], Told]) -> None:
-        self._name = name
-        self._told: Told | None = None
-        with self._forgiven():
-            self._told = opened()
-
-    def write(self, event: Event) -> None:
-        """Pass all fields on, unless it has failed before."""
-        with self._forgiven():
-            if self._told is not None:
-                values = event.model_dump()
-                step = values.pop("step")
-                self._told[0]({f"train/{name}": value for name, value in values.items()}, step)
-
-    def close(self) -> None:
-        """Close it, unless it has failed before."""
-        with self._forgiven():
-            if self._told is not None:
-                self._told[1]()
-
-    @contextmanager
-    def _forgiven(self) -> Iterator[None]:
+    def attempt(work: Callable[[], Any]) -> Any:
+        nonlocal told
         try:
-            yield
+            return work()
         except Exception as error:
-            self._told = None
-            log.warning(
-                "%s logging failed and is off for this run; metrics continue in %s: %r", self._name, EVENTS, error
-            )
+            told = None
+            log.warning("%s logging failed and is off for this run; metrics continue in %s: %r", name, EVENTS, error)
+
+    def write(event: Event) -> None:
+        if told is not None:
+            take, values = told[0], event.model_dump(exclude={"step"})
+            attempt(lambda: take({f"train/{key}": value for key, value in values.items()}, event.step))
+
+    told = attempt(opened)
+    try:
+        yield write
+    finally:
+        if told is not None:
+            attempt(told[1])
 
 
-class Reporter:
-    """All sinks of a run, events.jsonl first."""
-
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
-
-    def write(self, event: Event) -> None:
-        """Tell every sink."""
-        for sink in self._sinks:
-            sink.write(event)
-
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
-
-
-def open_reporter(
+@contextmanager
+def reporting(
     output: Path,
     report_to: Sequence[str],
     *,
@@ -296,29 +278,38 @@ def open_reporter(
     stop: int,
     config: Mapping[str, Any],
     name: str,
-    monitors: Mapping[str, Callable[[], Any]] | None = None,
-) -> Reporter:
-    """The sinks of the rank that reports.
+    monitors: Mapping[str, Callable[[], Any]],
+) -> Iterator[Write]:
+    """All places that the rank that reports tells of its run, after `start` of `stop` steps; events.jsonl first.
 
     Args:
         output: run directory.
         report_to: trackers beside events.jsonl.
-        start: steps done.
-        stop: steps in all.
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.
     """
-    console = Console()
-    sinks: list[Sink] = [EventLog(output / EVENTS, after=start)]
-    sinks.append(Bar(console, start=start, stop=stop) if console.is_terminal else Lines(console, stop=stop))
+    trackers: dict[str, Callable[[], Told]] = {}
     if "tensorboard" in report_to:
-        sinks.append(Tracker("tensorboard", lambda: _tensorboard(output, start=start)))
+        trackers["tensorboard"] = partial(_tensorboard, output, start=start)
     if "wandb" in report_to:
-        sinks.append(Tracker("wandb", lambda: _wandb(output, config, name)))
-    for section, opened in (monitors or {}).items():
-        sinks.append(Tracker(f"DeepSpeed's {section}", lambda opened=opened: _monitor(opened())))  # type: ignore[misc]
-    return Reporter(sinks)
+        trackers["wandb"] = partial(_wandb, output, config, name)
+    for section, opened in monitors.items():
+        trackers[f"DeepSpeed's {section}"] = lambda opened=opened: _monitor(opened())  # type: ignore[misc]
+    console = Console()
+    with ExitStack() as stack:
+        writes = [stack.enter_context(event_log(output / EVENTS, after=start))]
+        if console.is_terminal:
+            writes.append(stack.enter_context(bar(console, start=start, stop=stop)))
+        else:
+            writes.append(lines(console, stop=stop))
+        writes += [stack.enter_context(tracker(*one)) for one in trackers.items()]
+
+        def write(event: Event) -> None:
+            for one in writes:
+                one(event)
+
+        yield write
 
 
 def refuse_missing_trackers(report_to: Sequence[str]) -> None:
@@ -331,16 +322,3 @@ def refuse_missing_trackers(report_to: Sequence[str]) -> None:
                 expected=f"train.report_to: {list(report_to)} to be usable",
                 fix=f"pip install 'llm-neo[{tracker}]', or take it out of train.report_to",
             )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def _cannot_write(path: Path, error: OSError) -> TemporaryError:
-    return TemporaryError(
-        f"cannot write {path}",
-        got=error.strerror,
-        fix="free space or repair the file system, then run the same command again",
-    )

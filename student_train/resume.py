@@ -15,8 +15,8 @@ from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
 from student_train.data.order import Order
 from student_train.metrics import EVENTS
-from student_train.model.student import Student
-from student_train.results.saved import read_record
+from student_train.model.student_files import sha256
+from student_train.results.saved import RECORD, read_record
 from student_train.summary import FINAL, SUMMARY, Summary, read_summary
 from student_train.training_run import TrainingRun
 from student_train.world import World
@@ -33,9 +33,8 @@ FIXED = {
     f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
 }
 """What `train.extend` may not change: the samples of a step and what is trained."""
-FILES, WEIGHTS = "student.files", "student.weights"
-"""Keys of what identifies the student in a checkpoint's identity, compared once it is loaded: `student_files.identity`,
-and in checkpoints of version 1 `student.weights_digest`."""
+FILES = "student.files"
+"""Key of `student_files.identity` in a checkpoint's identity: compared once the student is loaded."""
 
 
 class Start(NamedTuple):
@@ -61,7 +60,7 @@ def decide(world: World, run: TrainingRun) -> Start:
     if step < 0:
         return Start(run, None, None)
     checkpoint = world.together(lambda: open_checkpoint(run, step, verify=world.main))
-    if world.told(lambda: intact(run)) and (done := world.together(lambda: finished(run, step))):
+    if world.told(lambda: _is_done(run, step)) and (done := world.together(lambda: finished(run, step))):
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", run.train.output, done.steps)
         return Start(run, checkpoint, done)
@@ -86,10 +85,8 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
 def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
     """The checkpoint to go on from; None to start at the beginning.
 
-    Args:
-        checkpoints: of the run.
-        resume: `auto`, `must` or `never`.
-        used: whether the run directory holds anything that training has left there.
+    `resume` is `auto`, `must` or `never`; `used` says whether the run directory holds anything else that training has
+    left there.
 
     Raises:
         NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
@@ -129,7 +126,7 @@ def _chosen_step(run: TrainingRun) -> int:
 def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
     """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
     checkpoint = run.checkpoints.at(step)
-    known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, WEIGHTS)}
+    known = {key: value for key, value in checkpoint.state.identity.items() if key != FILES}
     changes = _extension(run, checkpoint.state)
     refuse_other_run(known | (changes.after if changes else {}), identity_of(run))
     if step > run.steps:
@@ -159,15 +156,6 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             fix="restore these settings, or choose another train.output; "
             "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
         )
-
-
-def refuse_other_student(known: Mapping[str, Any], learner: Student) -> None:
-    """Raise MismatchError if a checkpoint's identity tells of another student than was loaded.
-
-    Checkpoints of version 1 know a digest of some weights, and nothing of config.json.
-    """
-    own = {WEIGHTS: learner.digest} if WEIGHTS in known else {FILES: learner.files}
-    refuse_other_run({key: known.get(key) for key in own}, own)
 
 
 def _extension(run: TrainingRun, state: TrainState) -> Extension | None:
@@ -213,14 +201,11 @@ def finished(run: TrainingRun, step: int) -> Summary | None:
     return summary if summary and summary.steps == run.steps else None
 
 
-def intact(run: TrainingRun) -> bool:
-    """Whether `final/` of a finished run still is what was written; if not, a warning says what has changed."""
-    done, final = finished(run, run.steps), run.train.output / FINAL
+def _is_done(run: TrainingRun, step: int) -> bool:
+    """Whether the run is finished and `final/` is what was written; if it is not, a warning says what has changed."""
+    summary, final = finished(run, step), run.train.output / FINAL
     try:
-        if done is None or (record := read_record(final)) is None:
-            # Without a record it is from before there was one, or it was emptied.
-            return done is not None and done.final_record is None and any(final.iterdir())
-        return done.final_record in (None, hashlib.sha256(record.sealed()).hexdigest())
+        return summary is not None and read_record(final) is not None and sha256(final / RECORD) == summary.final_record
     except DataError as error:
         log.warning("`final/` is damaged and is written again from the last checkpoint: %s", error)
         return False

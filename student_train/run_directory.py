@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.errors import NEVER, MismatchError, TemporaryError
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ LAUNCHER, TRAINING = ".lock", ".lock-training"
 DYING_SECONDS = 60.0
 """How long a start waits for the ranks of a launcher that is gone: they may be writing a checkpoint."""
 _ABSENT = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_NEVER = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
-"""What a file system says that will say the same next time."""
 _LEFT = {"config.yaml", "events.jsonl", "checkpoints", "final", "final.staged", "summary.json", "exit", "cache"}
 _LEFT |= {"steps", "merged", "report.md", "tensorboard", "wandb"}
 """What runs leave in their directory."""
@@ -59,7 +57,8 @@ def refuse_foreign(output: Path, *, dump: Path | None, named: Collection[Path] =
         if (output / "exit").is_symlink():
             raise MismatchError(f"{output}/exit is a link; runs empty that directory", expected=expected, fix=fix)
         used = (output / LAUNCHER).exists() or any((output / "checkpoints").glob("step-????????"))
-        own = {path.resolve().relative_to(here).parts[0] for path in named if _below(path.resolve(), here)}
+        below = [path for path in (path.resolve() for path in named) if here in path.parents]
+        own = {path.relative_to(here).parts[0] for path in below}
         names = sorted(entry.name for entry in here.iterdir())
     except (OSError, RuntimeError) as error:
         raise _unusable(output, error) from error
@@ -71,10 +70,6 @@ def refuse_foreign(output: Path, *, dump: Path | None, named: Collection[Path] =
             expected=expected,
             fix=fix,
         )
-
-
-def _below(path: Path, folder: Path) -> bool:
-    return path != folder and path.is_relative_to(folder)
 
 
 def _is_dump(folder: Path) -> bool:
@@ -147,7 +142,7 @@ def _holder(descriptor: int) -> str:
 def _unusable(output: Path, error: Exception) -> MismatchError | TemporaryError:
     what = f"train.output {output} cannot be used"
     got = getattr(error, "strerror", None) or str(error)
-    if not isinstance(error, OSError) or error.errno in _NEVER:
+    if not isinstance(error, OSError) or error.errno in (*NEVER, errno.ENOENT, errno.ELOOP):
         fix = "correct train.output, or the permissions of that place"
         return MismatchError(what, got=got, expected="a directory that can be written to, or the name of one", fix=fix)
     return TemporaryError(what, got=got, fix="free space or repair the file system, then run the same command again")

@@ -49,19 +49,14 @@ class Summary(FrozenModel):
     """Where training began."""
     final: str
     """Path of the adapter, or of the model for the full arms."""
-    final_record: str | None = None
-    """sha256 of its llm-neo.json; null for runs from before there was one."""
+    final_record: str
+    """sha256 of its llm-neo.json."""
     extended: tuple[Extension, ...] = ()
     """Where the run went on under other settings."""
 
 
 def write_summary(output: Path, content: dict[str, Any]) -> None:
-    """Of the run directory `output`.
-
-    Args:
-        output: what lies there, of an end whose checkpoint was damaged since for one, is written over.
-        content: a `Summary`, and what was found out about the finished run since.
-    """
+    """Write a `Summary`, and what was found out about the finished run since, over what lies in the run directory."""
     publish(output / SUMMARY, canonical_json(content, indent=2))
 
 

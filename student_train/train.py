@@ -6,10 +6,11 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -17,27 +18,27 @@ from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
-from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState, exactly
+from storage_schemas.rows import Row
+from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.stream import Follower, Stream
 from student_train.engine import Engine, load_weights
-from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
-from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
+from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
+from student_train.model.student import Student, load_student, refuse_other_dump
 from student_train.model.student_files import identity
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import model_card
-from student_train.resume import FILES, consumed_root, decide, finished, identity_of, refuse_other_student
+from student_train.resume import FILES, consumed_root, decide, finished, identity_of, refuse_other_run
 from student_train.schedule import learning_rate
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
     await_dump,
+    nothing_usable,
     open_run,
-    probe_of,
     refuse_early,
-    refuse_untrained,
     stored_rows,
     weigh,
 )
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """How long a rank waits for its data before it tells the others that it is still there."""
+PROBE_TOKENS = 64
+"""Tokens of the row that the saved student is compared on, at most."""
 
 
 def train(
@@ -64,9 +67,7 @@ def train(
     Args:
         world: all ranks, see `engine.join`.
         dump: where the targets lie; the rest of the section is stage one's.
-        student: model and adapter.
-        loss: what is minimised.
-        settings: everything else, the section `train`.
+        settings: the section `train`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
@@ -84,18 +85,16 @@ def train(
     early = partial(refuse_early, student, settings)
     await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop, early=early)
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}))
-    world.together(lambda: weigh(opened) if world.main else None)
+    world.on_main(lambda: weigh(opened))
     run, checkpoint, done = decide(world, opened)
     if done is not None:
         return done
-    learner = world.together(lambda: _load_student(run, checkpoint, main=world.main))
+    learner = world.together(lambda: _student(run, checkpoint, main=world.main))
     if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
         world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
     engine = Engine(learner.module, settings, world)
     try:
-        if checkpoint is None:
-            _save(world, run, learner, engine, 0)
-        elif updates := checkpoint.state.updates:
+        if checkpoint is not None and (updates := checkpoint.state.updates):
             kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
             world.together(lambda: engine.restore(kinds, updates=updates))
         return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
@@ -103,59 +102,21 @@ def train(
         engine.close()
 
 
-def _load_student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> Student:
-    """The student, on the main rank with all that identifies it."""
+def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> Student:
+    """The student, refused if it does not fit the checkpoint; on the main rank with all that identifies it, and proven
+    to fit the dump."""
+    model, revision = run.student.model, run.student.revision
     initial = None
     if checkpoint is not None:
-        initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))} or None
+        initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))}
     learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
-    if main:
-        learner = replace(learner, files=identity(run.student.model, run.student.revision))
+    if not main:
+        return learner
+    learner = replace(learner, files=identity(model, revision))
     if checkpoint is not None:
-        if main:
-            refuse_other_student(checkpoint.state.identity, learner)
-        for _ in exactly((initial or {}).items(), {name: start.shape for name, start in learner.initial.items()}):
-            pass
-    if main:
-        rows = causal_of(learner.module.student).get_output_embeddings().weight.shape[0]
-        refuse_long_rows(learner.module.student, run.dump.provenance.corpus.max_length)
-        refuse_tokenizer(run.student.model, run.student.revision, run.dump.tokenizer_files(), head_rows=rows)
+        refuse_other_run({FILES: checkpoint.state.identity.get(FILES)}, {FILES: learner.files})
+    refuse_other_dump(learner.module.student, model, revision, run.dump)
     return learner
-
-
-def _refuse_changed_student(run: TrainingRun, learner: Student) -> None:
-    """Raise DataError if the adapter would be saved for another base than it was trained on."""
-    if (found := identity(run.student.model, run.student.revision)) != learner.files:
-        raise DataError(
-            f"the student {run.student.model} has changed since it was loaded",
-            got=found,
-            expected=learner.files,
-            fix="restore its files, then run the same command again; the checkpoint is intact",
-        )
-
-
-def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step: int) -> None:
-    """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
-    exported = engine.export() if step else iter(())
-
-    def write() -> None:
-        try:
-            if not world.main:
-                return
-            state = TrainState(
-                step=step,
-                updates=engine.updates,
-                consumed=consumed_root(run.dump, run.order, step),
-                identity=identity_of(run) | {FILES: learner.files},
-                extended=run.extended,
-            )
-            initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
-            run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
-        finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
-            for _ in exported:
-                pass
-
-    world.together(write)
 
 
 class _Vote(NamedTuple):
@@ -195,43 +156,40 @@ class _Loop:
         self._saved = self._start
         self._follower = Follower(run.dump, run.order)
         self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.order.steps_per_epoch)
+        self._write: Write | None = None
+        """Where the rank that reports writes its events."""
         self._trouble: BaseException | None = None
         """An error of this rank that the others have not been told of yet."""
-        self._wait = self._rate = self._grad_norm = 0.0
 
     def run(self) -> Summary:
         """All steps that are left, and the end."""
         world, run = self._world, self._run
-        reporter = world.together(self._open_reporter)
-        stream = self._open_stream()
-        # Of what lives by now nothing dies before the end: no collection needs to walk over libraries and model again.
-        gc.collect()
-        gc.freeze()
-        try:
+        if self._resumed is None:
+            self._save(0)
+        with ExitStack() as stack:
+            self._write = world.on_main(lambda: stack.enter_context(self._reporting()))
+            stream = stack.enter_context(closing(self._open_stream()))
+            # Of what lives by now nothing dies before the end: no collection needs to walk over libraries and model.
+            gc.collect()
+            gc.freeze()
+            stack.callback(gc.unfreeze)
             for step in range(self._start, run.steps):
                 batches, votes = self._next(stream, step)
                 if batches is None:
-                    self._leave(votes, step, reporter)
-                    break
+                    self._leave(votes, step)
                 self._train(batches, votes, step)
                 done = step + 1
                 save = done % run.train.save_steps == 0 or done == run.steps
                 if save or done % run.train.logging_steps == 0:
-                    self._report(reporter, done)
+                    self._report(done)
                 if save:
-                    _save(world, run, self._learner, self._engine, done)
-                    self._saved = done
-        finally:
-            gc.unfreeze()
-            stream.close()
-            if reporter is not None:
-                reporter.close()
+                    self._save(done)
         return self._finish()
 
     def _train(self, batches: Sequence[TrainBatch], votes: Sequence[_Vote], step: int) -> None:
         train = self._run.train
-        supervised, wait = int(sum(vote.supervised for vote in votes)), max(vote.wait for vote in votes)
-        self._rate = learning_rate(
+        supervised = int(sum(vote.supervised for vote in votes))
+        rate = learning_rate(
             step,
             total_steps=self._run.steps,
             warmup_ratio=train.warmup_ratio,
@@ -242,19 +200,21 @@ class _Loop:
         torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))
         faults.point("train:step")
         try:
-            result = self._engine.step(batches, tokens=supervised, learning_rate=self._rate)
+            result = self._engine.step(batches, tokens=supervised, learning_rate=rate)
         except NeoError as error:  # Found by all ranks at once, so one of them speaks.
             raise (error if self._world.main else PeerError(0, exit_code(error))) from None
-        self._grad_norm = result.grad_norm
         self._meter.add(
-            loss=result.loss,
-            ce=result.ce,
-            kl=result.divergence,
-            supervised=supervised,
-            tokens=int(sum(vote.tokens for vote in votes)),
-            wait=wait,
+            Step(
+                loss=result.loss,
+                ce=result.ce,
+                kl=result.divergence,
+                supervised=supervised,
+                tokens=int(sum(vote.tokens for vote in votes)),
+                wait=max(vote.wait for vote in votes),
+                learning_rate=rate,
+                grad_norm=result.grad_norm,
+            )
         )
-        self._wait += wait
 
     def _next(self, stream: Stream, step: int) -> tuple[list[TrainBatch] | None, list[_Vote]]:
         """Wait until every rank has its micro-batches of this step, or one has a reason to leave. Collective.
@@ -293,12 +253,12 @@ class _Loop:
             if all(vote.ready for vote in votes):
                 return batches, votes
 
-    def _leave(self, votes: Sequence[_Vote], step: int, reporter: Reporter | None) -> None:
-        """Keep what was trained, and raise. Collective."""
+    def _leave(self, votes: Sequence[_Vote], step: int) -> NoReturn:
+        """Save what was trained, and raise. Collective."""
         codes, error = [vote.code for vote in votes], self._trouble
         if step > self._saved and Exit.BUG not in codes:
-            self._report(reporter, step)
-            _save(self._world, self._run, self._learner, self._engine, step)
+            self._report(step)
+            self._save(step)
         self._world.leave_together(codes, error)
         if not self._world.main:
             raise PeerError(0, Exit.TEMPORARY)
@@ -318,20 +278,43 @@ class _Loop:
                 fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
             )
 
-    def _report(self, reporter: Reporter | None, done: int) -> None:
+    def _save(self, done: int) -> None:
+        """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
+        run, learner = self._run, self._learner
+        exported = self._engine.export() if done else iter(())
+
+        def write() -> None:
+            try:
+                if not self._world.main:
+                    return
+                state = TrainState(
+                    step=done,
+                    updates=self._engine.updates,
+                    consumed=consumed_root(run.dump, run.order, done),
+                    identity=identity_of(run) | {FILES: learner.files},
+                    extended=run.extended,
+                )
+                initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
+                run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
+            finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
+                for _ in exported:
+                    pass
+
+        self._world.together(write)
+        self._saved = done
+
+    def _report(self, done: int) -> None:
         """Log the steps since the last event, if any. An error is told to the others before the next step."""
-        if reporter is None or self._meter.empty:
+        if self._write is None or self._meter.empty:
             return
         try:
-            reporter.write(self._meter.event(done, learning_rate=self._rate, grad_norm=self._grad_norm))
+            self._write(self._meter.event(done))
         except Exception as caught:
             self._trouble = caught
 
-    def _open_reporter(self) -> Reporter | None:
-        if not self._world.main:
-            return None
+    def _reporting(self) -> AbstractContextManager[Write]:
         run = self._run
-        return open_reporter(
+        return reporting(
             run.train.output,
             run.train.report_to,
             start=self._start,
@@ -344,15 +327,16 @@ class _Loop:
     def _open_stream(self) -> Stream:
         run, world = self._run, self._world
         distils, temperature = run.train.distils, run.loss.temperature
-        spec = self._learner.module.head.spec
+        index = run.dump.provenance.temperature_index(temperature) if distils else 0
+        valid_vocab = self._learner.module.head.spec.valid_vocab
 
-        def make(rows: Sequence[Any]) -> TrainBatch:
+        def make(rows: Sequence[Row]) -> TrainBatch:
             batch = collate(
                 rows,
-                temperature_index=run.dump.provenance.temperature_index(temperature) if distils else 0,
+                temperature_index=index,
                 temperature=temperature,
                 entries=distils,
-                vocab_size=spec.valid_vocab,
+                vocab_size=valid_vocab,
                 packed=run.train.packing,
             )
             return batch.pin_memory() if world.device.type == "cuda" else batch
@@ -372,46 +356,49 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
-        world.together(lambda: refuse_untrained(run, self._engine.updates) if world.main else None)
+        if not self._engine.updates:  # On no rank.
+            raise nothing_usable(run) if world.main else PeerError(0, Exit.BAD_DATA)
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
-        rows = world.together(lambda: stored_rows(run))
         stray = self._engine.stray()
 
-        def write() -> Summary | None:
+        def write() -> None:
             if self._trouble is not None:
                 raise self._trouble
             assert not stray, f"working copies are not their masters: {stray}"
-            if not world.main:
-                return None
-            _refuse_changed_student(run, self._learner)
-            checkpoint, summary = run.checkpoints.at(run.steps), self._summary(int(peak))
-            events, final = read_events(run.train.output / EVENTS), run.train.output / FINAL
-            record = write_final(
-                final,
-                self._learner,
-                run.student,
-                run.train,
-                weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
-                tokenizer=run.dump.tokenizer_files(),
-                card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
-                input_ids=probe_of(rows),
-                ends=span_ends(rows),
-            )
-            summary = summary.model_copy(update={"final_record": record})
-            write_summary(run.train.output, summary.model_dump(mode="json"))
-            return summary
+            if world.main:
+                self._leave_behind(int(peak))
 
         world.together(write)
         done = world.together(lambda: finished(run, run.steps))
         assert done is not None
         return done
 
-    def _summary(self, peak: int) -> Summary:
-        run = self._run
-        events = read_events(run.train.output / EVENTS)
+    def _leave_behind(self, peak_rss_bytes: int) -> None:
+        """`final/`, and then summary.json, on the main rank."""
+        run, seconds = self._run, self._meter.seconds
+        final, events = run.train.output / FINAL, read_events(run.train.output / EVENTS)
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
-        return Summary(
+        if (found := identity(run.student.model, run.student.revision)) != self._learner.files:
+            raise DataError(
+                f"the student {run.student.model} has changed since it was loaded",
+                got=found,
+                expected=self._learner.files,
+                fix="restore its files, then run the same command again; the checkpoint is intact",
+            )
+        checkpoint, rows = run.checkpoints.at(run.steps), stored_rows(run)
+        record = write_final(
+            final,
+            self._learner,
+            run.student,
+            run.train,
+            weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
+            tokenizer=run.dump.tokenizer_files(),
+            card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
+            input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],
+            ends=span_ends(rows),
+        )
+        summary = Summary(
             arm=run.train.arm,
             steps=run.steps,
             epochs=run.steps / run.order.steps_per_epoch,
@@ -419,18 +406,20 @@ class _Loop:
             ce=events[-1].ce,
             kl=events[-1].kl,
             supervised_tokens=sum(event.supervised_tokens for event in events),
-            tokens_per_second=self._meter.total_tokens / max(1e-9, self._meter.seconds),
-            seconds=self._meter.seconds,
-            data_wait_seconds=self._wait,
-            peak_rss_bytes=peak,
+            tokens_per_second=self._meter.total_tokens / max(1e-9, seconds),
+            seconds=seconds,
+            data_wait_seconds=self._meter.total_wait,
+            peak_rss_bytes=peak_rss_bytes,
             world_size=self._world.world_size,
             zero_stage=run.train.zero_stage,
             resumed_from=self._resumed,
             fingerprint=run.dump.fingerprint,
             student=run.student.model,
-            final=str(run.train.output / FINAL),
+            final=str(final),
+            final_record=record,
             extended=run.extended,
         )
+        write_summary(run.train.output, summary.model_dump(mode="json"))
 
 
 def _number(text: str) -> int:

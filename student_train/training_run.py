@@ -2,13 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-
-from storage_schemas.common.errors import DataError, MismatchError, TemporaryError, exit_code
+from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
 """Between two looks for a dump that has not begun."""
-PROBE_TOKENS = 64
-"""Tokens of the row that the saved student is compared on, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,45 +56,41 @@ def await_dump(
 ) -> None:
     """Wait until stage one has begun, if there is nothing to refuse before. Collective.
 
-    Args:
-        world: all ranks.
-        section: where the dump will be.
-        seconds: how long.
-        stop: asked again and again.
-        early: called once if there is something to wait for; raises what waiting would not mend.
+    `stop` is asked again and again. `early` is called once if there is something to wait for: it raises what waiting
+    would not mend.
 
     Raises:
         TemporaryError: there is no dump after so many seconds, or a stop is asked for.
         MismatchError: there cannot be one: no such bucket, or no access.
     """
     store = world.together(lambda: Store(section.url, options=section.storage_options))
-    began, told, stopping = time.monotonic(), False, False
+    began, waiting = time.monotonic(), False
     while True:
-        found, error = False, None
-        try:
-            found = world.main and store.get_if_present(RUN) is not None
-            waited = time.monotonic() - began
-            if world.main and not found and (waited > seconds or stopping):
-                raise TemporaryError(
-                    f"there is no dump at {section.url}",
-                    got=f"no {RUN} after {waited:.0f} s",
-                    expected="a dump that `llm-neo dump` has begun",
-                    fix="start stage one or correct dump.url, then run the same command again; "
-                    "train.data_wait_seconds says how long to wait",
-                )
-        except Exception as caught:
-            error = caught
-        codes, founds, stops = zip(*world.gather([exit_code(error), found, stop()]), strict=True)
-        world.leave_together(codes, error)
-        if any(founds):
+        stopping = any(asked for (asked,) in world.gather([stop()]))
+        deadline = began if stopping else began + seconds
+        if world.told(partial(_has_begun, store, began, deadline)):
             return
-        stopping = any(stops)
-        if not told:
-            world.together(lambda: early() if world.main else None)
-        if world.main and not told:
-            log.info("there is no dump at %s yet; waiting for stage one, %.0f s at most", section.url, seconds)
-        told = True
+        if not waiting:
+            world.on_main(early)
+            if world.main:
+                log.info("there is no dump at %s yet; waiting for stage one, %.0f s at most", section.url, seconds)
+        waiting = True
         time.sleep(min(LOOK_SECONDS, seconds))
+
+
+def _has_begun(store: Store, began: float, deadline: float) -> bool:
+    """Whether there is a dump. Raises TemporaryError if there is none by the deadline."""
+    if store.get_if_present(RUN) is not None:
+        return True
+    if time.monotonic() > deadline:
+        raise TemporaryError(
+            f"there is no dump at {store.url}",
+            got=f"no {RUN} after {time.monotonic() - began:.0f} s",
+            expected="a dump that `llm-neo dump` has begun",
+            fix="start stage one or correct dump.url, then run the same command again; "
+            "train.data_wait_seconds says how long to wait",
+        )
+    return False
 
 
 def refuse_contradicted(run: Provenance, stated: Mapping[str, Any]) -> None:
@@ -130,7 +123,7 @@ def weigh(run: TrainingRun) -> None:
         if usable >= wanted:
             return
     if not usable:
-        raise _nothing_usable(run)
+        raise nothing_usable(run)
     log.warning(
         "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is %d "
         "optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
@@ -138,13 +131,8 @@ def weigh(run: TrainingRun) -> None:
     )  # fmt: skip
 
 
-def refuse_untrained(run: TrainingRun, updates: int) -> None:
-    """Raise DataError if no step of the run had anything to learn from."""
-    if not updates:
-        raise _nothing_usable(run)
-
-
-def _nothing_usable(run: TrainingRun) -> DataError:
+def nothing_usable(run: TrainingRun) -> DataError:
+    """What there is to say of a run that has nothing to learn from."""
     return DataError(
         f"nothing can be learned from {run.dump.store.url}",
         got=f"no sample with a target in {run.steps} steps of {run.train.global_batch_size} samples",
@@ -199,10 +187,3 @@ def stored_rows(run: TrainingRun) -> list[Row]:
             if rows.status[place] == OK:
                 return [rows.row(i) for i in (place, *range(len(rows))) if rows.status[i] == OK]
     return []
-
-
-def probe_of(rows: Sequence[Row]) -> torch.Tensor:
-    """(1, seq) tokens of the first of some rows."""
-    if not rows:
-        return torch.zeros(1, 1, dtype=torch.int64)
-    return torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None]

@@ -14,7 +14,6 @@ The protocol with whoever starts it (`pipeline`, or torchrun by hand):
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -90,14 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_config(path: Path) -> Resolved:
-    """Read resolved.json.
-
-    Raises:
-        MismatchError: missing or invalid.
-    """
+    """Read resolved.json. Raises MismatchError if it is missing or invalid."""
     try:
-        return Resolved.model_validate(json.loads(path.read_bytes()))
-    except (OSError, ValueError, ValidationError) as error:
+        return Resolved.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise MismatchError(
             f"{path} is not a resolved configuration",
             got=str(error)[:1000],

@@ -57,9 +57,7 @@ class World:
     def leave_together(self, codes: Sequence[float], error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own on the lowest such rank, PeerError elsewhere.
 
-        Args:
-            codes: exit code per rank, 0 where all is well; the result of a `gather`.
-            error: this rank's error.
+        `codes` are the exit codes of all ranks, 0 where all is well; the result of a `gather`.
         """
         failed = [rank for rank, code in enumerate(codes) if code]
         if not failed:
@@ -79,9 +77,13 @@ class World:
         self.leave_together([vote[0] for vote in self.gather([exit_code(error)])], error)
         return result  # type: ignore[return-value]
 
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do `work` on the main rank alone; if it fails, raise on all. Collective; `work` itself must not be."""
+        return self.together(lambda: work() if self.main else None)
+
     def told(self, work: Callable[[], float]) -> float:
         """What `work` finds on the main rank, on every rank. Collective; `work` itself must not be."""
-        return self.gather([self.together(lambda: work() if self.main else 0.0)])[0][0]
+        return self.gather([self.on_main(work) or 0.0])[0][0]
 
     def close(self) -> None:
         """Leave the job. Collective."""
@@ -90,14 +92,9 @@ class World:
 
 
 def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:
-    """Meet the other ranks.
+    """Meet the other ranks at `env://` (several nodes, torchrun), `tcp://host:port` or `file://path`.
 
-    Args:
-        rank: 0 ... world_size - 1.
-        world_size: number of ranks.
-        local_rank: rank among those of this node.
-        device: what this rank computes on.
-        rendezvous: `env://` (several nodes, torchrun), `tcp://host:port` or `file://path`; not used by a single rank.
+    A single rank meets nobody, and needs no port.
     """
     # DeepSpeed makes groups without naming a timeout; they take this default and not that of the first group.
     distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
@@ -106,7 +103,6 @@ def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, r
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        # One rank meets nobody, and needs no port.
         **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),  # type: ignore[attr-defined]
     )
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)

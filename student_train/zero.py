@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of a run: a preset per ZeRO stage, under what the user gives for DeepSpeed itself."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from storage_schemas.canonical import leaves
@@ -51,7 +51,8 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
         MismatchError: `train.deepspeed` contradicts the train section, or holds a key that has no effect here.
     """
     claims = _claims(train)
-    _refuse_unknown(train.deepspeed, claims)
+    known = {path.split(".")[0] for path in claims} | {*TUNABLE}
+    _refuse_unknown(train.deepspeed, known)
     _refuse_impossible(train)
     for path, value in leaves(train.deepspeed):
         claimed, field = claims.get(path, (value, ""))
@@ -62,7 +63,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
                 expected=f"{claimed!r}, from {field}",
                 fix=f"remove train.deepspeed.{path}",
             )
-    given = {key: value for key, value in train.deepspeed.items() if key in _known(claims) - {*MONITORS}}
+    given = {key: value for key, value in train.deepspeed.items() if key in known - {*MONITORS}}
     config = _merge(_preset(train), given)
     for path, (value, _) in claims.items():
         _set(config, path, value)
@@ -131,13 +132,8 @@ def _preset(train: TrainSection) -> dict[str, Any]:
     return preset
 
 
-def _known(claims: Mapping[str, Any]) -> set[str]:
-    return {path.split(".")[0] for path in claims} | set(TUNABLE)
-
-
-def _refuse_unknown(given: Mapping[str, Any], claims: Mapping[str, Any]) -> None:
+def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse a key that would have no effect, or contradicts what is done here; one that is switched off does not."""
-    known = _known(claims)
     for key, value in given.items():
         off = isinstance(value, Mapping) and value.get("enabled") in (False, AUTO)
         if key not in known and not off:

@@ -1,6 +1,6 @@
 """Micro-batches: what the model is fed, which positions are supervised, and their sparse targets as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -14,11 +14,35 @@ from storage_schemas.rows import Row
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import I32, I64, Targets, concatenate, decode
 
-_Tensors = TypeVar("_Tensors", "SparseTargets", "TrainBatch")
+_T = TypeVar("_T", bound="_Tensors")
+
+
+class _Tensors:
+    """A dataclass of tensors, of other such dataclasses and of plain values."""
+
+    __slots__ = ()
+
+    def to(self: _T, device: torch.device | str, *, non_blocking: bool = False) -> _T:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: _T) -> _T:
+        """The same in page-locked memory, for a copy to the device that does not block."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self: _T, apply: Callable[[Tensor], Tensor]) -> _T:
+        changed: dict[str, Any] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = apply(value)
+            elif isinstance(value, _Tensors):
+                changed[field.name] = value._each(apply)
+        return replace(self, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseTargets:
+class SparseTargets(_Tensors):
     """Decoded targets of n supervised tokens at one temperature, padded to K entries. K is 0 where only CE is used."""
 
     labels: Int64[Tensor, " n"]
@@ -41,19 +65,11 @@ class SparseTargets:
 
     def __getitem__(self, tokens: slice) -> "SparseTargets":
         """Some of the tokens, sharing memory."""
-        return _on_tensors(self, lambda tensor: tensor[tokens])
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
-        """The same targets on another device."""
-        return _on_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "SparseTargets":
-        """The same targets in page-locked memory, for a copy to the device that does not block."""
-        return _on_tensors(self, lambda tensor: tensor.pin_memory())
+        return self._each(lambda tensor: tensor[tokens])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainBatch:
+class TrainBatch(_Tensors):
     """One micro-batch: the samples that have supervised tokens, right-padded, or packed one after the other in one row.
 
     Right padding needs no attention mask: under causal attention no token sees what follows it. Packed samples are kept
@@ -74,15 +90,6 @@ class TrainBatch:
     def select(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "n hidden"]:
         """Hidden states of the supervised tokens, in the targets' order."""
         return hidden.flatten(0, 1).index_select(0, self.positions)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
-        """The same batch on another device."""
-        moved = _on_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, targets=self.targets.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "TrainBatch":
-        """The same batch in page-locked memory."""
-        return replace(_on_tensors(self, lambda tensor: tensor.pin_memory()), targets=self.targets.pin_memory())
 
 
 def collate(
@@ -128,9 +135,12 @@ def collate(
         _refuse_out_of_range(input_ids, vocab_size)
     at = supervised_positions(loss_mask, starts=starts)
     targets = _sparse_targets(
-        [row.targets for row in used if row.targets is not None and entries], input_ids[at.tokens],
-        temperature_index=temperature_index, temperature=temperature, vocab_size=vocab_size,
-    )  # fmt: skip
+        [row.targets for row in used if row.targets is not None and entries],
+        input_ids[at.tokens],
+        temperature_index=temperature_index,
+        temperature=temperature,
+        vocab_size=vocab_size,
+    )
     return TrainBatch(
         input_ids=torch.from_numpy(input_ids).view(batch, seq),
         position_ids=torch.from_numpy(position_ids).view(batch, seq),
@@ -185,9 +195,3 @@ def _refuse_out_of_range(ids: I32 | I64, size: int) -> None:
             expected=f"less than {size}",
             fix="use a student with the teacher's tokenizer and at least as many head rows, or dump again",
         )
-
-
-def _on_tensors(value: _Tensors, apply: Any) -> _Tensors:
-    """`value` with `apply` done to its tensor fields."""
-    tensors = {f.name: getattr(value, f.name) for f in fields(value) if isinstance(getattr(value, f.name), Tensor)}
-    return replace(value, **{name: apply(tensor) for name, tensor in tensors.items()})

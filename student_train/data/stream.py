@@ -41,17 +41,11 @@ class Stream:
         stop: int,
         windows: int,
     ) -> None:
-        """Start reading.
+        """Start reading the steps `start` to `stop` - 1.
 
         Args:
-            dump: where the units lie.
-            order: which samples a step holds.
             collate: makes a micro-batch of rows; of none, a filler.
-            rank: 0 ... world_size - 1.
-            world_size: number of ranks that share the steps.
             micro_batch_size: samples per micro-batch, at most.
-            start: first step.
-            stop: one after the last step.
             windows: how many windows may be read by now, see `allow`.
         """
         self._dump, self._order, self._collate = dump, order, collate
@@ -177,13 +171,7 @@ class Follower:
     """Looks how far a dump has come. One rank looks; the others are told."""
 
     def __init__(self, dump: Dump, order: Order, *, interval: float = 2.0) -> None:
-        """Nothing is read yet.
-
-        Args:
-            dump: sealed, or still being written.
-            order: which units a window is made of.
-            interval: seconds between two looks.
-        """
+        """Nothing is read yet. `interval` is the time between two looks, in seconds."""
         self._dump, self._order, self._interval = dump, order, interval
         self._windows, self._next_look = 0, 0.0
         self._missing: list[int] = []

@@ -11,20 +11,15 @@ from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.suggest import did_you_mean
+from student_train.checkpoint import exactly
 from student_train.config import LoraSection
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {},
-    "moslora": {},
-}
-"""What a variant sets in peft's LoraConfig. PiSSA is a start of our own: peft's is not exact on a base in bf16. MoSLoRA
-is not in peft at all."""
+FLAGS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+"""Variants that are peft's own. PiSSA is a start of our own: peft's is not exact on a base in bf16. MoSLoRA is not in
+peft at all."""
 MIXER = ".mixer.weight"
 """How the names of MoSLoRA's mixers end; the rest is the name of their A, without `.weight`."""
 
@@ -89,7 +84,7 @@ def lora_config(lora: LoraSection) -> LoraConfig:
         "task_type": TaskType.CAUSAL_LM,
     }
     try:
-        return LoraConfig(**arguments, **(lora.extra | VARIANTS[lora.variant]))
+        return LoraConfig(**arguments, **(lora.extra | FLAGS.get(lora.variant, {})))
     except _NOT_TAKEN as error:
         raise _not_taken(error) from error
 
@@ -106,6 +101,7 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
 
     Raises:
         MismatchError: no such target modules, the head is among them, or `extra` does not go with the variant.
+        DataError: `initial` is not that of this adapter.
     """
     config = lora_config(lora)
     torch.manual_seed(seed)
@@ -115,7 +111,8 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
         raise _not_taken(error) from error
     _refuse_head(model)
     if lora.variant == "pissa":
-        _subtract(model, _principal_factors(model) if initial is None else initial)
+        shapes = {name: p.shape for name, p in _factors(model)}
+        _subtract(model, _principal_factors(model) if initial is None else dict(exactly(initial.items(), shapes)))
     if lora.variant == "moslora":
         _mix(model, lora)
     return model
@@ -123,10 +120,11 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
 
 def initial_factors(model: PeftModel, lora: LoraSection) -> dict[str, Tensor]:
     """What `pissa` has taken out of the base weights, by parameter name; empty for the other variants."""
-    if lora.variant != "pissa":
-        return {}
-    factors = [(name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
-    return {name: p.detach().clone() for name, p in factors}
+    return {name: p.detach().clone() for name, p in _factors(model)} if lora.variant == "pissa" else {}
+
+
+def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name)
 
 
 def plain_adapter(
@@ -192,25 +190,20 @@ def _subtract(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
 def _mix(model: PeftModel, lora: LoraSection) -> None:
     """Put a mixer behind each A."""
     for name, layer in _lora_layers(model):
+        wrong = None
         if not isinstance(layer, Linear) or layer.lora_variant:
             found = " with ".join([type(layer).__name__, *(type(v).__name__ for v in layer.lora_variant.values())])
-            raise _not_mixable(
-                lora, f"{name} is {found}", "plain linear layers: what others do with A misses the mixer"
-            )
-        if layer.lora_B[ADAPTER].weight.any():
-            raise _not_mixable(
-                lora, f"B of {name} does not begin at zero", "B at zero, so that a random mixer changes nothing"
+            wrong = f"{name} is {found}", "plain linear layers: what others do with A misses the mixer"
+        elif layer.lora_B[ADAPTER].weight.any():
+            wrong = f"B of {name} does not begin at zero", "B at zero, so that a random mixer changes nothing"
+        if wrong is not None:
+            raise MismatchError(
+                "student.lora.extra does not go with student.lora.variant: moslora",
+                got=f"{wrong[0]}, with student.lora.extra = {lora.extra!r}",
+                expected=wrong[1],
+                fix="remove what makes it so from student.lora.extra, or choose another variant",
             )
         layer.lora_A[ADAPTER] = MixedLinear(layer.lora_A[ADAPTER])
-
-
-def _not_mixable(lora: LoraSection, got: str, expected: str) -> MismatchError:
-    return MismatchError(
-        "student.lora.extra does not go with student.lora.variant: moslora",
-        got=f"{got}, with student.lora.extra = {lora.extra!r}",
-        expected=expected,
-        fix="remove what makes it so from student.lora.extra, or choose another variant",
-    )
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from storage_schemas.logits import LogitTransform, finish_logits
+from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
-from student_train.model.losses import ABSENT, LossSpec, entry_divergence, ranks_first
+from student_train.model.losses import ABSENT, entry_divergence, ranks_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ def fused_head_loss(
     weight: Float[Tensor, "vocab hidden"],
     targets: SparseTargets,
     *,
-    loss: LossSpec,
+    loss: LossSection,
     head: HeadSpec,
     bias: Float[Tensor, " vocab"] | None = None,
 ) -> HeadLoss:
@@ -88,7 +89,7 @@ class _FusedHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: SparseTargets,
-        loss: LossSpec,
+        loss: LossSection,
         head: HeadSpec,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
@@ -143,7 +144,7 @@ class _Pass:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        loss: LossSpec,
+        loss: LossSection,
         head: HeadSpec,
         needs: tuple[bool, ...],
     ) -> None:
@@ -253,7 +254,7 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _entry_gradients(rows: _Rows, targets: SparseTargets, loss: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _entry_gradients(rows: _Rows, targets: SparseTargets, loss: LossSection) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the rows' divergences, and its gradient in log q and log Q."""
     log_q, log_q_tail = rows.log_q.detach().requires_grad_(), rows.log_q_tail.detach().requires_grad_()
     with torch.enable_grad():

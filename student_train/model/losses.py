@@ -7,34 +7,19 @@ whole vocabulary has no bucket. With draws, the forward KL is an unbiased estima
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from storage_schemas.common.errors import MismatchError
-from student_train.config import Divergence
+from student_train.config import Divergence, LossSection
 from student_train.data.batch import SparseTargets
 
 ABSENT = -1e30
 """What a masked logit becomes. Finite, so that a student without a tail gets probability and gradient 0, not NaN."""
 AKL_HEAD_MASS = 0.5
 """mu of arXiv 2404.02657: the head of adaptive KL is the fewest entries that hold this much of the teacher's mass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossSpec:
-    """L = (1 - alpha) * CE + alpha * T^2 * D (LLM-Neo, arXiv 2411.06839, section 3)."""
-
-    alpha: float = 0.5
-    """Weight of the divergence. 0: CE alone, targets need no entries."""
-    divergence: Divergence = "forward_kl"
-    """D."""
-    temperature: float = 1.0
-    """T, the temperature that the targets were decoded at."""
-    beta: float = 0.5
-    """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
 def refuse_biased(divergence: Divergence) -> None:
@@ -49,7 +34,7 @@ def refuse_biased(divergence: Divergence) -> None:
 
 
 def entry_divergence(
-    log_q: Float[Tensor, "n K"], log_q_tail: Float[Tensor, " n"], targets: SparseTargets, spec: LossSpec
+    log_q: Float[Tensor, "n K"], log_q_tail: Float[Tensor, " n"], targets: SparseTargets, spec: LossSection
 ) -> Float[Tensor, " n"]:
     """D of each token from the student's log-probs of the entries and of the bucket; a function of nothing else.
 

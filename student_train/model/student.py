@@ -1,6 +1,5 @@
 """The student: how it is loaded, and its forward pass from a micro-batch to sums of losses."""
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
+from storage_schemas.reader import Dump
 from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
-from student_train.model.losses import LossSpec
 from student_train.model.scaling import scale_between
 from student_train.model.student_files import has_tokenizer, weight_files
 
@@ -45,7 +44,7 @@ class Head(nn.Module):
     the function alone: as a parameter it would be gathered once more in every backward pass, which does not read it.
     """
 
-    def __init__(self, embeddings: nn.Module, *, loss: LossSpec, spec: HeadSpec) -> None:
+    def __init__(self, embeddings: nn.Module, *, loss: LossSection, spec: HeadSpec) -> None:
         super().__init__()
         self.loss, self.spec = loss, spec
         self.gather: Gather = lambda _: nullcontext()
@@ -78,14 +77,8 @@ class Head(nn.Module):
 class Distilled(nn.Module):
     """Student and loss: what DeepSpeed trains. Logits exist for chunks of supervised tokens only."""
 
-    def __init__(self, student: nn.Module, *, loss: LossSpec, head: HeadSpec) -> None:
-        """Wrap a student.
-
-        Args:
-            student: a causal language model of transformers, or a PeftModel around one.
-            loss: what is minimised.
-            head: how hidden states become logits.
-        """
+    def __init__(self, student: nn.Module, *, loss: LossSection, head: HeadSpec) -> None:
+        """Wrap a causal language model of transformers, or a PeftModel around one."""
         super().__init__()
         self.student = student
         # In a list, since the student already owns it.
@@ -121,8 +114,6 @@ class Student:
     """A student that is ready to be trained."""
 
     module: Distilled
-    digest: str
-    """Of a few of the weights that it started from, as checkpoints of version 1 know it."""
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
     files: dict[str, str] = field(default_factory=dict)
@@ -139,23 +130,13 @@ def load_student(
 ) -> Student:
     """Load the student and make it ready for its arm.
 
-    Args:
-        student: model and adapter.
-        loss: what is minimised; the arms `sft` and `lora` use its cross-entropy alone.
-        train: arm, precision and seed.
-        provenance: of the dump.
-        initial: of a resumed run, see `adapter.attach`.
+    The arms `sft` and `lora` use the cross-entropy alone, as with alpha 0. For `initial` see `adapter.attach`.
 
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
     base = load_model(student.model, student.revision, dtype=DTYPES[train.precision])
     base.config.use_cache = False
-    rows = base.get_output_embeddings().weight.shape[0]
-    head = HeadSpec.of(
-        base.config, valid_vocab=min(rows, provenance.teacher.lm_head_rows), chunk_tokens=train.head_chunk_tokens
-    )
-    digest = weights_digest(base)
     model: nn.Module = base
     start: dict[str, Tensor] = {}
     if train.lora:
@@ -167,11 +148,20 @@ def load_student(
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    module = Distilled(model, loss=loss_spec(loss, train), head=head)
-    refuse_unknown_head(module)
+    minimised = loss if train.distils else loss.model_copy(update={"alpha": 0.0})
+    module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens)
     if train.packing:
         refuse_mixed_samples(module)
-    return Student(module=module, digest=digest, initial=start)
+    return Student(module=module, initial=start)
+
+
+def distilled(student: nn.Module, loss: LossSection, provenance: Provenance, *, chunk_tokens: int = 512) -> Distilled:
+    """A student with the loss on a dump's targets. Raises MismatchError if its head is not understood."""
+    valid_vocab = min(vocab_rows(student), provenance.teacher.lm_head_rows)
+    head = HeadSpec.of(causal_of(student).config, valid_vocab=valid_vocab, chunk_tokens=chunk_tokens)
+    module = Distilled(student, loss=loss, head=head)
+    refuse_unknown_head(module)
+    return module
 
 
 def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -215,37 +205,27 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
 
 
-def loss_spec(loss: LossSection, train: TrainSection) -> LossSpec:
-    """What the arm minimises: `sft` and `lora` have no divergence."""
-    return LossSpec(
-        alpha=loss.alpha if train.distils else 0.0,
-        divergence=loss.divergence,
-        temperature=loss.temperature,
-        beta=loss.beta,
-    )
-
-
 def causal_of(student: nn.Module) -> Any:
     """The causal language model of transformers inside."""
     return student.get_base_model() if isinstance(student, PeftModel) else student
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Identity of a model by its parameters' names, shapes and a few values of each: cheap, and free of its path."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().numpy().tobytes())
-    return digest.hexdigest()
+def vocab_rows(student: nn.Module) -> int:
+    """Rows of its language-model head, padding included."""
+    rows: int = causal_of(student).get_output_embeddings().weight.shape[0]
+    return rows
+
+
+def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> None:
+    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids."""
+    refuse_long_rows(student, dump.provenance.corpus.max_length)
+    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
 
 
 def refuse_long_rows(student: nn.Module, longest: int) -> None:
     """Raise MismatchError if rows may be longer than a table of learned positions, and warn beyond a trained length.
 
-    Args:
-        student: the model, or an adapter around it.
-        longest: tokens of a row, at most: the dump's `corpus.max_length`.
+    `longest` is the dump's `corpus.max_length`, in tokens.
     """
     causal = causal_of(student)
     known = getattr(causal.config, "max_position_embeddings", None)
@@ -270,7 +250,7 @@ def refuse_long_rows(student: nn.Module, longest: int) -> None:
 def refuse_unknown_head(module: Distilled) -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""
     causal = causal_of(module.student)
-    ids = torch.arange(4)[None] % causal.get_output_embeddings().weight.shape[0]
+    ids = torch.arange(4)[None] % vocab_rows(causal)
     try:
         with _evaluating(module):
             off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
@@ -294,7 +274,7 @@ def refuse_unknown_head(module: Distilled) -> None:
 def refuse_mixed_samples(module: Distilled) -> None:
     """Raise MismatchError if this model lets packed samples see each other."""
     causal = causal_of(module.student)
-    rows = causal.get_output_embeddings().weight.shape[0]
+    rows = vocab_rows(causal)
     first, second = torch.arange(5)[None] % rows, torch.arange(11, 18)[None] % rows
     position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
     with _evaluating(module):
@@ -325,13 +305,9 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> None:
-    """Raise MismatchError unless the student's tokenizer gives the dump's ids the same meaning.
+    """Raise MismatchError unless every id means the same to the student's tokenizer and to the dump's, made of `files`.
 
-    Args:
-        model: the student; one without tokenizer files of its own is accepted, with a warning.
-        revision: of a hub model.
-        files: the dump's tokenizer files.
-        head_rows: rows of the student's head.
+    A student without tokenizer files of its own is accepted, with a warning.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files)

@@ -25,11 +25,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def weight_files(model: str, revision: str | None) -> list[Path]:
-    """The safetensors files that transformers takes, fetched if need be, each of them whole.
-
-    Args:
-        model: directory or hub id.
-        revision: of a hub model.
+    """The safetensors files that transformers takes of a directory or hub id, fetched if need be, each of them whole.
 
     Raises:
         DataError: a file is torn, or the index names one outside of the model.
@@ -60,15 +56,13 @@ def refuse_torn(file: Path) -> None:
 
 def identity(model: str, revision: str | None) -> dict[str, str]:
     """What decides how a model computes: hashes of its configuration and of its weight files. Free of its path."""
-    config = parse_json(
-        Path(str(cached_file(model, "config.json", revision=revision))).read_bytes(), name="config.json"
-    )
+    file = Path(str(cached_file(model, "config.json", revision=revision)))
+    config = parse_json(file.read_bytes(), name="config.json")
     told = {key: value for key, value in config.items() if key not in UNTOLD}
     weights = weight_files(model, revision)
     with ThreadPoolExecutor(4) as pool:
         hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
-    return {name: digest(value) for name, value in
-            (("config", told), ("weights", hashes))}  # fmt: skip
+    return {"config": digest(told), "weights": digest(hashes)}
 
 
 def has_tokenizer(model: str, revision: str | None) -> bool:

@@ -27,13 +27,8 @@ def span_ends(rows: Sequence[Row]) -> Counter[int]:
 
 
 def generation_of(model: Any, tokenizer: PreTrainedTokenizerBase | None, ends: Mapping[int, int]) -> GenerationConfig:
-    """The model's generation config, which also stops at the tokenizer's end and at what was learned as ends of turns.
-
-    Args:
-        model: the base model.
-        tokenizer: that it is used with.
-        ends: what `span_ends` gave.
-    """
+    """The model's generation config, which also stops at the tokenizer's end and at what was learned as ends of turns:
+    `ends`, as `span_ends` counts them."""
     found: GenerationConfig = model.generation_config or GenerationConfig.from_model_config(model.config)
     if tokenizer is None:
         return found

@@ -1,8 +1,7 @@
 """How far a student is from the teacher of a dump: in one process, through the same fused head, without gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,17 +10,9 @@ from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
+from student_train.config import LossSection
 from student_train.data.batch import collate
-from student_train.model.head import HeadSpec
-from student_train.model.losses import LossSpec
-from student_train.model.student import (
-    Distilled,
-    causal_of,
-    load_model,
-    refuse_long_rows,
-    refuse_tokenizer,
-    refuse_unknown_head,
-)
+from student_train.model.student import distilled, load_model, refuse_other_dump
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
 
@@ -75,7 +66,9 @@ def evaluate(
     """
     index = dump.provenance.temperature_index(temperature)
     total = min(dump.provenance.corpus.samples, limit or dump.provenance.corpus.samples)
-    samples = _samples(dump, total)
+    spans = {unit: dump.provenance.unit_range(unit) for unit in range(-(-total // dump.provenance.samples_per_unit))}
+    spans = {unit: span for unit, span in spans.items() if dump.sealed() or dump.record(unit) is not None}
+    samples = sum(min(span.stop, total) - span.start for span in spans.values())
     if samples < total and not partial:
         raise TemporaryError(
             f"the dump {dump.store.url} is not complete yet",
@@ -85,26 +78,25 @@ def evaluate(
         )
     where = _device(device)
     source, revision = source_of(model, base)
-    student = _load(model, source, revision, device=where)
-    refuse_long_rows(student, dump.provenance.corpus.max_length)
-    causal = causal_of(student)
-    rows = causal.get_output_embeddings().weight.shape[0]
-    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=rows)
-    valid = min(rows, dump.provenance.teacher.lm_head_rows)
-    loss = LossSpec(alpha=0.5, temperature=temperature)
-    module = Distilled(student, loss=loss, head=HeadSpec.of(causal.config, valid_vocab=valid)).eval()
-    refuse_unknown_head(module)
+    student = load_model(source, revision, dtype=torch.float32 if where.type == "cpu" else "auto").eval()
+    if is_adapter(model):
+        student = load_adapter(student, Path(model))
+    refuse_other_dump(student, source, revision, dump)
+    module = distilled(student, LossSection(temperature=temperature), dump.provenance).eval()
+    valid = module.head.spec.valid_vocab
     module.to(where)
 
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
-    for done, batches in _batches(dump, total, batch_tokens):
-        for batch_rows in batches:
+    for unit, span in spans.items():
+        stored, first = dump.read_unit(unit), min(len(span), total - span.start)
+        usable = [stored.row(i) for i in range(first) if stored.status[i] == OK]
+        for batch_rows in _by_budget(sorted(usable, key=lambda row: -len(row.input_ids)), batch_tokens):
             batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
             with torch.no_grad():
                 sums += module(batch.to(where))[1].cpu()
             tokens += len(batch.targets)
         if progress is not None:
-            progress(done, total)
+            progress(span.start + first, total)
     if not tokens:
         raise DataError(
             "the dump has no supervised tokens to evaluate on",
@@ -124,13 +116,6 @@ def evaluate(
     )
 
 
-def _load(model: str | Path, source: str, revision: str | None, *, device: torch.device) -> Any:
-    """A model, or an adapter on its base, ready to be run on a device: in fp32 on a CPU, else as it is stored."""
-    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-    base = load_model(source, revision, dtype=dtype)
-    return load_adapter(base, Path(model)) if is_adapter(model) else base.eval()
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,25 +123,6 @@ def _device(name: str) -> torch.device:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise no_such_device(name, error, setting="--device") from error
-
-
-def _samples(dump: Dump, total: int) -> int:
-    """How many of the first `total` samples are there."""
-    spans = (
-        dump.provenance.unit_range(unit) for unit in range(dump.provenance.units) if dump.sealed() or dump.record(unit)
-    )
-    return sum(max(0, min(span.stop, total) - span.start) for span in spans)
-
-
-def _batches(dump: Dump, total: int, batch_tokens: int) -> Iterator[tuple[int, list[list[Row]]]]:
-    """Per unit: samples done with it, and its usable rows by length in batches of so many tokens."""
-    for unit in range(dump.provenance.units):
-        span = dump.provenance.unit_range(unit)
-        if span.start >= total or dump.record(unit) is None:
-            continue
-        rows = dump.read_unit(unit)
-        kept = [rows.row(i) for i in range(min(len(rows), total - span.start)) if rows.status[i] == OK]
-        yield min(span.stop, total), _by_budget(sorted(kept, key=lambda row: -len(row.input_ids)), batch_tokens)
 
 
 def _by_budget(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

@@ -44,11 +44,8 @@ def write_final(
     Args:
         folder: `final/`; what an interrupted attempt left there is replaced.
         student: the trained student; only its structure is used, its weights may be spread over ranks.
-        section: where the student came from, and its adapter.
-        train: arm, precision and seed.
         weights: fp32 weights by parameter name.
         tokenizer: the dump's tokenizer files.
-        card: the model card.
         input_ids: tokens of one stored row.
         ends: how many supervised spans each token ends, see `end_of_turn.span_ends`.
 
@@ -139,7 +136,7 @@ def _trained_logits(
 ) -> Float[Tensor, "1 seq vocab"]:
     """Of what was trained, made anew in fp32: the model as training builds it, with the trained weights in it."""
     base = load_model(section.model, section.revision, dtype=torch.float32)
-    model = attach(base, section.lora, seed=train.seed, initial=student.initial or None)
+    model = attach(base, section.lora, seed=train.seed, initial=student.initial)
     scale_between(model)
     parameters = dict(model.named_parameters())
     for name, value in weights.items():

@@ -18,7 +18,7 @@ from student_train.results.saved import is_adapter, load_adapter, source_of
 
 PROBE_TOKENS = 16
 """Tokens that adapter and merged model are compared on."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
         )  # fmt: skip
     source, revision = source_of(adapter_dir, base)
     whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32)
-    wanted = whole.dtype if dtype is None else DTYPES[dtype]
+    wanted = whole.dtype if dtype is None else getattr(torch, dtype)
     adapted = load_adapter(whole.float(), adapter_dir)
     probe = torch.arange(PROBE_TOKENS)[None] * 7 % whole.get_input_embeddings().weight.shape[0]
     expected = adapted(input_ids=probe, use_cache=False).logits
@@ -72,19 +72,14 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
 
     with publishing(output, setting="OUT") as staged:
         _copy_tokenizer(adapter_dir, source, revision, staged)
-        own = adapter_dir / GENERATION
-        if own.is_file():
+        if (adapter_dir / GENERATION).is_file():
             merged.generation_config = GenerationConfig.from_pretrained(str(adapter_dir))
         save_model(staged, merged, wanted, probe, generation_of(merged, tokenizer_in(staged), {}))
-        _save_card(adapter_dir / CARD, staged / CARD, output)
+        own_card = adapter_dir / CARD
+        card = merged_card(own_card.read_text(encoding="utf-8"), output) if own_card.is_file() else None
+        if card is not None:
+            (staged / CARD).write_text(card, encoding="utf-8")
     return str(wanted).removeprefix("torch.")
-
-
-def _save_card(own: Path, target: Path, output: Path) -> None:
-    """The adapter's card, if it has one, as the model's."""
-    card = merged_card(own.read_text(encoding="utf-8"), output) if own.is_file() else None
-    if card is not None:
-        target.write_text(card, encoding="utf-8")
 
 
 def _copy_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Adapters and models on disk: the record of what a run has left in `final/`, and whether it still is that."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,34 @@ from peft import PeftConfig, PeftModel
 from storage_schemas.canonical import canonical_json, parse_json, validated, with_checksum
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import FrozenModel
+from student_train.checkpoint import without_checksum
 from student_train.model.student_files import identity, refuse_torn, sha256
 from student_train.results.model_card import CARD
 
 RECORD = "llm-neo.json"
+_RESTORE = (
+    "restore it, or run `llm-neo train` again, which writes it anew from the last checkpoint; "
+    f"if it was changed on purpose, remove {RECORD}"
+)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Record(FrozenModel):
-    """llm-neo.json."""
+    """llm-neo.json, which also holds the checksum of all this."""
 
     format_version: int = 1
     files: dict[str, str]
     """sha256 of each file, but for the card, which is the user's to change."""
     base: dict[str, str] | None
     """Of an adapter: identity of the model that it belongs to, see `student_files.identity`."""
-    checksum: str = ""
-    """sha256 of the record without this field, as canonical JSON."""
-
-    def sealed(self) -> bytes:
-        """The file's content, checksum included."""
-        return canonical_json(with_checksum(self.model_dump(mode="json", exclude={"checksum"})), indent=2)
 
 
 def write_record(folder: Path, base: dict[str, str] | None) -> str:
     """Record all files of a directory; the hash of the record."""
     files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD}
-    data = Record(files=files, base=base).sealed()
-    (folder / RECORD).write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    record = Record(files=files, base=base).model_dump(mode="json")
+    (folder / RECORD).write_bytes(canonical_json(with_checksum(record), indent=2))
+    return sha256(folder / RECORD)
 
 
 def read_record(folder: Path) -> Record | None:
@@ -49,27 +47,19 @@ def read_record(folder: Path) -> Record | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    data = path.read_bytes()
-    record = validated(Record, parse_json(data, name=str(path)), name=str(path))
-    if record.sealed() != data:
-        raise _changed(path, "another checksum", record.checksum[:16])
+    content = without_checksum(parse_json(path.read_bytes(), name=str(path)), name=str(path), fix=_RESTORE)
+    record = validated(Record, content, name=str(path))
     for name, expected in record.files.items():
         file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise _changed(file, "no such file", f"sha256 {expected[:16]}")
-        if (found := sha256(file)) != expected:
-            raise _changed(file, f"sha256 {found[:16]}", f"sha256 {expected[:16]}")
+        found = sha256(file) if Path(name).name == name and file.is_file() else "no such file"
+        if found != expected:
+            raise DataError(
+                f"{file} is not what the run has written",
+                got=found[:16],
+                expected=f"sha256 {expected[:16]}",
+                fix=_RESTORE,
+            )
     return record
-
-
-def _changed(file: Path, got: str, expected: str) -> DataError:
-    return DataError(
-        f"{file} is not what the run has written",
-        got=got,
-        expected=expected,
-        fix="restore it, or run `llm-neo train` again, which writes it anew from the last checkpoint; "
-        f"if it was changed on purpose, remove {RECORD}",
-    )
 
 
 def is_adapter(model: str | Path) -> bool:

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
 from student_train.model.head import HeadSpec
-from student_train.model.losses import LossSpec, entry_divergence
+from student_train.model.losses import entry_divergence
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd")
 SMOOTH = DIVERGENCES[:-1]
@@ -124,7 +125,7 @@ def adaptive_kl(p: list[Tensor], q: list[Tensor], bucket: bool) -> Tensor:
     return share * kl(p, q) + (1 - share) * kl(q, p)
 
 
-def token_divergence(logits: Tensor, targets: SparseTargets, i: int, loss: LossSpec) -> Tensor:
+def token_divergence(logits: Tensor, targets: SparseTargets, i: int, loss: LossSection) -> Tensor:
     """D of token i, on its head and one bucket."""
     q = (logits[i].double() / loss.temperature).softmax(0)
     log_p, ids = targets.logprobs[i].double(), targets.ids[i]
@@ -156,7 +157,7 @@ def unfused_loss(
     weight: Tensor,
     targets: SparseTargets,
     *,
-    loss: LossSpec,
+    loss: LossSection,
     head: HeadSpec,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +171,7 @@ def unfused_loss(
     return (1 - loss.alpha) * ce + loss.alpha * loss.temperature**2 * d, ce, d
 
 
-def naive_loss(logits: Tensor, targets: SparseTargets, loss: LossSpec) -> Tensor:
+def naive_loss(logits: Tensor, targets: SparseTargets, loss: LossSection) -> Tensor:
     """The sum at T = 1 as one would write it first, in the dtype of the logits and through all of them."""
     log_q, ids = logits.log_softmax(1), targets.ids.long()
     tail = log_q.masked_fill(torch.zeros_like(log_q, dtype=torch.bool).scatter(1, ids, targets.in_head), -torch.inf)

@@ -9,9 +9,9 @@ from reference import DIVERGENCES, SMOOTH, drawn_targets, head_logits, head_targ
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from storage_schemas.common.errors import MismatchError
+from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
 from student_train.model.head import HeadLoss, HeadSpec, fused_head_loss
-from student_train.model.losses import LossSpec
 
 pytestmark = pytest.mark.exact
 
@@ -46,7 +46,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 
 
 def compare(
-    targets: SparseTargets, loss: LossSpec, head: HeadSpec, *, bias: bool = False, rtol: float = 1e-10
+    targets: SparseTargets, loss: LossSection, head: HeadSpec, *, bias: bool = False, rtol: float = 1e-10
 ) -> HeadLoss:
     """Fused against unfused: sums, and gradients in hidden, weight and bias."""
     leaves = inputs()[: 3 if bias else 2]
@@ -63,7 +63,7 @@ def compare(
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_fused_equals_unfused_for_every_divergence(kind: str, temperature: float, alpha: float) -> None:
-    spec = LossSpec(alpha=alpha, divergence=kind, temperature=temperature, beta=0.3)
+    spec = LossSection(alpha=alpha, divergence=kind, temperature=temperature, beta=0.3)
     compare(random_targets(temperature=temperature), spec, HeadSpec(valid_vocab=24, chunk_tokens=4))
 
 
@@ -73,15 +73,15 @@ def test_fused_equals_unfused_for_every_divergence(kind: str, temperature: float
 def test_fused_equals_unfused_for_every_head(variant: str, bias: bool, alpha: float) -> None:
     for temperature in (1.0, 2.0):
         targets = random_targets(temperature=temperature)
-        compare(targets, LossSpec(alpha=alpha, temperature=temperature), VARIANTS[variant], bias=bias)
+        compare(targets, LossSection(alpha=alpha, temperature=temperature), VARIANTS[variant], bias=bias)
 
 
 def test_fused_equals_unfused_on_draws() -> None:
     draws = torch.randint(VOCAB, (N, 6), generator=torch.Generator().manual_seed(0))
-    compare(drawn_targets(random(N, VOCAB, seed=4), 0, draws), LossSpec(), HeadSpec(chunk_tokens=4))
+    compare(drawn_targets(random(N, VOCAB, seed=4), 0, draws), LossSection(), HeadSpec(chunk_tokens=4))
     teacher = random(N, VOCAB, seed=4, spread=2.0)
     outside = teacher.argsort(1)[:, :12].gather(1, draws % 12)
-    compare(drawn_targets(teacher, 5, outside), LossSpec(alpha=0.8), HeadSpec(chunk_tokens=4))
+    compare(drawn_targets(teacher, 5, outside), LossSection(alpha=0.8), HeadSpec(chunk_tokens=4))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -91,7 +91,9 @@ def test_full_vocabulary_equals_the_dense_loss_in_float32(temperature: float) ->
     weight = random(vocab, HIDDEN, seed=6, dtype=torch.float32)
     teacher, labels = random(N, vocab, seed=7, spread=3.0), torch.arange(N)
     targets = head_targets(teacher, [vocab] * N, temperature=temperature, labels=labels, dtype=torch.float32)
-    got = fused_head_loss(hidden, weight, targets, loss=LossSpec(alpha=alpha, temperature=temperature), head=HeadSpec())
+    got = fused_head_loss(
+        hidden, weight, targets, loss=LossSection(alpha=alpha, temperature=temperature), head=HeadSpec()
+    )
     logits = hidden @ weight.T
     kl = torch.nn.functional.kl_div(
         (logits / temperature).log_softmax(1), (teacher.float() / temperature).softmax(1), reduction="sum"
@@ -110,7 +112,7 @@ def test_student_equal_to_teacher_has_zero_loss_and_gradient(kind: str, temperat
         hidden, weight, _ = inputs(dtype)
         teacher = (hidden @ weight.T).detach()
         targets = head_targets(teacher, SIZES, temperature=temperature, dtype=dtype)
-        spec = LossSpec(alpha=1.0, divergence=kind, temperature=temperature)
+        spec = LossSection(alpha=1.0, divergence=kind, temperature=temperature)
         got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec())
         assert abs(got.loss) <= bound
         for gradient in torch.autograd.grad(got.loss, (hidden, weight)):
@@ -122,7 +124,7 @@ def test_student_equal_to_teacher_has_zero_loss_and_gradient(kind: str, temperat
 def test_nothing_supervised_is_a_zero_on_the_graph(alpha: float) -> None:
     hidden, weight, _ = inputs()
     empty = random_targets()[:0]
-    got = fused_head_loss(hidden[:0], weight, empty, loss=LossSpec(alpha=alpha), head=HeadSpec())
+    got = fused_head_loss(hidden[:0], weight, empty, loss=LossSection(alpha=alpha), head=HeadSpec())
     assert [float(x.detach()) for x in got] == [0.0] * 4
     for gradient in torch.autograd.grad(got.loss, (hidden, weight)):
         assert not gradient.any()
@@ -136,7 +138,7 @@ def test_extreme_logits_stay_finite(kind: str) -> None:
         for teacher in (peaked, -peaked, torch.zeros_like(peaked)):
             targets = head_targets(teacher, [1, 4, VOCAB], temperature=temperature, dtype=torch.float32)
             hidden = torch.eye(3).requires_grad_()
-            spec = LossSpec(divergence=kind, temperature=temperature)
+            spec = LossSection(divergence=kind, temperature=temperature)
             got = fused_head_loss(hidden, peaked.flip(1).T.contiguous(), targets, loss=spec, head=HeadSpec())
             assert torch.isfinite(got.loss)
             assert torch.isfinite(torch.autograd.grad(got.loss, hidden)[0]).all()
@@ -149,7 +151,7 @@ def test_a_student_without_the_tail_that_the_teacher_has_stays_finite() -> None:
     targets = head_targets(teacher, [VOCAB, VOCAB], dtype=torch.float32)
     hidden = random(2, HIDDEN, seed=9, dtype=torch.float32).requires_grad_()
     weight = random(VOCAB, HIDDEN, seed=2, dtype=torch.float32)
-    got = fused_head_loss(hidden, weight, targets, loss=LossSpec(), head=HeadSpec())
+    got = fused_head_loss(hidden, weight, targets, loss=LossSection(), head=HeadSpec())
     assert torch.isfinite(got.loss)
     assert got.loss < 100
     assert torch.isfinite(torch.autograd.grad(got.loss, hidden)[0]).all()
@@ -160,7 +162,7 @@ def test_chunks_do_not_change_anything(kind: str) -> None:
     targets, results = random_targets(), []
     for chunk in (1, 4, N, 512):
         hidden, weight, _ = inputs()
-        spec = LossSpec(divergence=kind)
+        spec = LossSection(divergence=kind)
         got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec(chunk_tokens=chunk))
         results.append([*got, *torch.autograd.grad(got.loss, (hidden, weight))])
     for other in results[1:]:
@@ -171,7 +173,7 @@ def test_chunks_do_not_change_anything(kind: str) -> None:
 def test_gradcheck() -> None:
     hidden, weight, bias = inputs()
     targets = random_targets(temperature=2.0)
-    head, loss = VARIANTS["all"], LossSpec(temperature=2.0, divergence="jsd", beta=0.3)
+    head, loss = VARIANTS["all"], LossSection(temperature=2.0, divergence="jsd", beta=0.3)
 
     def total(*leaves: torch.Tensor) -> torch.Tensor:
         return fused_head_loss(leaves[0], leaves[1], targets, loss=loss, head=head, bias=leaves[2]).loss
@@ -183,7 +185,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("split", [[1] * 8, [3, 0, 4, 1]], ids=["eight of 1", "ragged"])
 def test_one_batch_of_8_equals_any_split(split: list[int], kind: str) -> None:
     hidden, weight, _ = inputs()
-    targets, spec, head = random_targets()[:8], LossSpec(divergence=kind), HeadSpec(chunk_tokens=3)
+    targets, spec, head = random_targets()[:8], LossSection(divergence=kind), HeadSpec(chunk_tokens=3)
     whole = fused_head_loss(hidden[:8], weight, targets, loss=spec, head=head)
     parts, start = [], 0
     for size in split:
@@ -204,7 +206,7 @@ def test_bf16_error_is_not_above_that_of_the_naive_path(kind: str) -> None:
     hidden, weight = random(n, width, seed=10, dtype=torch.bfloat16), random(vocab, width, seed=11, spread=0.3)
     weight = weight.to(torch.bfloat16)
     teacher = random(n, vocab, seed=12, spread=2.0)
-    labels, spec = teacher.argmax(1), LossSpec(divergence=kind)
+    labels, spec = teacher.argmax(1), LossSection(divergence=kind)
     targets = head_targets(teacher, [64] * n, labels=labels, dtype=torch.float32)
 
     def naive(hidden: torch.Tensor, weight: torch.Tensor, up: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -245,7 +247,7 @@ def test_memory_is_bounded_by_the_chunk(temperature: float) -> None:
     teacher = random(n, vocab, seed=15)
     targets = head_targets(teacher, [4] * n, temperature=temperature, dtype=torch.float32)
     with Largest() as seen:
-        spec = LossSpec(temperature=temperature)
+        spec = LossSection(temperature=temperature)
         got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec(chunk_tokens=chunk))
         got.loss.backward()
     assert seen.elements <= max(chunk * vocab, n * HIDDEN, vocab * HIDDEN)
@@ -254,10 +256,10 @@ def test_memory_is_bounded_by_the_chunk(temperature: float) -> None:
 def test_a_frozen_head_gets_no_gradient_and_is_not_read_in_the_backward() -> None:
     hidden, weight, _ = inputs()
     expected = torch.autograd.grad(
-        fused_head_loss(hidden, weight, random_targets(), loss=LossSpec(), head=HeadSpec()).loss, hidden
+        fused_head_loss(hidden, weight, random_targets(), loss=LossSection(), head=HeadSpec()).loss, hidden
     )
     frozen = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
-    got = fused_head_loss(hidden, frozen, random_targets(), loss=LossSpec(), head=HeadSpec())
+    got = fused_head_loss(hidden, frozen, random_targets(), loss=LossSection(), head=HeadSpec())
     frozen.data = torch.empty(0, dtype=torch.float64)  # what ZeRO-3 does once the weight is partitioned again
     got.loss.backward()
     assert frozen.grad is None
@@ -266,7 +268,7 @@ def test_a_frozen_head_gets_no_gradient_and_is_not_read_in_the_backward() -> Non
 
 def test_gradients_scale_with_what_comes_from_above() -> None:
     hidden, weight, _ = inputs()
-    got = fused_head_loss(hidden, weight, random_targets(), loss=LossSpec(), head=HeadSpec())
+    got = fused_head_loss(hidden, weight, random_targets(), loss=LossSection(), head=HeadSpec())
     once = torch.autograd.grad(got.loss, (hidden, weight), retain_graph=True)
     for a, b in zip(torch.autograd.grad(got.loss * 0.25, (hidden, weight)), once, strict=True):
         torch.testing.assert_close(a, b * 0.25)
@@ -274,7 +276,7 @@ def test_gradients_scale_with_what_comes_from_above() -> None:
 
 def test_without_gradients_the_sums_are_the_same_and_detached() -> None:
     hidden, weight, _ = inputs()
-    args, options = (hidden, weight, random_targets()), {"loss": LossSpec(), "head": HeadSpec(chunk_tokens=4)}
+    args, options = (hidden, weight, random_targets()), {"loss": LossSection(), "head": HeadSpec(chunk_tokens=4)}
     with torch.no_grad():
         got = fused_head_loss(*args, **options)
     expected = fused_head_loss(*args, **options)
@@ -289,8 +291,8 @@ def test_hidden_states_of_another_dtype_than_the_weight() -> None:
     hidden, weight, _ = inputs(torch.float32)
     narrow = hidden.detach().bfloat16().requires_grad_()
     targets = random_targets(dtype=torch.float32)
-    got = fused_head_loss(narrow, weight, targets, loss=LossSpec(), head=HeadSpec())
-    expected = fused_head_loss(narrow.float(), weight, targets, loss=LossSpec(), head=HeadSpec())
+    got = fused_head_loss(narrow, weight, targets, loss=LossSection(), head=HeadSpec())
+    expected = fused_head_loss(narrow.float(), weight, targets, loss=LossSection(), head=HeadSpec())
     torch.testing.assert_close(got.loss, expected.loss)
     assert torch.autograd.grad(got.loss, narrow)[0].dtype == torch.bfloat16
 
@@ -321,7 +323,7 @@ def test_head_spec_gives_the_models_own_logits(kind: str) -> None:
     if kind != "llama":
         assert not torch.allclose(head_logits(hidden, weight, HeadSpec()), expected, rtol=0.01)
     targets = head_targets(expected, [5] * 6, dtype=torch.float32)
-    got = fused_head_loss(hidden, weight, targets, loss=LossSpec(alpha=1.0), head=spec)
+    got = fused_head_loss(hidden, weight, targets, loss=LossSection(alpha=1.0), head=spec)
     assert abs(got.loss) < 1e-5
 
 

@@ -1,37 +1,36 @@
 """The loss that runs, on logits of one's own, against its definition in float64, and what training relies on."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from reference import DIVERGENCES, SMOOTH, drawn_targets, head_targets, systematic_draws, token_divergence
 
 from storage_schemas.common.errors import MismatchError
+from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
 from student_train.model.head import HeadLoss, HeadSpec, fused_head_loss
-from student_train.model.losses import LossSpec, refuse_biased
+from student_train.model.losses import refuse_biased
 
 pytestmark = pytest.mark.exact
 
 N, VOCAB = 6, 23
 SIZES = [1, 4, 7, 2, 7, 22]
-PLAIN = LossSpec()
+PLAIN = LossSection()
 
 
 def random_logits(seed: int, n: int = N, vocab: int = VOCAB, spread: float = 2.0) -> torch.Tensor:
     return torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
 
 
-def losses(logits: torch.Tensor, targets: SparseTargets, spec: LossSpec) -> HeadLoss:
+def losses(logits: torch.Tensor, targets: SparseTargets, spec: LossSection) -> HeadLoss:
     """Sums of the fused head over some tokens; its weight is the unit matrix, so that hidden states are logits."""
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return fused_head_loss(logits, eye, targets, loss=spec, head=HeadSpec())
 
 
-def divergences(logits: torch.Tensor, targets: SparseTargets, spec: LossSpec = PLAIN) -> torch.Tensor:
+def divergences(logits: torch.Tensor, targets: SparseTargets, spec: LossSection = PLAIN) -> torch.Tensor:
     """(n,) D of each token, differentiable."""
-    alone, n = replace(spec, alpha=1.0), len(targets)
+    alone, n = spec.model_copy(update={"alpha": 1.0}), len(targets)
     found = [losses(logits[i : i + 1], targets[i : i + 1], alone).loss for i in range(n)]
     return torch.stack(found) / spec.temperature**2
 
@@ -39,7 +38,7 @@ def divergences(logits: torch.Tensor, targets: SparseTargets, spec: LossSpec = P
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_float32_stays_close_to_the_definition(kind: str) -> None:
     teacher, student = random_logits(2), random_logits(3)
-    spec = LossSpec(divergence=kind, beta=0.3)
+    spec = LossSection(divergence=kind, beta=0.3)
     got = divergences(student.float(), head_targets(teacher, SIZES, dtype=torch.float32), spec)
     exact = head_targets(teacher, SIZES)
     expected = torch.stack([token_divergence(student, exact, i, spec) for i in range(N)])
@@ -52,7 +51,7 @@ def test_student_equal_to_teacher_has_no_divergence_and_no_gradient(kind: str, t
     for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         logits = random_logits(4).to(dtype).requires_grad_()
         targets = head_targets(logits.detach(), SIZES, temperature=temperature, dtype=dtype)
-        spec = LossSpec(divergence=kind, temperature=temperature)
+        spec = LossSection(divergence=kind, temperature=temperature)
         value = divergences(logits, targets, spec)
         assert value.abs().max() <= bound
         (gradient,) = torch.autograd.grad(value.sum(), logits)
@@ -61,7 +60,7 @@ def test_student_equal_to_teacher_has_no_divergence_and_no_gradient(kind: str, t
 
 def test_total_variation_of_equal_models_is_0() -> None:
     logits = random_logits(4)
-    value = divergences(logits, head_targets(logits, SIZES), LossSpec(divergence="tvd"))
+    value = divergences(logits, head_targets(logits, SIZES), LossSection(divergence="tvd"))
     assert value.abs().max() < 1e-14
 
 
@@ -69,7 +68,7 @@ def test_cross_entropy_is_at_temperature_1_and_needs_no_entries() -> None:
     logits, labels = random_logits(5).requires_grad_(), torch.arange(N)
     targets = head_targets(random_logits(6), [0] * N, labels=labels)
     assert targets.ids.shape == (N, 0)
-    got = losses(logits, targets, LossSpec(alpha=0.0, temperature=2.0))
+    got = losses(logits, targets, LossSection(alpha=0.0, temperature=2.0))
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.testing.assert_close(got.loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got.loss, expected)))
@@ -81,11 +80,11 @@ def test_akl_weighs_the_head_by_half_of_the_teachers_mass() -> None:
     # Head of half the mass: the first two entries. Gaps 0.2 there, 0.2 in the rest, of which the bucket has 0.1.
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
     q = torch.tensor([[0.3, 0.2, 0.3, 0.2]], dtype=torch.float64)
-    got = divergences(q.log(), head_targets(p.log(), [3]), LossSpec(divergence="akl"))
+    got = divergences(q.log(), head_targets(p.log(), [3]), LossSection(divergence="akl"))
     forward, backward = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
     torch.testing.assert_close(got[0], 0.5 * forward + 0.5 * backward)
     q = torch.tensor([[0.1, 0.6, 0.2, 0.1]], dtype=torch.float64)  # all of the gap lies in the head
-    got = divergences(q.log(), head_targets(p.log(), [3]), LossSpec(divergence="akl"))
+    got = divergences(q.log(), head_targets(p.log(), [3]), LossSection(divergence="akl"))
     torch.testing.assert_close(got[0], (p * (p / q).log()).sum())
 
 
@@ -93,7 +92,7 @@ def test_akl_weighs_the_head_by_half_of_the_teachers_mass() -> None:
 def test_a_head_of_the_whole_vocabulary_has_no_bucket(kind: str) -> None:
     targets = head_targets(random_logits(7), [VOCAB] * N)
     assert torch.isneginf(targets.tail_logprob).all()
-    spec = LossSpec(divergence=kind, beta=0.7)
+    spec = LossSection(divergence=kind, beta=0.7)
     for dtype in (torch.float64, torch.float32):
         student = random_logits(8).to(dtype).requires_grad_()
         got = divergences(student, targets, spec)
@@ -113,7 +112,7 @@ def test_peaked_distributions_stay_finite(kind: str, temperature: float) -> None
     for teacher, student in ((peaked, other), (peaked, peaked), (other, torch.zeros_like(other))):
         targets = head_targets(teacher, [3, 3, 1, 3], temperature=temperature, dtype=torch.float32)
         student = student.clone().requires_grad_()
-        value = divergences(student, targets, LossSpec(divergence=kind, temperature=temperature))
+        value = divergences(student, targets, LossSection(divergence=kind, temperature=temperature))
         assert torch.isfinite(value).all()
         (gradient,) = torch.autograd.grad(value.sum(), student)
         assert torch.isfinite(gradient).all()
@@ -132,7 +131,7 @@ def test_the_students_tail_is_exact_where_one_minus_the_head_is_noise() -> None:
 def test_nothing_supervised_is_nothing() -> None:
     logits = random_logits(9, n=0).requires_grad_()
     for kind in DIVERGENCES:
-        found = losses(logits, head_targets(random_logits(9, n=0), []), LossSpec(divergence=kind))
+        found = losses(logits, head_targets(random_logits(9, n=0), []), LossSection(divergence=kind))
         assert [value.item() for value in found] == [0, 0, 0, 0]
         assert torch.autograd.grad(found.loss, logits)[0].shape == logits.shape
 
@@ -152,7 +151,7 @@ def test_draws_estimate_the_full_forward_kl_and_its_gradient_without_bias() -> N
     systematic = systematic_draws(teacher.expand(points, -1), 4, 3, u)
     for heads, draws, bound in ((0, independent, 0.03), (4, systematic, 2e-3)):
         targets = drawn_targets(teacher.expand(points, -1), heads, draws)
-        value = losses(student.expand(points, -1), targets, LossSpec(alpha=1.0)).loss / points
+        value = losses(student.expand(points, -1), targets, LossSection(alpha=1.0)).loss / points
         (gradient,) = torch.autograd.grad(value, student)
         assert abs(value - full) < bound, heads
         assert (gradient - full_gradient).abs().max() < bound / 2, heads
@@ -188,6 +187,7 @@ def test_agreement_compares_the_two_most_likely_tokens() -> None:
     for same in (True, False):
         some = expected == same
         targets = head_targets(teacher[some], [1 + i % 3 for i in range(int(some.sum()))])
-        assert losses(student[some], targets, LossSpec()).agreement == same * len(targets)
-    assert not losses(student, head_targets(teacher, [0] * 200), LossSpec(alpha=0.0)).agreement
-    assert not losses(student, drawn_targets(teacher, 0, torch.zeros(200, 2, dtype=torch.int64)), LossSpec()).agreement
+        assert losses(student[some], targets, LossSection()).agreement == same * len(targets)
+    assert not losses(student, head_targets(teacher, [0] * 200), LossSection(alpha=0.0)).agreement
+    drawn = drawn_targets(teacher, 0, torch.zeros(200, 2, dtype=torch.int64))
+    assert not losses(student, drawn, LossSection()).agreement

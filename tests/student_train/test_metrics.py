@@ -17,16 +17,16 @@ from storage_schemas.common.errors import MismatchError, TemporaryError
 from student_train import metrics
 from student_train.metrics import (
     EVENTS,
-    Bar,
     Event,
-    EventLog,
-    Lines,
     Meter,
-    Reporter,
-    Tracker,
-    open_reporter,
+    Step,
+    bar,
+    event_log,
+    lines,
     read_events,
     refuse_missing_trackers,
+    reporting,
+    tracker,
 )
 
 
@@ -39,46 +39,56 @@ def event(step: int, **changes: Any) -> Event:
     return Event(step=step, **(values | changes))
 
 
+def step(**changes: Any) -> Step:
+    """A step without anything in it."""
+    values = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "supervised": 0, "tokens": 0, "wait": 0.0}
+    return Step(**(values | {"learning_rate": 0.0, "grad_norm": 0.0} | changes))
+
+
+def log_events(path: Path, *events: Event, after: int = 0) -> None:
+    """Write some events to a log, which is closed again."""
+    with event_log(path, after=after) as write:
+        for one in events:
+            write(one)
+
+
 def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 10 and 30 tokens: sums over sums, not a mean of means; then it begins anew."""
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     meter = Meter(start=4, stop=10, steps_per_epoch=8)
     assert meter.empty
-    meter.add(loss=10.0, ce=20.0, kl=5.0, supervised=10, tokens=50, wait=0.5)
-    meter.add(loss=90.0, ce=60.0, kl=15.0, supervised=30, tokens=150, wait=0.25)
+    meter.add(step(loss=10.0, ce=20.0, kl=5.0, supervised=10, tokens=50, wait=0.5, learning_rate=9.0, grad_norm=9.0))
+    last = {"learning_rate": 1e-3, "grad_norm": 2.0}
+    meter.add(step(loss=90.0, ce=60.0, kl=15.0, supervised=30, tokens=150, wait=0.25, **last))
     now[0] += 4.0
-    found = meter.event(6, learning_rate=1e-3, grad_norm=2.0)
+    found = meter.event(6)
     assert (found.loss, found.ce, found.kl) == (2.5, 2.0, 0.5)
+    assert (found.learning_rate, found.grad_norm) == (1e-3, 2.0), "of the last step"
     assert found.supervised_tokens == 40
     assert found.tokens_per_second == 50.0
     assert found.data_wait_seconds == 0.75
     assert found.epoch == 0.75
     assert found.eta_seconds == 8.0, "4 of 10 steps are left, 2 s each"
     assert meter.empty
-    assert meter.total_tokens == 200
+    assert (meter.total_tokens, meter.total_wait) == (200, 0.75)
 
 
 def test_a_step_without_supervised_tokens_is_no_division_by_zero() -> None:
     """Its means are 0."""
     meter = Meter(start=0, stop=2, steps_per_epoch=2)
-    meter.add(loss=0.0, ce=0.0, kl=0.0, supervised=0, tokens=0, wait=0.0)
-    assert meter.event(1, learning_rate=0.0, grad_norm=0.0).loss == 0
+    meter.add(step())
+    assert meter.event(1).loss == 0
 
 
 def test_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     """Steps beyond it are trained again, so their lines go; a torn last line goes too."""
     path = tmp_path / EVENTS
-    log = EventLog(path, after=0)
-    for step in (1, 2, 3, 4):
-        log.write(event(step))
-    log.close()
+    log_events(path, *map(event, (1, 2, 3, 4)))
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     assert [e.step for e in read_events(path)] == [1, 2, 3, 4]
-    log = EventLog(path, after=2)
-    log.write(event(3, loss=9.0))
-    log.close()
+    log_events(path, event(3, loss=9.0), after=2)
     assert [(e.step, e.loss) for e in read_events(path)] == [(1, 1.5), (2, 1.5), (3, 9.0)]
     assert len(path.read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == [EVENTS]
@@ -87,10 +97,7 @@ def test_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
 def test_a_damaged_line_costs_that_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One flipped bit in a key or a number ended every later start with 70; and what is not finite was logged so."""
     path = tmp_path / EVENTS
-    log = EventLog(path, after=0)
-    for step in range(1, 7):
-        log.write(event(step, grad_norm=float("inf") if step == 5 else 0.3))
-    log.close()
+    log_events(path, *(event(number, grad_norm=float("inf") if number == 5 else 0.3) for number in range(1, 7)))
     lines = path.read_text().splitlines()
     lines[0] = lines[0].replace('"loss"', '"lnss"')
     lines[1] = lines[1].replace("1.5", '"1.5 or so"')
@@ -99,16 +106,15 @@ def test_a_damaged_line_costs_that_line(tmp_path: Path, caplog: pytest.LogCaptur
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert [(e.step, e.grad_norm) for e in read_events(path)] == [(5, float("inf")), (6, 0.3)]
     assert caplog.text.count("is torn or damaged") == 4
-    EventLog(path, after=6).close()
+    log_events(path, after=6)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 6]
 
 
 def test_lines_can_be_followed(tmp_path: Path) -> None:
     """Each is there as soon as it is written."""
-    log = EventLog(tmp_path / EVENTS, after=0)
-    log.write(event(1))
-    assert json.loads((tmp_path / EVENTS).read_text())["step"] == 1
-    log.close()
+    with event_log(tmp_path / EVENTS, after=0) as write:
+        write(event(1))
+        assert json.loads((tmp_path / EVENTS).read_text())["step"] == 1
 
 
 def test_no_file_is_no_events(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_log_that_cannot_be_written(tmp_path: Path) -> None:
     """Exit 75, with the path."""
     (tmp_path / "file").write_text("")
     with pytest.raises(TemporaryError, match="cannot write"):
-        EventLog(tmp_path / "file" / EVENTS, after=0)
+        log_events(tmp_path / "file" / EVENTS)
 
 
 def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +134,10 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    lines = Lines(Console(file=out, force_terminal=False, width=40), stop=9)
-    for step in range(1, 10):
+    write = lines(Console(file=out, force_terminal=False, width=40), stop=9)
+    for number in range(1, 10):
         now[0] += 1.0
-        lines.write(event(step))
+        write(event(number))
     printed = out.getvalue().splitlines()
     assert [line.split()[2] for line in printed] == ["1/9", "6/9", "9/9"]
     assert printed[0] == ("train step 1/9  loss 1.5000  ce 2.0000  kl 1.0000  lr 1.00e-04  100 tokens/s  eta 1:01:01")
@@ -140,28 +146,23 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bar_on_a_terminal() -> None:
     """It shows the step and the loss."""
     out = io.StringIO()
-    bar = Bar(Console(file=out, force_terminal=True, width=160), start=2, stop=9)
-    bar.write(event(5))
-    bar.close()
+    with bar(Console(file=out, force_terminal=True, width=160), start=2, stop=9) as write:
+        write(event(5))
     assert "5/9" in out.getvalue()
     assert "loss 1.5000" in out.getvalue()
 
 
-def test_reporter_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reporting_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """events.jsonl and lines."""
-    reporter = open_reporter(tmp_path, [], start=0, stop=2, config={}, name="run")
-    assert isinstance(reporter, Reporter)
-    reporter.write(event(1))
-    reporter.close()
+    with reporting(tmp_path, [], start=0, stop=2, config={}, name="run", monitors={}) as write:
+        write(event(1))
     assert "train step 1/2" in capsys.readouterr().out
     assert [e.step for e in read_events(tmp_path / EVENTS)] == [1]
 
 
 @pytest.mark.parametrize("fails_at", ["open", "write", "close"])
-def test_a_failing_tracker_is_told_once_and_costs_nothing(
-    tmp_path: Path, fails_at: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whenever it fails: every line of events.jsonl is there, and it is not asked again."""
+def test_a_failing_tracker_is_told_once_and_costs_nothing(fails_at: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whenever it fails, it is not asked again."""
     asked: list[str] = []
 
     def ask(what: str) -> None:
@@ -173,11 +174,9 @@ def test_a_failing_tracker_is_told_once_and_costs_nothing(
         ask("open")
         return lambda values, step: ask("write"), lambda: ask("close")
 
-    reporter = Reporter([Tracker("broken", opened), EventLog(tmp_path / EVENTS, after=0)])
-    reporter.write(event(1))
-    reporter.write(event(2))
-    reporter.close()
-    assert [e.step for e in read_events(tmp_path / EVENTS)] == [1, 2]
+    with tracker("broken", opened) as write:
+        write(event(1))
+        write(event(2))
     assert [record.message for record in caplog.records if "the tracker is away" in record.message] == [
         f"broken logging failed and is off for this run; metrics continue in {EVENTS}: OSError('the tracker is away')"
     ]
@@ -189,18 +188,18 @@ def test_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded, with what to install."""
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     refuse_missing_trackers([])
-    for tracker in ("tensorboard", "wandb"):
-        with pytest.raises(MismatchError, match=rf"pip install 'llm-neo\[{tracker}\]'"):
-            refuse_missing_trackers([tracker])
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(MismatchError, match=rf"pip install 'llm-neo\[{name}\]'"):
+            refuse_missing_trackers([name])
 
 
-def lost_and_found(output: Path, tracker: str) -> None:
+def lost_and_found(output: Path, kind: str) -> None:
     """Three steps, the last of which is after the newest checkpoint, and a run that goes on from there."""
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        reporter = open_reporter(output, [tracker], start=start, stop=4, config={"alpha": 0.9}, name="one-run")
-        for step in steps:
-            reporter.write(event(step, loss=step + start / 10))
-        reporter.close()
+        config, name = {"alpha": 0.9}, "one-run"
+        with reporting(output, [kind], start=start, stop=4, config=config, name=name, monitors={}) as write:
+            for number in steps:
+                write(event(number, loss=number + start / 10))
         time.sleep(1.1)  # W&B names a start by the second; attempts of a real run never share one.
 
 

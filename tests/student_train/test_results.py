@@ -47,7 +47,7 @@ from student_train.results.final import refuse_other_logits, save_model, write_f
 from student_train.results.merge import merge
 from student_train.results.model_card import model_card
 from student_train.results.saved import load_adapter
-from student_train.train import _load_student
+from student_train.train import _student
 from student_train.training_run import open_run
 
 IDS = torch.arange(24)[None]
@@ -432,7 +432,7 @@ def test_learned_positions_end_somewhere(folder: Path, tmp_path: Path, positions
         LossSection(), train_section(tmp_path / "run"), {},
     )  # fmt: skip
     with pytest.raises(MismatchError, match="learned positions"):
-        _load_student(run, None, main=True)
+        _student(run, None, main=True)
 
 
 def test_rotary_positions_are_warned_about(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
