@@ -411,6 +411,29 @@ def status(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration; default: look at the machine alone.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check versions, devices, launcher, disks, stores, student and tokenizer, before anything is paid for."""
+    from pipeline.doctor import examine, exit_code
+
+    findings, console = [], Console()
+    for finding in examine(config, overrides or (), os.environ):
+        findings.append(finding)
+        if not as_json:
+            console.print(finding.line(), soft_wrap=True)
+    code = exit_code(findings)
+    if as_json:
+        _print({"ok": not code, "findings": [finding.model_dump(mode="json") for finding in findings]}, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Llama-like model: directory or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the smaller model to.")],
