@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from pipeline.config import Config, load_config, need
 from pipeline.credentials import has_secret, instead, is_secret_option
@@ -56,6 +57,7 @@ StoreOptions = Annotated[
         "--store", metavar="KEY=VALUE", help="Setting of the object store, e.g. endpoint=http://HOST. Repeatable."
     ),
 ]
+_WATCH_SECONDS = 10
 
 
 @app.callback(invoke_without_command=True)
@@ -359,6 +361,76 @@ def inspect(
         typer.echo(f"{html}: {url}, {len(rows)} rows")
     else:
         terminal.show(found, rows, Console())
+
+
+class _Watching(TyperCommand):
+    """`--watch` may stand without its seconds."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give it some where the next word is no number."""
+        for place, word in enumerate(args):
+            if word == "--watch" and not re.fullmatch(r"\d+(\.\d+)?", (args[place + 1 :] or [""])[0]):
+                args[place] = f"--watch={_WATCH_SECONDS}"
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_Watching)
+def status(
+    place: Annotated[str, typer.Argument(metavar="URL|CONFIG", help="The dump, or the configuration that names it.")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="Directory of a run, such as runs/a; default: the one of CONFIG."),
+    ] = None,
+    overrides: Overrides = None,
+    store: StoreOptions = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="[SECONDS]", help="Look again until all is done; default: every 10 seconds."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a dump is, by all workers, and a run: done, speed, time left. Reads little and writes nothing."""
+    from pipeline.status import Watcher
+    from pipeline.views import status as views
+
+    options, heldout, given = _pairs(store), None, run is not None
+    if Path(place).is_file() or place.endswith((".yaml", ".yml")):
+        if store:
+            raise typer.BadParameter("the configuration says it: dump.storage_options", param_hint="--store")
+        config = load_config(place, overrides or ())
+        place, options = config.dump.url, config.dump.storage_options
+        heldout = config.heldout.url if config.heldout else None
+        run = run or (config.train.output if config.train else None)
+    elif overrides:
+        raise typer.BadParameter("there is no configuration to override", param_hint="--set")
+    watcher = Watcher(place, options=options, heldout=heldout, run=run, must_run=given)
+    if watch is None:
+        views.show(watcher.look(), Console(), as_json=as_json)
+    else:
+        views.watch(watcher.look, Console(), seconds=watch, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration; default: look at the machine alone.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check versions, devices, launcher, disks, stores, student and tokenizer, before anything is paid for."""
+    from pipeline.doctor import examine, exit_code
+
+    findings, console = [], Console()
+    for finding in examine(config, overrides or (), os.environ):
+        findings.append(finding)
+        if not as_json:
+            console.print(finding.line(), soft_wrap=True)
+    code = exit_code(findings)
+    if as_json:
+        _print({"ok": not code, "findings": [finding.model_dump(mode="json") for finding in findings]}, as_json)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -22,7 +22,20 @@ from storage_schemas.common.exits import Exit
 from storage_schemas.provenance import Provenance
 from storage_schemas.writer import DumpWriter
 
-COMMANDS = ["dump", "preview", "train", "run", "evaluate", "merge", "plan", "verify", "inspect", "prune"]
+COMMANDS = [
+    "dump",
+    "preview",
+    "train",
+    "run",
+    "evaluate",
+    "merge",
+    "plan",
+    "verify",
+    "inspect",
+    "status",
+    "doctor",
+    "prune",
+]
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -154,6 +154,26 @@ def test_no_class_is_unpickled_and_nobody_else_can_connect(finished: Path) -> No
     assert json.loads((finished / "listening.json").read_text()) == []
 
 
+def test_status_of_both_dumps_and_the_run(finished: Path, tmp_path: Path) -> None:
+    found = json.loads(llm_neo(finished, "status", "config.yaml", "--json").stdout)
+    assert [found[name]["sealed"] for name in ("dump", "heldout")] == [True, True]
+    assert (found["dump"]["units_done"], found["dump"]["samples_done"]) == (3, 24)
+    run = found["run"]
+    assert (run["finished"], run["step"], run["steps"], run["checkpoint_step"]) == (True, 6, 6, 6)
+    last = read_events(finished / "run/events.jsonl")[-1]
+    assert [run[name] for name in ("loss", "ce", "kl", "epoch")] == [last.loss, last.ce, last.kl, last.epoch]
+    assert llm_neo(finished, "status", "config.yaml", "--watch").stdout.endswith(f"loss {last.loss:.4f}\n")
+    # As it was before its end, and before the last steps were logged.
+    copy = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    (copy / "summary.json").unlink()
+    lines = (copy / "events.jsonl").read_text().splitlines(keepends=True)
+    (copy / "events.jsonl").write_text("".join(lines[:4]))
+    run = json.loads(llm_neo(finished, "status", "config.yaml", str(copy), "--json").stdout)["run"]
+    assert (run["finished"], run["step"], run["steps"], run["checkpoint_step"]) == (False, 6, 6, 6)
+    assert 0 <= run["seconds_since_last_step"] < 60
+    assert run["seconds_since_checkpoint"] >= 0
+
+
 @pytest.mark.slow
 def test_the_summary_has_the_documented_names_and_the_student_improves(finished: Path) -> None:
     summary = json.loads((finished / "run/summary.json").read_text())

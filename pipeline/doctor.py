@@ -1,0 +1,343 @@
+"""What a machine and a configuration lack to run with, found before anything is paid for. Nothing is raised or changed.
+
+Every finding is one line. What can be asked of the packages themselves is asked of them, so that it is refused here in
+the words in which a run would refuse it.
+"""
+
+import os
+import platform
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from rich.text import Text
+
+from pipeline.config import Config, load_config
+from pipeline.launch import dump_placement, training_nodes
+from pipeline.views.report import PACKAGES
+from storage_schemas.common.devices import refuse_idle_gpus, usable_cores, visible_gpus
+from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
+from storage_schemas.common.exits import Exit
+from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.secrets import masked
+from storage_schemas.config import DumpSection
+from storage_schemas.reader import Dump
+from storage_schemas.records import RUN
+from storage_schemas.stores.address import local_path
+from storage_schemas.stores.requests import is_refusal
+from storage_schemas.stores.store import Store
+
+FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
+"""Free space of a disk that is a failure, and that is a warning, below."""
+_COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
+_LAUNCHERS = {
+    "torchrun": (r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_(RANK|WORLD_SIZE)", "RANK", "WORLD_SIZE"),
+    "Slurm": (r"SLURM_.*", "SLURM_PROCID", "SLURM_NTASKS"),
+    "Open MPI": (r"OMPI_.*", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "MPICH": (r"PMI_.*|MPI_LOCAL.*", "PMI_RANK", "PMI_SIZE"),
+    "SkyPilot": (r"SKYPILOT_.*", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
+    "Kubernetes": (r"JOB_COMPLETION.*", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
+}
+"""Name -> its environment variables, and which of them say the number of a process and how many there are."""
+
+
+class Finding(FrozenModel):
+    """What there is to say of one subject."""
+
+    subject: str
+    state: Literal["ok", "warning", "failure"]
+    said: str
+    fix: str | None = None
+    """What to do about it."""
+    temporary: bool = False
+    """Of a failure: whether it may go away by itself."""
+
+    def line(self) -> Text:
+        """For people."""
+        text = Text(f"{self.state:8}", _COLOURS[self.state]).append(f"{self.subject:18} ", "bold")
+        return text.append(self.said, "not bold default").append(f"; to do: {self.fix}" if self.fix else "")
+
+
+Check = Callable[[], Iterator[Finding]]
+
+
+def exit_code(findings: Sequence[Finding]) -> Exit:
+    """0 without failures, 75 if all of them are temporary, else 78."""
+    failures = [finding for finding in findings if finding.state == "failure"]
+    if not failures:
+        return Exit.DONE
+    return Exit.TEMPORARY if all(finding.temporary for finding in failures) else Exit.MISMATCH
+
+
+def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[Finding]:
+    """Every finding, as soon as it is made.
+
+    Args:
+        path: the configuration, if there is one; else the machine alone is looked at.
+        overrides: as on the command line.
+        env: of this process.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    config: Config | None = None
+
+    def configuration() -> Iterator[Finding]:
+        nonlocal config
+        if path is not None:
+            config = load_config(path, overrides)
+            yield Finding(subject="configuration", state="ok", said=str(path))
+
+    yield from _guarded("configuration", configuration)
+    yield from _guarded("python", _python)
+    yield from _guarded("packages", _packages)
+    yield from _guarded("torch", lambda: _torch(env))
+    yield from _guarded("DeepSpeed", lambda: _deepspeed(env))
+    yield from _guarded("ranks", lambda: _ranks(env))
+    for subject, folder in _disks(config).items():
+        yield from _guarded(subject, lambda subject=subject, folder=folder: _disk(subject, folder))  # type: ignore[misc]
+    if config is None:
+        return
+    stores = {"dump": config.dump}
+    if config.heldout is not None:
+        stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
+    for subject, section in stores.items():
+        yield from _guarded(subject, lambda subject=subject, section=section: _store(subject, section, config))  # type: ignore[misc]
+    if config.student is not None:
+        yield from _guarded("student", lambda: _student(config))
+        yield from _guarded("tokenizer", lambda: _tokenizer(config))
+
+
+def _guarded(subject: str, check: Check) -> Iterator[Finding]:
+    """What a check finds; what it raises is a failure. No secret passes."""
+    try:
+        for finding in check():
+            yield finding.model_copy(update={"said": masked(finding.said)})
+    except Exception as error:
+        told = explained(error)
+        if isinstance(told, NeoError) and told.exit_code == Exit.USAGE and subject == "configuration":
+            raise
+        if told is None:
+            said, fix, temporary = f"cannot be checked: {type(error).__name__}: {first_line(error)}", None, False
+        else:
+            got = "" if told.got is None else f": {told.got}"
+            said, fix, temporary = f"{told.what}{got}", told.fix, isinstance(told, TemporaryError)
+        said = "; ".join(line.strip() for line in masked(said).splitlines() if line.strip())
+        yield Finding(subject=subject, state="failure", said=said, fix=fix, temporary=temporary)
+
+
+def _python() -> Iterator[Finding]:
+    said = f"{platform.python_version()} in {sys.prefix}, {platform.machine()}, {usable_cores()} usable cores"
+    yield Finding(subject="python", state="ok", said=said)
+
+
+def _packages() -> Iterator[Finding]:
+    """The packages that this one requires, by what its own metadata say."""
+    wrong = []
+    for wanted in map(Requirement, requires("llm-neo") or ()):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            try:
+                found = version(wanted.name)
+            except PackageNotFoundError:
+                found = "none"
+            if found == "none" or not wanted.specifier.contains(found, prereleases=True):
+                wrong.append(f"{wanted.name}{wanted.specifier}, got {found}")
+    if wrong:
+        fix = "pip install --upgrade llm-neo, or these packages alone"
+        yield Finding(subject="packages", state="failure", said=f"needed are {'; '.join(wrong)}", fix=fix)
+    else:
+        said = ", ".join(f"{name} {version(name)}" for name in PACKAGES if name != "torch")
+        yield Finding(subject="packages", state="ok", said=said)
+
+
+def _torch(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Its build, and whether that can use the GPUs that are visible."""
+    import torch
+
+    made_for = torch.version.cuda and f"CUDA {torch.version.cuda}"
+    made_for = made_for or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPUs alone"
+    yield Finding(subject="torch", state="ok", said=f"{torch.__version__}, built for {made_for}")
+    gpus = visible_gpus(env)
+    if not torch.cuda.is_available():
+        refuse_idle_gpus(env, build=torch.__version__, fix="set CUDA_VISIBLE_DEVICES= to mean the CPU")
+        yield Finding(subject="devices", state="ok", said="no GPU is visible: everything runs on the CPU")
+        return
+    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    said = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+    if len(devices) != len(gpus):
+        said += f"; {len(gpus)} visible, of which torch sees {len(devices)}"
+        yield Finding(subject="devices", state="warning", said=said, fix="check the driver, and CUDA_VISIBLE_DEVICES")
+    elif env.get("DS_ACCELERATOR") == "cpu":
+        said += "; `train` runs on the CPU, since DS_ACCELERATOR=cpu"
+        yield Finding(subject="devices", state="warning", said=said, fix="unset DS_ACCELERATOR")
+    else:
+        yield Finding(subject="devices", state="ok", said=said)
+
+
+def _deepspeed(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether it can build its native operators: those for offloading are built when they are first used."""
+    import_module("student_train.engine")  # Chooses the accelerator before DeepSpeed looks for one.
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    compiler = next((name for name in (env.get("CXX"), "c++", "g++", "clang++") if name and shutil.which(name)), None)
+    lacking = [] if compiler else ["a C++ compiler"]
+    lacking += [] if find_spec("ninja") or shutil.which("ninja") else ["ninja"]
+    for name in ("CPUAdam", "FusedAdam"):
+        builder = accelerator.create_op_builder(f"{name}Builder")
+        if builder is None or not builder.is_compatible(verbose=False):
+            lacking.append(f"what its {name} needs")
+    where = f"{version('deepspeed')} on {accelerator.device_name()}"
+    if lacking:
+        said = f"{where}; native operators cannot be built, without {', '.join(lacking)}. Training needs none of them, "
+        fix = "install it, and for GPUs the CUDA toolkit of torch's version; `ds_report` says more"
+        yield Finding(subject="DeepSpeed", state="warning", said=f"{said}but offloading may", fix=fix)
+    else:
+        said = f"{where}; native operators (CPUAdam, FusedAdam) can be built by {compiler} and ninja"
+        yield Finding(subject="DeepSpeed", state="ok", said=said)
+
+
+def _ranks(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Which launchers say which process this is, whom `dump` and `train` obey, and whether they agree."""
+    said = {}
+    for name, (_, rank, size) in _LAUNCHERS.items():
+        if rank in env:
+            said[name] = (env[rank], env.get(size, "?"))
+    if not said:
+        yield Finding(subject="ranks", state="ok", said="no launcher's variables are set: one process")
+        return
+    worker, nodes = dump_placement(env), training_nodes(env)
+    told = [f"{name} says {rank} of {size}" for name, (rank, size) in said.items()]
+    told.append(f"`dump` is worker {worker.rank} of {worker.world_size}{_obeyed(dump_placement, env, list(said))}")
+    told.append(f"`train` is node {nodes.node_rank} of {nodes.count}{_obeyed(training_nodes, env, list(said))}")
+    # SkyPilot counts nodes; Slurm, and Kubernetes without JOB_COMPLETIONS, may leave it to others to say how many.
+    processes = {(rank, size) for name, (rank, size) in said.items() if name != "SkyPilot" and size != "?"}
+    many = any(size not in ("?", "1") for _, size in said.values())
+    fix = None
+    if len(processes) > 1:
+        told.append("they disagree")
+        fix = "start the command by one of them alone, or give --rank and --world-size"
+    elif many and nodes.count == 1:
+        told.append("so each `train` would be alone")
+        fix = "start `train` once per node, with --nnodes, --node-rank and --rdzv-endpoint where there are several"
+    yield Finding(subject="ranks", state="warning" if fix else "ok", said="; ".join(told), fix=fix)
+
+
+def _obeyed(decide: Callable[[Mapping[str, str]], Any], env: Mapping[str, str], launchers: Sequence[str]) -> str:
+    """Whose variables make a difference to what is decided."""
+
+    def without(pattern: str) -> Any:
+        try:
+            return decide({name: value for name, value in env.items() if not re.fullmatch(pattern, name)})
+        except NeoError as error:
+            return str(error)
+
+    found = [name for name in launchers if without(_LAUNCHERS[name][0]) != decide(env)]
+    return f", by {' and '.join(found)}" if found else ""
+
+
+def _disks(config: Config | None) -> dict[str, Path]:
+    """Where space is needed: subject -> folder, which need not exist."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    found = {"hub cache": Path(HF_HUB_CACHE)}
+    if config is not None and config.train is not None:
+        found["run directory"] = config.train.output
+    if config is not None and (folder := local_path(config.dump.url)) is not None:
+        found["disk of the dump"] = folder
+    return found
+
+
+def _disk(subject: str, folder: Path) -> Iterator[Finding]:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    state: Literal["ok", "warning", "failure"] = "ok"
+    state = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else state
+    fix = None if state == "ok" else "free space there, or choose another place"
+    said = f"{free / 2**30:,.1f} GiB free in {folder}"
+    yield Finding(subject=subject, state=state, said=said, fix=fix, temporary=state == "failure")
+
+
+def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Finding]:
+    """Read, write and put-if-absent, with the credentials at hand; what is written is removed again."""
+    store = Store(section.url, options=section.storage_options)
+    begun = "a dump is there" if store.get_if_present(RUN) is not None else "no dump is there yet"
+    if store.root is not None and not store.root.exists():
+        from teacher_dump.dump import refuse_unusable
+
+        refuse_unusable(section)  # Makes no directory.
+        yield Finding(subject=subject, state="ok", said=f"{section.url}: it can be made there")
+        return
+    key = f"probe/{uuid.uuid4().hex}"
+    folder = None if store.root is None else store.root / "probe"
+    new_folder = folder is not None and not folder.exists()
+    try:
+        store.put_new(key, b"first")
+    except MismatchError as error:
+        locked = store.root is not None and not os.access(store.root, os.W_OK, effective_ids=True)
+        if not locked and (store.root is not None or error.__cause__ is None or not is_refusal(error.__cause__)):
+            raise
+        said = f"{section.url}: {begun}; read only, which is enough for `train` but not for `dump` ({error.got})"
+        state: Literal["ok", "warning"] = "ok" if config.teacher is None else "warning"
+        fix = None if config.teacher is None else "give credentials that may put objects, if `dump` shall run here"
+        yield Finding(subject=subject, state=state, said=said, fix=fix)
+        return
+    try:
+        if store.put_new(key, b"second"):
+            store.probe()  # Somebody's clean-up may have come between; this asks again, and refuses.
+    finally:
+        with suppress(NeoError):  # To delete may be forbidden; then it is said below.
+            store.delete(key)
+        if folder is not None and new_folder:
+            with suppress(OSError):  # Somebody else's probe is in it.
+                folder.rmdir()
+    said = f"{section.url}: {begun}; read, write and put-if-absent work"
+    if store.size(key) is not None:
+        said, fix = f"{said}; the probe {key} cannot be deleted", "remove it, or leave it: `dump` passes it over"
+        yield Finding(subject=subject, state="warning", said=said, fix=fix)
+    else:
+        yield Finding(subject=subject, state="ok", said=said)
+
+
+def _student(config: Config) -> Iterator[Finding]:
+    """What training would refuse whatever the dump is."""
+    from student_train.model.student import refuse_unloadable
+    from student_train.training_run import refuse_early
+
+    assert config.student is not None
+    if config.train is not None:
+        refuse_early(config.student, config.train)
+    else:
+        refuse_unloadable(config.student.model, config.student.revision)
+    yield Finding(subject="student", state="ok", said=f"{config.student.model}: configuration and weights are there")
+
+
+def _tokenizer(config: Config) -> Iterator[Finding]:
+    """Whether the student's ids mean what the dump's mean."""
+    from transformers import AutoConfig
+
+    from student_train.model.student import refuse_tokenizer
+    from student_train.model.student_files import has_tokenizer
+
+    assert config.student is not None
+    model, revision, section = config.student.model, config.student.revision, config.dump
+    if Store(section.url, options=section.storage_options).size(RUN) is None:
+        yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
+        return
+    files = Dump.open(section.url, options=section.storage_options).tokenizer_files()
+    described = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    refuse_tokenizer(model, revision, files, head_rows=described.get_text_config().vocab_size)
+    if has_tokenizer(model, revision):
+        yield Finding(subject="tokenizer", state="ok", said="the student's is that of the dump")
+    else:
+        said, fix = "the student has none: its ids are taken to mean what the dump's mean", "see that it is so"
+        yield Finding(subject="tokenizer", state="warning", said=said, fix=fix)

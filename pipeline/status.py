@@ -1,0 +1,363 @@
+"""How far a dump and a run are. Nothing is written to either, and to read is all that the credentials need to allow.
+
+Workers, the store and this machine may disagree about the time by hours. So speeds come from differences between the
+times at which the store dated commit records, and "ago" is told by the clock that dated them: that of the store, or of
+the file system. This machine's clock is never asked.
+"""
+
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
+from heapq import nsmallest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import obstore
+from obstore.exceptions import BaseError
+from pydantic import ValidationError
+
+from storage_schemas.common.errors import TemporaryError
+from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.provenance import Provenance
+from storage_schemas.reader import Dump
+from storage_schemas.records import RUN, CommitRecord, parse_record, record_key, totals, unit_of_record
+from storage_schemas.stores.requests import object_store
+from storage_schemas.stores.store import Store
+from student_train.metrics import EVENTS, Event
+
+WINDOW_SECONDS = 600.0
+"""Speeds are those of so long before the newest unit."""
+FEWEST_UNITS = 3
+"""And of so many units at least, however long they took."""
+READ_RECORDS = 256
+"""Commit records that are read at most; of a dump with more units, tokens and bytes are estimated from these."""
+_CLOCK_SECONDS = 10.0
+"""How long the store is asked for its time."""
+_LAST_EVENTS_BYTES = 2**16
+_SUMMARY, _CHECKPOINTS = "summary.json", "checkpoints"
+"""Names in a run directory. The modules that own them import torch, for which nobody who only looks should wait."""
+
+
+class DumpStatus(FrozenModel):
+    """How far a dump is, whoever works on it."""
+
+    url: str
+    begun: bool
+    """Whether there is a dump; else nothing of what follows is known."""
+    sealed: bool = False
+    """Whether it is complete."""
+    fingerprint: str | None = None
+    units: int | None = None
+    """Units in all."""
+    units_done: int = 0
+    """Units that are committed, by all workers."""
+    samples: int | None = None
+    """Samples in all."""
+    samples_done: int = 0
+    """Samples of the committed units."""
+    tokens: int = 0
+    """Tokens of the committed units."""
+    supervised_tokens: int = 0
+    """Of these, those with a target."""
+    bytes: int = 0
+    """Of the committed data files."""
+    estimated: bool = False
+    """Whether tokens and bytes are estimated, from the records of some of the units."""
+    units_per_minute: float | None = None
+    """Over the last minutes before the newest unit; null if sealed, or if too few units tell."""
+    tokens_per_second: float | None = None
+    """Of all workers, over the same minutes."""
+    eta_seconds: float | None = None
+    """Time left at this speed; null if it is not known, or if the dump has stalled."""
+    seconds_since_last_unit: float | None = None
+    """By the store's own clock; null if that cannot be asked, or if the dump is sealed."""
+    stalled: bool = False
+    """Whether that is three times as long as any pause between units before."""
+
+
+class RunStatus(FrozenModel):
+    """How far a training is."""
+
+    output: str
+    """The run directory."""
+    begun: bool
+    """Whether training has left anything there; else nothing of what follows is known."""
+    finished: bool = False
+    """Whether summary.json says that all is done."""
+    step: int = 0
+    """Optimizer steps that are logged, or saved in the last checkpoint."""
+    steps: int | None = None
+    """Steps in all, as the last checkpoint knows them."""
+    epoch: float | None = None
+    loss: float | None = None
+    """Of the last logged steps, like all that follows."""
+    ce: float | None = None
+    kl: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    """As training itself has estimated it at its last logged step."""
+    seconds_since_last_step: float | None = None
+    """By the clock of the file system; null if that cannot be asked, or if the run is finished."""
+    checkpoint_step: int | None = None
+    """Of the last checkpoint; null before the first."""
+    seconds_since_checkpoint: float | None = None
+    """By the clock of the file system; null if that cannot be asked."""
+
+
+class Status(FrozenModel):
+    """All that was asked for."""
+
+    dump: DumpStatus
+    heldout: DumpStatus | None = None
+    """The held-out dump; null if the configuration has none."""
+    run: RunStatus | None = None
+    """Null if none was asked for."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it will change: the dumps are sealed, and the run is finished if there is one."""
+        dumps = self.dump.sealed and (self.heldout is None or self.heldout.sealed)
+        return dumps and (self.run is None or self.run.finished or not self.run.begun)
+
+
+class Watcher:
+    """Looks again and again, and reads no commit record twice."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        options: Mapping[str, str],
+        heldout: str | None = None,
+        run: Path | None = None,
+        must_run: bool = False,
+    ) -> None:
+        """Nothing is contacted yet.
+
+        Args:
+            url: the dump.
+            options: settings of its store.
+            heldout: the held-out dump, on the same store.
+            run: directory of a run.
+            must_run: whether it is an error that nothing lies there.
+        """
+        self._dump = _DumpWatcher(url, options)
+        self._heldout = None if heldout is None else _DumpWatcher(heldout, options)
+        self._run, self._must_run = run, must_run
+
+    def look(self) -> Status:
+        """How far everything is.
+
+        Raises:
+            TemporaryError: there is no dump yet, or no run where one is asked for, or the store does not answer.
+            DataError: a commit record is damaged.
+        """
+        dump = self._dump.look()
+        if not dump.begun:
+            raise TemporaryError(
+                f"there is no dump at {dump.url} yet",
+                got=f"no {RUN}",
+                expected="a dump that `llm-neo dump` has begun",
+                fix="start stage one, or correct the URL; then run the same command again",
+            )
+        run = None if self._run is None else run_status(self._run)
+        if run is not None and self._must_run and not run.begun:
+            raise TemporaryError(
+                f"there is no run in {run.output} yet",
+                got=f"neither {EVENTS} nor checkpoints",
+                expected="the train.output of a training that has begun",
+                fix="start `llm-neo train`, or correct the path; then run the same command again",
+            )
+        return Status(dump=dump, heldout=None if self._heldout is None else self._heldout.look(), run=run)
+
+
+class _DumpWatcher:
+    """One dump, looked at again and again."""
+
+    def __init__(self, url: str, options: Mapping[str, str]) -> None:
+        self._store, self._options = Store(url, options=options), options
+        self._opened: Dump | None = None
+        self._records: dict[int, CommitRecord] = {}
+
+    def look(self) -> DumpStatus:
+        if self._opened is None:
+            if self._store.size(RUN) is None:
+                return DumpStatus(url=self._store.url, begun=False)
+            self._opened = Dump.open(self._store.url, options=self._options)
+        dump, provenance = self._opened, self._opened.provenance
+        whole: dict[str, Any] = {
+            "url": self._store.url,
+            "begun": True,
+            "fingerprint": dump.fingerprint,
+            "units": provenance.units,
+            "samples": provenance.corpus.samples,
+        }
+        if seal := dump.seal():
+            sums = seal.model_dump(include={"tokens", "supervised_tokens", "bytes"})
+            return DumpStatus(sealed=True, units_done=seal.units, samples_done=seal.rows, **sums, **whole)
+        dated = {
+            unit: entry["last_modified"].timestamp()
+            for entry in self._store.heads("commits")
+            if (unit := unit_of_record(entry["path"])) is not None and unit < provenance.units
+        }
+        samples = sum(len(provenance.unit_range(unit)) for unit in dated)
+        whole |= {"units_done": len(dated), "samples_done": samples}
+        if not dated:
+            return DumpStatus(**whole)
+        whole |= self._sums(dated, samples, provenance)
+        times = np.sort(np.fromiter(dated.values(), float, len(dated)))
+        return DumpStatus(**whole, **self._speed(times, provenance.units, whole["tokens"] / len(dated)))
+
+    def _sums(self, dated: Mapping[int, float], samples: int, provenance: Provenance) -> dict[str, Any]:
+        """Tokens and bytes of the committed units, from the records of some, which change little from look to look."""
+        chosen = nsmallest(READ_RECORDS, dated, key=lambda unit: zlib.crc32(b"%d" % unit))
+        new = {record_key(unit): unit for unit in chosen if unit not in self._records}
+
+        def parse(key: str, data: bytes) -> CommitRecord:
+            return parse_record(data, new[key], provenance, url=self._store.url)
+
+        self._records |= {record.unit: record for record in self._store.parsed_many(list(new), parse)}
+        read = {unit: self._records[unit] for unit in chosen}
+        sums = totals(read)
+        rows, whole = sums.pop("rows"), len(read) == len(dated)
+        return {name: round(value * samples / rows) for name, value in sums.items()} | {"estimated": not whole}
+
+    def _speed(self, times: Sequence[float] | np.ndarray, units: int, tokens: float) -> dict[str, Any]:
+        """Speed and time left.
+
+        Args:
+            times: at which the committed units were dated, ascending, seconds.
+            units: how many there are in all.
+            tokens: of a unit, on average.
+        """
+        recent, now = recent_pace(times), store_clock(self._store, self._options)
+        since = None if now is None else now - float(times[-1])
+        if since is not None and since < -_CLOCK_SECONDS:
+            since = None  # Somebody else's clock has dated the newest unit.
+        stalled = since is not None and since > max(60.0, 3 * recent.longest_pause)
+        found: dict[str, Any] = {
+            "stalled": stalled,
+            "seconds_since_last_unit": None if since is None else max(0, since),
+        }
+        if recent.units_per_second is not None:
+            found["units_per_minute"] = 60 * recent.units_per_second
+            found["tokens_per_second"] = tokens * recent.units_per_second
+            found["eta_seconds"] = None if stalled else (units - len(times)) / recent.units_per_second
+        return found
+
+
+class Pace(NamedTuple):
+    """How units have come lately."""
+
+    units_per_second: float | None
+    longest_pause: float
+    """Between two units, seconds."""
+
+
+def recent_pace(times: Sequence[float] | np.ndarray) -> Pace:
+    """The pace of the last minutes before the newest unit.
+
+    Several workers commit in bursts, so the time before a burst counts as that in which it was computed. A pause that
+    is much longer than any since does not count: the dump was stopped and went on.
+
+    Args:
+        times: at which units were dated, ascending, seconds. Only their differences matter.
+    """
+    times = np.asarray(times, float)
+    first = int(np.searchsorted(times, times[-1] - WINDOW_SECONDS))
+    first = min(first, max(0, len(times) - FEWEST_UNITS))
+    longest = float(np.diff(times[first:]).max(initial=0.0))
+    if first and times[first] - times[first - 1] <= 2 * longest:
+        first -= 1
+    span = float(times[-1] - times[first])
+    return Pace((len(times) - 1 - first) / span if span > 0 else None, longest if len(times) > 1 else WINDOW_SECONDS)
+
+
+def store_clock(store: Store, options: Mapping[str, str]) -> float | None:
+    """The time by the clock that dates the files of a store, seconds since 1970; None if it cannot be asked."""
+    if store.root is not None:
+        return folder_clock(store.root)
+    with suppress(BaseError, OSError, ValueError, TypeError):  # Anonymous access cannot sign, a proxy may hide it.
+        signed = obstore.sign(object_store(store.url, options), "HEAD", RUN, timedelta(minutes=1))
+        try:
+            answer = urllib.request.urlopen(urllib.request.Request(signed, method="HEAD"), timeout=_CLOCK_SECONDS)
+            date = answer.headers["Date"]
+            answer.close()
+        except urllib.error.HTTPError as refused:  # A refusal has a date as well.
+            date = refused.headers["Date"]
+        return parsedate_to_datetime(date).timestamp()
+    return None
+
+
+def folder_clock(folder: Path) -> float | None:
+    """The time by the clock that dates the files of a folder: that of a file without a name, which is gone at once."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(b"now")
+            os.fsync(file.fileno())  # On NFS, only then has the server dated it.
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # Not ours to write to.
+        return None
+
+
+def run_status(output: Path) -> RunStatus:
+    """How far the run in a directory is."""
+    event, (saved, steps, saved_at) = _last_event(output / EVENTS), _last_checkpoint(output / _CHECKPOINTS)
+    summary = _json(output / _SUMMARY)
+    if event is None and steps is None and not summary:
+        return RunStatus(output=str(output), begun=False)
+    step = max(saved or 0, event.step if event else 0)
+    finished = summary.get("steps", -1) >= step
+    now = folder_clock(output)
+    told = {} if event is None else event.model_dump(include=RunStatus.model_fields.keys() & Event.model_fields.keys())
+    told |= {"step": step, "steps": summary["steps"] if finished else steps}
+    return RunStatus(
+        output=str(output),
+        begun=True,
+        finished=finished,
+        seconds_since_last_step=None if finished or event is None else _ago(now, (output / EVENTS).stat().st_mtime),
+        checkpoint_step=saved or None,
+        seconds_since_checkpoint=_ago(now, saved_at) if saved else None,
+        **told,
+    )
+
+
+def _ago(now: float | None, then: float) -> float | None:
+    return None if now is None or now < then - _CLOCK_SECONDS else max(0.0, now - then)
+
+
+def _last_event(file: Path) -> Event | None:
+    """The last whole line of events.jsonl; only its end is read."""
+    with suppress(FileNotFoundError), file.open("rb") as events:
+        events.seek(max(0, events.seek(0, os.SEEK_END) - _LAST_EVENTS_BYTES))
+        for line in reversed(events.read().splitlines()):
+            with suppress(ValueError, RecursionError, ValidationError):
+                return Event.model_validate(json.loads(line))
+    return None
+
+
+def _last_checkpoint(folder: Path) -> tuple[int | None, int | None, float]:
+    """Step of the last complete checkpoint, steps in all, and when it was written; its tensors are not looked at."""
+    for file in sorted(folder.glob("step-*/COMMIT.json"), reverse=True):
+        with suppress(OSError, LookupError, TypeError, ValueError):  # It is being removed, or damaged.
+            (name,) = [record["name"] for record in json.loads(file.read_bytes())["files"] if record["kind"] == "state"]
+            state = json.loads((file.parent / name).read_bytes())
+            return int(state["step"]), int(state["identity"]["train.max_steps"]), file.stat().st_mtime
+    return None, None, 0.0
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none, or if it is torn."""
+    with suppress(FileNotFoundError, ValueError, RecursionError):
+        found = json.loads(file.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
