@@ -11,8 +11,8 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 from support.command_lines import parameters
+from support.kubernetes_jobs import action, objects
 
 from pipeline.config import load_config
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
@@ -23,14 +23,6 @@ FILES = {path.stem: path for path in (ROOT / "examples/kubernetes").glob("*.yaml
 STAGES = ("dump", "train")
 VERSIONS = ("1.29", kubernetes_validate.latest_version())
 """Oldest that the files say they need, and newest that the validator knows."""
-
-
-def objects(text: str) -> dict[str, dict[str, Any]]:
-    """The objects of a manifest, by kind and name: `Job/llm-neo-dump`."""
-    found = [document for document in yaml.safe_load_all(text) if document is not None]
-    named = {f"{document['kind']}/{document['metadata']['name']}": document for document in found}
-    assert len(named) == len(found)
-    return named
 
 
 def manifest(stage: str) -> dict[str, dict[str, Any]]:
@@ -68,19 +60,6 @@ def command_line(stage: str, index: int) -> list[str]:
     container, env = container_of(stage), environment(stage, index)
     assert container["command"] == ["llm-neo"]
     return [re.sub(r"\$\((\w+)\)", lambda found: env[found[1]], word) for word in container["args"]]
-
-
-def action(policy: dict[str, Any], code: int, conditions: tuple[str, ...] = ()) -> str:
-    """What a Job does after a pod has failed with this exit code and under these conditions."""
-    for rule in policy["rules"]:
-        codes = rule.get("onExitCodes")
-        if codes is None:
-            fits = any(pattern["type"] in conditions for pattern in rule["onPodConditions"])
-        else:
-            fits = (code in codes["values"]) == (codes["operator"] == "In")
-        if fits:
-            return str(rule["action"])
-    return "Count"
 
 
 def test_there_is_one_manifest_per_stage() -> None:
