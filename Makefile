@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 VLLM   ?= .venv-vllm
+SKY    ?= .venv-skypilot
 
 CONFIG ?=
 ARGS   ?=
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-vllm clean bench-dump bench-storage bench-train
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-vllm test-skypilot clean bench-dump bench-storage bench-train
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -58,10 +59,10 @@ lint: $(DEV)  ## ruff, mypy, import-linter
 check: lint test  ## Everything that must be green before a commit
 
 test: $(DEV)  ## The ordinary tests, real DeepSpeed on two ranks among them
-	$(TESTS) -m "not slow and not gpu and not vllm"
+	$(TESTS) -m "not slow and not gpu and not vllm and not skypilot"
 
 test-full: $(DEV)  ## All tests, the exhaustive grids included
-	$(TESTS) -m "not gpu and not vllm"
+	$(TESTS) -m "not gpu and not vllm and not skypilot"
 	@# Once more with the kernels of another machine: exactness must not hang on the order in which one adds up.
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(TESTS) -m "exact and not slow"
 
@@ -80,6 +81,14 @@ test-vllm: $(VLLM)/.installed  ## The vLLM backend on vLLM's real CPU engine, in
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR \
 	    $(VLLM)/bin/python -m pytest -s -m vllm tests/teacher_dump/test_vllm_engine.py $(PYTEST_ARGS)
 
+$(SKY)/.installed: pyproject.toml
+	test -x $(SKY)/bin/python || $(PYTHON) -m venv $(SKY)
+	$(SKY)/bin/python -m pip install --quiet skypilot==0.14.1 pytest pytest-timeout
+	touch $@
+
+test-skypilot: $(SKY)/.installed  ## SkyPilot reads the files of examples/skypilot, in an environment of its own (0.5 GB)
+	HOME=$(abspath $(SKY))/home $(SKY)/bin/python -m pytest --noconftest -m skypilot tests/pipeline/test_skypilot_reads.py $(PYTEST_ARGS)
+
 bench-dump: $(SETUP)  ## Stage one against a bare forward pass (needs the demo's teacher: make demo)
 	$(BIN)/python benchmarks/dump.py $(ARGS)
 
@@ -91,4 +100,4 @@ bench-train: $(SETUP)  ## Stage two against LoRA fine-tuning and online distilla
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -exec rm -rf {} +
