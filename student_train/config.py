@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import LocalFolder
 
+Metric = Literal["kl", "ce"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
 
 
@@ -142,6 +143,16 @@ class TrainSection(FrozenModel):
     """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
     logging_steps: int = Field(1, ge=1)
     """Steps between two records in events.jsonl."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between two evaluations on the held-out dump, `heldout.url`, without the teacher and on all ranks; one more
+    before the first and one after the last step. Null: none."""
+    metric_for_best_model: Metric = "kl"
+    """What the best evaluation has least of, and early stopping watches: the forward KL or the cross-entropy."""
+    load_best_model_at_end: bool = False
+    """Leave in `final/` what the best evaluation has seen, and not the last step: each new best is followed by a
+    checkpoint, which is kept beside the newest."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """End after this many evaluations in a row without a new best. Null: never."""
     save_steps: int = Field(100, ge=1)
     """Steps between two checkpoints."""
     save_total_limit: int = Field(2, ge=1)
@@ -182,4 +193,7 @@ class TrainSection(FrozenModel):
     def _supported(self) -> "TrainSection":
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("zero_stage 0 with bf16 has no fp32 master weights that can be saved; use stage 1, 2 or 3")
+        watching = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, name)]
+        if watching and self.eval_steps is None:
+            raise ValueError(f"{watching[0]} needs evaluations: set eval_steps")
         return self

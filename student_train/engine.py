@@ -39,6 +39,8 @@ from student_train import world as worlds
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import TrainSection
 from student_train.data.batch import TrainBatch
+from student_train.model.head import SUMS
+from student_train.model.losses import LossSpec
 from student_train.model.student import Distilled
 from student_train.world import PeerError, World
 from student_train.zero import deepspeed_config, monitors
@@ -129,7 +131,7 @@ class Engine:
         """
         if not tokens:
             return StepResult(0, 0, 0, 0)
-        loss, ce, divergence, _ = self._accumulate(batches, tokens)
+        loss, ce, divergence, *_ = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate
         finite = all(map(math.isfinite, (loss, ce, divergence)))
@@ -142,6 +144,22 @@ class Engine:
         assert finite
         self.updates += 1
         return StepResult(loss, ce, divergence, float(self._engine.get_global_grad_norm()))
+
+    @torch.no_grad()
+    def evaluate(self, batch: TrainBatch, *, temperature: float) -> list[float]:
+        """The sums of `HeadLoss`, with the forward KL, over a micro-batch. Collective under ZeRO-3.
+
+        Args:
+            batch: with targets, or a filler.
+            temperature: that its targets were decoded at.
+        """
+        self.module.eval()
+        trained_on, self.module.head.loss = self.module.head.loss, LossSpec(temperature=temperature)
+        try:
+            sums = self.module(batch.to(self._world.device, non_blocking=True))[1]
+        finally:
+            self.module.head.loss = trained_on
+        return sums.tolist()  # type: ignore[no-any-return]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""
@@ -185,8 +203,8 @@ class Engine:
         self._engine.destroy()
 
     def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> list[float]:
-        """Gradients of the mean loss per token; (loss, CE, divergence, agreement) sums over all ranks."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
+        """Gradients of the mean loss per token; the sums of `HeadLoss` over all ranks."""
+        sums = torch.zeros(SUMS, dtype=torch.float64, device=self._world.device)
         self.module.train()
         for batch in batches:
             # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
@@ -194,7 +212,7 @@ class Engine:
         return [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
 
     def _backward(self, batch: TrainBatch, factor: float) -> Tensor:
-        """Add the gradients of factor * loss; (loss, CE, divergence, agreement) sums over the micro-batch."""
+        """Add the gradients of factor * loss; the sums of `HeadLoss` over the micro-batch."""
         loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
         self._engine.backward(loss * factor, scale_wrt_gas=False)
         return parts  # type: ignore[no-any-return]

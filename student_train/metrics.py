@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
+from student_train.heldout import HeldoutResult
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class Event(FrozenModel):
     """Estimated time to the last step."""
 
 
+PREFIX = "eval_"
+"""Of the fields of an evaluation in events.jsonl, but for `step`, as in the log history of transformers' Trainer."""
+
+
 class Meter:
     """Adds up steps until the next event. Means are per supervised token, so that steps weigh what they hold."""
 
@@ -61,6 +66,8 @@ class Meter:
         """Begin after `start` of `stop` steps."""
         self._first, self._stop, self._steps_per_epoch = start, stop, steps_per_epoch
         self._begin = time.monotonic()
+        self.paused = 0.0
+        """Seconds since the beginning that were no training."""
         self.total_tokens = 0
         """Tokens since the beginning."""
         self._reset()
@@ -77,8 +84,13 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Wall time since the beginning."""
-        return time.monotonic() - self._begin
+        """Of training since the beginning."""
+        return time.monotonic() - self._begin - self.paused
+
+    def pause(self, seconds: float) -> None:
+        """The last so many seconds were no training."""
+        self.paused += seconds
+        self._since += seconds
 
     def add(self, *, loss: float, ce: float, kl: float, supervised: int, tokens: int, wait: float) -> None:
         """One step: sums over its supervised tokens, its tokens, and seconds of waiting for data."""
@@ -103,7 +115,7 @@ class Meter:
             supervised_tokens=self._supervised,
             tokens_per_second=self._tokens / elapsed,
             data_wait_seconds=self._wait,
-            eta_seconds=self.seconds / max(1, step - self._first) * (self._stop - step),
+            eta_seconds=(self.seconds + self.paused) / max(1, step - self._first) * (self._stop - step),
         )
         self._reset()
         return event
@@ -114,6 +126,9 @@ class Sink(Protocol):
 
     def write(self, event: Event) -> None:
         """Take one event."""
+
+    def evaluated(self, result: HeldoutResult) -> None:
+        """Take the result of one evaluation."""
 
     def close(self) -> None:
         """No more will come."""
@@ -130,16 +145,23 @@ class EventLog:
         """
         self._path = path
         try:
-            kept = [event.model_dump() for event in read_events(path) if event.step <= after]
-            publish(path, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in _lines(path) if line.step <= after]
+            publish(path, "".join(_line(what) for what in kept))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _cannot_write(path, error) from error
 
     def write(self, event: Event) -> None:
         """Append and flush, so that others can follow."""
+        self._append(event)
+
+    def evaluated(self, result: HeldoutResult) -> None:
+        """Append an evaluation."""
+        self._append(result)
+
+    def _append(self, what: Event | HeldoutResult) -> None:
         try:
-            self._file.write(json.dumps(event.model_dump()) + "\n")
+            self._file.write(_line(what))
             self._file.flush()
         except OSError as error:
             raise _cannot_write(self._path, error) from error
@@ -150,14 +172,28 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events of a run. A line that is torn or damaged is left out with a warning: it decides nothing."""
+    """All events of a run, but for its evaluations. A line that is torn or damaged is left out with a warning."""
+    return [line for line in _lines(path) if isinstance(line, Event)]
+
+
+def _line(what: Event | HeldoutResult) -> str:
+    fields = what.model_dump()
+    if isinstance(what, HeldoutResult):
+        fields = {name if name == "step" else f"{PREFIX}{name}": value for name, value in fields.items()}
+    return json.dumps(fields) + "\n"
+
+
+def _lines(path: Path) -> list[Event | HeldoutResult]:
+    """What `_line` has written; what cannot be read is left out, since these lines decide nothing."""
     if not path.is_file():
         return []
-    found = []
+    found: list[Event | HeldoutResult] = []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            found.append(Event.model_validate(json.loads(text)))
-        except (ValueError, RecursionError):
+            fields = json.loads(text)
+            kind = HeldoutResult if f"{PREFIX}ce" in fields else Event
+            found.append(kind.model_validate({name.removeprefix(PREFIX): value for name, value in fields.items()}))
+        except (ValueError, RecursionError, AttributeError, TypeError):
             log.warning("line %d of %s is torn or damaged, and is left out", number, path)
     return found
 
@@ -175,6 +211,10 @@ class Bar:
         """Move on."""
         text = f"loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}  {event.tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=event.step, description=text)
+
+    def evaluated(self, result: HeldoutResult) -> None:
+        """A line above the bar."""
+        self._progress.console.print(_evaluated(result), highlight=False)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -200,6 +240,10 @@ class Lines:
             highlight=False,
             soft_wrap=True,
         )
+
+    def evaluated(self, result: HeldoutResult) -> None:
+        """A line."""
+        self._console.print(_evaluated(result), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -248,11 +292,17 @@ class Tracker:
 
     def write(self, event: Event) -> None:
         """Pass all fields on, unless it has failed before."""
+        self._tell("train", event.model_dump())
+
+    def evaluated(self, result: HeldoutResult) -> None:
+        """Pass its numbers on."""
+        self._tell("eval", result.model_dump(exclude={"dump", "temperature"}, exclude_none=True))
+
+    def _tell(self, group: str, values: Values) -> None:
         with self._forgiven():
             if self._told is not None:
-                values = event.model_dump()
-                step = values.pop("step")
-                self._told[0]({f"train/{name}": value for name, value in values.items()}, step)
+                step = int(values.pop("step"))
+                self._told[0]({f"{group}/{name}": value for name, value in values.items()}, step)
 
     def close(self) -> None:
         """Close it, unless it has failed before."""
@@ -281,6 +331,11 @@ class Reporter:
         """Tell every sink."""
         for sink in self._sinks:
             sink.write(event)
+
+    def evaluated(self, result: HeldoutResult) -> None:
+        """Tell every sink of an evaluation."""
+        for sink in self._sinks:
+            sink.evaluated(result)
 
     def close(self) -> None:
         """Close every sink."""
@@ -331,6 +386,15 @@ def refuse_missing_trackers(report_to: Sequence[str]) -> None:
                 expected=f"train.report_to: {list(report_to)} to be usable",
                 fix=f"pip install 'llm-neo[{tracker}]', or take it out of train.report_to",
             )
+
+
+def _evaluated(result: HeldoutResult) -> str:
+    top1 = "" if result.top1_agreement is None else f"  top-1 {result.top1_agreement:.1%}"
+    least, most = result.acceptance_rate_min, result.acceptance_rate_max
+    return (
+        f"held-out samples after step {result.step}: kl {result.kl:.4f}  ce {result.ce:.4f}{top1}  "
+        f"acceptance {least:.1%} to {most:.1%}  ({result.supervised_tokens:,} tokens in {result.seconds:.1f} s)"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ Which samples come next needs no deciding: the order is a function of the step.
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from storage_schemas.common.errors import DataError, MismatchError, NothingToRes
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
 from student_train.data.order import Order
+from student_train.heldout import HeldoutResult, stops_early
 from student_train.metrics import EVENTS
 from student_train.model.student import Student
 from student_train.results.saved import read_record
@@ -61,14 +62,15 @@ def decide(world: World, run: TrainingRun) -> Start:
     if step < 0:
         return Start(run, None, None)
     checkpoint = world.together(lambda: open_checkpoint(run, step, verify=world.main))
-    if world.told(lambda: intact(run)) and (done := world.together(lambda: finished(run, step))):
+    state = checkpoint.state
+    if world.told(lambda: intact(run, state)) and (done := world.together(lambda: finished(run, state))):
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", run.train.output, done.steps)
         return Start(run, checkpoint, done)
-    changes = _extension(run, checkpoint.state)
+    changes = _extension(run, state)
     if changes and world.main:
         log.info("from step %d on under other settings: %s; until then: %s", step, changes.after, changes.before)
-    extended = checkpoint.state.extended + ((changes,) if changes else ())
+    extended = state.extended + ((changes,) if changes else ())
     return Start(replace(run, extended=extended), checkpoint, None)
 
 
@@ -204,18 +206,26 @@ def consumed_root(dump: Dump, order: Order, step: int) -> str:
     return digest.hexdigest()
 
 
-def finished(run: TrainingRun, step: int) -> Summary | None:
-    """The summary, if the run is done with that many steps."""
-    if step < run.steps or not (run.train.output / FINAL).is_dir():
+def over(run: TrainingRun, step: int, results: Sequence[HeldoutResult]) -> bool:
+    """Whether nothing is left to train after a step: it was the last one, or early stopping says so."""
+    patience = run.train.early_stopping_patience
+    return step >= run.steps or stops_early(run.comparable(results), run.train.metric_for_best_model, patience)
+
+
+def finished(run: TrainingRun, state: TrainState) -> Summary | None:
+    """The summary, if the run is done with that state."""
+    if not over(run, state.step, state.heldout) or not (run.train.output / FINAL).is_dir():
         return None
     summary = read_summary(run.train.output)
     # Of another number it is of the time before the run was extended.
-    return summary if summary and summary.steps == run.steps else None
+    if summary is None or (summary.steps, summary.planned_steps or summary.steps) != (state.step, run.steps):
+        return None
+    return summary if summary.final_step in (None, run.exported(state.step, state.heldout)) else None
 
 
-def intact(run: TrainingRun) -> bool:
+def intact(run: TrainingRun, state: TrainState) -> bool:
     """Whether `final/` of a finished run still is what was written; if not, a warning says what has changed."""
-    done, final = finished(run, run.steps), run.train.output / FINAL
+    done, final = finished(run, state), run.train.output / FINAL
     try:
         if done is None or (record := read_record(final)) is None:
             # Without a record it is from before there was one, or it was emptied.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from storage_schemas.common import faults
-from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, exit_code
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState, exactly
@@ -22,13 +22,14 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.stream import Follower, Stream
 from student_train.engine import Engine, load_weights
+from student_train.heldout import HeldoutResult, best
 from student_train.metrics import EVENTS, Meter, Reporter, open_reporter, read_events
 from student_train.model.student import Student, causal_of, load_student, refuse_long_rows, refuse_tokenizer
 from student_train.model.student_files import identity
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import model_card
-from student_train.resume import FILES, consumed_root, decide, finished, identity_of, refuse_other_student
+from student_train.resume import FILES, consumed_root, decide, finished, identity_of, over, refuse_other_student
 from student_train.schedule import learning_rate
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
@@ -58,6 +59,7 @@ def train(
     *,
     stop: Callable[[], bool] = lambda: False,
     stated: Mapping[str, Any] | None = None,
+    heldout: DumpSection | None = None,
 ) -> Summary:
     """Train a student. Collective.
 
@@ -70,6 +72,7 @@ def train(
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
+        heldout: where the targets of held-out samples lie, for `train.eval_steps`.
 
     Returns:
         The summary of the finished run, also if it was finished before.
@@ -83,7 +86,10 @@ def train(
     """
     early = partial(refuse_early, student, settings)
     await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop, early=early)
-    opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}))
+    if heldout is not None and settings.eval_steps:
+        seconds = settings.data_wait_seconds
+        await_dump(world, heldout, seconds=seconds, stop=stop, early=early, sealed=True)
+    opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
     world.together(lambda: weigh(opened) if world.main else None)
     run, checkpoint, done = decide(world, opened)
     if done is not None:
@@ -94,11 +100,11 @@ def train(
     engine = Engine(learner.module, settings, world)
     try:
         if checkpoint is None:
-            _save(world, run, learner, engine, 0)
+            _save(world, run, learner, engine, 0, ())
         elif updates := checkpoint.state.updates:
             kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
             world.together(lambda: engine.restore(kinds, updates=updates))
-        return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
+        return _Loop(world, run, learner, engine, start=checkpoint.state if checkpoint else None, stop=stop).run()
     finally:
         engine.close()
 
@@ -134,7 +140,9 @@ def _refuse_changed_student(run: TrainingRun, learner: Student) -> None:
         )
 
 
-def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step: int) -> None:
+def _save(
+    world: World, run: TrainingRun, learner: Student, engine: Engine, step: int, results: Sequence[HeldoutResult]
+) -> None:
     """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
     exported = engine.export() if step else iter(())
 
@@ -148,9 +156,11 @@ def _save(world: World, run: TrainingRun, learner: Student, engine: Engine, step
                 consumed=consumed_root(run.dump, run.order, step),
                 identity=identity_of(run) | {FILES: learner.files},
                 extended=run.extended,
+                heldout=tuple(results),
             )
             initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
-            run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
+            keep, best = run.train.save_total_limit, run.exported(step, results)
+            run.checkpoints.save(state, chain(exported, initial), keep=keep, best=best)
         finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
             for _ in exported:
                 pass
@@ -187,12 +197,16 @@ class _Loop:
         learner: Student,
         engine: Engine,
         *,
-        start: int | None,
+        start: TrainState | None,
         stop: Callable[[], bool],
     ) -> None:
         self._world, self._run, self._learner, self._engine, self._stop = world, run, learner, engine, stop
-        self._resumed, self._start = start, start or 0
-        self._saved = self._start
+        self._resumed: int | None
+        self._resumed, self._start = (start.step, start.step) if start else (None, 0)
+        self._results = list(start.heldout) if start else []
+        self._done = self._saved = self._start
+        self._given_up = False
+        """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
         self._follower = Follower(run.dump, run.order)
         self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.order.steps_per_epoch)
         self._trouble: BaseException | None = None
@@ -208,19 +222,23 @@ class _Loop:
         gc.collect()
         gc.freeze()
         try:
-            for step in range(self._start, run.steps):
-                batches, votes = self._next(stream, step)
+            if self._evaluate(reporter) and self._done:  # Its checkpoint was written before the evaluation was done.
+                world.together(lambda: run.checkpoints.amend(self._done, self._results) if world.main else None)
+            while self._given_up or not over(run, self._done, self._results):
+                batches, votes = self._next(stream, self._done)
                 if batches is None:
-                    self._leave(votes, step, reporter)
+                    self._leave(votes, reporter)
                     break
-                self._train(batches, votes, step)
-                done = step + 1
-                save = done % run.train.save_steps == 0 or done == run.steps
-                if save or done % run.train.logging_steps == 0:
-                    self._report(reporter, done)
+                self._train(batches, votes, self._done)
+                self._done += 1
+                evaluated = self._evaluate(reporter)
+                save = self._done % run.train.save_steps == 0 or over(run, self._done, self._results)
+                if evaluated and run.train.load_best_model_at_end:
+                    save |= run.exported(self._done, self._results) == self._done
+                if save or self._done % run.train.logging_steps == 0:
+                    self._report(reporter)
                 if save:
-                    _save(world, run, self._learner, self._engine, done)
-                    self._saved = done
+                    self._save()
         finally:
             gc.unfreeze()
             stream.close()
@@ -293,12 +311,50 @@ class _Loop:
             if all(vote.ready for vote in votes):
                 return batches, votes
 
-    def _leave(self, votes: Sequence[_Vote], step: int, reporter: Reporter | None) -> None:
+    def _evaluate(self, reporter: Reporter | None) -> bool:
+        """Evaluate on the held-out samples, if it is due; whether it was done. Collective.
+
+        What speaks against it makes the ranks leave before the next step, with what was trained.
+        """
+        run, step, heldout = self._run, self._done, self._run.heldout
+        if heldout is None or run.train.eval_steps is None or (step % run.train.eval_steps and step < run.steps):
+            return False
+        if any(result.step == step for result in run.comparable(self._results)):
+            return False  # By the start before this one.
+        self._report(reporter)
+        self._given_up = True
+        try:
+            result = heldout.evaluate(
+                self._world,
+                partial(self._engine.evaluate, temperature=heldout.temperature),
+                step=step,
+                vocab_size=self._learner.module.head.spec.valid_vocab,
+                stop=self._stop,
+            )
+            if result is None:
+                return False
+            self._given_up = False
+            self._results.append(result)
+            self._meter.pause(result.seconds)
+            if reporter is not None:
+                reporter.evaluated(result)
+        except PeerError:
+            pass
+        except Exception as caught:
+            self._trouble = caught
+        return not self._given_up
+
+    def _save(self) -> None:
+        """Write a checkpoint of what is trained by now. Collective."""
+        _save(self._world, self._run, self._learner, self._engine, self._done, self._results)
+        self._saved = self._done
+
+    def _leave(self, votes: Sequence[_Vote], reporter: Reporter | None) -> None:
         """Keep what was trained, and raise. Collective."""
-        codes, error = [vote.code for vote in votes], self._trouble
+        codes, error, step = [vote.code for vote in votes], self._trouble, self._done
         if step > self._saved and Exit.BUG not in codes:
-            self._report(reporter, step)
-            _save(self._world, self._run, self._learner, self._engine, step)
+            self._report(reporter)
+            self._save()
         self._world.leave_together(codes, error)
         if not self._world.main:
             raise PeerError(0, Exit.TEMPORARY)
@@ -318,12 +374,12 @@ class _Loop:
                 fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
             )
 
-    def _report(self, reporter: Reporter | None, done: int) -> None:
+    def _report(self, reporter: Reporter | None) -> None:
         """Log the steps since the last event, if any. An error is told to the others before the next step."""
         if reporter is None or self._meter.empty:
             return
         try:
-            reporter.write(self._meter.event(done, learning_rate=self._rate, grad_norm=self._grad_norm))
+            reporter.write(self._meter.event(self._done, learning_rate=self._rate, grad_norm=self._grad_norm))
         except Exception as caught:
             self._trouble = caught
 
@@ -384,7 +440,7 @@ class _Loop:
             if not world.main:
                 return None
             _refuse_changed_student(run, self._learner)
-            checkpoint, summary = run.checkpoints.at(run.steps), self._summary(int(peak))
+            checkpoint, summary = self._exported(), self._summary(int(peak))
             events, final = read_events(run.train.output / EVENTS), run.train.output / FINAL
             record = write_final(
                 final,
@@ -402,19 +458,33 @@ class _Loop:
             return summary
 
         world.together(write)
-        done = world.together(lambda: finished(run, run.steps))
+        done = world.together(lambda: finished(run, run.checkpoints.at(self._done).state))
         assert done is not None
         return done
+
+    def _exported(self) -> Checkpoint:
+        """The checkpoint whose weights are left in `final/`."""
+        run, step = self._run, self._run.exported(self._done, self._results)
+        if step not in run.checkpoints.steps():
+            raise MismatchError(
+                f"the checkpoint of the best evaluation, that of step {step}, is not there",
+                got=f"checkpoints of the steps {', '.join(map(str, run.checkpoints.steps()))}",
+                expected="train.load_best_model_at_end: true from the start of training",
+                fix="unset it to have the last step in `final/`, or train in a new train.output",
+            )
+        return run.checkpoints.at(step)
 
     def _summary(self, peak: int) -> Summary:
         run = self._run
         events = read_events(run.train.output / EVENTS)
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
+        found = best(run.comparable(self._results), run.train.metric_for_best_model)
         return Summary(
             arm=run.train.arm,
-            steps=run.steps,
-            epochs=run.steps / run.order.steps_per_epoch,
+            steps=self._done,
+            planned_steps=run.steps,
+            epochs=self._done / run.order.steps_per_epoch,
             loss=events[-1].loss,
             ce=events[-1].ce,
             kl=events[-1].kl,
@@ -430,6 +500,10 @@ class _Loop:
             student=run.student.model,
             final=str(run.train.output / FINAL),
             extended=run.extended,
+            heldout=tuple(self._results),
+            best_step=found.step if found else None,
+            final_step=run.exported(self._done, self._results),
+            heldout_seconds=self._meter.paused,
         )
 
 

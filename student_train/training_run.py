@@ -12,12 +12,13 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import RUN
+from storage_schemas.records import RUN, SEAL
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.order import Order
+from student_train.heldout import Heldout, HeldoutResult, best
 from student_train.metrics import refuse_missing_trackers
 from student_train.model.losses import refuse_biased
 from student_train.model.student import refuse_unloadable
@@ -43,8 +44,20 @@ class TrainingRun:
     student: StudentSection
     loss: LossSection
     train: TrainSection
+    heldout: Heldout | None = None
+    """What it is evaluated on meanwhile."""
     extended: tuple[Extension, ...] = ()
     """Where it went on under other settings."""
+
+    def comparable(self, results: Sequence[HeldoutResult]) -> list[HeldoutResult]:
+        """Those on the same held-out samples at the same temperature as now."""
+        here = self.heldout
+        return [r for r in results if here and (r.dump, r.temperature) == (here.dump.fingerprint, here.temperature)]
+
+    def exported(self, step: int, results: Sequence[HeldoutResult]) -> int:
+        """The step whose weights go into `final/` if the run ends after `step` with these results."""
+        found = best(self.comparable(results), self.train.metric_for_best_model)
+        return found.step if found and self.train.load_best_model_at_end else step
 
 
 def refuse_early(student: StudentSection, train: TrainSection) -> None:
@@ -55,9 +68,15 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
 
 
 def await_dump(
-    world: World, section: DumpSection, *, seconds: float, stop: Callable[[], bool], early: Callable[[], None]
+    world: World,
+    section: DumpSection,
+    *,
+    seconds: float,
+    stop: Callable[[], bool],
+    early: Callable[[], None],
+    sealed: bool = False,
 ) -> None:
-    """Wait until stage one has begun, if there is nothing to refuse before. Collective.
+    """Wait until stage one has begun, or ended, if there is nothing to refuse before. Collective.
 
     Args:
         world: all ranks.
@@ -65,24 +84,26 @@ def await_dump(
         seconds: how long.
         stop: asked again and again.
         early: called once if there is something to wait for; raises what waiting would not mend.
+        sealed: wait until the dump is complete.
 
     Raises:
-        TemporaryError: there is no dump after so many seconds, or a stop is asked for.
+        TemporaryError: it is not there after so many seconds, or a stop is asked for.
         MismatchError: there cannot be one: no such bucket, or no access.
     """
+    wanted, what, setting = (SEAL, "complete held-out dump", "heldout.url") if sealed else (RUN, "dump", "dump.url")
     store = world.together(lambda: Store(section.url, options=section.storage_options))
     began, told, stopping = time.monotonic(), False, False
     while True:
         found, error = False, None
         try:
-            found = world.main and store.get_if_present(RUN) is not None
+            found = world.main and store.get_if_present(wanted) is not None
             waited = time.monotonic() - began
             if world.main and not found and (waited > seconds or stopping):
                 raise TemporaryError(
-                    f"there is no dump at {section.url}",
-                    got=f"no {RUN} after {waited:.0f} s",
-                    expected="a dump that `llm-neo dump` has begun",
-                    fix="start stage one or correct dump.url, then run the same command again; "
+                    f"there is no {what} at {section.url}",
+                    got=f"no {wanted} after {waited:.0f} s",
+                    expected=f"a dump that `llm-neo dump` has {'completed' if sealed else 'begun'}",
+                    fix=f"start stage one or correct {setting}, then run the same command again; "
                     "train.data_wait_seconds says how long to wait",
                 )
         except Exception as caught:
@@ -95,7 +116,7 @@ def await_dump(
         if not told:
             world.together(lambda: early() if world.main else None)
         if world.main and not told:
-            log.info("there is no dump at %s yet; waiting for stage one, %.0f s at most", section.url, seconds)
+            log.info("there is no %s at %s yet; waiting for stage one, %.0f s at most", what, section.url, seconds)
         told = True
         time.sleep(min(LOOK_SECONDS, seconds))
 
@@ -159,8 +180,9 @@ def open_run(
     loss: LossSection,
     train: TrainSection,
     stated: Mapping[str, Any],
+    heldout: DumpSection | None,
 ) -> TrainingRun:
-    """Open the dump and refuse what it cannot serve."""
+    """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
     cache = train.cache_dir or train.output / "cache"
     dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
@@ -187,7 +209,34 @@ def open_run(
         student=student,
         loss=loss,
         train=train,
+        heldout=_open_heldout(heldout, dump, loss, train) if heldout and train.eval_steps else None,
     )
+
+
+def _open_heldout(section: DumpSection, dump: Dump, loss: LossSection, train: TrainSection) -> Heldout:
+    """The held-out dump, which is of the same tokenizer and not the dump that is trained on."""
+    cache = train.cache_dir or train.output / "cache"
+    found = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
+    if found.fingerprint == dump.fingerprint:
+        raise MismatchError(
+            "the held-out dump is of the very samples that are trained on",
+            got=f"fingerprint {found.fingerprint} at {section.url} and at {dump.store.url}",
+            expected="a dump of other samples",
+            fix="correct heldout.url, or heldout.sources and dump again",
+        )
+    if found.provenance.tokenizer != dump.provenance.tokenizer:
+        raise MismatchError(
+            "the held-out dump was made with another tokenizer than the dump",
+            got=found.provenance.tokenizer,
+            expected=dump.provenance.tokenizer,
+            fix="correct heldout.url, or dump the held-out samples with the same teacher",
+        )
+    found.seal()  # Asked first: its records then come from its manifest, not one by one.
+    # The arms without a divergence have no temperature of their own.
+    temperature = loss.temperature
+    if not train.distils:
+        temperature = min(found.provenance.temperatures, key=lambda stored: stored != 1.0)
+    return Heldout(found, temperature=temperature, micro_batch_size=train.micro_batch_size)
 
 
 def stored_rows(run: TrainingRun) -> list[Row]:

@@ -58,7 +58,7 @@ class Head(nn.Module):
             self._frozen = (weight, bias)
 
     def forward(self, hidden: Tensor, batch: TrainBatch | None) -> tuple[Tensor, Tensor]:
-        """Loss sum, and (loss, CE, divergence, agreement) sums; without a batch, logits twice."""
+        """Loss sum, and the sums of `HeadLoss`; without a batch, logits twice."""
         weight, bias = (self.weight, self.bias) if self.trained else self._frozen
         whole = nullcontext() if self.trained else self.gather([p for p in (weight, bias) if p is not None])
         with whole:
@@ -92,8 +92,8 @@ class Distilled(nn.Module):
         self._causal = [causal_of(student)]
         self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
 
-    def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "4"]]:
-        """Sums over the micro-batch: the loss to differentiate, and (loss, CE, divergence, agreement) as float64."""
+    def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
+        """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64."""
         hidden = self._hidden(batch.input_ids, batch.position_ids)
         return self.head(batch.select(hidden), batch)  # type: ignore[no-any-return]
 

@@ -12,7 +12,7 @@ from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.data.batch import collate
-from student_train.model.head import HeadSpec
+from student_train.model.head import SUMS, HeadSpec
 from student_train.model.losses import LossSpec
 from student_train.model.student import (
     Distilled,
@@ -35,6 +35,11 @@ class EvalResult(FrozenModel):
     """Cross-entropy of the tokens themselves, nats, at temperature 1."""
     top1_agreement: float | None
     """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    acceptance_rate_min: float
+    """sum min(p, q), what speculative sampling at the temperature would keep of the student's drafts: the least it can
+    be given what is stored, see `losses.overlap`."""
+    acceptance_rate_max: float
+    """And the most."""
     supervised_tokens: int
     """Tokens that were evaluated."""
     samples: int
@@ -96,7 +101,7 @@ def evaluate(
     refuse_unknown_head(module)
     module.to(where)
 
-    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    sums, tokens = torch.zeros(SUMS, dtype=torch.float64), 0
     for done, batches in _batches(dump, total, batch_tokens):
         for batch_rows in batches:
             batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
@@ -112,12 +117,14 @@ def evaluate(
             expected="at least one sample with the status `ok`",
             fix="let stage one finish, or raise the limit",
         )
-    _, ce, divergence, agreement = (sums / tokens).tolist()
+    _, ce, divergence, agreement, least, most = (sums / tokens).tolist()
     exact_head = dump.provenance.estimator.kind != "sampled"
     return EvalResult(
         kl_mean=divergence,
         ce=ce,
         top1_agreement=agreement if exact_head else None,
+        acceptance_rate_min=least,
+        acceptance_rate_max=most,
         supervised_tokens=tokens,
         samples=samples,
         dump_samples=dump.provenance.corpus.samples,
