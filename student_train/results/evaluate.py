@@ -88,9 +88,8 @@ def evaluate(
             expected="all of them",
             fix="let stage one finish, or give --partial (in Python `partial=True`) to evaluate on what there is",
         )
-    where = _device(device)
-    source, revision = source_of(model, base)
-    student = _load(model, source, revision, device=where)
+    where = device_named(device)
+    student, source, revision = load_ready(model, base, device=where)
     refuse_long_rows(student, dump.provenance.corpus.max_length)
     causal = causal_of(student)
     rows = causal.get_output_embeddings().weight.shape[0]
@@ -131,14 +130,25 @@ def evaluate(
     )
 
 
-def _load(model: str | Path, source: str, revision: str | None, *, device: torch.device) -> Any:
-    """A model, or an adapter on its base, ready to be run on a device: in fp32 on a CPU, else as it is stored."""
-    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-    base = load_model(source, revision, dtype=dtype)
-    return load_adapter(base, Path(model)) if is_adapter(model) else base.eval()
+def load_ready(model: str | Path, base: Path | None, *, device: torch.device) -> tuple[Any, str, str | None]:
+    """A model, or an adapter on its base, to be run on a device: in fp32 on a CPU, else as it is stored.
+
+    Args:
+        model: directory or hub id of a model, or directory of a peft adapter.
+        base: where an adapter's base model lies, if not where the adapter says.
+        device: where it shall run; it is not moved there.
+
+    Returns:
+        It, and name and revision of the model itself.
+    """
+    source, revision = source_of(model, base)
+    loaded: Any = load_model(source, revision, dtype=torch.float32 if device.type == "cpu" else "auto")
+    ready = load_adapter(loaded, Path(model)) if is_adapter(model) else loaded.eval()
+    return ready, source, revision
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """A device by its name; `auto` is a GPU, if there is one. Raises MismatchError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
