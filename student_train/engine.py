@@ -99,11 +99,11 @@ class Engine:
         """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
         self._trained = module.trained()
         adam = (torch.optim.AdamW if train.zero_stage else _ClippedAdamW)(
-            [p for _, p in self._trained],
+            parameter_groups(self._trained, weight_decay=train.weight_decay, ratio=train.loraplus_lr_ratio or 1.0),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
-            weight_decay=train.weight_decay,
+            fused=True,
         )
         if isinstance(adam, _ClippedAdamW):
             config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm
@@ -133,7 +133,7 @@ class Engine:
             return StepResult(0, 0, 0, 0)
         loss, ce, divergence, *_ = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_ratio"]
         finite = all(map(math.isfinite, (loss, ce, divergence)))
         if not finite:
             # DeepSpeed drops what it has accumulated if a gradient is not finite; this one is not, for sure.
@@ -142,6 +142,8 @@ class Engine:
         if not self._engine.was_step_applied():
             raise _not_finite("gradient" if finite else "loss")
         assert finite
+        if not self.updates:
+            self._link_moments()
         self.updates += 1
         return StepResult(loss, ce, divergence, float(self._engine.get_global_grad_norm()))
 
@@ -260,11 +262,17 @@ class Engine:
         flats = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
         for flat in flats or [p for group in inner.param_groups for p in group["params"]]:
             inner.state[flat] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=flat.device),
                 EXP_AVG: torch.zeros_like(flat, dtype=torch.float32),
                 EXP_AVG_SQ: torch.zeros_like(flat, dtype=torch.float32),
             }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let ZeRO-1 and 2 find the moments of each parameter: DeepSpeed looks for them when the first group has been
+        updated for the first time, and then the others have none yet."""
         if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -290,6 +298,23 @@ class _ClippedAdamW(torch.optim.AdamW):
         if self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         super().step(closure)
+
+
+def parameter_groups(
+    named: Sequence[tuple[str, nn.Parameter]], *, weight_decay: float, ratio: float
+) -> list[dict[str, Any]]:
+    """Parameters by what AdamW does with them: one group for each pair of decay and learning rate that there is.
+
+    Args:
+        named: trained parameters.
+        weight_decay: of matrices; vectors, that is norms, biases and DoRA's magnitudes, have none.
+        ratio: learning rate of an adapter's matrices B over that of all else (LoRA+, arXiv 2402.12354).
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((decay, ratio if "lora_B" in name else 1.0), []).append(parameter)
+    return [{"params": group, "weight_decay": decay, "lr_ratio": times} for (decay, times), group in groups.items()]
 
 
 def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -13,6 +13,7 @@ from storage_schemas.canonical import differences
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
+from student_train.config import TrainSection
 from student_train.data.order import Order
 from student_train.heldout import HeldoutResult, stops_early
 from student_train.metrics import EVENTS
@@ -30,6 +31,8 @@ DECISIVE = (
 )  # fmt: skip
 """Of the section `train`, what decides the result: all but world size, ZeRO stage, micro-batches, and where and when
 things happen."""
+LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha")
+"""The same, but left out where they have their default, since checkpoints of before do not know them."""
 FIXED = {
     f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
 }
@@ -77,6 +80,8 @@ def decide(world: World, run: TrainingRun) -> Start:
 def identity_of(run: TrainingRun) -> dict[str, Any]:
     """What decides the result of a run: dotted name -> value."""
     found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in DECISIVE}
+    defaults = {name: TrainSection.model_fields[name].get_default() for name in LATER}
+    found |= {f"train.{n}": value for n in LATER if (value := getattr(run.train, n)) != defaults[n]}
     if run.train.lora:
         lora = run.student.lora.model_dump(mode="json") | {"alpha": run.student.lora.scaled_by}
         found |= {f"student.lora.{name}": value for name, value in lora.items()}

@@ -30,7 +30,7 @@ from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import model_card
 from student_train.resume import FILES, consumed_root, decide, finished, identity_of, over, refuse_other_student
-from student_train.schedule import learning_rate
+from student_train.schedule import learning_rate, warmup_of
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
@@ -252,9 +252,10 @@ class _Loop:
         self._rate = learning_rate(
             step,
             total_steps=self._run.steps,
-            warmup_ratio=train.warmup_ratio,
+            warmup_steps=warmup_of(self._run.steps, ratio=train.warmup_ratio, steps=train.warmup_steps),
             kind=train.lr_scheduler_type,
             peak=train.learning_rate,
+            arguments=train.lr_scheduler_kwargs,
         )
         # Dropout must not depend on what was drawn before the last start.
         torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -167,11 +168,26 @@ def load_student(
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
+    if train.neftune_noise_alpha is not None:
+        add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
     module = Distilled(model, loss=loss_spec(loss, train), head=head)
     refuse_unknown_head(module)
     if train.packing:
         refuse_mixed_samples(module)
     return Student(module=module, digest=digest, initial=start)
+
+
+def add_noise(embeddings: nn.Module, alpha: float) -> None:
+    """Uniform noise on (batch, seq, hidden) embeddings while training, of alpha / sqrt(seq * hidden) at most (NEFTune,
+    arXiv 2310.05914, algorithm 1)."""
+
+    def noisy(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        most = alpha / math.sqrt(output.shape[1] * output.shape[2])
+        return output + torch.empty_like(output).uniform_(-most, most)
+
+    embeddings.register_forward_hook(noisy)
 
 
 def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:
