@@ -231,6 +231,34 @@ def evaluate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a peft adapter, such as runs/a/final.")],
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Another one, such as the teacher, that answers the same. Repeatable."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the conversation.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this alone; default: each line of standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply, at most.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Temperature of sampling; 0: always the most likely token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    base: Base = None,
+) -> None:
+    """Talk with a model: with its own chat template, to an end where it has learned to stop."""
+    from pipeline.views.chat import converse
+    from student_train.results.chat import Chat
+
+    models = [(model, Chat(model, base=base, device=device))]
+    models += [(name, Chat(name, device=device)) for name in beside or ()]
+    converse(models, system=system, once=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+@app.command()
 def merge(
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="Directory of a peft adapter, such as runs/a/final.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.credentials import secrets_in
@@ -36,8 +36,8 @@ class HeldoutSection(FrozenModel):
 
     url: str
     """Where the held-out dump lies."""
-    sources: list[SourceSection] = Field(min_length=1)
-    """Read in order and concatenated, like those of `corpus`, whose mask and lengths apply."""
+    sources: list[SourceSection] = []
+    """Read in order and concatenated, like those of `corpus`, whose mask and lengths apply. Stage one only."""
 
 
 class Config(FrozenModel):
@@ -54,7 +54,7 @@ class Config(FrozenModel):
     corpus: CorpusSection | None = None
     """What is distilled on. Stage one only."""
     heldout: HeldoutSection | None = None
-    """What the student is evaluated on, before and after."""
+    """What the student is evaluated on: before and after by `llm-neo run`, meanwhile by `train.eval_steps`."""
     student: StudentSection | None = None
     """The model that is trained. Stage two only."""
     loss: LossSection = LossSection()
@@ -78,9 +78,10 @@ class Config(FrozenModel):
         """The same configuration with the held-out samples in place of the training corpus.
 
         Raises:
-            MismatchError: no `heldout`, or no `corpus` whose mask and lengths would apply.
+            MismatchError: no `heldout` with sources, or no `corpus` whose mask and lengths would apply.
         """
         heldout, corpus = need(self.heldout, "heldout", command), need(self.corpus, "corpus", command)
+        need(heldout.sources or None, "heldout.sources", command)
         return self.model_copy(
             update={
                 "dump": self.dump.model_copy(update={"url": heldout.url}),
@@ -104,6 +105,8 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
+    if config.train is not None and config.train.eval_steps and config.heldout is None:
+        yield "train.eval_steps", "needs held-out samples: name their dump, heldout.url", config.train.eval_steps
     if retempered(estimator, *config.temperatures):
         problem = f"must be [1.0] with estimator.kind {estimator.kind}: draws cannot be re-tempered"
         yield "temperatures", problem, list(config.temperatures)

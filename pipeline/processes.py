@@ -201,6 +201,8 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     for file in all_left if nodes.node_rank == 0 else [folder / f"rank-{rank}" for rank in mine]:
         file.unlink(missing_ok=True)
     sections: dict[str, Any] = {"dump": config.dump, "student": student, "loss": config.loss, "train": train}
+    if config.heldout is not None and train.eval_steps:
+        sections["heldout"] = config.dump.model_copy(update={"url": config.heldout.url})
     given = {name: section.model_dump(mode="json") for name, section in sections.items()} | {"stated": stated(config)}
     with tempfile.TemporaryDirectory() as scratch:
         resolved = Path(scratch) / "resolved.json"

@@ -26,9 +26,8 @@ from pydantic import ValidationError
 
 from storage_schemas.common.errors import TemporaryError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import RUN, CommitRecord, parse_record, record_key, totals, unit_of_record
+from storage_schemas.records import RUN, CommitRecord, totals, unit_of_record
 from storage_schemas.stores.requests import object_store
 from storage_schemas.stores.store import Store
 from student_train.metrics import EVENTS, Event
@@ -213,19 +212,15 @@ class _DumpWatcher:
         whole |= {"units_done": len(dated), "samples_done": samples}
         if not dated:
             return DumpStatus(**whole)
-        whole |= self._sums(dated, samples, provenance)
+        whole |= self._sums(dump, dated, samples)
         times = np.sort(np.fromiter(dated.values(), float, len(dated)))
         return DumpStatus(**whole, **self._speed(times, provenance.units, whole["tokens"] / len(dated)))
 
-    def _sums(self, dated: Mapping[int, float], samples: int, provenance: Provenance) -> dict[str, Any]:
+    def _sums(self, dump: Dump, dated: Mapping[int, float], samples: int) -> dict[str, Any]:
         """Tokens and bytes of the committed units, from the records of some, which change little from look to look."""
         chosen = nsmallest(READ_RECORDS, dated, key=lambda unit: zlib.crc32(b"%d" % unit))
-        new = {record_key(unit): unit for unit in chosen if unit not in self._records}
-
-        def parse(key: str, data: bytes) -> CommitRecord:
-            return parse_record(data, new[key], provenance, url=self._store.url)
-
-        self._records |= {record.unit: record for record in self._store.parsed_many(list(new), parse)}
+        new = [unit for unit in chosen if unit not in self._records]
+        self._records |= {record.unit: record for record in dump.stored_records(new)}
         read = {unit: self._records[unit] for unit in chosen}
         sums = totals(read)
         rows, whole = sums.pop("rows"), len(read) == len(dated)

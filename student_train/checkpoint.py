@@ -25,7 +25,9 @@ from torch import Tensor
 from storage_schemas.canonical import canonical_json, digest, parse_json, refuse_other_version, validated, with_checksum
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.publish import publish
 from storage_schemas.stores.store import Store
+from student_train.heldout import HeldoutResult
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ _OTHER_VERSION = "resume with the version of llm-neo that wrote it, or choose an
 _RESTORE = "nothing, if an earlier checkpoint is complete; else restore the file"
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 """Kinds of tensors: fp32 weights, and Adam's first and second moments. A tensor's key is `kind/parameter name`."""
+COMMIT = "COMMIT.json"
 INITIAL = "initial"
 """Kind of the tensors that the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
 FILE_BYTES = 1 << 30
@@ -68,6 +71,8 @@ class TrainState(FrozenModel):
     """What must be equal for a resumed run to be the same run: dotted name -> value."""
     extended: tuple[Extension, ...] = ()
     """Where the run went on under other settings."""
+    heldout: tuple[HeldoutResult, ...] = ()
+    """All evaluations up to this step, oldest first."""
 
 
 class FileRecord(FrozenModel):
@@ -99,12 +104,12 @@ class Checkpoint:
             MismatchError: written by another version of this format.
         """
         self._store, self.step = store, step
-        name = f"{store.url}/{_folder(step)}/COMMIT.json"
-        content = parse_json(store.get(f"{_folder(step)}/COMMIT.json"), name=name)
+        name = f"{store.url}/{_folder(step)}/{COMMIT}"
+        content = parse_json(store.get(f"{_folder(step)}/{COMMIT}"), name=name)
         refuse_other_version(content, name=name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
-        self._commit = validated(Commit, without_checksum(content, name=name, fix=_RESTORE), name=name)
-        record = next((record for record in self._commit.files if record.kind == "state"), None)
-        if record is None or self._commit.step != step:
+        self.commit = validated(Commit, without_checksum(content, name=name, fix=_RESTORE), name=name)
+        record = next((record for record in self.commit.files if record.kind == "state"), None)
+        if record is None or self.commit.step != step:
             raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
         state = parse_json(self._read(record), name=record.name)
         refuse_other_version(state, name=record.name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
@@ -116,7 +121,7 @@ class Checkpoint:
         Raises:
             DataError: a file is torn, tampered with or missing.
         """
-        for record in self._commit.files:
+        for record in self.commit.files:
             if record.kind in kinds:
                 try:
                     loaded = safetensors.torch.load(self._read(record))
@@ -126,7 +131,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Read every file. Raises DataError."""
-        for record in self._commit.files:
+        for record in self.commit.files:
             self._read(record)
 
     def _read(self, record: FileRecord) -> bytes:
@@ -176,13 +181,16 @@ class Checkpoints:
         """The checkpoint of a step. Raises DataError if it is not complete."""
         return Checkpoint(self._store, step)
 
-    def save(self, state: TrainState, tensors: Iterable[tuple[str, Tensor]], *, keep: int) -> None:
+    def save(
+        self, state: TrainState, tensors: Iterable[tuple[str, Tensor]], *, keep: int, best: int | None = None
+    ) -> None:
         """Write a checkpoint, read it back, and only then remove older ones.
 
         Args:
             state: step and identity.
             tensors: (`kind/name`, tensor), grouped by kind.
             keep: how many complete checkpoints stay. The record of the start of training goes with the first other.
+            best: a step whose checkpoint stays beside these.
 
         Raises:
             TemporaryError: the disk is full or away; what is committed stays.
@@ -194,13 +202,26 @@ class Checkpoints:
         for kind, number, part in _files(tensors):
             name = f"{attempt}-{kind}-{number:03d}.safetensors"
             files.append(self._put(state.step, name, kind, safetensors.torch.save(part)))
-        commit = Commit(step=state.step, files=tuple(files)).model_dump(mode="json")
-        self._store.put_new(f"{_folder(state.step)}/COMMIT.json", canonical_json(with_checksum(commit)))
+        self._store.put_new(f"{_folder(state.step)}/{COMMIT}", _sealed(Commit(step=state.step, files=tuple(files))))
         self.at(state.step).verify()
-        older = [step for step in self.steps() if step < state.step]
+        older = [step for step in self.steps() if step < state.step and step != best]
         for step in older:
             if step == 0 or step in older[: max(0, len(older) + 1 - keep)]:
                 self._remove(step)
+
+    def amend(self, step: int, results: Sequence[HeldoutResult]) -> None:
+        """Put later evaluations into a complete checkpoint; killed meanwhile, it stays as it was.
+
+        Raises:
+            TemporaryError: the disk is full or away.
+            DataError: the checkpoint is damaged.
+        """
+        found = self.at(step)
+        state = found.state.model_copy(update={"heldout": tuple(results)})
+        name = f"{uuid.uuid4().hex[:8]}-state.json"
+        record = self._put(step, name, "state", canonical_json(state.model_dump(mode="json")))
+        files = tuple(record if file.kind == "state" else file for file in found.commit.files)
+        publish(self.folder / _folder(step) / COMMIT, _sealed(Commit(step=step, files=files)))
 
     def _put(self, step: int, name: str, kind: str, data: bytes) -> FileRecord:
         self._store.put_new(f"{_folder(step)}/{name}", data)
@@ -213,7 +234,7 @@ class Checkpoints:
             folder.unlink()
         if not folder.is_dir():
             return
-        self._store.delete(f"{_folder(step)}/COMMIT.json")
+        self._store.delete(f"{_folder(step)}/{COMMIT}")
         for file in folder.iterdir():
             if file.is_symlink() or not file.is_dir():
                 file.unlink()
@@ -258,6 +279,11 @@ def without_checksum(content: Mapping[str, Any], *, name: str, fix: str) -> dict
             fix=fix,
         )
     return rest
+
+
+def _sealed(commit: Commit) -> bytes:
+    """COMMIT.json's content."""
+    return canonical_json(with_checksum(commit.model_dump(mode="json")))
 
 
 def _folder(step: int) -> str:

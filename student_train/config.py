@@ -9,6 +9,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import LocalFolder
 
+Metric = Literal["kl", "ce"]
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "cosine_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
 
 
@@ -118,12 +123,22 @@ class TrainSection(FrozenModel):
     """Passes over the dump."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps; the schedule then ends there. Null: what `epochs` gives."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Shape after the warm-up, by its name in transformers; `constant` has the warm-up, too."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """More arguments of that schedule, such as `{min_lr_rate: 0.1}` of `cosine_with_min_lr` and `{num_decay_steps: 9}`
+    of `warmup_stable_decay`."""
     warmup_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    """Share of the steps with a linearly rising learning rate."""
+    """Share of the steps with a rising learning rate."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The number of these steps, in place of `warmup_ratio`."""
     weight_decay: float = Field(0.0, ge=0.0)
-    """AdamW's decoupled decay."""
+    """AdamW's decoupled decay, of matrices: norms, biases and DoRA's magnitudes have none."""
+    loraplus_lr_ratio: float | None = Field(None, gt=0.0)
+    """LoRA+ (arXiv 2402.12354): the learning rate of the matrices B is this many times `learning_rate`. Null: 1."""
+    neftune_noise_alpha: float | None = Field(None, gt=0.0)
+    """NEFTune (arXiv 2310.05914): uniform noise on the input embeddings while training, of this over the square root of
+    a row's tokens times the hidden size. Like dropout, it differs between numbers of ranks. Null: none."""
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
     """AdamW's beta1."""
     adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
@@ -142,6 +157,16 @@ class TrainSection(FrozenModel):
     """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
     logging_steps: int = Field(1, ge=1)
     """Steps between two records in events.jsonl."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between two evaluations on the held-out dump, `heldout.url`, without the teacher and on all ranks; one more
+    before the first and one after the last step. Null: none."""
+    metric_for_best_model: Metric = "kl"
+    """What the best evaluation has least of, and early stopping watches: the forward KL or the cross-entropy."""
+    load_best_model_at_end: bool = False
+    """Leave in `final/` what the best evaluation has seen, and not the last step: each new best is followed by a
+    checkpoint, which is kept beside the newest."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """End after this many evaluations in a row without a new best. Null: never."""
     save_steps: int = Field(100, ge=1)
     """Steps between two checkpoints."""
     save_total_limit: int = Field(2, ge=1)
@@ -157,6 +182,12 @@ class TrainSection(FrozenModel):
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers beside events.jsonl."""
+    run_name: str | None = None
+    """What Weights & Biases calls the run. Null: the name of the run directory."""
+    project: str | None = None
+    """Its project there. Null: what WANDB_PROJECT says."""
+    tags: list[str] = []
+    """Its tags there."""
     deepspeed: Annotated[dict[str, Any], BeforeValidator(_deepspeed_settings)] = {}
     """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
@@ -182,4 +213,9 @@ class TrainSection(FrozenModel):
     def _supported(self) -> "TrainSection":
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("zero_stage 0 with bf16 has no fp32 master weights that can be saved; use stage 1, 2 or 3")
+        watching = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, name)]
+        if watching and self.eval_steps is None:
+            raise ValueError(f"{watching[0]} needs evaluations: set eval_steps")
+        if self.loraplus_lr_ratio is not None and not self.lora:
+            raise ValueError(f"loraplus_lr_ratio is for the arms lora and neo; the arm {self.arm} has no adapter")
         return self

@@ -37,8 +37,9 @@ from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.exits import Exit
 from student_train import world as worlds
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
-from student_train.config import TrainSection
+from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
+from student_train.model.head import SUMS
 from student_train.model.student import Distilled
 from student_train.world import PeerError, World
 from student_train.zero import deepspeed_config, monitors
@@ -92,11 +93,11 @@ class Engine:
         """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
         self._trained = module.trained()
         adam = (torch.optim.AdamW if train.zero_stage else _ClippedAdamW)(
-            [p for _, p in self._trained],
+            parameter_groups(self._trained, weight_decay=train.weight_decay, ratio=train.loraplus_lr_ratio or 1.0),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
-            weight_decay=train.weight_decay,
+            fused=True,
         )
         if isinstance(adam, _ClippedAdamW):
             config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm
@@ -121,9 +122,9 @@ class Engine:
         """
         if not tokens:
             return StepResult(0, 0, 0, 0)
-        loss, ce, divergence, _ = self._accumulate(batches, tokens)
+        loss, ce, divergence, *_ = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_ratio"]
         finite = all(map(math.isfinite, (loss, ce, divergence)))
         if not finite:
             # DeepSpeed drops what it has accumulated if a gradient is not finite; this one is not, for sure.
@@ -132,8 +133,26 @@ class Engine:
         if not self._engine.was_step_applied():
             raise _not_finite("gradient" if finite else "loss")
         assert finite
+        if not self.updates:
+            self._link_moments()
         self.updates += 1
         return StepResult(loss, ce, divergence, float(self._engine.get_global_grad_norm()))
+
+    @torch.no_grad()
+    def evaluate(self, batch: TrainBatch, *, temperature: float) -> list[float]:
+        """The sums of `HeadLoss`, with the forward KL, over a micro-batch. Collective under ZeRO-3.
+
+        Args:
+            batch: with targets, or a filler.
+            temperature: that its targets were decoded at.
+        """
+        self.module.eval()
+        trained_on, self.module.head.loss = self.module.head.loss, LossSection(temperature=temperature)
+        try:
+            sums = self.module(batch.to(self._world.device, non_blocking=True))[1]
+        finally:
+            self.module.head.loss = trained_on
+        return sums.tolist()  # type: ignore[no-any-return]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""
@@ -177,8 +196,8 @@ class Engine:
         self._engine.destroy()
 
     def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> list[float]:
-        """Gradients of the mean loss per token; (loss, CE, divergence, agreement) sums over all ranks."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
+        """Gradients of the mean loss per token; the sums of `HeadLoss` over all ranks."""
+        sums = torch.zeros(SUMS, dtype=torch.float64, device=self._world.device)
         self.module.train()
         for batch in batches:
             # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
@@ -186,7 +205,7 @@ class Engine:
         return [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
 
     def _backward(self, batch: TrainBatch, factor: float) -> Tensor:
-        """Add the gradients of factor * loss; (loss, CE, divergence, agreement) sums over the micro-batch."""
+        """Add the gradients of factor * loss; the sums of `HeadLoss` over the micro-batch."""
         loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
         self._engine.backward(loss * factor, scale_wrt_gas=False)
         return parts  # type: ignore[no-any-return]
@@ -234,11 +253,17 @@ class Engine:
         flats = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
         for flat in flats or [p for group in inner.param_groups for p in group["params"]]:
             inner.state[flat] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=flat.device),
                 EXP_AVG: torch.zeros_like(flat, dtype=torch.float32),
                 EXP_AVG_SQ: torch.zeros_like(flat, dtype=torch.float32),
             }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let ZeRO-1 and 2 find the moments of each parameter: DeepSpeed looks for them when the first group has been
+        updated for the first time, and then the others have none yet."""
         if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -264,6 +289,23 @@ class _ClippedAdamW(torch.optim.AdamW):
         if self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         super().step(closure)
+
+
+def parameter_groups(
+    named: Sequence[tuple[str, nn.Parameter]], *, weight_decay: float, ratio: float
+) -> list[dict[str, Any]]:
+    """Parameters by what AdamW does with them: one group for each pair of decay and learning rate that there is.
+
+    Args:
+        named: trained parameters.
+        weight_decay: of matrices; vectors, that is norms, biases and DoRA's magnitudes, have none.
+        ratio: learning rate of an adapter's matrices B over that of all else (LoRA+, arXiv 2402.12354).
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((decay, ratio if "lora_B" in name else 1.0), []).append(parameter)
+    return [{"params": group, "weight_decay": decay, "lr_ratio": times} for (decay, times), group in groups.items()]
 
 
 def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
+from student_train.heldout import HeldoutResult
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,10 @@ class Event(FrozenModel):
     """Estimated time to the last step."""
 
 
+PREFIX = "eval_"
+"""Of the fields of an evaluation in events.jsonl, but for `step`, as in the log history of transformers' Trainer."""
+
+
 class Step(NamedTuple):
     """What a step was, over all ranks."""
 
@@ -82,6 +87,8 @@ class Meter:
         self._begin = self._since = time.monotonic()
         self.total_tokens, self.total_wait = 0, 0.0
         """Tokens, and seconds of waiting for data, since the beginning."""
+        self.paused = 0.0
+        """Seconds since the beginning that were no training."""
         self._steps: list[Step] = []
 
     @property
@@ -91,8 +98,13 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Wall time since the beginning."""
-        return time.monotonic() - self._begin
+        """Of training since the beginning."""
+        return time.monotonic() - self._begin - self.paused
+
+    def pause(self, seconds: float) -> None:
+        """The last so many seconds were no training."""
+        self.paused += seconds
+        self._since += seconds
 
     def add(self, step: Step) -> None:
         """One step."""
@@ -116,25 +128,40 @@ class Meter:
             supervised_tokens=supervised,
             tokens_per_second=sum(step.tokens for step in steps) / max(1e-9, self._since - since),
             data_wait_seconds=sum(step.wait for step in steps),
-            eta_seconds=self.seconds / max(1, done - self._first) * (self._stop - done),
+            eta_seconds=(self.seconds + self.paused) / max(1, done - self._first) * (self._stop - done),
         )
 
 
+Told = Event | HeldoutResult
+Write = Callable[[Told], None]
+"""Takes what a run tells, one after the other: its steps, and its evaluations on held-out samples."""
+
+
 def read_events(path: Path) -> list[Event]:
-    """All events of a run. A line that is torn or damaged is left out with a warning: it decides nothing."""
+    """All events of a run, but for its evaluations. A line that is torn or damaged is left out with a warning."""
+    return [line for line in _lines(path) if isinstance(line, Event)]
+
+
+def _line(told: Told) -> str:
+    fields = told.model_dump()
+    if isinstance(told, HeldoutResult):
+        fields = {name if name == "step" else f"{PREFIX}{name}": value for name, value in fields.items()}
+    return json.dumps(fields) + "\n"
+
+
+def _lines(path: Path) -> list[Told]:
+    """What `_line` has written; what cannot be read is left out, since these lines decide nothing."""
     if not path.is_file():
         return []
-    found = []
+    found: list[Told] = []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            found.append(Event.model_validate(json.loads(text)))
-        except (ValueError, RecursionError):
+            fields = json.loads(text)
+            kind = HeldoutResult if f"{PREFIX}ce" in fields else Event
+            found.append(kind.model_validate({name.removeprefix(PREFIX): value for name, value in fields.items()}))
+        except (ValueError, RecursionError, AttributeError, TypeError):
             log.warning("line %d of %s is torn or damaged, and is left out", number, path)
     return found
-
-
-Write = Callable[[Event], None]
-"""Takes the events of a run, one after the other."""
 
 
 @contextmanager
@@ -145,21 +172,17 @@ def event_log(path: Path, *, after: int) -> Iterator[Write]:
         TemporaryError: the file cannot be written.
     """
     with _writing(path):
-        lines = [_line(event) for event in read_events(path) if event.step <= after]
+        lines = [_line(told) for told in _lines(path) if told.step <= after]
         publish(path, "".join(lines))
         file = path.open("a", encoding="utf-8")
 
-    def write(event: Event) -> None:
+    def write(told: Told) -> None:
         with _writing(path):
-            file.write(_line(event))
+            file.write(_line(told))
             file.flush()  # So that others can follow.
 
     with file:
         yield write
-
-
-def _line(event: Event) -> str:
-    return json.dumps(event.model_dump()) + "\n"
 
 
 @contextmanager
@@ -181,25 +204,31 @@ def bar(console: Console, *, start: int, stop: int) -> Iterator[Write]:
     with Progress(TextColumn("train"), *columns, console=console) as progress:
         task = progress.add_task("", total=stop, completed=start)
 
-        def write(event: Event) -> None:
-            speed = f"{event.tokens_per_second:,.0f} tokens/s"
-            progress.update(task, completed=event.step, description=f"{_losses(event)}  {speed}")
+        def write(told: Told) -> None:
+            if isinstance(told, HeldoutResult):
+                progress.console.print(_evaluated(told), highlight=False)
+                return
+            speed = f"{told.tokens_per_second:,.0f} tokens/s"
+            progress.update(task, completed=told.step, description=f"{_losses(told)}  {speed}")
 
         yield write
 
 
 def lines(console: Console, *, stop: int) -> Write:
-    """One line every few seconds, and one for the first and the last step."""
+    """One line every few seconds, and one for the first and the last step and for each evaluation."""
     due = 0.0
 
-    def write(event: Event) -> None:
+    def write(told: Told) -> None:
         nonlocal due
-        if time.monotonic() < due and event.step < stop:
+        if isinstance(told, HeldoutResult):
+            console.print(_evaluated(told), highlight=False, soft_wrap=True)
+            return
+        if time.monotonic() < due and told.step < stop:
             return
         due = time.monotonic() + LINE_SECONDS
         console.print(
-            f"train step {event.step}/{stop}  {_losses(event)}  lr {event.learning_rate:.2e}  "
-            f"{event.tokens_per_second:,.0f} tokens/s  eta {timedelta(seconds=int(event.eta_seconds))}",
+            f"train step {told.step}/{stop}  {_losses(told)}  lr {told.learning_rate:.2e}  "
+            f"{told.tokens_per_second:,.0f} tokens/s  eta {timedelta(seconds=int(told.eta_seconds))}",
             highlight=False,
             soft_wrap=True,
         )
@@ -211,12 +240,21 @@ def _losses(event: Event) -> str:
     return f"loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}"
 
 
+def _evaluated(result: HeldoutResult) -> str:
+    top1 = "" if result.top1_agreement is None else f"  top-1 {result.top1_agreement:.1%}"
+    least, most = result.acceptance_rate_min, result.acceptance_rate_max
+    return (
+        f"held-out samples after step {result.step}: kl {result.kl:.4f}  ce {result.ce:.4f}{top1}  "
+        f"acceptance {least:.1%} to {most:.1%}  ({result.supervised_tokens:,} tokens in {result.seconds:.1f} s)"
+    )
+
+
 Values = dict[str, float]
-Told = tuple[Callable[[Values, int], object], Callable[[], object]]
+Opened = tuple[Callable[[Values, int], object], Callable[[], object]]
 """Of a tracker: what takes the values of a step, and what ends it."""
 
 
-def _tensorboard(output: Path, *, start: int) -> Told:
+def _tensorboard(output: Path, *, start: int) -> Opened:
     """Scalars in `tensorboard/` of the run directory."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -230,7 +268,7 @@ def _tensorboard(output: Path, *, start: int) -> Told:
     return write, writer.close
 
 
-def _wandb(output: Path, config: Mapping[str, Any], name: str) -> Told:
+def _wandb(output: Path, config: Mapping[str, Any], name: str) -> Opened:
     """A run of Weights & Biases that is continued when training is."""
     run: Any = import_module("wandb").init(
         dir=str(output), id=name, name=output.name, resume="allow", config=dict(config)
@@ -238,35 +276,36 @@ def _wandb(output: Path, config: Mapping[str, Any], name: str) -> Told:
     return lambda values, step: run.log(values, step=step), run.finish
 
 
-def _monitor(monitor: Any) -> Told:
+def _monitor(monitor: Any) -> Opened:
     """One of DeepSpeed's own, with a run's events in place of the little that DeepSpeed tells it."""
     return lambda values, step: monitor.write_events([(*pair, step) for pair in values.items()]), lambda: None
 
 
 @contextmanager
-def tracker(name: str, opened: Callable[[], Told]) -> Iterator[Write]:
+def tracker(name: str, open_it: Callable[[], Opened]) -> Iterator[Write]:
     """What training does not depend on: once it fails, that is told once, and it is left alone."""
-    told: Told | None = None
+    opened: Opened | None = None
 
     def attempt(work: Callable[[], Any]) -> Any:
-        nonlocal told
+        nonlocal opened
         try:
             return work()
         except Exception as error:
-            told = None
+            opened = None
             log.warning("%s logging failed and is off for this run; metrics continue in %s: %r", name, EVENTS, error)
 
-    def write(event: Event) -> None:
-        if told is not None:
-            take, values = told[0], event.model_dump(exclude={"step"})
-            attempt(lambda: take({f"train/{key}": value for key, value in values.items()}, event.step))
+    def write(told: Told) -> None:
+        if opened is not None:
+            group = "eval" if isinstance(told, HeldoutResult) else "train"
+            take, values = opened[0], told.model_dump(exclude={"step", "dump", "temperature"}, exclude_none=True)
+            attempt(lambda: take({f"{group}/{key}": value for key, value in values.items()}, told.step))
 
-    told = attempt(opened)
+    opened = attempt(open_it)
     try:
         yield write
     finally:
-        if told is not None:
-            attempt(told[1])
+        if opened is not None:
+            attempt(opened[1])
 
 
 @contextmanager
@@ -289,7 +328,7 @@ def reporting(
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.
     """
-    trackers: dict[str, Callable[[], Told]] = {}
+    trackers: dict[str, Callable[[], Opened]] = {}
     if "tensorboard" in report_to:
         trackers["tensorboard"] = partial(_tensorboard, output, start=start)
     if "wandb" in report_to:
@@ -305,9 +344,9 @@ def reporting(
             writes.append(lines(console, stop=stop))
         writes += [stack.enter_context(tracker(*one)) for one in trackers.items()]
 
-        def write(event: Event) -> None:
+        def write(told: Told) -> None:
             for one in writes:
-                one(event)
+                one(told)
 
         yield write
 

@@ -5,7 +5,7 @@ Which samples come next needs no deciding: the order is a function of the step.
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ from storage_schemas.canonical import differences
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
+from student_train.config import TrainSection
 from student_train.data.order import Order
+from student_train.heldout import HeldoutResult, stops_early
 from student_train.metrics import EVENTS
 from student_train.model.student_files import sha256
 from student_train.results.saved import RECORD, read_record
@@ -29,6 +31,8 @@ DECISIVE = (
 )  # fmt: skip
 """Of the section `train`, what decides the result: all but world size, ZeRO stage, micro-batches, and where and when
 things happen."""
+LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha")
+"""The same, but left out where they have their default, since checkpoints of before do not know them."""
 FIXED = {
     f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
 }
@@ -60,20 +64,23 @@ def decide(world: World, run: TrainingRun) -> Start:
     if step < 0:
         return Start(run, None, None)
     checkpoint = world.together(lambda: open_checkpoint(run, step, verify=world.main))
-    if world.told(lambda: _is_done(run, step)) and (done := world.together(lambda: finished(run, step))):
+    state = checkpoint.state
+    if world.told(lambda: _is_done(run, state)) and (done := world.together(lambda: finished(run, state))):
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", run.train.output, done.steps)
         return Start(run, checkpoint, done)
-    changes = _extension(run, checkpoint.state)
+    changes = _extension(run, state)
     if changes and world.main:
         log.info("from step %d on under other settings: %s; until then: %s", step, changes.after, changes.before)
-    extended = checkpoint.state.extended + ((changes,) if changes else ())
+    extended = state.extended + ((changes,) if changes else ())
     return Start(replace(run, extended=extended), checkpoint, None)
 
 
 def identity_of(run: TrainingRun) -> dict[str, Any]:
     """What decides the result of a run: dotted name -> value."""
     found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in DECISIVE}
+    defaults = {name: TrainSection.model_fields[name].get_default() for name in LATER}
+    found |= {f"train.{n}": value for n in LATER if (value := getattr(run.train, n)) != defaults[n]}
     if run.train.lora:
         lora = run.student.lora.model_dump(mode="json") | {"alpha": run.student.lora.scaled_by}
         found |= {f"student.lora.{name}": value for name, value in lora.items()}
@@ -192,18 +199,26 @@ def consumed_root(dump: Dump, order: Order, step: int) -> str:
     return digest.hexdigest()
 
 
-def finished(run: TrainingRun, step: int) -> Summary | None:
-    """The summary, if the run is done with that many steps."""
-    if step < run.steps or not (run.train.output / FINAL).is_dir():
+def over(run: TrainingRun, step: int, results: Sequence[HeldoutResult]) -> bool:
+    """Whether nothing is left to train after a step: it was the last one, or early stopping says so."""
+    patience = run.train.early_stopping_patience
+    return step >= run.steps or stops_early(run.comparable(results), run.train.metric_for_best_model, patience)
+
+
+def finished(run: TrainingRun, state: TrainState) -> Summary | None:
+    """The summary, if the run is done with that state."""
+    if not over(run, state.step, state.heldout) or not (run.train.output / FINAL).is_dir():
         return None
     summary = read_summary(run.train.output)
     # Of another number it is of the time before the run was extended.
-    return summary if summary and summary.steps == run.steps else None
+    if summary is None or (summary.steps, summary.planned_steps or summary.steps) != (state.step, run.steps):
+        return None
+    return summary if summary.final_step in (None, run.exported(state.step, state.heldout)) else None
 
 
-def _is_done(run: TrainingRun, step: int) -> bool:
+def _is_done(run: TrainingRun, state: TrainState) -> bool:
     """Whether the run is finished and `final/` is what was written; if it is not, a warning says what has changed."""
-    summary, final = finished(run, step), run.train.output / FINAL
+    summary, final = finished(run, state), run.train.output / FINAL
     try:
         return summary is not None and read_record(final) is not None and sha256(final / RECORD) == summary.final_record
     except DataError as error:

@@ -1,13 +1,32 @@
 """Learning rate as a pure function of the step, so that no scheduler state needs saving."""
 
+import json
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from storage_schemas.common.errors import MismatchError
+
+
+def warmup_of(total_steps: int, *, ratio: float, steps: int | None) -> int:
+    """Steps with a rising rate: `steps` if given, else that share of all, rounded up."""
+    return math.ceil(total_steps * ratio) if steps is None else steps
 
 
 def learning_rate(
-    step: int, *, total_steps: int, warmup_ratio: float, kind: Literal["cosine", "linear", "constant"], peak: float
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    kind: str,
+    peak: float,
+    arguments: Mapping[str, Any] | None = None,
 ) -> float:
-    """Learning rate of an optimizer step, with ceil(total_steps * warmup_ratio) warm-up steps.
+    """Learning rate of an optimizer step.
 
     After the warm-up it is that of `transformers.get_scheduler`. In the warm-up, step s has the rate that transformers
     gives to step s + 1: there the first step has rate 0, and what it computes is thrown away.
@@ -16,18 +35,34 @@ def learning_rate(
         step: 0-based; the last step of a warm-up has the peak rate. From `total_steps` on the rate stays what it is
             there.
         total_steps: where the schedule ends.
-        warmup_ratio: share of the steps with a linearly rising rate.
-        kind: shape after the warm-up.
+        warmup_steps: steps with a rising rate.
+        kind: name of the schedule in transformers; `constant` is `constant_with_warmup`.
         peak: rate at the end of the warm-up.
+        arguments: more of the schedule's own, such as `min_lr_rate`.
+
+    Raises:
+        MismatchError: the schedule does not take these arguments.
     """
-    warmup = math.ceil(total_steps * warmup_ratio)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done, decay = min(step, total_steps) - warmup, max(1, total_steps - warmup)
-    match kind:
-        case "cosine":
-            return peak * 0.5 * (1.0 + math.cos(math.pi * done / decay))
-        case "linear":
-            return peak * (total_steps - warmup - done) / decay
-        case "constant":
-            return peak
+    if step + 1 == warmup_steps:
+        return peak
+    factor = _factor(kind, warmup_steps, total_steps, peak, json.dumps(arguments or {}, sort_keys=True))
+    return peak * factor(step + 1 if step < warmup_steps else min(step, total_steps))
+
+
+@lru_cache(maxsize=4)
+def _factor(kind: str, warmup_steps: int, total_steps: int, peak: float, arguments: str) -> Callable[[int], float]:
+    """What the peak rate is multiplied by before each step, as transformers counts them; `arguments` as JSON."""
+    name = "constant_with_warmup" if kind == "constant" else kind
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    try:
+        own = json.loads(arguments) or None
+        scheduler: Any = get_scheduler(name, nothing, warmup_steps, total_steps, scheduler_specific_kwargs=own)
+        factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    except (TypeError, ValueError) as error:
+        raise MismatchError(
+            f"the schedule {kind} does not take what train.lr_scheduler_kwargs says",
+            got=f"{arguments}: {error}",
+            expected=f"arguments of transformers' {name} schedule",
+            fix="correct train.lr_scheduler_kwargs, or choose another train.lr_scheduler_type",
+        ) from error
+    return factor

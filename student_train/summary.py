@@ -7,6 +7,7 @@ from storage_schemas.canonical import canonical_json, parse_json, validated
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 from student_train.checkpoint import Extension
+from student_train.heldout import HeldoutResult
 
 SUMMARY, FINAL = "summary.json", "final"
 """Names in the run directory: the summary, and what the run leaves behind."""
@@ -19,6 +20,8 @@ class Summary(FrozenModel):
     """What was trained."""
     steps: int
     """Optimizer steps."""
+    planned_steps: int | None = None
+    """More than `steps` where training was stopped early; null for runs from before there was early stopping."""
     epochs: float
     """Passes over the dump."""
     loss: float
@@ -53,6 +56,14 @@ class Summary(FrozenModel):
     """sha256 of its llm-neo.json."""
     extended: tuple[Extension, ...] = ()
     """Where the run went on under other settings."""
+    heldout: tuple[HeldoutResult, ...] = ()
+    """All evaluations on held-out samples, oldest first."""
+    best_step: int | None = None
+    """Of the best of them; null without any."""
+    final_step: int | None = None
+    """The step whose weights are in `final`: the last one, or with train.load_best_model_at_end the best one."""
+    heldout_seconds: float = 0.0
+    """Of training, since the last start, spent on evaluations; `seconds` and `tokens_per_second` leave them out."""
 
 
 def write_summary(output: Path, content: dict[str, Any]) -> None:

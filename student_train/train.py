@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from storage_schemas.common import faults
-from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, exit_code
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
 from storage_schemas.rows import Row
@@ -24,14 +24,15 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.stream import Follower, Stream
 from student_train.engine import Engine, load_weights
+from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
 from student_train.model.student import Student, load_student, refuse_other_dump
 from student_train.model.student_files import identity
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import model_card
-from student_train.resume import FILES, consumed_root, decide, finished, identity_of, refuse_other_run
-from student_train.schedule import learning_rate
+from student_train.resume import FILES, consumed_root, decide, finished, identity_of, over, refuse_other_run
+from student_train.schedule import learning_rate, warmup_of
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
@@ -61,6 +62,7 @@ def train(
     *,
     stop: Callable[[], bool] = lambda: False,
     stated: Mapping[str, Any] | None = None,
+    heldout: DumpSection | None = None,
 ) -> Summary:
     """Train a student. Collective.
 
@@ -71,6 +73,7 @@ def train(
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
+        heldout: where the targets of held-out samples lie, for `train.eval_steps`.
 
     Returns:
         The summary of the finished run, also if it was finished before.
@@ -84,7 +87,10 @@ def train(
     """
     early = partial(refuse_early, student, settings)
     await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop, early=early)
-    opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}))
+    if heldout is not None and settings.eval_steps:
+        seconds = settings.data_wait_seconds
+        await_dump(world, heldout, seconds=seconds, stop=stop, early=early, sealed=True)
+    opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
     world.on_main(lambda: weigh(opened))
     run, checkpoint, done = decide(world, opened)
     if done is not None:
@@ -97,7 +103,7 @@ def train(
         if checkpoint is not None and (updates := checkpoint.state.updates):
             kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
             world.together(lambda: engine.restore(kinds, updates=updates))
-        return _Loop(world, run, learner, engine, start=checkpoint.step if checkpoint else None, stop=stop).run()
+        return _Loop(world, run, learner, engine, start=checkpoint.state if checkpoint else None, stop=stop).run()
     finally:
         engine.close()
 
@@ -148,12 +154,16 @@ class _Loop:
         learner: Student,
         engine: Engine,
         *,
-        start: int | None,
+        start: TrainState | None,
         stop: Callable[[], bool],
     ) -> None:
         self._world, self._run, self._learner, self._engine, self._stop = world, run, learner, engine, stop
-        self._resumed, self._start = start, start or 0
-        self._saved = self._start
+        self._resumed: int | None
+        self._resumed, self._start = (start.step, start.step) if start else (None, 0)
+        self._results = list(start.heldout) if start else []
+        self._done = self._saved = self._start
+        self._given_up = False
+        """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
         self._follower = Follower(run.dump, run.order)
         self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.order.steps_per_epoch)
         self._write: Write | None = None
@@ -165,7 +175,7 @@ class _Loop:
         """All steps that are left, and the end."""
         world, run = self._world, self._run
         if self._resumed is None:
-            self._save(0)
+            self._save()
         with ExitStack() as stack:
             self._write = world.on_main(lambda: stack.enter_context(self._reporting()))
             stream = stack.enter_context(closing(self._open_stream()))
@@ -173,17 +183,22 @@ class _Loop:
             gc.collect()
             gc.freeze()
             stack.callback(gc.unfreeze)
-            for step in range(self._start, run.steps):
-                batches, votes = self._next(stream, step)
+            if self._evaluate() and self._done:  # Its checkpoint was written before the evaluation was done.
+                world.on_main(lambda: run.checkpoints.amend(self._done, self._results))
+            while self._given_up or not over(run, self._done, self._results):
+                batches, votes = self._next(stream, self._done)
                 if batches is None:
-                    self._leave(votes, step)
-                self._train(batches, votes, step)
-                done = step + 1
-                save = done % run.train.save_steps == 0 or done == run.steps
-                if save or done % run.train.logging_steps == 0:
-                    self._report(done)
+                    self._leave(votes)
+                self._train(batches, votes, self._done)
+                self._done += 1
+                evaluated = self._evaluate()
+                save = self._done % run.train.save_steps == 0 or over(run, self._done, self._results)
+                if evaluated and run.train.load_best_model_at_end:
+                    save |= run.exported(self._done, self._results) == self._done
+                if save or self._done % run.train.logging_steps == 0:
+                    self._report()
                 if save:
-                    self._save(done)
+                    self._save()
         return self._finish()
 
     def _train(self, batches: Sequence[TrainBatch], votes: Sequence[_Vote], step: int) -> None:
@@ -192,9 +207,10 @@ class _Loop:
         rate = learning_rate(
             step,
             total_steps=self._run.steps,
-            warmup_ratio=train.warmup_ratio,
+            warmup_steps=warmup_of(self._run.steps, ratio=train.warmup_ratio, steps=train.warmup_steps),
             kind=train.lr_scheduler_type,
             peak=train.learning_rate,
+            arguments=train.lr_scheduler_kwargs,
         )
         # Dropout must not depend on what was drawn before the last start.
         torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))
@@ -253,12 +269,45 @@ class _Loop:
             if all(vote.ready for vote in votes):
                 return batches, votes
 
-    def _leave(self, votes: Sequence[_Vote], step: int) -> NoReturn:
+    def _evaluate(self) -> bool:
+        """Evaluate on the held-out samples, if it is due; whether it was done. Collective.
+
+        What speaks against it makes the ranks leave before the next step, with what was trained.
+        """
+        run, step, heldout = self._run, self._done, self._run.heldout
+        if heldout is None or run.train.eval_steps is None or (step % run.train.eval_steps and step < run.steps):
+            return False
+        if any(result.step == step for result in run.comparable(self._results)):
+            return False  # By the start before this one.
+        self._report()
+        self._given_up = True
+        try:
+            result = heldout.evaluate(
+                self._world,
+                partial(self._engine.evaluate, temperature=heldout.temperature),
+                step=step,
+                vocab_size=self._learner.module.head.spec.valid_vocab,
+                stop=self._stop,
+            )
+            if result is None:
+                return False
+            self._given_up = False
+            self._results.append(result)
+            self._meter.pause(result.seconds)
+            if self._write is not None:
+                self._write(result)
+        except PeerError:
+            pass
+        except Exception as caught:
+            self._trouble = caught
+        return not self._given_up
+
+    def _leave(self, votes: Sequence[_Vote]) -> NoReturn:
         """Save what was trained, and raise. Collective."""
-        codes, error = [vote.code for vote in votes], self._trouble
+        codes, error, step = [vote.code for vote in votes], self._trouble, self._done
         if step > self._saved and Exit.BUG not in codes:
-            self._report(step)
-            self._save(step)
+            self._report()
+            self._save()
         self._world.leave_together(codes, error)
         if not self._world.main:
             raise PeerError(0, Exit.TEMPORARY)
@@ -278,9 +327,9 @@ class _Loop:
                 fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
             )
 
-    def _save(self, done: int) -> None:
+    def _save(self) -> None:
         """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
-        run, learner = self._run, self._learner
+        run, learner, done = self._run, self._learner, self._done
         exported = self._engine.export() if done else iter(())
 
         def write() -> None:
@@ -293,9 +342,11 @@ class _Loop:
                     consumed=consumed_root(run.dump, run.order, done),
                     identity=identity_of(run) | {FILES: learner.files},
                     extended=run.extended,
+                    heldout=tuple(self._results),
                 )
                 initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
-                run.checkpoints.save(state, chain(exported, initial), keep=run.train.save_total_limit)
+                keep, best_step = run.train.save_total_limit, run.exported(done, self._results)
+                run.checkpoints.save(state, chain(exported, initial), keep=keep, best=best_step)
             finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
                 for _ in exported:
                     pass
@@ -303,12 +354,12 @@ class _Loop:
         self._world.together(write)
         self._saved = done
 
-    def _report(self, done: int) -> None:
+    def _report(self) -> None:
         """Log the steps since the last event, if any. An error is told to the others before the next step."""
         if self._write is None or self._meter.empty:
             return
         try:
-            self._write(self._meter.event(done))
+            self._write(self._meter.event(self._done))
         except Exception as caught:
             self._trouble = caught
 
@@ -369,9 +420,21 @@ class _Loop:
                 self._leave_behind(int(peak))
 
         world.together(write)
-        done = world.together(lambda: finished(run, run.steps))
+        done = world.together(lambda: finished(run, run.checkpoints.at(self._done).state))
         assert done is not None
         return done
+
+    def _exported(self) -> Checkpoint:
+        """The checkpoint whose weights are left in `final/`."""
+        run, step = self._run, self._run.exported(self._done, self._results)
+        if step not in run.checkpoints.steps():
+            raise MismatchError(
+                f"the checkpoint of the best evaluation, that of step {step}, is not there",
+                got=f"checkpoints of the steps {', '.join(map(str, run.checkpoints.steps()))}",
+                expected="train.load_best_model_at_end: true from the start of training",
+                fix="unset it to have the last step in `final/`, or train in a new train.output",
+            )
+        return run.checkpoints.at(step)
 
     def _leave_behind(self, peak_rss_bytes: int) -> None:
         """`final/`, and then summary.json, on the main rank."""
@@ -386,7 +449,7 @@ class _Loop:
                 expected=self._learner.files,
                 fix="restore its files, then run the same command again; the checkpoint is intact",
             )
-        checkpoint, rows = run.checkpoints.at(run.steps), stored_rows(run)
+        checkpoint, rows = self._exported(), stored_rows(run)
         record = write_final(
             final,
             self._learner,
@@ -398,10 +461,12 @@ class _Loop:
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],
             ends=span_ends(rows),
         )
+        best_result = best(run.comparable(self._results), run.train.metric_for_best_model)
         summary = Summary(
             arm=run.train.arm,
-            steps=run.steps,
-            epochs=run.steps / run.order.steps_per_epoch,
+            steps=self._done,
+            planned_steps=run.steps,
+            epochs=self._done / run.order.steps_per_epoch,
             loss=events[-1].loss,
             ce=events[-1].ce,
             kl=events[-1].kl,
@@ -418,6 +483,10 @@ class _Loop:
             final=str(final),
             final_record=record,
             extended=run.extended,
+            heldout=tuple(self._results),
+            best_step=best_result.step if best_result else None,
+            final_step=run.exported(self._done, self._results),
+            heldout_seconds=self._meter.paused,
         )
         write_summary(run.train.output, summary.model_dump(mode="json"))
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import RUN
+from storage_schemas.records import RUN, SEAL
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.order import Order
+from student_train.heldout import Heldout, HeldoutResult, best
 from student_train.metrics import refuse_missing_trackers
 from student_train.model.losses import refuse_biased
 from student_train.model.student import refuse_unloadable
@@ -40,8 +41,20 @@ class TrainingRun:
     student: StudentSection
     loss: LossSection
     train: TrainSection
+    heldout: Heldout | None = None
+    """What it is evaluated on meanwhile."""
     extended: tuple[Extension, ...] = ()
     """Where it went on under other settings."""
+
+    def comparable(self, results: Sequence[HeldoutResult]) -> list[HeldoutResult]:
+        """Those on the same held-out samples at the same temperature as now."""
+        here = self.heldout
+        return [r for r in results if here and (r.dump, r.temperature) == (here.dump.fingerprint, here.temperature)]
+
+    def exported(self, step: int, results: Sequence[HeldoutResult]) -> int:
+        """The step whose weights go into `final/` if the run ends after `step` with these results."""
+        found = best(self.comparable(results), self.train.metric_for_best_model)
+        return found.step if found and self.train.load_best_model_at_end else step
 
 
 def refuse_early(student: StudentSection, train: TrainSection) -> None:
@@ -52,42 +65,49 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
 
 
 def await_dump(
-    world: World, section: DumpSection, *, seconds: float, stop: Callable[[], bool], early: Callable[[], None]
+    world: World,
+    section: DumpSection,
+    *,
+    seconds: float,
+    stop: Callable[[], bool],
+    early: Callable[[], None],
+    sealed: bool = False,
 ) -> None:
-    """Wait until stage one has begun, if there is nothing to refuse before. Collective.
+    """Wait until stage one has begun, or ended, if there is nothing to refuse before. Collective.
 
     `stop` is asked again and again. `early` is called once if there is something to wait for: it raises what waiting
-    would not mend.
+    would not mend. `sealed` waits until the dump is complete.
 
     Raises:
-        TemporaryError: there is no dump after so many seconds, or a stop is asked for.
+        TemporaryError: it is not there after so many seconds, or a stop is asked for.
         MismatchError: there cannot be one: no such bucket, or no access.
     """
+    file, what = (SEAL, "complete held-out dump") if sealed else (RUN, "dump")
     store = world.together(lambda: Store(section.url, options=section.storage_options))
     began, waiting = time.monotonic(), False
     while True:
         stopping = any(asked for (asked,) in world.gather([stop()]))
         deadline = began if stopping else began + seconds
-        if world.told(partial(_has_begun, store, began, deadline)):
+        if world.told(partial(_is_there, store, began, deadline, what=what, file=file)):
             return
         if not waiting:
             world.on_main(early)
             if world.main:
-                log.info("there is no dump at %s yet; waiting for stage one, %.0f s at most", section.url, seconds)
+                log.info("there is no %s at %s yet; waiting for stage one, %.0f s at most", what, section.url, seconds)
         waiting = True
         time.sleep(min(LOOK_SECONDS, seconds))
 
 
-def _has_begun(store: Store, began: float, deadline: float) -> bool:
-    """Whether there is a dump. Raises TemporaryError if there is none by the deadline."""
-    if store.get_if_present(RUN) is not None:
+def _is_there(store: Store, began: float, deadline: float, *, what: str, file: str) -> bool:
+    """Whether stage one has written a file. Raises TemporaryError if it has not by the deadline."""
+    if store.get_if_present(file) is not None:
         return True
     if time.monotonic() > deadline:
         raise TemporaryError(
-            f"there is no dump at {store.url}",
-            got=f"no {RUN} after {time.monotonic() - began:.0f} s",
-            expected="a dump that `llm-neo dump` has begun",
-            fix="start stage one or correct dump.url, then run the same command again; "
+            f"there is no {what} at {store.url}",
+            got=f"no {file} after {time.monotonic() - began:.0f} s",
+            expected="what `llm-neo dump` writes there",
+            fix="start stage one or correct the URL, then run the same command again; "
             "train.data_wait_seconds says how long to wait",
         )
     return False
@@ -147,8 +167,9 @@ def open_run(
     loss: LossSection,
     train: TrainSection,
     stated: Mapping[str, Any],
+    heldout: DumpSection | None,
 ) -> TrainingRun:
-    """Open the dump and refuse what it cannot serve."""
+    """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
     cache = train.cache_dir or train.output / "cache"
     dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
@@ -175,7 +196,34 @@ def open_run(
         student=student,
         loss=loss,
         train=train,
+        heldout=_open_heldout(heldout, dump, loss, train) if heldout and train.eval_steps else None,
     )
+
+
+def _open_heldout(section: DumpSection, dump: Dump, loss: LossSection, train: TrainSection) -> Heldout:
+    """The held-out dump, which is of the same tokenizer and not the dump that is trained on."""
+    cache = train.cache_dir or train.output / "cache"
+    found = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
+    if found.fingerprint == dump.fingerprint:
+        raise MismatchError(
+            "the held-out dump is of the very samples that are trained on",
+            got=f"fingerprint {found.fingerprint} at {section.url} and at {dump.store.url}",
+            expected="a dump of other samples",
+            fix="correct heldout.url, or heldout.sources and dump again",
+        )
+    if found.provenance.tokenizer != dump.provenance.tokenizer:
+        raise MismatchError(
+            "the held-out dump was made with another tokenizer than the dump",
+            got=found.provenance.tokenizer,
+            expected=dump.provenance.tokenizer,
+            fix="correct heldout.url, or dump the held-out samples with the same teacher",
+        )
+    found.seal()  # Asked first: its records then come from its manifest, not one by one.
+    # The arms without a divergence have no temperature of their own.
+    temperature = loss.temperature
+    if not train.distils:
+        temperature = min(found.provenance.temperatures, key=lambda stored: stored != 1.0)
+    return Heldout(found, temperature=temperature, micro_batch_size=train.micro_batch_size)
 
 
 def stored_rows(run: TrainingRun) -> list[Row]:

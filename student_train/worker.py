@@ -51,6 +51,8 @@ class Resolved(FrozenModel):
     train: TrainSection
     stated: dict[str, Any] = {}
     """Settings of stage one that the configuration names, see `train.train`."""
+    heldout: DumpSection | None = None
+    """Where the held-out samples' targets lie, for `train.eval_steps`."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +132,8 @@ def run(
         if not cpu_is_meant and not torch.cuda.is_available():
             refuse_idle_gpus(os.environ, build=torch.__version__, fix="set DS_ACCELERATOR=cpu to train on the CPU")
         world = join(rank, world_size, local_rank, rendezvous=rendezvous)
-        train(world, config.dump, config.student, config.loss, config.train, stop=stopped, stated=config.stated)
+        sections = (config.dump, config.student, config.loss, config.train)
+        train(world, *sections, stop=stopped, stated=config.stated, heldout=config.heldout)
         world.close()
     except PeerError as error:
         return int(error.exit_code)

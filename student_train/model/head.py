@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from storage_schemas.logits import LogitTransform, finish_logits
 from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
-from student_train.model.losses import ABSENT, entry_divergence, ranks_first
+from student_train.model.losses import ABSENT, entry_divergence, overlap, ranks_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,14 @@ class HeadLoss(NamedTuple):
     """Detached, at T, without T^2. 0 where alpha is 0."""
     agreement: Int64[Tensor, ""]
     """Tokens for which the student ranks nothing above the teacher's most likely token; 0 without an exact head."""
+    overlap_least: Float64[Tensor, ""]
+    """Detached, at T: the least that sum min(p, q) can be, see `losses.overlap`. 0 where alpha is 0."""
+    overlap_most: Float64[Tensor, ""]
+    """And the most."""
+
+
+SUMS = len(HeadLoss._fields)
+"""How many sums there are."""
 
 
 def fused_head_loss(
@@ -100,7 +108,7 @@ class _FusedHead(torch.autograd.Function):
         ctx.save_for_backward(run.d_hidden, run.d_weight, run.d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         total = (1 - loss.alpha) * run.ce + loss.alpha * loss.temperature**2 * run.divergence
-        sums = run.ce, run.divergence, run.agreement
+        sums = run.ce, run.divergence, run.agreement, run.overlap_least, run.overlap_most
         ctx.mark_non_differentiable(*sums)
         return total.to(run.dtype), *sums
 
@@ -160,7 +168,9 @@ class _Pass:
         self.logits = self.product if hidden.dtype == self.dtype else torch.empty_like(self.product, dtype=self.dtype)
         warm = loss.alpha > 0 and loss.temperature != 1.0
         self.tempered = torch.empty_like(self.logits) if warm else None
-        self.ce, self.divergence = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
+        self.ce, self.divergence, self.overlap_least, self.overlap_most = (
+            torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(4)
+        )
         self.agreement = torch.zeros((), dtype=torch.int64, device=hidden.device)
         self.d_hidden = torch.empty_like(hidden) if needs[0] else None
         self.d_weight = torch.zeros_like(weight, dtype=self.dtype) if needs[1] else None
@@ -213,6 +223,9 @@ class _Pass:
                 rows = _tail_softmax(tempered, top / temperature, entries / temperature, targets)
             value, g, g_tail = _entry_gradients(rows, targets, self.loss)
             self.divergence += value
+            least, most = overlap(rows.log_q, rows.log_q_tail, targets)
+            self.overlap_least += least.sum(dtype=torch.float64)
+            self.overlap_most += most.sum(dtype=torch.float64)
             total = g.sum(1) + g_tail
             at_entries = at_entries + alpha * temperature * (g - rows.q * total[:, None])
             tail_factor = alpha * temperature * (g_tail / rows.mass - total * rows.factor)

@@ -71,6 +71,26 @@ def entry_divergence(
     return terms.sum(1)
 
 
+def overlap(
+    log_q: Float[Tensor, "n K"], log_q_tail: Float[Tensor, " n"], targets: SparseTargets
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The least and the most that sum min(p, q) can be over the vocabulary, given the entries and the bucket.
+
+    It is the chance that speculative sampling keeps a token that the student drafts for the teacher (arXiv 2211.17192,
+    section 3), and 1 minus the total variation distance. The two differ by what the bucket leaves open, and are equal
+    where there is none. With draws both are one unbiased estimate.
+
+    Args:
+        log_q: the student's log-probs of the entries.
+        log_q_tail: and of all outside the head.
+        targets: of the tokens.
+    """
+    least = (targets.weights.to(log_q.dtype) * (log_q - targets.logprobs.to(log_q.dtype)).clamp(max=0.0).exp()).sum(1)
+    if targets.has_draws:
+        return least, least
+    return least, least + torch.minimum(log_q_tail, targets.tail_logprob.to(log_q.dtype)).exp()
+
+
 def ranks_first(
     entries: Float[Tensor, "n K"], highest: Float[Tensor, " n"], targets: SparseTargets
 ) -> Bool[Tensor, " n"]:

@@ -1,6 +1,7 @@
 """The student: how it is loaded, and its forward pass from a micro-batch to sums of losses."""
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -57,7 +58,7 @@ class Head(nn.Module):
             self._frozen = (weight, bias)
 
     def forward(self, hidden: Tensor, batch: TrainBatch | None) -> tuple[Tensor, Tensor]:
-        """Loss sum, and (loss, CE, divergence, agreement) sums; without a batch, logits twice."""
+        """Loss sum, and the sums of `HeadLoss`; without a batch, logits twice."""
         weight, bias = (self.weight, self.bias) if self.trained else self._frozen
         whole = nullcontext() if self.trained else self.gather([p for p in (weight, bias) if p is not None])
         with whole:
@@ -85,8 +86,8 @@ class Distilled(nn.Module):
         self._causal = [causal_of(student)]
         self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
 
-    def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "4"]]:
-        """Sums over the micro-batch: the loss to differentiate, and (loss, CE, divergence, agreement) as float64."""
+    def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
+        """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64."""
         hidden = self._hidden(batch.input_ids, batch.position_ids)
         return self.head(batch.select(hidden), batch)  # type: ignore[no-any-return]
 
@@ -148,6 +149,8 @@ def load_student(
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
+    if train.neftune_noise_alpha is not None:
+        add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
     minimised = loss if train.distils else loss.model_copy(update={"alpha": 0.0})
     module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens)
     if train.packing:
@@ -162,6 +165,19 @@ def distilled(student: nn.Module, loss: LossSection, provenance: Provenance, *, 
     module = Distilled(student, loss=loss, head=head)
     refuse_unknown_head(module)
     return module
+
+
+def add_noise(embeddings: nn.Module, alpha: float) -> None:
+    """Uniform noise on (batch, seq, hidden) embeddings while training, of alpha / sqrt(seq * hidden) at most (NEFTune,
+    arXiv 2310.05914, algorithm 1)."""
+
+    def noisy(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        most = alpha / math.sqrt(output.shape[1] * output.shape[2])
+        return output + torch.empty_like(output).uniform_(-most, most)
+
+    embeddings.register_forward_hook(noisy)
 
 
 def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:

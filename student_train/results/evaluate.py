@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.config import LossSection
 from student_train.data.batch import collate
+from student_train.model.head import SUMS
 from student_train.model.student import distilled, load_model, refuse_other_dump
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
@@ -26,6 +28,11 @@ class EvalResult(FrozenModel):
     """Cross-entropy of the tokens themselves, nats, at temperature 1."""
     top1_agreement: float | None
     """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    acceptance_rate_min: float
+    """sum min(p, q), what speculative sampling at the temperature would keep of the student's drafts: the least it can
+    be given what is stored, see `losses.overlap`."""
+    acceptance_rate_max: float
+    """And the most."""
     supervised_tokens: int
     """Tokens that were evaluated."""
     samples: int
@@ -76,17 +83,14 @@ def evaluate(
             expected="all of them",
             fix="let stage one finish, or give --partial (in Python `partial=True`) to evaluate on what there is",
         )
-    where = _device(device)
-    source, revision = source_of(model, base)
-    student = load_model(source, revision, dtype=torch.float32 if where.type == "cpu" else "auto").eval()
-    if is_adapter(model):
-        student = load_adapter(student, Path(model))
+    where = device_named(device)
+    student, source, revision = load_ready(model, base, device=where)
     refuse_other_dump(student, source, revision, dump)
     module = distilled(student, LossSection(temperature=temperature), dump.provenance).eval()
     valid = module.head.spec.valid_vocab
     module.to(where)
 
-    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    sums, tokens = torch.zeros(SUMS, dtype=torch.float64), 0
     for unit, span in spans.items():
         stored, first = dump.read_unit(unit), min(len(span), total - span.start)
         usable = [stored.row(i) for i in range(first) if stored.status[i] == OK]
@@ -104,19 +108,39 @@ def evaluate(
             expected="at least one sample with the status `ok`",
             fix="let stage one finish, or raise the limit",
         )
-    _, ce, divergence, agreement = (sums / tokens).tolist()
+    _, ce, divergence, agreement, least, most = (sums / tokens).tolist()
     exact_head = dump.provenance.estimator.kind != "sampled"
     return EvalResult(
         kl_mean=divergence,
         ce=ce,
         top1_agreement=agreement if exact_head else None,
+        acceptance_rate_min=least,
+        acceptance_rate_max=most,
         supervised_tokens=tokens,
         samples=samples,
         dump_samples=dump.provenance.corpus.samples,
     )
 
 
-def _device(name: str) -> torch.device:
+def load_ready(model: str | Path, base: Path | None, *, device: torch.device) -> tuple[Any, str, str | None]:
+    """A model, or an adapter on its base, to be run on a device: in fp32 on a CPU, else as it is stored.
+
+    Args:
+        model: directory or hub id of a model, or directory of a peft adapter.
+        base: where an adapter's base model lies, if not where the adapter says.
+        device: where it shall run; it is not moved there.
+
+    Returns:
+        It, and name and revision of the model itself.
+    """
+    source, revision = source_of(model, base)
+    loaded: Any = load_model(source, revision, dtype=torch.float32 if device.type == "cpu" else "auto")
+    ready = load_adapter(loaded, Path(model)) if is_adapter(model) else loaded.eval()
+    return ready, source, revision
+
+
+def device_named(name: str) -> torch.device:
+    """A device by its name; `auto` is a GPU, if there is one. Raises MismatchError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,5 +1,6 @@
 """The command line: instant help, documented exit codes, and what machines read."""
 
+import io
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.dumps import some_provenance, unit_rows
+from support.tiny_student import save_student
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from pipeline import cli
@@ -28,6 +30,7 @@ COMMANDS = [
     "train",
     "run",
     "evaluate",
+    "chat",
     "merge",
     "plan",
     "verify",
@@ -394,3 +397,20 @@ entry.main()
         if "c.yaml" not in err:  # Else it was faster, and had already said that there is no such file.
             assert job.returncode == 75
             assert err == "llm-neo: stopped\n"
+
+
+def test_chat_answers_each_line_of_a_pipe(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a conversation that goes on, for each model apart; names head the replies of several."""
+    model = save_student(tmp_path / "model")
+    settings = ("--max-new-tokens", "3", "--device", "cpu")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w9 w8\n\nw4\n"))
+    code, out, err = call("chat", str(model), *settings)
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert "has no chat template: text is continued as it is" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w9 w8\n/new\nw9 w8\n/exit\nw4\n"))
+    code, again, _ = call("chat", str(model), *settings, "--beside", str(model))
+    first, *_ = out.splitlines()
+    assert again.splitlines() == [f"--- {model}", first] * 4
+    code, once, _ = call("chat", str(model), *settings, "--prompt", "w9 w8")
+    assert (code, once) == (0, f"{first}\n")
+    assert call("chat", str(tmp_path / "nowhere"))[0] == Exit.MISMATCH

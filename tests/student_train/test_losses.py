@@ -132,7 +132,7 @@ def test_nothing_supervised_is_nothing() -> None:
     logits = random_logits(9, n=0).requires_grad_()
     for kind in DIVERGENCES:
         found = losses(logits, head_targets(random_logits(9, n=0), []), LossSection(divergence=kind))
-        assert [value.item() for value in found] == [0, 0, 0, 0]
+        assert [value.item() for value in found] == [0] * len(found)
         assert torch.autograd.grad(found.loss, logits)[0].shape == logits.shape
 
 
@@ -191,3 +191,33 @@ def test_agreement_compares_the_two_most_likely_tokens() -> None:
     assert not losses(student, head_targets(teacher, [0] * 200), LossSection(alpha=0.0)).agreement
     drawn = drawn_targets(teacher, 0, torch.zeros(200, 2, dtype=torch.int64))
     assert not losses(student, drawn, LossSection()).agreement
+
+
+# Overlap
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_overlap_bounds_the_one_over_the_vocabulary(temperature: float) -> None:
+    """sum min(p, q) in float64: between the two bounds for a head with a bucket, equal to both for the whole."""
+    teacher, student = random_logits(31, n=50, vocab=40), random_logits(32, n=50, vocab=40)
+    dense = torch.minimum((teacher / temperature).softmax(1), (student / temperature).softmax(1)).sum()
+    spec = LossSection(temperature=temperature)
+    some = losses(student, head_targets(teacher, [1 + i % 20 for i in range(50)], temperature=temperature), spec)
+    assert some.overlap_least < dense < some.overlap_most
+    whole = losses(student, head_targets(teacher, [40] * 50, temperature=temperature), spec)
+    assert float(whole.overlap_least) == pytest.approx(float(dense), rel=1e-12)
+    assert float(whole.overlap_most) == pytest.approx(float(dense), rel=1e-12)
+    itself = losses(teacher, head_targets(teacher, [3] * 50, temperature=temperature), spec)
+    assert float(itself.overlap_most) == pytest.approx(50, rel=1e-12)
+
+
+def test_overlap_of_draws_is_unbiased() -> None:
+    """Over evenly spaced draws, the mean estimate is what the vocabulary gives."""
+    teacher, student = random_logits(33, n=1), random_logits(34, n=1)
+    points = 2000
+    rows = teacher.expand(points, -1)
+    targets = drawn_targets(rows, 4, systematic_draws(rows, 4, 3, (np.arange(points) + 0.5) / points))
+    found = losses(student.expand(points, -1), targets, LossSection())
+    dense = float(torch.minimum(teacher.softmax(1), student.softmax(1)).sum())
+    assert float(found.overlap_least) / points == pytest.approx(dense, rel=1e-3)
+    assert found.overlap_most == found.overlap_least

@@ -113,7 +113,7 @@ def test_evaluation_is_the_dense_one(folder: Path, temperature: float) -> None:
     """With k = V: KL over the whole vocabulary, CE at T = 1, and the share of equal first choices."""
     dump = Dump.open(str(folder / "dump"))
     model = plain_student(str(folder / "student"), lora=False).eval()
-    kl, ce, same, tokens = 0.0, 0.0, 0, 0
+    kl, ce, overlap, same, tokens = 0.0, 0.0, 0.0, 0, 0
     for row in rows_of(dump, range(24)):
         if row.targets is None:
             continue
@@ -122,6 +122,7 @@ def test_evaluation_is_the_dense_one(folder: Path, temperature: float) -> None:
         student = model(input_ids=ids[None]).logits[0][at.logits].double()
         log_p = (teacher / temperature).log_softmax(1)
         kl += float((log_p.exp() * (log_p - (student / temperature).log_softmax(1))).sum())
+        overlap += float(torch.minimum(log_p.exp(), (student / temperature).softmax(1)).sum())
         ce += float(torch.nn.functional.cross_entropy(student, ids[at.tokens], reduction="sum"))
         same += int((teacher.argmax(1) == student.argmax(1)).sum())
         tokens += len(at.tokens)
@@ -133,6 +134,8 @@ def test_evaluation_is_the_dense_one(folder: Path, temperature: float) -> None:
     assert found.kl_mean == pytest.approx(kl / tokens, rel=FORWARD)
     assert found.ce == pytest.approx(ce / tokens, rel=FORWARD)
     assert found.top1_agreement == pytest.approx(same / tokens)
+    assert found.acceptance_rate_min == pytest.approx(overlap / tokens, rel=FORWARD)
+    assert found.acceptance_rate_max == pytest.approx(overlap / tokens, rel=FORWARD)
     assert 0 < same < tokens
     assert calls == [(5, 24), (10, 24), (15, 24), (20, 24), (24, 24)]
 
@@ -144,6 +147,7 @@ def test_evaluation_does_not_depend_on_batches(folder: Path) -> None:
     assert one.model_dump() == pytest.approx(many.model_dump(), rel=FORWARD)
     full = evaluate(folder / "student", Dump.open(str(folder / "dump")))
     assert 0 < one.kl_mean < full.kl_mean
+    assert one.acceptance_rate_min < full.acceptance_rate_min <= full.acceptance_rate_max < one.acceptance_rate_max
     assert one.ce == pytest.approx(full.ce, rel=FORWARD)
 
 

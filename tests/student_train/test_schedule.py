@@ -1,52 +1,86 @@
 """The learning rate equals that of transformers' schedulers, step by step, but for a warm-up that is one step ahead."""
 
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
 import transformers
 
-from student_train.schedule import learning_rate
+from storage_schemas.common.errors import MismatchError
+from student_train.config import Schedule
+from student_train.schedule import learning_rate, warmup_of
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "cosine_with_restarts": {"num_cycles": 3},
+    "polynomial": {"power": 2.0, "lr_end": 1e-6},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+}
+"""Of the schedules that need or have some."""
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", get_args(Schedule))
 def test_learning_rate_equals_the_scheduler_of_transformers(kind: str, ratio: float, total: int) -> None:
-    peak = 2e-4
+    peak, arguments = 2e-4, ARGUMENTS.get(kind, {})
+    warmup = warmup_of(total, ratio=ratio, steps=None)
+    assert warmup == math.ceil(total * ratio)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     name = "constant_with_warmup" if kind == "constant" else kind
     scheduler = transformers.get_scheduler(
-        name, optimizer, num_warmup_steps=math.ceil(total * ratio), num_training_steps=total
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=arguments or None
     )
     theirs = []
-    for _ in range(total + 1):
+    # Theirs divides by the steps after the warm-up.
+    last = total - (kind == "polynomial" and warmup == total)
+    for step in range(last + 1):
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        scheduler.step()
-    for step in range(total + 1):
-        got = learning_rate(step, total_steps=total, warmup_ratio=ratio, kind=kind, peak=peak)
-        ahead = step < math.ceil(total * ratio) < total
-        wanted = peak * (step + 1) / total if step < total == math.ceil(total * ratio) else theirs[step + ahead]
+        if step < last:
+            scheduler.step()
+    for step in range(last + 1):
+        got = learning_rate(step, total_steps=total, warmup_steps=warmup, kind=kind, peak=peak, arguments=arguments)
+        wanted = peak if step + 1 == warmup else theirs[min(last, step + (step < warmup))]
         assert got == pytest.approx(wanted, rel=1e-12, abs=1e-20), step
 
 
 def test_the_schedule_peaks_after_the_warm_up_and_ends_at_0() -> None:
-    rates = [learning_rate(s, total_steps=50, warmup_ratio=0.1, kind="cosine", peak=1.0) for s in range(51)]
+    settings: dict[str, Any] = {"total_steps": 50, "warmup_steps": 5, "kind": "cosine", "peak": 1.0}
+    rates = [learning_rate(step, **settings) for step in range(51)]
     assert rates[0] == 0.2
     assert rates[4] == rates[5] == max(rates) == 1.0
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[50] == pytest.approx(0.0, abs=1e-15)
-    assert learning_rate(60, total_steps=50, warmup_ratio=0.1, kind="cosine", peak=1.0) == pytest.approx(0.0, abs=1e-15)
+    assert learning_rate(60, **settings) == pytest.approx(0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
 def test_every_step_of_a_run_can_learn(total: int, ratio: float) -> None:
     """A run of one step included, whose rate was 0."""
+    warmup = warmup_of(total, ratio=ratio, steps=None)
     for kind in ("cosine", "linear", "constant"):
-        rates = [
-            learning_rate(s, total_steps=total, warmup_ratio=ratio, kind=kind, peak=1.0)  # type: ignore[arg-type]
-            for s in range(total)
-        ]
+        rates = [learning_rate(s, total_steps=total, warmup_steps=warmup, kind=kind, peak=1.0) for s in range(total)]
         assert min(rates) > 0
+
+
+def test_warm_up_steps_take_the_place_of_their_share() -> None:
+    assert warmup_of(100, ratio=0.1, steps=None) == 10
+    assert warmup_of(100, ratio=0.1, steps=3) == 3
+    assert warmup_of(100, ratio=0.1, steps=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("cosine", {"power": 2}),
+        ("warmup_stable_decay", {}),
+        ("polynomial", {"lr_end": 2.0}),
+        ("cosine_with_min_lr", {}),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused(kind: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(MismatchError, match=r"train.lr_scheduler_kwargs"):
+        learning_rate(0, total_steps=10, warmup_steps=2, kind=kind, peak=1.0, arguments=arguments)

@@ -31,7 +31,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
     so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains;
-    `arrive` is a dump that is copied to `dump` while it waits.
+    `arrive` is a dump that is copied to `dump` while it waits; `heldout` is the held-out dump, and `stop_evaluating`
+    asks to stop in the middle of the evaluation after so many steps.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -44,6 +45,11 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
 
     def stop() -> bool:
         last = world.rank == world.world_size - 1
+        if "stop_evaluating" in job:
+            # Between two micro-batches of the evaluation, the training events are written and this result is not.
+            done = len(read_events(output / EVENTS))
+            evaluated = len((output / EVENTS).read_text().splitlines()) - done if done else 0
+            return last and done == job["stop_evaluating"] and evaluated == job["evaluated"]
         return asked is not None and last and len(read_events(output / EVENTS)) >= asked
 
     if world.main and job.get("grow"):
@@ -63,6 +69,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
                 settings,
                 stop=stop,
                 stated=job.get("stated"),
+                heldout=DumpSection(url=job["heldout"]) if job.get("heldout") else None,
             )
         result["summary"] = summary.model_dump(mode="json")
     except NeoError as error:

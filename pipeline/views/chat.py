@@ -1,0 +1,59 @@
+"""A conversation on the terminal, or one reply per line where standard input is no terminal."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from student_train.results.chat import Chat
+
+NEW, LEAVE = "/new", "/exit"
+"""What the user types to forget the conversation, and to leave."""
+
+
+def converse(models: "Sequence[tuple[str, Chat]]", *, system: str | None, once: str | None, **settings: Any) -> None:
+    """Answer what the user types until the input ends. Each model has its own conversation.
+
+    Args:
+        models: name and model; with more than one, each reply is headed by the name.
+        system: first message of every conversation.
+        once: answer this alone.
+        settings: of `Chat.reply`.
+    """
+    told = Console(stderr=True)
+    begun = [{"role": "system", "content": system}] if system else []
+    conversations = [list(begun) for _ in models]
+    for name, model in models:
+        if not model.has_template:
+            told.print(f"{name} has no chat template: text is continued as it is", highlight=False, soft_wrap=True)
+            conversations = [[] if m is model else c for (_, m), c in zip(models, conversations, strict=True)]
+    typed = sys.stdin.isatty() and once is None
+    if typed:
+        told.print(f"{NEW} begins anew, {LEAVE} or Ctrl-D leaves", highlight=False)
+    while (text := once if once is not None else _line(typed)) is not None and text != LEAVE:
+        if text == NEW:
+            conversations = [list(begun) for _ in models]
+        elif text.strip():
+            for (name, model), messages in zip(models, conversations, strict=True):
+                if len(models) > 1:
+                    sys.stdout.write(f"--- {name}\n")
+                messages.append({"role": "user", "content": text})
+                reply = model.reply(messages, heard=_said, **settings)
+                sys.stdout.write("\n")
+                messages.append({"role": "assistant", "content": reply})
+        if once is not None:
+            return
+
+
+def _line(typed: bool) -> str | None:
+    try:
+        return input("> " if typed else "")
+    except EOFError:
+        return None
+
+
+def _said(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,159 @@
+"""What the student is worth on held-out samples while it trains, without the teacher, on all ranks together.
+
+The samples are cut into the same micro-batches, and their sums are added in the same order, whatever the number of
+ranks. Best step and early stopping are functions of the results so far, which every checkpoint holds.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from storage_schemas.common.errors import DataError, exit_code
+from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.reader import Dump
+from storage_schemas.rows import OK, Row
+from student_train.config import Metric
+from student_train.data.batch import TrainBatch, collate
+from student_train.model.head import SUMS
+from student_train.world import World
+
+
+class HeldoutResult(FrozenModel):
+    """One evaluation: means over the supervised tokens of the held-out samples."""
+
+    step: int
+    """Optimizer steps that were done."""
+    kl: float
+    """Forward KL(teacher || student) at `temperature`, nats: on the stored entries and one tail bucket, so a lower
+    bound of the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
+    ce: float
+    """Cross-entropy of the tokens themselves at temperature 1, nats."""
+    top1_agreement: float | None
+    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    acceptance_rate_min: float
+    """sum min(p, q) at `temperature`, what speculative sampling would keep of the student's drafts: the least it can be
+    given what is stored, see `losses.overlap`."""
+    acceptance_rate_max: float
+    """And the most."""
+    supervised_tokens: int
+    """Tokens that were evaluated."""
+    seconds: float
+    """How long it took."""
+    temperature: float
+    """Of both distributions."""
+    dump: str
+    """Fingerprint of the held-out dump."""
+
+
+class Heldout:
+    """A sealed dump of held-out samples, ready to be evaluated on."""
+
+    def __init__(self, dump: Dump, *, temperature: float, micro_batch_size: int) -> None:
+        """Nothing is read yet.
+
+        Args:
+            dump: sealed.
+            temperature: of both distributions; one that the dump was made with.
+            micro_batch_size: samples per forward pass and rank, at most.
+
+        Raises:
+            MismatchError: the dump does not have this temperature.
+        """
+        self.dump, self.temperature = dump, temperature
+        self._index = dump.provenance.temperature_index(temperature)
+        self._micro_batch_size = micro_batch_size
+
+    def evaluate(
+        self,
+        world: World,
+        sums_of: Callable[[TrainBatch], Sequence[float]],
+        *,
+        step: int,
+        vocab_size: int | None,
+        stop: Callable[[], bool],
+    ) -> HeldoutResult | None:
+        """Evaluate what has been trained. Collective; weights, optimizer and data of the training stay as they are.
+
+        Args:
+            world: all ranks.
+            sums_of: the student's sums of `HeadLoss` over a micro-batch; collective.
+            step: optimizer steps done.
+            vocab_size: every id must lie below it, if given: the columns of the student's head that are in use.
+            stop: asked before each forward pass; once it says yes on any rank, the evaluation is given up.
+
+        Returns:
+            The result; None if it was given up.
+
+        Raises:
+            DataError: a unit is damaged, or no sample has a target.
+            PeerError: another rank has met an error.
+        """
+        began = time.monotonic()
+        rounds = self._rounds(world, vocab_size)
+        mine: list[list[float]] = []
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(rounds, None)
+            except Exception as caught:
+                error = caught
+            codes, stops = zip(*world.gather([exit_code(error), stop()]), strict=True)
+            world.leave_together(codes, error)
+            if any(stops):
+                return None
+            if batch is None:  # Of all ranks at once.
+                break
+            mine.append([len(batch.targets), *sums_of(batch)])
+        everyone = world.gather([value for sums in mine for value in sums]) if mine else []
+        # fsum is exact, so that it does not matter which rank has made which of them.
+        sums = [math.fsum(value for values in everyone for value in values[i :: 1 + SUMS]) for i in range(1 + SUMS)]
+        return self._result(step, sums, seconds=time.monotonic() - began)
+
+    def _result(self, step: int, sums: Sequence[float], *, seconds: float) -> HeldoutResult:
+        if not sums[0]:
+            raise DataError(
+                f"nothing can be evaluated on {self.dump.store.url}",
+                got="no sample with a target",
+                expected="held-out samples of status `ok`",
+                fix="`llm-neo inspect` counts the dump's samples by status; correct heldout.sources, or dump again",
+            )
+        tokens, _, ce, kl, agreement, least, most = sums
+        return HeldoutResult(
+            step=step,
+            kl=kl / tokens,
+            ce=ce / tokens,
+            top1_agreement=None if self.dump.provenance.estimator.kind == "sampled" else agreement / tokens,
+            acceptance_rate_min=least / tokens,
+            acceptance_rate_max=most / tokens,
+            supervised_tokens=int(tokens),
+            seconds=seconds,
+            temperature=self.temperature,
+            dump=self.dump.fingerprint,
+        )
+
+    def _rounds(self, world: World, vocab_size: int | None) -> Iterator[TrainBatch]:
+        """This rank's micro-batches; every rank has as many, the last one may be a filler."""
+        micro_batches = self._micro_batches()
+        while together := list(islice(micro_batches, world.world_size)):
+            rows = together[world.rank] if world.rank < len(together) else []
+            yield collate(rows, temperature_index=self._index, temperature=self.temperature, vocab_size=vocab_size)
+
+    def _micro_batches(self) -> Iterator[list[Row]]:
+        """Unit by unit, its samples with targets, longest first."""
+        for unit in range(self.dump.provenance.units):
+            rows = self.dump.read_unit(unit)
+            used = [rows.row(i) for i in range(len(rows)) if rows.status[i] == OK]
+            used.sort(key=lambda row: -len(row.input_ids))
+            yield from (used[i : i + self._micro_batch_size] for i in range(0, len(used), self._micro_batch_size))
+
+
+def best(results: Sequence[HeldoutResult], metric: Metric) -> HeldoutResult | None:
+    """Of what has been trained, the earliest result with least of the metric; None before the first."""
+    return min((result for result in results if result.step), key=lambda result: getattr(result, metric), default=None)
+
+
+def stops_early(results: Sequence[HeldoutResult], metric: Metric, patience: int | None) -> bool:
+    """Whether so many results in a row, up to the last, are no better than the best one before them."""
+    found = best(results, metric)
+    return found is not None and patience is not None and sum(r.step > found.step for r in results) >= patience

@@ -1,0 +1,259 @@
+"""Evaluation on held-out samples while training runs: what it says, and that it changes nothing else."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.distributed import Ranks
+from support.rounding import FORWARD
+from support.tiny_student import save_student, write_dump
+
+from storage_schemas.canonical import canonical_json, with_checksum
+from storage_schemas.reader import Dump
+from student_train.checkpoint import Checkpoints
+from student_train.config import TrainSection
+from student_train.heldout import HeldoutResult, best, stops_early
+from student_train.metrics import read_events
+from student_train.results.evaluate import evaluate
+
+EVALUATED = {"eval_steps": 2, "max_steps": 6, "save_steps": 4}
+WORSE = EVALUATED | {"eval_steps": 1, "learning_rate": 0.2, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+"""Training that is best after its first step."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dump, held-out ones, and a student."""
+    folder = tmp_path_factory.mktemp("heldout")
+    write_dump(folder / "dump")
+    write_dump(folder / "heldout", samples=13)
+    write_dump(folder / "unsealed", samples=13, seal=False)
+    write_dump(folder / "empty", samples=13, none_usable=True)
+    shutil.copytree(folder / "heldout", folder / "damaged")
+    next((folder / "damaged" / "data").glob("unit-00000001-*")).unlink()
+    save_student(folder / "student")
+    return folder
+
+
+class Trainings:
+    """Trainings on two ranks, which stay for all tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._ranks = folder, {2: Ranks("support.train_jobs:trainer", 2)}
+        self._done: dict[str, Any] = {}
+
+    def __call__(self, name: str, *, ranks: int = 2, heldout: str | None = "heldout", **job: Any) -> dict[str, Any]:
+        """What rank 0 says of a training in the directory `name`; run once for the same job."""
+        key = f"{name} {ranks} {heldout} {job}"
+        if key not in self._done:
+            job |= {"dump": str(self.folder / "dump"), "model": str(self.folder / "student")}
+            job |= {"output": str(self.folder / name), "heldout": heldout and str(self.folder / heldout)}
+            if ranks not in self._ranks:
+                self._ranks[ranks] = Ranks("support.train_jobs:trainer", ranks)
+            found = self._ranks[ranks].call(job=job)
+            assert {rank["code"] for rank in found} == {found[0]["code"]}
+            self._done[key] = found[0]
+        return self._done[key]  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for ranks in self._ranks.values():
+            ranks.close()
+
+
+@pytest.fixture(scope="module")
+def training(folder: Path) -> Iterator[Trainings]:
+    """Runs trainings."""
+    trainings = Trainings(folder)
+    yield trainings
+    trainings.close()
+
+
+def results_of(run: dict[str, Any]) -> list[HeldoutResult]:
+    """All evaluations of a run that is done."""
+    assert run["code"] == 0, run["message"]
+    return [HeldoutResult.model_validate(result) for result in run["summary"]["heldout"]]
+
+
+def numbers(result: HeldoutResult) -> dict[str, Any]:
+    """All but the time and the dump."""
+    return result.model_dump(exclude={"seconds", "dump"})
+
+
+def test_evaluations_are_those_of_the_command(training: Trainings, folder: Path) -> None:
+    """Before the first, every two and after the last step; the first and the last are what `evaluate` says."""
+    run = training("plain", train=EVALUATED)
+    results = results_of(run)
+    assert [result.step for result in results] == [0, 2, 4, 6]
+    dump = Dump.open(str(folder / "heldout"))
+    for result, model in ((results[0], folder / "student"), (results[-1], folder / "plain" / "final")):
+        again = evaluate(model, dump).model_dump()
+        found = result.model_dump() | {"kl_mean": result.kl}
+        shared = again.keys() & found.keys()
+        assert shared >= {"kl_mean", "ce", "top1_agreement", "acceptance_rate_min", "acceptance_rate_max"}
+        for name in shared:
+            assert found[name] == pytest.approx(again[name], rel=10 * FORWARD), name
+    assert results[-1].kl < results[0].kl
+    assert run["summary"]["best_step"] == min(results[1:], key=lambda result: result.kl).step
+    assert run["summary"]["final_step"] == 6
+    assert 0 < run["summary"]["heldout_seconds"] < run["seconds"]
+
+
+def test_evaluations_change_nothing_else(training: Trainings) -> None:
+    """Losses, weights and moments are those of a run without, bit for bit."""
+    with_dropout = {"lora": {"dropout": 0.3}}
+    plain = training("with", train=EVALUATED, **with_dropout)
+    without = training("without", train={"max_steps": 6}, heldout=None, **with_dropout)
+    assert [e.loss for e in plain["events"]] == [e.loss for e in without["events"]]
+    assert plain["state"].keys() == without["state"].keys()
+    for key, tensor in plain["state"].items():
+        assert torch.equal(tensor, without["state"][key]), key
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 3), pytest.param(3, 3, marks=pytest.mark.slow)])
+def test_results_do_not_depend_on_world_size_or_stage(training: Trainings, ranks: int, stage: int) -> None:
+    """The same weights give the same bits; trained ones what rounding leaves."""
+    expected = results_of(training("plain", train=EVALUATED))
+    found = results_of(training(f"{ranks} at {stage}", ranks=ranks, train=EVALUATED | {"zero_stage": stage}))
+    assert numbers(found[0]) == numbers(expected[0])
+    for one, other in zip(found, expected, strict=True):
+        assert numbers(one) == pytest.approx(numbers(other), rel=1e-4)
+
+
+def test_evaluations_stand_in_the_events(training: Trainings, folder: Path) -> None:
+    """As in the log history of transformers; what reads the training's events leaves them out."""
+    run = training("plain", train=EVALUATED)
+    lines = [json.loads(line) for line in (folder / "plain" / "events.jsonl").read_text().splitlines()]
+    told = [line for line in lines if "eval_kl" in line]
+    assert [line["step"] for line in told] == [0, 2, 4, 6]
+    assert [line["eval_kl"] for line in told] == [result.kl for result in results_of(run)]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert len(read_events(folder / "plain" / "events.jsonl")) == 6
+
+
+def test_resumed_run_has_the_same_evaluations(training: Trainings) -> None:
+    """Stopped between two evaluations, and gone on: none is done twice or missing."""
+    whole = training("plain", train=EVALUATED)
+    half = training("halved", train=EVALUATED, stop_after=3)
+    assert half["code"] == 75
+    rest = training("halved", train=EVALUATED)
+    assert [numbers(r) for r in results_of(rest)] == [numbers(r) for r in results_of(whole)]
+    assert [e.loss for e in rest["events"]] == [e.loss for e in whole["events"]]
+
+
+@pytest.mark.parametrize(("step", "evaluated"), [(4, 2), (6, 3)])
+def test_evaluation_that_was_cut_short_is_done_by_the_next_start(
+    training: Trainings, folder: Path, step: int, evaluated: int
+) -> None:
+    """What was trained is kept; the checkpoint gets the result once it is there."""
+    whole, name = training("plain", train=EVALUATED), f"cut at {step}"
+    cut = training(name, train=EVALUATED, stop_evaluating=step, evaluated=evaluated)
+    assert (cut["code"], cut["step"]) == (75, step)
+    stored = Checkpoints(folder / name / "checkpoints")
+    assert [result.step for result in stored.at(step).state.heldout] == list(range(0, step, 2))
+    rest = training(name, train=EVALUATED)
+    assert [numbers(r) for r in results_of(rest)] == [numbers(r) for r in results_of(whole)]
+    assert [result.step for result in stored.at(step).state.heldout] == list(range(0, step + 2, 2))
+    stored.at(step).verify()
+    assert training(name, train=EVALUATED, again=True)["summary"] == rest["summary"]
+
+
+def test_best_checkpoint_is_kept_and_exported(training: Trainings, folder: Path) -> None:
+    """Though it is not at a step of `save_steps` and older than `save_total_limit` allows."""
+    settings = WORSE | {"load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 3}
+    run = training("best", train=settings)
+    results = results_of(run)
+    found = run["summary"]["best_step"]
+    assert found == run["summary"]["final_step"] == 1
+    assert results[1].kl < results[-1].kl
+    stored = Checkpoints(folder / "best" / "checkpoints")
+    assert stored.steps() == [1, 6]
+    exported = evaluate(folder / "best" / "final", Dump.open(str(folder / "heldout")))
+    assert exported.kl_mean == pytest.approx(results[1].kl, rel=1e-4)
+    saved = load_file(folder / "best" / "final" / "adapter_model.safetensors")
+    masters = {key.split("/", 1)[1]: tensor for key, tensor in stored.at(1).tensors(("master",))}
+    assert len(saved) == len(masters)
+    for name, tensor in masters.items():
+        assert torch.equal(tensor, saved[name.replace(".default", "")])
+
+
+def test_early_stopping(training: Trainings, folder: Path) -> None:
+    """Stops after two evaluations that are no better; is done then; goes on once it is told to be patient."""
+    settings = WORSE | {"early_stopping_patience": 2, "max_steps": 9, "epochs": 3}
+    run = training("impatient", train=settings)
+    results = results_of(run)
+    assert run["summary"]["steps"] == results[-1].step == run["summary"]["best_step"] + 2 < 9
+    assert run["summary"]["planned_steps"] == 9
+    again = training("impatient", train=settings, again=True)
+    assert again["summary"] == run["summary"]
+    assert again["seconds"] < 1.0
+    on = training("impatient", train=settings | {"early_stopping_patience": None})
+    assert on["summary"]["steps"] == 9
+    whole = training("patient", train=settings | {"early_stopping_patience": None})
+    assert [e.loss for e in on["events"]] == [e.loss for e in whole["events"]]
+
+
+def test_damaged_unit_ends_training_with_what_was_trained(training: Trainings, folder: Path) -> None:
+    """One rank meets an error in the middle of an evaluation: all leave, and go on once it is mended."""
+    settings = EVALUATED | {"eval_steps": 3}
+    first = training("mended", train=settings, heldout="damaged", copy=None)
+    assert first["code"] == 65
+    assert "unit-00000001" in first["message"]
+    for file in (folder / "heldout" / "data").glob("unit-00000001-*"):
+        shutil.copy(file, folder / "damaged" / "data" / file.name)
+    assert [r.step for r in results_of(training("mended", train=settings, heldout="damaged"))] == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("heldout", "settings", "code", "said"),
+    [
+        ("dump", {}, 78, "of the very samples that are trained on"),
+        ("unsealed", {"data_wait_seconds": 0.1}, 75, "there is no complete held-out dump"),
+        ("missing", {"data_wait_seconds": 0.1}, 75, "there is no complete held-out dump"),
+        ("empty", {}, 65, "nothing can be evaluated on"),
+        ("other tokenizer", {}, 78, "another tokenizer"),
+    ],
+)
+def test_what_cannot_be_evaluated_on_is_refused(
+    training: Trainings, folder: Path, heldout: str, settings: dict[str, Any], code: int, said: str
+) -> None:
+    """Before the first step."""
+    if heldout == "other tokenizer" and not (folder / heldout).exists():
+        shutil.copytree(folder / "heldout", folder / heldout)
+        file = folder / heldout / "run.json"
+        content = json.loads(file.read_text())
+        content["tokenizer"]["vocab_sha256"] = "0" * 64
+        del content["checksum"]
+        file.write_bytes(canonical_json(with_checksum(content), indent=2))
+    run = training(f"refused {heldout}", train=EVALUATED | settings, heldout=heldout)
+    assert (run["code"], run["events"]) == (code, []), run["message"]
+    assert said in run["message"]
+
+
+def result(step: int, kl: float, ce: float = 1.0) -> HeldoutResult:
+    return HeldoutResult(
+        step=step, kl=kl, ce=ce, top1_agreement=None, acceptance_rate_min=0.0, acceptance_rate_max=1.0,
+        supervised_tokens=1, seconds=0.0, temperature=1.0, dump="",
+    )  # fmt: skip
+
+
+def test_best_and_early_stopping_are_functions_of_the_results() -> None:
+    """The untrained student is no candidate; of equals the earliest is the best; patience counts those after it."""
+    results = [result(0, 0.1), result(1, 3.0, ce=1.0), result(2, 2.0, ce=3.0), result(3, 2.0), result(4, 2.5)]
+    assert best(results[:1], "kl") is None
+    assert best(results, "kl") == results[2]
+    assert best(results, "ce") == results[1]
+    assert [stops_early(results, "kl", patience) for patience in (None, 1, 2, 3)] == [False, True, True, False]
+    assert not stops_early([], "kl", 1)
+
+
+def test_settings_that_need_evaluations(tmp_path: Path) -> None:
+    """Without `eval_steps` they would do nothing."""
+    for setting in ({"load_best_model_at_end": True}, {"early_stopping_patience": 1}):
+        with pytest.raises(ValueError, match="needs evaluations: set eval_steps"):
+            TrainSection(output=tmp_path, **setting)
