@@ -27,7 +27,7 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 from storage_schemas.stores.store import Store
-from student_train.heldout import HeldoutResult
+from student_train.metrics import HeldoutResult
 
 log = logging.getLogger(__name__)
 

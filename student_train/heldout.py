@@ -10,40 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from storage_schemas.common.errors import DataError, exit_code
-from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.config import Metric
 from student_train.data.batch import TrainBatch, collate
+from student_train.metrics import HeldoutResult
 from student_train.model.head import SUMS
 from student_train.world import World
-
-
-class HeldoutResult(FrozenModel):
-    """One evaluation: means over the supervised tokens of the held-out samples."""
-
-    step: int
-    """Optimizer steps that were done."""
-    kl: float
-    """Forward KL(teacher || student) at `temperature`, nats: on the stored entries and one tail bucket, so a lower
-    bound of the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
-    ce: float
-    """Cross-entropy of the tokens themselves at temperature 1, nats."""
-    top1_agreement: float | None
-    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
-    acceptance_rate_min: float
-    """sum min(p, q) at `temperature`, what speculative sampling would keep of the student's drafts: the least it can be
-    given what is stored, see `losses.overlap`."""
-    acceptance_rate_max: float
-    """And the most."""
-    supervised_tokens: int
-    """Tokens that were evaluated."""
-    seconds: float
-    """How long it took."""
-    temperature: float
-    """Of both distributions."""
-    dump: str
-    """Fingerprint of the held-out dump."""
 
 
 class Heldout:

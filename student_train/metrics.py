@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
-from student_train.heldout import HeldoutResult
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +58,33 @@ class Event(FrozenModel):
 
 PREFIX = "eval_"
 """Of the fields of an evaluation in events.jsonl, but for `step`, as in the log history of transformers' Trainer."""
+
+
+class HeldoutResult(FrozenModel):
+    """One evaluation: means over the supervised tokens of the held-out samples."""
+
+    step: int
+    """Optimizer steps that were done."""
+    kl: float
+    """Forward KL(teacher || student) at `temperature`, nats: on the stored entries and one tail bucket, so a lower
+    bound of the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
+    ce: float
+    """Cross-entropy of the tokens themselves at temperature 1, nats."""
+    top1_agreement: float | None
+    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    acceptance_rate_min: float
+    """sum min(p, q) at `temperature`, what speculative sampling would keep of the student's drafts: the least it can be
+    given what is stored, see `losses.overlap`."""
+    acceptance_rate_max: float
+    """And the most."""
+    supervised_tokens: int
+    """Tokens that were evaluated."""
+    seconds: float
+    """How long it took."""
+    temperature: float
+    """Of both distributions."""
+    dump: str
+    """Fingerprint of the held-out dump."""
 
 
 class Step(NamedTuple):

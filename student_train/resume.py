@@ -15,8 +15,8 @@ from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
 from student_train.config import TrainSection
 from student_train.data.order import Order
-from student_train.heldout import HeldoutResult, stops_early
-from student_train.metrics import EVENTS
+from student_train.heldout import stops_early
+from student_train.metrics import EVENTS, HeldoutResult
 from student_train.model.student_files import sha256
 from student_train.results.saved import RECORD, read_record
 from student_train.summary import FINAL, SUMMARY, Summary, read_summary

@@ -7,7 +7,7 @@ from storage_schemas.canonical import canonical_json, parse_json, validated
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 from student_train.checkpoint import Extension
-from student_train.heldout import HeldoutResult
+from student_train.metrics import HeldoutResult
 
 SUMMARY, FINAL = "summary.json", "final"
 """Names in the run directory: the summary, and what the run leaves behind."""

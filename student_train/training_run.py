@@ -17,8 +17,8 @@ from storage_schemas.stores.store import Store
 from student_train.checkpoint import Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.order import Order
-from student_train.heldout import Heldout, HeldoutResult, best
-from student_train.metrics import refuse_missing_trackers
+from student_train.heldout import Heldout, best
+from student_train.metrics import HeldoutResult, refuse_missing_trackers
 from student_train.model.losses import refuse_biased
 from student_train.model.student import refuse_unloadable
 from student_train.world import World
@@ -167,7 +167,7 @@ def open_run(
     loss: LossSection,
     train: TrainSection,
     stated: Mapping[str, Any],
-    heldout: DumpSection | None,
+    heldout: DumpSection | None = None,
 ) -> TrainingRun:
     """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
