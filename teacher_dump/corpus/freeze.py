@@ -84,8 +84,9 @@ class Corpus:
 
     def status_counts(self, samples: slice = slice(None)) -> dict[str, int]:
         """How many samples, of all or of some, have each status that there is, by name."""
-        found = np.bincount(self.statuses[samples], minlength=len(STATUSES)).tolist()
-        return {status: n for status, n in sorted(zip(STATUSES, found, strict=True)) if n}
+        codes = self.statuses[samples]
+        found = {status: int(np.count_nonzero(codes == code)) for code, status in enumerate(STATUSES)}
+        return {status: n for status, n in sorted(found.items()) if n}
 
     def tokens(self, samples: range) -> int:
         """Number of tokens of a range of samples."""
