@@ -28,7 +28,7 @@ class Committer:
         """Units that another worker committed first."""
         self._queue: queue.Queue[tuple[int, Sequence[Row]] | None] = queue.Queue(maxsize=_WAITING_UNITS)
         self._abandon = threading.Event()
-        self._done = in_background(self._work)
+        self._done = in_background(self._work, name="commits")
 
     def __enter__(self) -> Self:
         return self

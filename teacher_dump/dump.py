@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,14 +136,11 @@ def run_dump(
         writer = DumpWriter.open(dump.url, provenance, options=dump.storage_options)
         if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.
             writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
-        log_events = EventLog(events, rank=rank)
-        try:
-            worker = UnitWorker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
+        worker = UnitWorker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
+        with closing(EventLog(events, rank=rank)) as log_events:
             worker.run(log_events, console)
             summary = summarise(dump, worker)
             log_events.write("end", **summary.model_dump(mode="json"))
-        finally:
-            log_events.close()
     return summary
 
 

@@ -236,10 +236,8 @@ def durations(
 ) -> list[Duration]:
     """Hours and money by number of devices: the last worker ends when it has done its share of the units."""
     alone = teacher_tokens / tokens_per_second / 3600
-    found = []
-    for workers in WORKERS:
-        devices = workers * devices_per_worker
-        hours = alone * math.ceil(units / workers) / units
-        money = None if price_per_hour is None else hours * devices * price_per_hour
-        found.append(Duration(devices=devices, hours=hours, money=money))
-    return found
+    hours = {workers * devices_per_worker: alone * math.ceil(units / workers) / units for workers in WORKERS}
+    return [
+        Duration(devices=devices, hours=each, money=None if price_per_hour is None else each * devices * price_per_hour)
+        for devices, each in hours.items()
+    ]

@@ -20,7 +20,7 @@ def interruptible(call: Callable[[], T]) -> T:
     return in_background(call).result()
 
 
-def in_background(call: Callable[[], T]) -> Future[T]:
+def in_background(call: Callable[[], T], *, name: str = "request") -> Future[T]:
     """What `call` will return, from a daemon thread: nobody has to wait for it, not even the end of the process."""
     future: Future[T] = Future()
 
@@ -30,5 +30,5 @@ def in_background(call: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="request", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return future

@@ -8,16 +8,17 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.common.devices import usable_cores
 from storage_schemas.common.errors import TemporaryError
+from storage_schemas.targets import joined_offsets
 
 COLUMNS = {
     "offsets": np.int64,
@@ -28,32 +29,21 @@ COLUMNS = {
     "id_offsets": np.int64,
     "id_bytes": np.uint8,
 }
-"""Name and type of each column. The two of offsets begin with 0; others have a value per sample, token or byte."""
+"""Name and type of each column of a corpus, which says what they hold. Those of offsets begin with 0."""
+_OFFSETS = {"offsets": "input_ids", "id_offsets": "id_bytes"}
+"""Columns of offsets -> what they are offsets of."""
 JOURNAL = "parts.jsonl"
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Consecutive samples of one source in flat arrays."""
+class Part(NamedTuple):
+    """Consecutive samples of one source."""
 
-    sizes: npt.NDArray[np.int64]
-    """(samples,) tokens of each."""
-    lengths: npt.NDArray[np.int64]
-    """(samples,) tokens of each before it was cut or dropped."""
-    statuses: npt.NDArray[np.uint8]
-    """(samples,) place of each status in STATUSES."""
-    id_sizes: npt.NDArray[np.int64]
-    """(samples,) bytes of each id."""
-    input_ids: npt.NDArray[np.int32]
-    """(tokens,)"""
-    loss_mask: npt.NDArray[np.bool_]
-    """(tokens,)"""
-    id_bytes: npt.NDArray[np.uint8]
-    """(bytes,) UTF-8."""
-    problems: Sequence[str] = field(default=())
+    arrays: Arrays
+    """Columns of these samples alone."""
+    problems: Sequence[str] = ()
     """What is wrong with samples that cannot be used."""
 
 
@@ -68,9 +58,11 @@ class Frozen:
 
 def joined(parts: Sequence[Part]) -> Part:
     """One part after the other."""
-    names = [each.name for each in fields(Part) if each.name != "problems"]
-    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return Part(**arrays, problems=[problem for part in parts for problem in part.problems])
+    arrays: Arrays = {}
+    for name in COLUMNS:
+        columns = [part.arrays[name] for part in parts]
+        arrays[name] = joined_offsets(columns) if name in _OFFSETS else np.concatenate(columns)
+    return Part(arrays, [problem for part in parts for problem in part.problems])
 
 
 class Columns:
@@ -99,11 +91,10 @@ class Columns:
         Raises:
             TemporaryError: the disk is full.
         """
-        ends, first = self._ends, [] if self.parts else [0]
-        blocks: Arrays = {name: getattr(part, name) for name in COLUMNS if not name.endswith("offsets")}
-        tokens = ends["input_ids"] // np.dtype(COLUMNS["input_ids"]).itemsize
-        blocks["offsets"] = np.concatenate([first, tokens + np.cumsum(part.sizes)])
-        blocks["id_offsets"] = np.concatenate([first, ends["id_bytes"] + np.cumsum(part.id_sizes)])
+        blocks = dict(part.arrays)
+        for name, values in _OFFSETS.items():
+            before = self._ends[values] // np.dtype(COLUMNS[values]).itemsize
+            blocks[name] = part.arrays[name][1 if self.parts else 0 :] + before
         self._append({name: np.ascontiguousarray(blocks[name], kind) for name, kind in COLUMNS.items()}, note)
 
     def finish(self, **note: Any) -> None:

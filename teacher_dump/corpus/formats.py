@@ -325,17 +325,17 @@ def _tokens(record: Mapping[str, Any]) -> Pretokenised | None:
     places = given.pop("position_ids", None)
     if places is not None and places[first:last] != [*range(places[first], places[first] + last - first)]:
         raise _disagree("position_ids start again", "one sample per record, not packed ones")
-    masks = {name: _mask(name, values, ids) for name, values in given.items()}
-    for name, mask in masks.items():
+    masks = [(name, _mask(name, values, ids)) for name, values in given.items()]
+    for name, mask in masks:
         if any(mask[:first]) or any(mask[last:]):
             raise _disagree(
                 f"{name} supervises what attention_mask calls padding", "supervised tokens that are attended to"
             )
-        for other, values in masks.items():
-            # Nothing precedes token 0, so it is never supervised and tools differ on it.
-            if [*map(bool, mask[first + 1 : last])] != [*map(bool, values[first + 1 : last])]:
-                raise _disagree(f"{name} and {other} differ", "masks that say the same, or only one of them")
-    return Pretokenised(ids[first:last], next(iter(masks.values()))[first:last] if masks else None)
+        # Nothing precedes token 0, so it is never supervised and tools differ on it.
+        usual, other = masks[0]
+        if [*map(bool, mask[first + 1 : last])] != [*map(bool, other[first + 1 : last])]:
+            raise _disagree(f"{usual} and {name} differ", "masks that say the same, or only one of them")
+    return Pretokenised(ids[first:last], masks[0][1][first:last] if masks else None)
 
 
 def _mask(name: str, values: list[int], ids: list[int]) -> list[Any]:

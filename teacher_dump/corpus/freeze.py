@@ -21,7 +21,7 @@ from teacher_dump.config import CorpusSection
 from teacher_dump.corpus.cache import cache_folder, corpus_key, is_looked_up, kept
 from teacher_dump.corpus.columns import Columns, Frozen, Part, joined
 from teacher_dump.corpus.masks import Tokens, Unusable
-from teacher_dump.corpus.pool import Pool, chunked
+from teacher_dump.corpus.pool import chunked, pooled
 from teacher_dump.corpus.sources import RawRecord, Records, find_source, open_source, read_source
 from teacher_dump.corpus.tokenise import NOTHING, tokenise
 
@@ -84,8 +84,9 @@ class Corpus:
 
     def status_counts(self, samples: slice = slice(None)) -> dict[str, int]:
         """How many samples, of all or of some, have each status that there is, by name."""
-        found = np.bincount(self.statuses[samples], minlength=len(STATUSES)).tolist()
-        return {status: n for status, n in sorted(zip(STATUSES, found, strict=True)) if n}
+        codes = self.statuses[samples]
+        found = {status: int(np.count_nonzero(codes == code)) for code, status in enumerate(STATUSES)}
+        return {status: n for status, n in sorted(found.items()) if n}
 
     def tokens(self, samples: range) -> int:
         """Number of tokens of a range of samples."""
@@ -134,10 +135,10 @@ def freeze_corpus(
         records = [opened.get(number) or records_of(number) for number in range(len(found))]
         work = partial(_tokenise_part, tokenizer=tokenizer, section=section, lm_head_rows=lm_head_rows)
         left = sum(each.used for each in records) - sum(done)
-        with Pool(work, processes=_processes(section, left)) as pool:
+        with pooled(work, processes=_processes(section, left)) as mapped:
             for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
                 raw = islice(read_source(source, each), done[number], None)
-                for part in _larger(pool.map(chunked(raw, _BATCH)), check):
+                for part in _larger(mapped(chunked(raw, _BATCH)), check):
                     columns.append(part, source=number, problems=part.problems[:_NAMED])
                     hashed, corpus = len(corpus), _corpus(columns.frozen(), len(found))
                     _hash(digest, corpus, first=hashed)
@@ -207,7 +208,8 @@ def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
         part = next(parts, None)
         if part is not None:
             gathered.append(part)
-        tokens, samples = sum(len(each.input_ids) for each in gathered), sum(len(each.sizes) for each in gathered)
+        tokens = sum(len(each.arrays["input_ids"]) for each in gathered)
+        samples = sum(len(each.arrays["statuses"]) for each in gathered)
         late = time.monotonic() - started > _PART_SECONDS
         if gathered and (part is None or late or tokens >= _PART_TOKENS or samples >= _PART_SAMPLES):
             yield joined(gathered)
@@ -248,25 +250,26 @@ def _tokenise_part(
     lengths: list[int] = []
     kept: list[Tokens] = []
     problems: list[str] = []
-    for record in tokenise(records, tokenizer, mask=section.mask):
-        tokens = record.tokens
+    for (where, _, _), (sample_id, tokens) in zip(
+        records, tokenise(records, tokenizer, mask=section.mask), strict=True
+    ):
         if isinstance(tokens, Unusable):
-            problems.append(f"{record.where}: {tokens.reason}")
+            problems.append(f"{where}: {tokens.reason}")
         lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
-        status, tokens = _judge(tokens, section, lm_head_rows, where=record.where)
-        ids.append(record.sample_id.encode(errors="replace"))
+        status, tokens = _judge(tokens, section, lm_head_rows, where=where)
+        ids.append(sample_id.encode(errors="replace"))
         statuses.append(STATUSES.index(status))
         kept.append(tokens)
-    return Part(
-        sizes=np.array([len(tokens.input_ids) for tokens in kept], np.int64),
-        lengths=np.array(lengths, np.int64),
-        statuses=np.array(statuses, np.uint8),
-        id_sizes=np.array([len(each) for each in ids], np.int64),
-        input_ids=np.concatenate([NOTHING.input_ids, *(tokens.input_ids for tokens in kept)]),
-        loss_mask=np.concatenate([NOTHING.loss_mask, *(tokens.loss_mask for tokens in kept)]),
-        id_bytes=np.frombuffer(b"".join(ids), np.uint8),
-        problems=problems[:_NAMED],
-    )
+    arrays = {
+        "offsets": np.cumsum([0, *(len(tokens.input_ids) for tokens in kept)]),
+        "input_ids": np.concatenate([tokens.input_ids for tokens in kept]),
+        "loss_mask": np.concatenate([tokens.loss_mask for tokens in kept]),
+        "lengths": np.array(lengths, np.int64),
+        "statuses": np.array(statuses, np.uint8),
+        "id_offsets": np.cumsum([0, *map(len, ids)]),
+        "id_bytes": np.frombuffer(b"".join(ids), np.uint8),
+    }
+    return Part(arrays, problems[:_NAMED])
 
 
 def _judge(tokens: Tokens | Unusable, section: CorpusSection, lm_head_rows: int, *, where: str) -> tuple[str, Tokens]:

@@ -20,7 +20,7 @@ def refuse_shared(corpus: Corpus, heldout: Corpus) -> None:
     Raises:
         DataError: each of the two holds all that the other holds.
     """
-    theirs = {_body(heldout, i): 0 for i in np.flatnonzero(heldout.have(OK)).tolist()}
+    theirs = {_body(heldout, i) for i in np.flatnonzero(heldout.have(OK)).tolist()}
     usable = corpus.have(OK)
     # Sums first: no loop over the samples of a large corpus.
     likely = np.flatnonzero(np.isin(_sums(corpus), _sums(heldout)) & usable).tolist()

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from storage_schemas.common.errors import TemporaryError
 from storage_schemas.common.signals import ignore
@@ -20,56 +22,47 @@ _work: Callable[[Any], Any]
 """What this process does with a chunk, if it is one of a pool."""
 
 
-class Pool(Generic[C, R]):
-    """`work` over chunks: here, or in processes that are started when the first chunk comes.
+@contextmanager
+def pooled(work: Callable[[C], R], *, processes: int) -> Iterator[Callable[[Iterable[C]], Iterator[R]]]:
+    """A `map` of `work` over chunks, in order: here, or in processes that are started when the first chunk comes.
 
     What it returns is the same either way. Leaving the context ends the processes at once.
     """
-
-    def __init__(self, work: Callable[[C], R], *, processes: int) -> None:
-        self._processes = processes
-        self._work = work
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "Pool[C, R]":
-        if self._processes > 1:
-            # Not forked: this process may hold threads and a GPU.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, context, initializer=_start, initargs=(self._work,))
-        return self
-
-    def map(self, chunks: Iterable[C]) -> Iterator[R]:
-        """One result per chunk, in order; few chunks are read ahead.
-
-        Raises:
-            TemporaryError: a process was killed.
-        """
-        if self._pool is None:
-            yield from map(self._work, chunks)
-            return
-        chunks = iter(chunks)
-        try:
-            waiting: deque[Future[R]] = deque()
-            for chunk in chunks:
-                waiting.append(self._pool.submit(_call, chunk))
-                if len(waiting) > 2 * self._processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise TemporaryError(
-                "a process that tokenises the corpus was killed",
-                got=str(error),
-                expected=f"{self._processes} processes until the end",
-                fix="run the same command again, with a smaller corpus.num_proc if memory was short",
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is None:
-            return
-        for process in list((self._pool._processes or {}).values()):
+    if processes == 1:
+        yield partial(map, work)
+        return
+    # Not forked: this process may hold threads and a GPU.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(work,))
+    try:
+        yield partial(_mapped, pool, processes)
+    finally:
+        for process in list((pool._processes or {}).values()):
             process.kill()
-        self._pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def _mapped(pool: ProcessPoolExecutor, processes: int, chunks: Iterable[C]) -> Iterator[R]:
+    """One result per chunk; few chunks are read ahead.
+
+    Raises:
+        TemporaryError: a process was killed.
+    """
+    try:
+        waiting: deque[Future[R]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_call, chunk))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise TemporaryError(
+            "a process that tokenises the corpus was killed",
+            got=str(error),
+            expected=f"{processes} processes until the end",
+            fix="run the same command again, with a smaller corpus.num_proc if memory was short",
+        ) from error
 
 
 def chunked(items: Iterable[C], size: int) -> Iterator[list[C]]:

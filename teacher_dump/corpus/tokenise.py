@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,27 +15,20 @@ from teacher_dump.corpus.sources import RawRecord
 NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenised:
-    """A record after tokenisation, before anybody has judged its length."""
+def tokenise(
+    records: Sequence[tuple[str, str, RawRecord]], tokenizer: Any, *, mask: str
+) -> Iterator[tuple[str, Tokens | Unusable]]:
+    """(id, tokens) per (where, format, record), in order; a record that is of no use is `Unusable` and says why.
 
-    sample_id: str
-    """The record's `id`, or a hash of its content."""
-    tokens: Tokens | Unusable
-    where: str
-    """File and record, for messages."""
-
-
-def tokenise(records: Sequence[tuple[str, str, RawRecord]], tokenizer: Any, *, mask: str) -> Iterator[Tokenised]:
-    """One result per (where, format, record), in order; a record that is of no use is `Unusable` and says why.
+    The id is the record's own, or a hash of its content. Nobody has judged the length yet.
 
     Raises:
         DataError: the tokenizer cannot do what these records need, whatever they hold.
     """
     forms = [_form(record, kind) for _, kind, record in records]
-    for (where, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
+    for (_, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
         given = None if isinstance(raw, Unusable) else raw.get("id")
-        yield Tokenised(_content_hash(form) if given is None else str(given), tokens, where)
+        yield _content_hash(form) if given is None else str(given), tokens
 
 
 def _form(record: RawRecord, kind: str) -> Record | Unusable | None:

@@ -187,7 +187,7 @@ class VllmTeacher(Teacher):
         )
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         # A daemon, because `generate` waits for ever for an engine whose process was killed (seen with 0.32.0).
-        answer = in_background(lambda: self._engine.generate(asked, parameters, use_tqdm=False))
+        answer = in_background(lambda: self._engine.generate(asked, parameters, use_tqdm=False), name="vllm")
         try:
             outputs = self._wait(answer)
         except Exception as error:

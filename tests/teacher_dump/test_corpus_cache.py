@@ -152,15 +152,16 @@ def test_a_damaged_copy_is_made_again(
 
 def part_of(samples: int) -> Part:
     """Some samples of 3 tokens each."""
-    return Part(
-        sizes=np.full(samples, 3),
-        lengths=np.full(samples, 4),
-        statuses=np.zeros(samples, np.uint8),
-        id_sizes=np.full(samples, 2),
-        input_ids=np.arange(3 * samples, dtype=np.int32),
-        loss_mask=np.ones(3 * samples, bool),
-        id_bytes=np.full(2 * samples, ord("x"), np.uint8),
-    )
+    arrays = {
+        "offsets": np.arange(samples + 1) * 3,
+        "input_ids": np.arange(3 * samples, dtype=np.int32),
+        "loss_mask": np.ones(3 * samples, bool),
+        "lengths": np.full(samples, 4),
+        "statuses": np.zeros(samples, np.uint8),
+        "id_offsets": np.arange(samples + 1) * 2,
+        "id_bytes": np.full(2 * samples, ord("x"), np.uint8),
+    }
+    return Part(arrays)
 
 
 def fill(columns: Columns, *, parts: int = 3, samples: int = 4) -> None:

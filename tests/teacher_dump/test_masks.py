@@ -202,14 +202,14 @@ QUIET = [Conversation(turns("what is it", "the answer", "how", "so"), [{"name": 
 @pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
 def test_tools_options_and_weights_reach_the_template_and_the_mask(template: str) -> None:
     tokenizer = tiny_tokenizer(TOOLS + template)
-    (found,) = masks.tokenise_chats(tokenizer, QUIET, mask="assistant")
+    (found,) = masks.tokenise_conversations(tokenizer, QUIET, mask="assistant")
     assert text(tokenizer, found).startswith("it|quiet <|im_start|>user\nwhat is it")
     assert supervised_text(tokenizer, found) == "so<|im_end|>"
 
 
 def test_what_the_template_does_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:
     masks._warn_once.cache_clear()
-    masks.tokenise_chats(tiny_tokenizer(CHATML), QUIET * 3, mask="assistant")
+    masks.tokenise_conversations(tiny_tokenizer(CHATML), QUIET * 3, mask="assistant")
     assert sorted(record.args or record.message for record in caplog.records) == [
         "the chat template does not read `quiet`; records that have it are rendered without",
         "the chat template does not read `tools`; records that have it are rendered without",
@@ -225,7 +225,7 @@ def test_a_template_that_takes_arguments_as_text_only_gets_text() -> None:
     tokenizer = tiny_tokenizer(template)
     call = {"type": "function", "function": {"name": "it", "arguments": {"a": 1}}}
     messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    (tokens,) = masks.tokenise_chats(tokenizer, [Conversation(messages)], mask="assistant")
+    (tokens,) = masks.tokenise_conversations(tokenizer, [Conversation(messages)], mask="assistant")
     assert supervised_text(tokenizer, tokens) == 'it{"a": 1}<|im_end|>'
 
 

@@ -16,7 +16,7 @@ from support.tiny_teachers import CHATML, HEADERS, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError, TemporaryError
 from teacher_dump.corpus import freeze as corpus_module
-from teacher_dump.corpus.pool import Pool
+from teacher_dump.corpus.pool import pooled
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -55,17 +55,17 @@ def test_what_a_process_raises_is_the_error_of_the_command(tmp_path: Path) -> No
 
 
 def test_a_process_that_is_killed_is_an_error_and_not_a_wait() -> None:
-    with pytest.raises(TemporaryError, match=r"was killed(.|\n)*num_proc"), Pool(killed, processes=2) as pool:
-        list(pool.map(range(100)))
+    with pytest.raises(TemporaryError, match=r"was killed(.|\n)*num_proc"), pooled(killed, processes=2) as mapped:
+        list(mapped(range(100)))
 
 
 def test_leaving_ends_what_is_running() -> None:
     def work() -> None:
-        with Pool(slow, processes=2) as pool:
-            for _ in pool.map(range(10)):
+        with pooled(slow, processes=2) as mapped:
+            for _ in mapped(range(10)):
                 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
                 break
-            list(pool.map(range(10)))
+            list(mapped(range(10)))
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -74,8 +74,10 @@ def test_leaving_ends_what_is_running() -> None:
 
 
 def test_processes_end_with_the_one_that_started_them() -> None:
-    code = "from support.pool_jobs import slow; from teacher_dump.corpus.pool import Pool\nif __name__ == '__main__':\n"
-    code += " with Pool(slow, processes=2) as pool:\n  r = pool.map(range(9)); print(next(r), flush=True); list(r)\n"
+    code = (
+        "from support.pool_jobs import slow; from teacher_dump.corpus.pool import pooled\nif __name__ == '__main__':\n"
+    )
+    code += " with pooled(slow, processes=2) as mapped:\n  r = mapped(range(9)); print(next(r), flush=True); list(r)\n"
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
