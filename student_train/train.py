@@ -106,9 +106,7 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
     """The student, refused if it does not fit the checkpoint; on the main rank with all that identifies it, and proven
     to fit the dump."""
     model, revision = run.student.model, run.student.revision
-    initial = None
-    if checkpoint is not None:
-        initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))}
+    initial = None if checkpoint is None else checkpoint.by_name(INITIAL)
     learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
     if not main:
         return learner
@@ -386,13 +384,13 @@ class _Loop:
                 expected=self._learner.files,
                 fix="restore its files, then run the same command again; the checkpoint is intact",
             )
-        checkpoint, rows = run.checkpoints.at(run.steps), stored_rows(run)
+        rows = stored_rows(run)
         record = write_final(
             final,
             self._learner,
             run.student,
             run.train,
-            weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
+            weights=run.checkpoints.at(run.steps).by_name(MASTER),
             tokenizer=run.dump.tokenizer_files(),
             card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],

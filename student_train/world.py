@@ -38,7 +38,6 @@ class World:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     control: dist.ProcessGroup
 
@@ -91,7 +90,7 @@ class World:
         dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:
+def join(rank: int, world_size: int, *, device: torch.device, rendezvous: str) -> World:
     """Meet the other ranks at `env://` (several nodes, torchrun), `tcp://host:port` or `file://path`.
 
     A single rank meets nobody, and needs no port.
@@ -106,4 +105,4 @@ def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, r
         **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),  # type: ignore[attr-defined]
     )
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, control=control)
+    return World(rank=rank, world_size=world_size, device=device, control=control)

@@ -93,9 +93,9 @@ def _refuse_impossible(train: TrainSection) -> None:
         )
 
 
-def monitors(train: TrainSection) -> dict[str, Mapping[str, Any]]:
+def monitors(deepspeed: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The monitors that `train.deepspeed` switches on: name -> its section."""
-    sections = {name: train.deepspeed[name] for name in MONITORS if isinstance(train.deepspeed.get(name), Mapping)}
+    sections = {name: deepspeed[name] for name in MONITORS if isinstance(deepspeed.get(name), Mapping)}
     return {name: section for name, section in sections.items() if section.get("enabled") is True}
 
 
