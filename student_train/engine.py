@@ -34,13 +34,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.exits import Exit
 from student_train import world as worlds
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.student import Distilled
-from student_train.world import PeerError, World
+from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
 
 
@@ -105,7 +104,7 @@ class Engine:
                 self.monitors[name] = partial(MonitorMaster, DeepSpeedMonitorConfig(**{name: section}))
             self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
         except (ValidationError, DeepSpeedConfigError) as error:
-            raise (_not_taken(error) if world.main else PeerError(0, Exit.MISMATCH)) from error
+            world.raise_on_all(_not_taken(error))
         if train.zero_stage == 3:
             module.head.gather = _gather
         self.updates = 0

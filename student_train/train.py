@@ -42,7 +42,7 @@ from student_train.training_run import (
     stored_rows,
     weigh,
 )
-from student_train.world import PeerError, World
+from student_train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +199,8 @@ class _Loop:
         faults.point("train:step")
         try:
             result = self._engine.step(batches, tokens=supervised, learning_rate=rate)
-        except NeoError as error:  # Found by all ranks at once, so one of them speaks.
-            raise (error if self._world.main else PeerError(0, exit_code(error))) from None
+        except NeoError as error:
+            self._world.raise_on_all(error)
         self._meter.add(
             Step(
                 loss=result.loss,
@@ -258,13 +258,13 @@ class _Loop:
             self._report(step)
             self._save(step)
         self._world.leave_together(codes, error)
-        if not self._world.main:
-            raise PeerError(0, Exit.TEMPORARY)
-        raise TemporaryError(
-            f"training was asked to stop, and has stopped after step {step} of {self._run.steps}",
-            got="SIGTERM, SIGINT or a file named `exit/stop`",
-            expected="to run to the end",
-            fix="run the same command again; it goes on from the checkpoint",
+        self._world.raise_on_all(
+            TemporaryError(
+                f"training was asked to stop, and has stopped after step {step} of {self._run.steps}",
+                got="SIGTERM, SIGINT or a file named `exit/stop`",
+                expected="to run to the end",
+                fix="run the same command again; it goes on from the checkpoint",
+            )
         )
 
     def _refuse_stalled(self, windows: int, waited: float) -> None:
@@ -354,8 +354,8 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
-        if not self._engine.updates:  # On no rank.
-            raise nothing_usable(run) if world.main else PeerError(0, Exit.BAD_DATA)
+        if not self._engine.updates:
+            world.raise_on_all(nothing_usable(run))
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         stray = self._engine.stray()
 

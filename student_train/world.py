@@ -7,7 +7,7 @@ instead of staying away from the next collective, where the others would wait fo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,10 @@ class World:
             assert error is not None
             raise error
         raise PeerError(failed[0], int(codes[failed[0]])) from error
+
+    def raise_on_all(self, error: NeoError) -> NoReturn:
+        """Raise what all ranks have found at once: the error itself on the main rank, PeerError elsewhere."""
+        raise error if self.main else PeerError(0, error.exit_code)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; if it fails on one, raise on all. Collective; `work` itself must not be."""

@@ -12,7 +12,7 @@ AUTO = "auto"
 """What configurations for transformers' Trainer say where it shall decide; here it is as if the key were not there."""
 
 MONITORS = ("csv_monitor", "tensorboard", "wandb")
-"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.open_reporter`."""
+"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.reporting`."""
 
 TUNABLE = (
     *MONITORS,
