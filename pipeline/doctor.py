@@ -325,8 +325,7 @@ def _tokenizer(config: Config) -> Iterator[Finding]:
     """Whether the student's ids mean what the dump's mean."""
     from transformers import AutoConfig
 
-    from student_train.model.student import refuse_tokenizer
-    from student_train.model.student_files import has_tokenizer
+    from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
 
     assert config.student is not None
     model, revision, section = config.student.model, config.student.revision, config.dump

@@ -129,6 +129,10 @@ class Checkpoint:
                     raise DataError(f"{record.name} is not a safetensors file", got=str(error)) from error
                 yield from sorted(loaded.items())
 
+    def by_name(self, kind: str) -> dict[str, Tensor]:
+        """The tensors of one kind, by parameter name. Raises DataError as `tensors` does."""
+        return {key.split("/", 1)[1]: tensor for key, tensor in self.tensors((kind,))}
+
     def verify(self) -> None:
         """Read every file. Raises DataError."""
         for record in self.commit.files:

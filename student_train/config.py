@@ -177,7 +177,7 @@ class TrainSection(FrozenModel):
     extend: bool = False
     """Let a run go on from its newest checkpoint under changed settings: more epochs or steps, another learning rate,
     schedule, precision, optimizer or loss. The schedule is then that of the new total, from the next step on; what has
-    changed is logged, and kept in checkpoints and summary. What decides the order of samples stays."""
+    changed is logged, and noted in checkpoints and summary. What decides the order of samples stays."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
@@ -192,7 +192,7 @@ class TrainSection(FrozenModel):
     """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
     cache_dir: LocalFolder | None = None
-    """Where shards are kept on this node. Null: `cache/` in the run directory."""
+    """Where shards are cached on this node. Null: `cache/` in the run directory."""
     cache_bytes: int | None = Field(64 * 2**30, ge=1)
     """What that folder may hold; above it, the shards that were not used for longest go. Give it room for a block of
     units, better for the dump: then each shard is fetched once per node. Null: no limit."""

@@ -34,14 +34,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.exits import Exit
 from student_train import world as worlds
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.head import SUMS
 from student_train.model.student import Distilled
-from student_train.world import PeerError, World
+from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
 
 
@@ -68,7 +67,7 @@ def join(rank: int, world_size: int, local_rank: int, *, rendezvous: str = "env:
         # A shared-memory all-reduce that only inference uses; building it takes a compiler and a minute.
         deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes it from here alone.
-    world = worlds.join(rank, world_size, local_rank, device=device, rendezvous=rendezvous)
+    world = worlds.join(rank, world_size, device=device, rendezvous=rendezvous)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
     return world
 
@@ -102,11 +101,11 @@ class Engine:
         if isinstance(adam, _ClippedAdamW):
             config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm
         try:
-            for name, section in monitors(train).items():
+            for name, section in monitors(train.deepspeed).items():
                 self.monitors[name] = partial(MonitorMaster, DeepSpeedMonitorConfig(**{name: section}))
             self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
         except (ValidationError, DeepSpeedConfigError) as error:
-            raise (_not_taken(error) if world.main else PeerError(0, Exit.MISMATCH)) from error
+            world.raise_on_all(_not_taken(error))
         if train.zero_stage == 3:
             module.head.gather = _gather
         self.updates = 0
@@ -216,6 +215,7 @@ class Engine:
         return inner
 
     def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        """All of a master or moment; at stage 0 the live tensor."""
         whole: Tensor
         if not self._stage:
             whole = parameter.data if kind == MASTER else self._inner().state[parameter][kind]
@@ -226,7 +226,9 @@ class Engine:
         return whole
 
     def _set(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
-        if self._stage == 3:
+        if not self._stage:
+            self._whole(kind, parameter).copy_(value)
+        elif self._stage == 3:
             # The setters for whole tensors fail on the last rank where the size is not a multiple of the world size.
             share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             flat = nn.functional.pad(value.flatten(), (0, share * self._world.world_size - value.numel()))
@@ -235,15 +237,10 @@ class Engine:
                 safe_set_local_fp32_param(parameter, mine)
             else:
                 safe_set_local_optimizer_state(parameter, mine, kind)
-        elif self._stage:
-            if kind == MASTER:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, kind)
         elif kind == MASTER:
-            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
         else:
-            self._inner().state[parameter][kind].copy_(value)
+            safe_set_full_optimizer_state(parameter, value, kind)
 
     def _make_moments(self, updates: int) -> None:
         """Create Adam's state, which does not exist before the first update and cannot be set until it does."""

@@ -118,16 +118,15 @@ def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint |
             expected="a checkpoint whose COMMIT.json and files agree",
             fix="restore the checkpoints, or train from the start in a new train.output",
         )
-    return found
+    # Where nothing has been trained that could be lost, the record of the start is made anew.
+    return None if resume == "auto" and steps == [0] else found
 
 
 def _chosen_step(run: TrainingRun) -> int:
     """Of the checkpoint to go on from; -1 to start at the beginning."""
     used = any((run.train.output / name).exists() for name in (EVENTS, FINAL, SUMMARY))
     chosen = choose(run.checkpoints, resume=run.train.resume, used=used)
-    # Where nothing has been trained that could be lost, the record of the start is made anew.
-    anew = run.checkpoints.steps() == [0] and run.train.resume == "auto"
-    return -1 if chosen is None or anew else chosen.step
+    return -1 if chosen is None else chosen.step
 
 
 def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
@@ -180,22 +179,20 @@ def consumed_root(dump: Dump, order: Order, step: int) -> str:
     Whether the dump was sealed by then makes no difference. Raises DataError if one of these units is gone.
     """
     digest = hashlib.sha256()
-    windows = 0
-    if step >= order.steps_per_epoch:
-        windows = order.windows
-    elif step:
-        windows = order.windows_of_step(step - 1).stop
-    for window in range(windows):
-        for unit in order.units_of_window(window):
-            record = dump.record(unit)
-            if record is None:
-                raise DataError(
-                    f"unit {unit} was trained on, and is not committed any more",
-                    got="no commit record",
-                    expected=f"commits/unit-{unit:08d}.json",
-                    fix="restore the dump, or train from the start in a new train.output",
-                )
-            digest.update(f"{unit} {record.sha256}\n".encode())
+    units = 0
+    if step:
+        windows = order.windows_of_step(min(step, order.steps_per_epoch) - 1)
+        units = order.units_of_window(windows[-1]).stop
+    for unit in range(units):
+        record = dump.record(unit)
+        if record is None:
+            raise DataError(
+                f"unit {unit} was trained on, and is not committed any more",
+                got="no commit record",
+                expected=f"commits/unit-{unit:08d}.json",
+                fix="restore the dump, or train from the start in a new train.output",
+            )
+        digest.update(f"{unit} {record.sha256}\n".encode())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from storage_schemas.common import faults
-from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, exit_code
+from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
 from storage_schemas.rows import Row
@@ -112,9 +112,7 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
     """The student, refused if it does not fit the checkpoint; on the main rank with all that identifies it, and proven
     to fit the dump."""
     model, revision = run.student.model, run.student.revision
-    initial = None
-    if checkpoint is not None:
-        initial = {name.split("/", 1)[1]: tensor for name, tensor in checkpoint.tensors((INITIAL,))}
+    initial = None if checkpoint is None else checkpoint.by_name(INITIAL)
     learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
     if not main:
         return learner
@@ -217,8 +215,8 @@ class _Loop:
         faults.point("train:step")
         try:
             result = self._engine.step(batches, tokens=supervised, learning_rate=rate)
-        except NeoError as error:  # Found by all ranks at once, so one of them speaks.
-            raise (error if self._world.main else PeerError(0, exit_code(error))) from None
+        except NeoError as error:
+            self._world.raise_on_all(error)
         self._meter.add(
             Step(
                 loss=result.loss,
@@ -309,13 +307,13 @@ class _Loop:
             self._report()
             self._save()
         self._world.leave_together(codes, error)
-        if not self._world.main:
-            raise PeerError(0, Exit.TEMPORARY)
-        raise TemporaryError(
-            f"training was asked to stop, and has stopped after step {step} of {self._run.steps}",
-            got="SIGTERM, SIGINT or a file named `exit/stop`",
-            expected="to run to the end",
-            fix="run the same command again; it goes on from the checkpoint",
+        self._world.raise_on_all(
+            TemporaryError(
+                f"training was asked to stop, and has stopped after step {step} of {self._run.steps}",
+                got="SIGTERM, SIGINT or a file named `exit/stop`",
+                expected="to run to the end",
+                fix="run the same command again; it goes on from the checkpoint",
+            )
         )
 
     def _refuse_stalled(self, windows: int, waited: float) -> None:
@@ -407,8 +405,8 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
-        if not self._engine.updates:  # On no rank.
-            raise nothing_usable(run) if world.main else PeerError(0, Exit.BAD_DATA)
+        if not self._engine.updates:
+            world.raise_on_all(nothing_usable(run))
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         stray = self._engine.stray()
 
@@ -424,18 +422,6 @@ class _Loop:
         assert done is not None
         return done
 
-    def _exported(self) -> Checkpoint:
-        """The checkpoint whose weights are left in `final/`."""
-        run, step = self._run, self._run.exported(self._done, self._results)
-        if step not in run.checkpoints.steps():
-            raise MismatchError(
-                f"the checkpoint of the best evaluation, that of step {step}, is not there",
-                got=f"checkpoints of the steps {', '.join(map(str, run.checkpoints.steps()))}",
-                expected="train.load_best_model_at_end: true from the start of training",
-                fix="unset it to have the last step in `final/`, or train in a new train.output",
-            )
-        return run.checkpoints.at(step)
-
     def _leave_behind(self, peak_rss_bytes: int) -> None:
         """`final/`, and then summary.json, on the main rank."""
         run, seconds = self._run, self._meter.seconds
@@ -449,13 +435,13 @@ class _Loop:
                 expected=self._learner.files,
                 fix="restore its files, then run the same command again; the checkpoint is intact",
             )
-        checkpoint, rows = self._exported(), stored_rows(run)
+        rows = stored_rows(run)
         record = write_final(
             final,
             self._learner,
             run.student,
             run.train,
-            weights={key.split("/", 1)[1]: value for key, value in checkpoint.tensors((MASTER,))},
+            weights=run.left_behind(self._done, self._results).by_name(MASTER),
             tokenizer=run.dump.tokenizer_files(),
             card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],

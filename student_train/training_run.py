@@ -14,7 +14,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, SEAL
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
-from student_train.checkpoint import Checkpoints, Extension
+from student_train.checkpoint import Checkpoint, Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.order import Order
 from student_train.heldout import Heldout, best
@@ -55,6 +55,18 @@ class TrainingRun:
         """The step whose weights go into `final/` if the run ends after `step` with these results."""
         found = best(self.comparable(results), self.train.metric_for_best_model)
         return found.step if found and self.train.load_best_model_at_end else step
+
+    def left_behind(self, step: int, results: Sequence[HeldoutResult]) -> Checkpoint:
+        """The checkpoint of that step. Raises MismatchError if it has not been kept."""
+        exported, there = self.exported(step, results), self.checkpoints.steps()
+        if exported not in there:
+            raise MismatchError(
+                f"the checkpoint of the best evaluation, that of step {exported}, is not there",
+                got=f"checkpoints of the steps {', '.join(map(str, there))}",
+                expected="train.load_best_model_at_end: true from the start of training",
+                fix="unset it to have the last step in `final/`, or train in a new train.output",
+            )
+        return self.checkpoints.at(exported)
 
 
 def refuse_early(student: StudentSection, train: TrainSection) -> None:

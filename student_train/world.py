@@ -7,7 +7,7 @@ instead of staying away from the next collective, where the others would wait fo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ class World:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     control: dist.ProcessGroup
 
@@ -67,6 +66,10 @@ class World:
             raise error
         raise PeerError(failed[0], int(codes[failed[0]])) from error
 
+    def raise_on_all(self, error: NeoError) -> NoReturn:
+        """Raise what all ranks have found at once: the error itself on the main rank, PeerError elsewhere."""
+        raise error if self.main else PeerError(0, error.exit_code)
+
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; if it fails on one, raise on all. Collective; `work` itself must not be."""
         result, error = None, None
@@ -91,7 +94,7 @@ class World:
         dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:
+def join(rank: int, world_size: int, *, device: torch.device, rendezvous: str) -> World:
     """Meet the other ranks at `env://` (several nodes, torchrun), `tcp://host:port` or `file://path`.
 
     A single rank meets nobody, and needs no port.
@@ -106,4 +109,4 @@ def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, r
         **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),  # type: ignore[attr-defined]
     )
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, control=control)
+    return World(rank=rank, world_size=world_size, device=device, control=control)

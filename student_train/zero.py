@@ -12,7 +12,7 @@ AUTO = "auto"
 """What configurations for transformers' Trainer say where it shall decide; here it is as if the key were not there."""
 
 MONITORS = ("csv_monitor", "tensorboard", "wandb")
-"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.open_reporter`."""
+"""Sections of DeepSpeed that say where a run's events go as well, see `metrics.reporting`."""
 
 TUNABLE = (
     *MONITORS,
@@ -93,9 +93,9 @@ def _refuse_impossible(train: TrainSection) -> None:
         )
 
 
-def monitors(train: TrainSection) -> dict[str, Mapping[str, Any]]:
+def monitors(deepspeed: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The monitors that `train.deepspeed` switches on: name -> its section."""
-    sections = {name: train.deepspeed[name] for name in MONITORS if isinstance(train.deepspeed.get(name), Mapping)}
+    sections = {name: deepspeed[name] for name in MONITORS if isinstance(deepspeed.get(name), Mapping)}
     return {name: section for name, section in sections.items() if section.get("enabled") is True}
 
 

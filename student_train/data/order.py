@@ -130,7 +130,7 @@ class Order:
 
 @lru_cache(maxsize=4)
 def _samples(order: Order, epoch: int, first: int, steps: int) -> I64:
-    """Sample indices of some steps of an epoch; kept, since a permutation takes as long for one step as for all."""
+    """Sample indices of some steps of an epoch; cached, since a permutation takes as long for one step as for all."""
     start, stop = (step * order.global_batch_size for step in (first, first + steps))
     samples = order.samples_at(epoch, start, min(stop, order.samples))
     samples.setflags(write=False)
@@ -139,7 +139,7 @@ def _samples(order: Order, epoch: int, first: int, steps: int) -> I64:
 
 @lru_cache(maxsize=16)
 def _block(order: Order, epoch: int, number: int, block: int) -> tuple[Span, I64]:
-    """Positions and units of a block, counted within a window; kept, since each step of it asks."""
+    """Positions and units of a block, counted within a window; cached, since each step of it asks."""
     window = order.units_of_window(number)
     slots = np.arange(block * order.block_units, min((block + 1) * order.block_units, len(window)))
     start = (window.start + block * order.block_units) * order.samples_per_unit

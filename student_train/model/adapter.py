@@ -114,7 +114,7 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
         shapes = {name: p.shape for name, p in _factors(model)}
         _subtract(model, _principal_factors(model) if initial is None else dict(exactly(initial.items(), shapes)))
     if lora.variant == "moslora":
-        _mix(model, lora)
+        _mix(model, lora.extra)
     return model
 
 
@@ -187,8 +187,8 @@ def _subtract(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
         weight.copy_((weight.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype))
 
 
-def _mix(model: PeftModel, lora: LoraSection) -> None:
-    """Put a mixer behind each A."""
+def _mix(model: PeftModel, extra: Mapping[str, Any]) -> None:
+    """Put a mixer behind each A. Raises MismatchError, which names `extra`, where what peft does would miss it."""
     for name, layer in _lora_layers(model):
         wrong = None
         if not isinstance(layer, Linear) or layer.lora_variant:
@@ -199,7 +199,7 @@ def _mix(model: PeftModel, lora: LoraSection) -> None:
         if wrong is not None:
             raise MismatchError(
                 "student.lora.extra does not go with student.lora.variant: moslora",
-                got=f"{wrong[0]}, with student.lora.extra = {lora.extra!r}",
+                got=f"{wrong[0]}, with student.lora.extra = {extra!r}",
                 expected=wrong[1],
                 fix="remove what makes it so from student.lora.extra, or choose another variant",
             )

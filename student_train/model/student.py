@@ -2,30 +2,28 @@
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.scaling import scale_between
-from student_train.model.student_files import has_tokenizer, weight_files
+from student_train.model.student_files import weight_files
+from student_train.model.tokenizers import refuse_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -318,44 +316,3 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected value."""
     found, expected = found.float().cpu(), expected.float().cpu()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-
-
-def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> None:
-    """Raise MismatchError unless every id means the same to the student's tokenizer and to the dump's, made of `files`.
-
-    A student without tokenizer files of its own is accepted, with a warning.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), files)
-        fix = "dump with a teacher whose tokenizer needs no code of its own"
-        theirs = load_tokenizer(folder, None, fix=fix).get_vocab()
-    if not has_tokenizer(model, revision):
-        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
-        return
-    ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
-    refuse_other_tokenizer(theirs, ours, student_head=head_rows)
-
-
-def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that runs no code of its own.
-
-    Raises:
-        MismatchError: it is damaged, or needs such code; `fix` says what to do.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except Exception as error:  # The tokenizers library raises nothing more exact.
-        raise MismatchError(
-            f"the tokenizer in {model} cannot be loaded",
-            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
-            expected="a tokenizer of transformers, without code of its own",
-            fix=fix,
-        ) from error
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the dump's tokenizer files into a directory."""
-    for name, content in files.items():
-        if Path(name).name != name:
-            raise MismatchError("a tokenizer file of the dump has a path for a name", got=ascii(name))
-        (folder / name).write_bytes(content)

@@ -16,11 +16,6 @@ from storage_schemas.common.hashes import file_state
 
 UNTOLD = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what a model was saved."""
-TOKENIZER = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja",
-    "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json",
-)  # fmt: skip
-"""Names of a tokenizer's files."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,8 +27,9 @@ def weight_files(model: str, revision: str | None) -> list[Path]:
         OSError: there is no such model.
     """
     names = [SAFE_WEIGHTS_NAME]
-    if _find(model, SAFE_WEIGHTS_NAME, revision) is None and (index := _find(model, SAFE_WEIGHTS_INDEX_NAME, revision)):
-        names = sorted(set(_weight_map(index).values()))
+    if find_file(model, SAFE_WEIGHTS_NAME, revision) is None:
+        index = find_file(model, SAFE_WEIGHTS_INDEX_NAME, revision)
+        names = sorted(set(_weight_map(index).values())) if index else names
     files = [Path(str(cached_file(model, name, revision=revision))) for name in names]
     for file in files:
         refuse_torn(file)
@@ -65,14 +61,6 @@ def identity(model: str, revision: str | None) -> dict[str, str]:
     return {"config": digest(told), "weights": digest(hashes)}
 
 
-def has_tokenizer(model: str, revision: str | None) -> bool:
-    """Whether a model brings files of a tokenizer, whole or not."""
-    folder = Path(model)
-    if folder.is_dir():
-        return any(True for pattern in TOKENIZER for _ in folder.glob(pattern))
-    return any(_find(model, name, revision) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
-
-
 def sha256(path: Path) -> str:
     """Of a file; read once as long as nobody changes it."""
     # The hub's cache names large files by their hash.
@@ -88,7 +76,8 @@ def _sha256(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _find(model: str, name: str, revision: str | None) -> str | None:
+def find_file(model: str, name: str, revision: str | None) -> str | None:
+    """Path of a file of a directory or hub id, fetched if need be; None if it has no such file."""
     found: str | None = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return found
 

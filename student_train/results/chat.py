@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from storage_schemas.common.errors import MismatchError
-from student_train.model.student import load_tokenizer
-from student_train.results.end_of_turn import GENERATION, tokenizer_in
+from student_train.model.tokenizers import load_tokenizer, tokenizer_in
+from student_train.results.end_of_turn import GENERATION
 from student_train.results.evaluate import device_named, load_ready
 
 Messages = Sequence[Mapping[str, str]]

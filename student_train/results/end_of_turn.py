@@ -2,14 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from storage_schemas.rows import Row
-from student_train.model.student import load_tokenizer
 
 GENERATION = "generation_config.json"
 LEARNED_SHARE = 0.1
@@ -42,10 +40,3 @@ def generation_of(model: Any, tokenizer: PreTrainedTokenizerBase | None, ends: M
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
         found.pad_token_id = tokenizer.pad_token_id
     return found
-
-
-def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a directory, which runs no code of its own; None if there is none."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return load_tokenizer(str(folder), None, fix="correct it, or remove its files")

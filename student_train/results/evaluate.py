@@ -73,9 +73,13 @@ def evaluate(
     """
     index = dump.provenance.temperature_index(temperature)
     total = min(dump.provenance.corpus.samples, limit or dump.provenance.corpus.samples)
-    spans = {unit: dump.provenance.unit_range(unit) for unit in range(-(-total // dump.provenance.samples_per_unit))}
-    spans = {unit: span for unit, span in spans.items() if dump.sealed() or dump.record(unit) is not None}
-    samples = sum(min(span.stop, total) - span.start for span in spans.values())
+    spans = [dump.provenance.unit_range(unit) for unit in range(dump.provenance.units)]
+    there = {
+        unit: range(span.start, min(span.stop, total))
+        for unit, span in enumerate(spans)
+        if span.start < total and (dump.sealed() or dump.record(unit) is not None)
+    }
+    samples = sum(map(len, there.values()))
     if samples < total and not partial:
         raise TemporaryError(
             f"the dump {dump.store.url} is not complete yet",
@@ -91,16 +95,16 @@ def evaluate(
     module.to(where)
 
     sums, tokens = torch.zeros(SUMS, dtype=torch.float64), 0
-    for unit, span in spans.items():
-        stored, first = dump.read_unit(unit), min(len(span), total - span.start)
-        usable = [stored.row(i) for i in range(first) if stored.status[i] == OK]
+    for unit, span in there.items():
+        stored = dump.read_unit(unit)
+        usable = [stored.row(i) for i in range(len(span)) if stored.status[i] == OK]
         for batch_rows in _by_budget(sorted(usable, key=lambda row: -len(row.input_ids)), batch_tokens):
             batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
             with torch.no_grad():
                 sums += module(batch.to(where))[1].cpu()
             tokens += len(batch.targets)
         if progress is not None:
-            progress(span.start + first, total)
+            progress(span.stop, total)
     if not tokens:
         raise DataError(
             "the dump has no supervised tokens to evaluate on",

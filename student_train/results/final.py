@@ -15,8 +15,9 @@ from storage_schemas.common.publish import publishing
 from student_train.config import StudentSection, TrainSection
 from student_train.model.adapter import attach, plain_adapter
 from student_train.model.scaling import scale_between
-from student_train.model.student import DTYPES, Student, load_model, relative_difference, write_files
-from student_train.results.end_of_turn import GENERATION, generation_of, tokenizer_in
+from student_train.model.student import DTYPES, Student, load_model, relative_difference
+from student_train.model.tokenizers import tokenizer_in, write_files
+from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.model_card import CARD
 from student_train.results.saved import ADAPTER_WEIGHTS, load_adapter, write_record
 

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.publish import publishing
 from student_train.model.student import load_model
-from student_train.model.student_files import TOKENIZER
-from student_train.results.end_of_turn import GENERATION, generation_of, tokenizer_in
+from student_train.model.tokenizers import FILES, tokenizer_in
+from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.final import refuse_other_logits, save_model
 from student_train.results.model_card import CARD, merged_card
 from student_train.results.saved import is_adapter, load_adapter, source_of
@@ -87,6 +87,6 @@ def _copy_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder
     where = adapter_dir
     if not (adapter_dir / "tokenizer_config.json").is_file():
         hub = not Path(source).is_dir()
-        where = Path(snapshot_download(source, revision=revision, allow_patterns=list(TOKENIZER)) if hub else source)
-    for file in {file for pattern in TOKENIZER for file in where.glob(pattern) if file.is_file()}:
+        where = Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)) if hub else source)
+    for file in {file for pattern in FILES for file in where.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, folder / file.name)

@@ -8,7 +8,7 @@ import torch
 from dense import Trace, relative, train_plainly
 from support.distributed import run_ranks
 from support.rounding import FORWARD, GRADIENT, update_excess
-from support.tiny_student import write_dump_and_students
+from torch import Tensor
 
 from storage_schemas.reader import Dump
 
@@ -26,17 +26,11 @@ SPLITS = [(1, 8), (1, 1), (1, 3), (2, 4), (2, 1)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump and two students."""
-    return write_dump_and_students(tmp_path_factory.mktemp("engine"))
-
-
-@pytest.fixture(scope="module")
 def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """All cases: those of the stages on two ranks, and the splits; by number of ranks, of rank 0."""
     stages = [
         {
-            "model": str(folder / f"tied-{tied}"),
+            "model": str(folder / ("tied" if tied else "student")),
             "train": {
                 "arm": arm, "zero_stage": stage, "max_grad_norm": CLIP, "global_batch_size": BATCH,
                 "learning_rate": RATE,
@@ -46,7 +40,7 @@ def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
         for arm, tied, stage in CASES
     ]  # fmt: skip
     offloaded = {
-        "model": str(folder / "tied-False"),
+        "model": str(folder / "student"),
         "train": {
             "arm": "neo", "zero_stage": 3, "max_grad_norm": CLIP, "global_batch_size": BATCH, "learning_rate": RATE,
             "deepspeed": "zero3_offload",
@@ -56,7 +50,7 @@ def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
     splits = {
         ranks: [
             {
-                "model": str(folder / "tied-True"),
+                "model": str(folder / "tied"),
                 "train": {"arm": "kd", "micro_batch_size": micro, "global_batch_size": 8, "max_grad_norm": 0.0},
             }
             for n, micro in SPLITS
@@ -65,7 +59,7 @@ def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
         for ranks in (1, 2)
     }
     packed = {"arm": "kd", "micro_batch_size": 3, "global_batch_size": 8, "max_grad_norm": 0.0, "packing": True}
-    splits[1].append({"model": str(folder / "tied-True"), "train": packed})
+    splits[1].append({"model": str(folder / "tied"), "train": packed})
     function, dump = "support.engine_jobs:run_cases", str(folder / "dump")
     return {
         1: run_ranks(function, 1, dump=dump, cases=splits[1])[0],
@@ -79,7 +73,7 @@ def plain(folder: Path) -> dict[tuple[str, bool], Trace]:
     dump = Dump.open(str(folder / "dump"))
     return {
         (arm, tied): train_plainly(
-            dump, str(folder / f"tied-{tied}"), arm=arm, steps=STEPS, batch=BATCH, rate=RATE, clip=CLIP
+            dump, str(folder / ("tied" if tied else "student")), arm=arm, steps=STEPS, batch=BATCH, rate=RATE, clip=CLIP
         )
         for arm, tied in {(arm, tied) for arm, tied, _ in CASES}
     }
@@ -142,5 +136,5 @@ def test_arms_without_divergence_need_none(results: dict[int, list[dict[str, Any
             assert divergence == 0
 
 
-def _flat(state: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+def _flat(state: dict[str, Tensor], kind: str) -> Tensor:
     return torch.cat([state[key].flatten() for key in sorted(state) if key.startswith(f"{kind}/")])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense import rows_of
-from support.engine_jobs import train_section
+from support.engine_jobs import leave_start, student_of, train_section
 from support.rounding import FORWARD, GRADIENT
 from support.tiny_student import VOCAB, save_student, teacher_logits, write_dump
 from torch import Tensor
@@ -15,9 +15,8 @@ from storage_schemas.config import TopK
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from storage_schemas.shift import supervised_positions
-from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.data.batch import collate
-from student_train.model.student import Distilled, load_student
+from student_train.model.student import Distilled
 
 pytestmark = pytest.mark.exact
 
@@ -46,19 +45,12 @@ def dump_of(folder: Path, k: int, *, exact: bool) -> Dump:
     return Dump.open(str(folder / f"dump-{k}-{exact}"))
 
 
-def student_of(folder: Path, dump: Dump, name: str, arm: str, temperature: float, alpha: float = 0.5) -> Distilled:
-    """A student; an adapter has left its start, so that all of its weights have a gradient."""
-    module = load_student(
-        StudentSection(model=str(folder / name), lora=LoraSection(r=4)),
-        LossSection(alpha=alpha, temperature=temperature),
-        train_section(folder, arm=arm),
-        dump.provenance,
-    ).module
+def module_of(folder: Path, dump: Dump, name: str, arm: str, temperature: float, alpha: float = 0.5) -> Distilled:
+    """A student; an adapter has left its start."""
+    loss = {"alpha": alpha, "temperature": temperature}
+    module = student_of(folder / name, dump, train_section(folder, arm=arm), loss=loss)
     if arm == "neo" and name == "student":
-        torch.manual_seed(5)
-        for parameter_name, parameter in module.trained():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.1)
+        leave_start(module)
     return module
 
 
@@ -92,7 +84,7 @@ def online(
 def test_offline_equals_online(folder: Path, temperature: float) -> None:
     """With k = V: to rounding on exact targets, for the loss and the gradient of every LoRA weight."""
     dump = dump_of(folder, VOCAB, exact=True)
-    module = student_of(folder, dump, "student", "neo", temperature)
+    module = module_of(folder, dump, "student", "neo", temperature)
     (loss, *_), found = offline(module, dump, temperature)
     expected_loss, expected = online(module, rows_of(dump, SAMPLES), temperature, 0.5)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=FORWARD)
@@ -110,7 +102,7 @@ def test_stored_values_stay_within_the_gate(folder: Path, temperature: float) ->
     fixed student then by at most that times the spread of log q.
     """
     dump = dump_of(folder, VOCAB, exact=False)
-    module = student_of(folder, dump, "student", "neo", temperature)
+    module = module_of(folder, dump, "student", "neo", temperature)
     rows = rows_of(dump, SAMPLES)
     (loss, *_), found = offline(module, dump, temperature)
     expected_loss, expected = online(module, rows, temperature, 0.5)
@@ -129,7 +121,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(folder: Path, arm: str, k
     """KL and gradient are 0 on exact targets, also with a bucket for the tail; within the gate on stored ones."""
     for exact in (True, False):
         dump = dump_of(folder, k, exact=exact)
-        module = student_of(folder, dump, "teacher", arm, temperature, alpha=1.0)
+        module = module_of(folder, dump, "teacher", arm, temperature, alpha=1.0)
         (_, _, kl), gradients = offline(module, dump, temperature)
         size = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
         if exact:

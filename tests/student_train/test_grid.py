@@ -8,7 +8,6 @@ import pytest
 from dense import relative, train_plainly
 from support.distributed import run_ranks
 from support.rounding import FORWARD, GRADIENT
-from support.tiny_student import write_dump_and_students
 
 from storage_schemas.reader import Dump
 
@@ -29,12 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What is passed as `student.lora`."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump and two students."""
-    return write_dump_and_students(tmp_path_factory.mktemp("grid"))
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_stage_equals_plain_torch(arm: str, checkpointing: bool, folder: Path) -> None:
@@ -42,7 +35,7 @@ def test_every_stage_equals_plain_torch(arm: str, checkpointing: bool, folder: P
     stages = (2, 3) if checkpointing else STAGES
     cases = [
         {
-            "model": str(folder / f"tied-{tied}"),
+            "model": str(folder / ("tied" if tied else "student")),
             "train": {
                 "arm": arm,
                 "zero_stage": stage,
@@ -56,7 +49,9 @@ def test_every_stage_equals_plain_torch(arm: str, checkpointing: bool, folder: P
     found = run_ranks("support.engine_jobs:run_cases", 2, dump=str(folder / "dump"), cases=cases)[0]
     dump = Dump.open(str(folder / "dump"))
     for i, tied in enumerate((False, True)):
-        expected = train_plainly(dump, str(folder / f"tied-{tied}"), arm=arm, steps=2, batch=6, rate=1e-2, clip=0.3)
+        expected = train_plainly(
+            dump, str(folder / ("tied" if tied else "student")), arm=arm, steps=2, batch=6, rate=1e-2, clip=0.3
+        )
         for result in found[i * len(stages) : (i + 1) * len(stages)]:
             assert [loss for loss, *_ in result["steps"]] == pytest.approx(expected.losses, rel=FORWARD)
             assert [norm for *_, norm in result["steps"]] == pytest.approx(expected.norms, rel=GRADIENT)
@@ -69,7 +64,7 @@ def test_moslora_under_every_stage(folder: Path) -> None:
     spread = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     cases = [
         {
-            "model": str(folder / "tied-True"),
+            "model": str(folder / "tied"),
             "lora": {"variant": "moslora"},
             "train": {"zero_stage": stage, "max_grad_norm": 0.3, "deepspeed": spread if stage == 3 else {}},
             "steps": 3,
@@ -96,7 +91,7 @@ def test_every_adapter(precision: str, folder: Path) -> None:
     for (name, lora), stage in product(VARIANTS.items(), (2, 3)):
         base = {
             "dump": str(folder / "dump"),
-            "model": str(folder / "tied-True"),
+            "model": str(folder / "tied"),
             "lora": lora,
             "train": {"zero_stage": stage, "precision": precision},
         }
@@ -120,7 +115,7 @@ def test_every_adapter(precision: str, folder: Path) -> None:
 def test_an_offloaded_run_resumes_bit_for_bit(folder: Path) -> None:
     """Masters and moments that live on the host are exported and set like those on the device."""
     base = {
-        "dump": str(folder / "dump"), "model": str(folder / "tied-True"), "lora": {},
+        "dump": str(folder / "dump"), "model": str(folder / "tied"), "lora": {},
         "train": {"zero_stage": 3, "precision": "bf16", "deepspeed": "zero3_offload"},
     }  # fmt: skip
     output = str(folder / "offloaded")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from reference import DIVERGENCES, SMOOTH, drawn_targets, head_logits, head_targets, naive_loss, unfused_loss
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from storage_schemas.common.errors import MismatchError
@@ -27,7 +28,7 @@ VARIANTS = {
 }
 
 
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> torch.Tensor:
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
 
@@ -40,7 +41,7 @@ def random_targets(
     return head_targets(logits, SIZES, temperature=temperature, labels=labels, dtype=dtype)
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = random(N, HIDDEN, seed=1), random(VOCAB, HIDDEN, seed=2), random(VOCAB, seed=3)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
 
@@ -175,7 +176,7 @@ def test_gradcheck() -> None:
     targets = random_targets(temperature=2.0)
     head, loss = VARIANTS["all"], LossSection(temperature=2.0, divergence="jsd", beta=0.3)
 
-    def total(*leaves: torch.Tensor) -> torch.Tensor:
+    def total(*leaves: Tensor) -> Tensor:
         return fused_head_loss(leaves[0], leaves[1], targets, loss=loss, head=head, bias=leaves[2]).loss
 
     assert torch.autograd.gradcheck(total, (hidden, weight, bias), atol=1e-6, rtol=1e-6)
@@ -209,7 +210,7 @@ def test_bf16_error_is_not_above_that_of_the_naive_path(kind: str) -> None:
     labels, spec = teacher.argmax(1), LossSection(divergence=kind)
     targets = head_targets(teacher, [64] * n, labels=labels, dtype=torch.float32)
 
-    def naive(hidden: torch.Tensor, weight: torch.Tensor, up: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def naive(hidden: Tensor, weight: Tensor, up: torch.dtype) -> tuple[Tensor, ...]:
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         loss = naive_loss((leaves[0] @ leaves[1].T).to(up), targets, spec)
         return loss, *torch.autograd.grad(loss, leaves)
@@ -234,7 +235,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return out
 

@@ -13,7 +13,8 @@ import torch
 from support.tiny_student import VOCAB, save_student, tiny_tokenizer
 
 from storage_schemas.common.errors import MismatchError
-from student_train.model.student import load_model, refuse_tokenizer
+from student_train.model.student import load_model
+from student_train.model.tokenizers import refuse_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.engine_jobs import train_section
-from support.tiny_student import save_student, write_dump
+from support.tiny_student import save_student
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import DumpSection
@@ -21,14 +21,6 @@ from student_train.model.student import load_model
 from student_train.resume import FILES, consumed_root, identity_of, open_checkpoint
 from student_train.train import _student
 from student_train.training_run import TrainingRun, open_run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump."""
-    folder = tmp_path_factory.mktemp("identity")
-    write_dump(folder / "dump")
-    return folder
 
 
 def run_of(folder: Path, **lora: Any) -> TrainingRun:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from support.distributed import run_ranks
-from support.tiny_student import save_student, write_dump
 
 Bad = tuple[str, float, int]
 """(where, value, rank)"""
@@ -20,15 +19,6 @@ SAMPLE: list[tuple[int, Bad]] = [
 """(ZeRO stage, what goes wrong) of the ordinary tests, in fp32"""
 SAMPLE_BF16: list[tuple[int, Bad]] = [(1, ("loss", math.nan, 1)), (1, ("gradient", math.inf, 0))]
 """In bf16: there stage 1 is another optimizer of DeepSpeed."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump and a student."""
-    folder = tmp_path_factory.mktemp("incidents")
-    write_dump(folder / "dump")
-    save_student(folder / "student")
-    return folder
 
 
 def check(folder: Path, world_size: int, what: list[tuple[dict[str, Any], Bad]]) -> None:

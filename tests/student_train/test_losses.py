@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from reference import DIVERGENCES, SMOOTH, drawn_targets, head_targets, systematic_draws, token_divergence
+from torch import Tensor
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import LossSection
@@ -18,17 +19,17 @@ SIZES = [1, 4, 7, 2, 7, 22]
 PLAIN = LossSection()
 
 
-def random_logits(seed: int, n: int = N, vocab: int = VOCAB, spread: float = 2.0) -> torch.Tensor:
+def random_logits(seed: int, n: int = N, vocab: int = VOCAB, spread: float = 2.0) -> Tensor:
     return torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
 
 
-def losses(logits: torch.Tensor, targets: SparseTargets, spec: LossSection) -> HeadLoss:
+def losses(logits: Tensor, targets: SparseTargets, spec: LossSection) -> HeadLoss:
     """Sums of the fused head over some tokens; its weight is the unit matrix, so that hidden states are logits."""
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return fused_head_loss(logits, eye, targets, loss=spec, head=HeadSpec())
 
 
-def divergences(logits: torch.Tensor, targets: SparseTargets, spec: LossSection = PLAIN) -> torch.Tensor:
+def divergences(logits: Tensor, targets: SparseTargets, spec: LossSection = PLAIN) -> Tensor:
     """(n,) D of each token, differentiable."""
     alone, n = spec.model_copy(update={"alpha": 1.0}), len(targets)
     found = [losses(logits[i : i + 1], targets[i : i + 1], alone).loss for i in range(n)]

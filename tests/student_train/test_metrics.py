@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.engine_jobs import some_event
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -28,15 +29,6 @@ from student_train.metrics import (
     reporting,
     tracker,
 )
-
-
-def event(step: int, **changes: Any) -> Event:
-    """An event."""
-    values = {
-        "epoch": 0.1, "loss": 1.5, "ce": 2.0, "kl": 1.0, "learning_rate": 1e-4, "grad_norm": 0.3,
-        "supervised_tokens": 10, "tokens_per_second": 100.0, "data_wait_seconds": 0.0, "eta_seconds": 3661.0,
-    }  # fmt: skip
-    return Event(step=step, **(values | changes))
 
 
 def step(**changes: Any) -> Step:
@@ -84,11 +76,11 @@ def test_a_step_without_supervised_tokens_is_no_division_by_zero() -> None:
 def test_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     """Steps beyond it are trained again, so their lines go; a torn last line goes too."""
     path = tmp_path / EVENTS
-    log_events(path, *map(event, (1, 2, 3, 4)))
+    log_events(path, *map(some_event, (1, 2, 3, 4)))
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     assert [e.step for e in read_events(path)] == [1, 2, 3, 4]
-    log_events(path, event(3, loss=9.0), after=2)
+    log_events(path, some_event(3, loss=9.0), after=2)
     assert [(e.step, e.loss) for e in read_events(path)] == [(1, 1.5), (2, 1.5), (3, 9.0)]
     assert len(path.read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == [EVENTS]
@@ -97,7 +89,7 @@ def test_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
 def test_a_damaged_line_costs_that_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One flipped bit in a key or a number ended every later start with 70; and what is not finite was logged so."""
     path = tmp_path / EVENTS
-    log_events(path, *(event(number, grad_norm=float("inf") if number == 5 else 0.3) for number in range(1, 7)))
+    log_events(path, *(some_event(number, grad_norm=float("inf") if number == 5 else 0.3) for number in range(1, 7)))
     lines = path.read_text().splitlines()
     lines[0] = lines[0].replace('"loss"', '"lnss"')
     lines[1] = lines[1].replace("1.5", '"1.5 or so"')
@@ -113,7 +105,7 @@ def test_a_damaged_line_costs_that_line(tmp_path: Path, caplog: pytest.LogCaptur
 def test_lines_can_be_followed(tmp_path: Path) -> None:
     """Each is there as soon as it is written."""
     with event_log(tmp_path / EVENTS, after=0) as write:
-        write(event(1))
+        write(some_event(1))
         assert json.loads((tmp_path / EVENTS).read_text())["step"] == 1
 
 
@@ -137,7 +129,7 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     write = lines(Console(file=out, force_terminal=False, width=40), stop=9)
     for number in range(1, 10):
         now[0] += 1.0
-        write(event(number))
+        write(some_event(number))
     printed = out.getvalue().splitlines()
     assert [line.split()[2] for line in printed] == ["1/9", "6/9", "9/9"]
     assert printed[0] == ("train step 1/9  loss 1.5000  ce 2.0000  kl 1.0000  lr 1.00e-04  100 tokens/s  eta 1:01:01")
@@ -147,7 +139,7 @@ def test_bar_on_a_terminal() -> None:
     """It shows the step and the loss."""
     out = io.StringIO()
     with bar(Console(file=out, force_terminal=True, width=160), start=2, stop=9) as write:
-        write(event(5))
+        write(some_event(5))
     assert "5/9" in out.getvalue()
     assert "loss 1.5000" in out.getvalue()
 
@@ -155,7 +147,7 @@ def test_bar_on_a_terminal() -> None:
 def test_reporting_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """events.jsonl and lines."""
     with reporting(tmp_path, [], start=0, stop=2, config={}, name="run", monitors={}) as write:
-        write(event(1))
+        write(some_event(1))
     assert "train step 1/2" in capsys.readouterr().out
     assert [e.step for e in read_events(tmp_path / EVENTS)] == [1]
 
@@ -175,8 +167,8 @@ def test_a_failing_tracker_is_told_once_and_costs_nothing(fails_at: str, caplog:
         return lambda values, step: ask("write"), lambda: ask("close")
 
     with tracker("broken", opened) as write:
-        write(event(1))
-        write(event(2))
+        write(some_event(1))
+        write(some_event(2))
     assert [record.message for record in caplog.records if "the tracker is away" in record.message] == [
         f"broken logging failed and is off for this run; metrics continue in {EVENTS}: OSError('the tracker is away')"
     ]
@@ -199,7 +191,7 @@ def lost_and_found(output: Path, kind: str) -> None:
         config, name = {"alpha": 0.9}, "one-run"
         with reporting(output, [kind], start=start, stop=4, config=config, name=name, monitors={}) as write:
             for number in steps:
-                write(event(number, loss=number + start / 10))
+                write(some_event(number, loss=number + start / 10))
         time.sleep(1.1)  # W&B names a start by the second; attempts of a real run never share one.
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from support.engine_jobs import train_section
-from support.tiny_student import write_dump
+from support.engine_jobs import some_event, train_section
 
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection
@@ -16,21 +15,16 @@ from student_train.results.model_card import CURVE_POINTS, Evaluation, merged_ca
 BEFORE = {"kl_mean": 2.5, "ce": 3.0, "top1_agreement": 0.25, "supervised_tokens": 1234}
 
 
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Dump:
+@pytest.fixture
+def dump(folder: Path) -> Dump:
     """A dump of a tiny teacher."""
-    folder = tmp_path_factory.mktemp("card")
-    write_dump(folder / "dump")
     return Dump.open(str(folder / "dump"))
 
 
 def events(count: int) -> list[Event]:
     """Steps 1 ... count; the loss is the step, and later steps hold more tokens."""
-    shared = {"grad_norm": 1.0, "tokens_per_second": 1.0, "data_wait_seconds": 0.0, "eta_seconds": 0.0}
     return [
-        Event(
-            step=i, epoch=i / 8, loss=i, ce=2 * i, kl=3 * i, learning_rate=i * 1e-4, supervised_tokens=10 * i, **shared
-        )
+        some_event(i, epoch=i / 8, loss=i, ce=2 * i, kl=3 * i, learning_rate=i * 1e-4, supervised_tokens=10 * i)
         for i in range(1, count + 1)
     ]
 

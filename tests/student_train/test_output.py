@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.engine_jobs import train_section
@@ -15,7 +16,7 @@ from student_train.resume import consumed_root
 from student_train.training_run import TrainingRun, open_run, weigh
 
 
-def opened(url: Path, output: Path, **train: object) -> TrainingRun:
+def opened(url: Path, output: Path, **train: Any) -> TrainingRun:
     section = train_section(output, **train)
     return open_run(DumpSection(url=str(url)), StudentSection(model="m"), LossSection(), section, {})
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dense import rows_of
-from support.engine_jobs import train_section
+from support.engine_jobs import leave_start, student_of, train_section
 from support.rounding import FORWARD, GRADIENT
 from support.tiny_student import VOCAB, save_student, write_dump
 from torch import Tensor
@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, MistralConfig, 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import EMPTY, OK
-from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.data.batch import collate
-from student_train.model.student import Distilled, load_student
+from student_train.model.student import Distilled
 
 pytestmark = pytest.mark.exact
 
@@ -51,16 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(folder: Path, name: str, *, targets: str | list[str] | None = None, **changes: Any) -> Distilled:
     """A student whose adapter has left its start."""
     targets = targets or (["q_proj", "v_proj"] if name == "llama 4" else "all-linear")
-    module = load_student(
-        StudentSection(model=str(folder / name), lora=LoraSection(r=4, target_modules=targets)),
-        LossSection(),
-        train_section(folder, **changes),
-        Dump.open(str(folder / "dump")).provenance,
-    ).module
-    torch.manual_seed(5)
-    for parameter_name, parameter in module.trained():
-        if "lora_B" in parameter_name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    dump = Dump.open(str(folder / "dump"))
+    module = student_of(folder / name, dump, train_section(folder, **changes), lora={"target_modules": targets})
+    leave_start(module)
     return module
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.distributed import run_ranks
 from support.engine_jobs import gradients, norm
-from support.tiny_student import save_student, write_dump
+from support.tiny_student import save_student
 
 from storage_schemas.common.errors import MismatchError
 from student_train.model.student import load_model
@@ -16,15 +16,6 @@ from student_train.model.student import load_model
 FUNCTION = "support.engine_jobs:run_cases"
 DRIFT = 2e-2
 """Of a loss, relative, in the three steps after bf16 was resumed at another size or stage."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump and a student."""
-    folder = tmp_path_factory.mktemp("precision")
-    write_dump(folder / "dump")
-    save_student(folder / "student")
-    return folder
 
 
 def case(folder: Path, stage: int, **changes: Any) -> dict[str, Any]:

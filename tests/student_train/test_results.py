@@ -16,7 +16,7 @@ import torch
 from dense import plain_student, rows_of
 from peft import PeftModel
 from safetensors import SafetensorError
-from support.engine_jobs import train_section
+from support.engine_jobs import some_event, train_section
 from support.rounding import FORWARD
 from support.tiny_student import VOCAB, save_student, teacher_logits, tiny_llama, tiny_tokenizer, write_dump
 from transformers import (
@@ -36,7 +36,6 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.metrics import Event
 from student_train.model.adapter import MIXER, plain_adapter
 from student_train.model.student import load_model, load_student, refuse_long_rows, relative_difference
 from student_train.model.student_files import identity
@@ -82,7 +81,7 @@ def _write_adapter(
     """`final-<name_of_final or name>`: an adapter with random weights, written as a run writes it."""
     dump = Dump.open(str(folder / "top8"))
     section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, variant=variant, extra=extra))
-    train = train_section(folder, precision=precision)
+    train, output = train_section(folder, precision=precision), folder / f"final-{name_of_final or name}"
     student = load_student(section, LossSection(), train, dump.provenance)
     if files:
         student = dataclasses.replace(student, files=identity(section.model, None))
@@ -92,19 +91,10 @@ def _write_adapter(
         for key, parameter in student.module.trained():
             parameter.copy_(weights[key])
     write_final(
-        folder / f"final-{name_of_final or name}", student, section, train,
+        output, student, section, train,
         weights=weights, tokenizer=tokenizer or dump.tokenizer_files(), ends=ends or {}, input_ids=IDS,
-        card=_card(dump, section, folder, name),
+        card=model_card(dump, section, LossSection(), train, [some_event(1)], folder=output),
     )  # fmt: skip
-
-
-def _card(dump: Dump, section: StudentSection, folder: Path, name: str) -> str:
-    event = Event(
-        step=1, epoch=1.0, loss=1.0, ce=1.0, kl=1.0, learning_rate=1.0, grad_norm=1.0, supervised_tokens=1,
-        tokens_per_second=1.0, data_wait_seconds=0.0, eta_seconds=0.0,
-    )  # fmt: skip
-    train = train_section(folder)
-    return model_card(dump, section, LossSection(), train, [event], folder=folder / f"final-{name}")
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def test_a_link_is_not_followed_to_what_would_be_emptied(tmp_path: Path) -> None
         refuse_foreign(tmp_path / "run", dump=None)
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link", "loop"])
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link", "loop", "long name"])
 def test_what_cannot_be_a_directory(tmp_path: Path, kind: str) -> None:
     """78 without a traceback."""
     output = tmp_path / "run"
@@ -138,6 +138,8 @@ def test_what_cannot_be_a_directory(tmp_path: Path, kind: str) -> None:
             output.symlink_to(tmp_path / "nowhere" / "at all")
         case "loop":
             output.symlink_to(output)
+        case "long name":
+            output = tmp_path / ("x" * 300)
     with pytest.raises(MismatchError, match="cannot be used"), held(output, LAUNCHER):
         pass
     if kind != "below a file":

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear
+from support.engine_jobs import leave_start
 from support.tiny_student import tiny_llama
 from torch import Tensor
 
@@ -18,10 +19,7 @@ IDS = torch.arange(20)[None]
 def trained_like(lora: LoraSection) -> Any:
     """A student whose adapter does something."""
     model = attach(tiny_llama(1).double(), lora, seed=0).double()
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    leave_start(model, std=0.3)
     return model
 
 

@@ -15,6 +15,7 @@ from support.distributed import Ranks
 from support.rounding import FORWARD, update_excess
 from support.tiny_student import save_student, tiny_tokenizer, write_dump
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 SAME: dict[str, dict[str, Any]] = {
@@ -126,14 +127,14 @@ def training(folder: Path) -> Iterator[Trainings]:
         trainings.close()
 
 
-def largest_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Over all tensors."""
     assert set(found) == set(expected)
     assert expected
     return max(float((found[key] - value).abs().max()) for key, value in expected.items())
 
 
-def excess(found: Mapping[str, torch.Tensor], training: Trainings) -> float:
+def excess(found: Mapping[str, Tensor], training: Trainings) -> float:
     """Of a run that went on from "half", over rounding, against the one that was never stopped."""
     whole, half = training("zero2 whole")["state"], training("half")["state"]
     return update_excess(found, whole, first=half, rate=1e-2, steps=3)

@@ -10,26 +10,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.distributed import environment
-from support.tiny_student import save_student, write_dump
+from support.tiny_student import save_student
 
 from storage_schemas.common.ranks import read_codes
 from student_train.config import TrainSection
 from student_train.metrics import read_events
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump and a student."""
-    folder = tmp_path_factory.mktemp("worker")
-    write_dump(folder / "dump")
-    save_student(folder / "student")
-    return folder
-
-
-def resolved(folder: Path, output: Path, **train: object) -> Path:
+def resolved(folder: Path, output: Path, **train: Any) -> Path:
     """resolved.json of a small run."""
     defaults = {
         "output": output, "precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2,

@@ -14,7 +14,8 @@ from student_train.config import LoraSection, LossSection, StudentSection, Train
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.order import rank_slice
 from student_train.engine import Engine, join, load_weights
-from student_train.model.student import load_student
+from student_train.metrics import Event
+from student_train.model.student import Distilled, load_student
 from student_train.world import World
 
 Result = dict[str, Any]
@@ -24,6 +25,36 @@ def train_section(folder: Path, **changes: Any) -> TrainSection:
     """A small fp32 run."""
     defaults = {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 6, "learning_rate": 1e-2}
     return TrainSection(output=folder, **(defaults | changes))
+
+
+def some_event(step: int, **changes: Any) -> Event:
+    """What a run might say of a step."""
+    values = {
+        "epoch": 0.1, "loss": 1.5, "ce": 2.0, "kl": 1.0, "learning_rate": 1e-4, "grad_norm": 0.3,
+        "supervised_tokens": 10, "tokens_per_second": 100.0, "data_wait_seconds": 0.0, "eta_seconds": 3661.0,
+    }  # fmt: skip
+    return Event(step=step, **(values | changes))
+
+
+def student_of(
+    model: Path | str,
+    dump: Dump,
+    train: TrainSection,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    loss: Mapping[str, Any] | None = None,
+) -> Distilled:
+    """A student and its loss, by default with an adapter of rank 4."""
+    section = StudentSection(model=str(model), lora=LoraSection(**{"r": 4, **(lora or {})}))
+    return load_student(section, LossSection(**(loss or {})), train, dump.provenance).module
+
+
+def leave_start(module: torch.nn.Module, *, std: float = 0.1) -> None:
+    """Give each B of an adapter values, so that all of its weights have a gradient."""
+    torch.manual_seed(5)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def batches_of_step(
@@ -61,15 +92,10 @@ def make_engine(
     updates: int = 0,
 ) -> Engine:
     """A student under DeepSpeed, from the start or from an exported state."""
-    student = load_student(
-        StudentSection(model=model, lora=LoraSection(**{"r": 4, **(lora or {})})),
-        LossSection(**(loss or {})),
-        train,
-        dump.provenance,
-    )
+    module = student_of(model, dump, train, lora=lora, loss=loss)
     if state:
-        load_weights(student.module, state.items())
-    engine = Engine(student.module, train, world)
+        load_weights(module, state.items())
+    engine = Engine(module, train, world)
     if state:
         engine.restore(state.items(), updates=updates)
     return engine

@@ -137,11 +137,3 @@ def _row(
         chosen = logits[supervised_positions(mask).logits].numpy()
         targets = random_targets(provenance, chosen, seed=index)
     return Row(sample_index=index, sample_id=f"s{index}", status=status, input_ids=ids, loss_mask=mask, targets=targets)
-
-
-def write_dump_and_students(folder: Path) -> Path:
-    """A dump, and a student with a tied and one with an untied head; the folder they are in."""
-    write_dump(folder / "dump")
-    for tied in (False, True):
-        save_student(folder / f"tied-{tied}", tied=tied)
-    return folder

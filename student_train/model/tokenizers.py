@@ -1,0 +1,77 @@
+"""Tokenizers on disk: their files, how they are loaded, and whether the student's means what the dump's does."""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.tokenizer import refuse_other_tokenizer
+from student_train.model.student_files import find_file
+
+log = logging.getLogger(__name__)
+
+FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja",
+    "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json",
+)  # fmt: skip
+"""Names of a tokenizer's files."""
+
+
+def has_tokenizer(model: str, revision: str | None) -> bool:
+    """Whether a model brings files of a tokenizer, whole or not."""
+    folder = Path(model)
+    if folder.is_dir():
+        return any(True for pattern in FILES for _ in folder.glob(pattern))
+    on_hub = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    return any(find_file(model, name, revision) for name in on_hub)
+
+
+def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> None:
+    """Raise MismatchError unless every id means the same to the student's tokenizer and to the dump's, made of `files`.
+
+    A student without tokenizer files of its own is accepted, with a warning.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), files)
+        fix = "dump with a teacher whose tokenizer needs no code of its own"
+        theirs = load_tokenizer(folder, None, fix=fix).get_vocab()
+    if not has_tokenizer(model, revision):
+        log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
+        return
+    ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
+    refuse_other_tokenizer(theirs, ours, student_head=head_rows)
+
+
+def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that runs no code of its own.
+
+    Raises:
+        MismatchError: it is damaged, or needs such code; `fix` says what to do.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # The tokenizers library raises nothing more exact.
+        raise MismatchError(
+            f"the tokenizer in {model} cannot be loaded",
+            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
+            expected="a tokenizer of transformers, without code of its own",
+            fix=fix,
+        ) from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the dump's tokenizer files into a directory."""
+    for name, content in files.items():
+        if Path(name).name != name:
+            raise MismatchError("a tokenizer file of the dump has a path for a name", got=ascii(name))
+        (folder / name).write_bytes(content)
+
+
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a directory, which runs no code of its own; None if there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(str(folder), None, fix="correct it, or remove its files")
