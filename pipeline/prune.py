@@ -27,15 +27,9 @@ class Pruning(FrozenModel):
     kept: tuple[int, ...]
     """The source's layers that were kept, ascending; they are renumbered from 0."""
 
-    @property
-    def dropped(self) -> list[int]:
-        """The source's layers that are gone."""
-        return [layer for layer in range(self.source_layers) if layer not in self.kept]
-
     def __str__(self) -> str:
-        return f"{len(self.kept)} of {self.source_layers} layers kept: {_ranges(self.kept)}; dropped: " + (
-            _ranges(self.dropped) or "none"
-        )
+        dropped = _ranges([layer for layer in range(self.source_layers) if layer not in self.kept]) or "none"
+        return f"{len(self.kept)} of {self.source_layers} layers kept: {_ranges(self.kept)}; dropped: {dropped}"
 
 
 def layers_to_keep(layers: int, keep: int) -> list[int]:
@@ -114,7 +108,10 @@ def _write_model(source: Path, out: Path, config: dict[str, Any], pruning: Pruni
             shutil.copyfile(file, out / file.name)
     pruned = _pruned_config(config, pruning.kept)
     (out / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-    (out / "README.md").write_text(_model_card(pruning))
+    (out / "README.md").write_text(
+        f"# {pruning.source}, depth-pruned\n\n{pruning}. Nothing was trained after that: this is a starting point for "
+        "distillation, not a usable model.\n"
+    )
     (out / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
 
 
@@ -176,13 +173,6 @@ def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any
     if isinstance(pruned.get("max_window_layers"), int):
         pruned["max_window_layers"] = min(pruned["max_window_layers"], len(kept))
     return pruned
-
-
-def _model_card(pruning: Pruning) -> str:
-    return f"""# {pruning.source}, depth-pruned
-
-{pruning}. Nothing was trained after that: this is a starting point for distillation, not a usable model.
-"""
 
 
 def _ranges(layers: Sequence[int]) -> str:

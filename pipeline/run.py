@@ -21,13 +21,7 @@ from rich.table import Table
 
 from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement
-from pipeline.processes import (
-    Command,
-    dump_group,
-    dump_workers,
-    run_together,
-    train_workers,
-)
+from pipeline.processes import Command, dump_group, dump_workers, run_together, train_workers
 from pipeline.views.report import QUALITY, remarks, report
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.exits import combined, known, tell_deaths
