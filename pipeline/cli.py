@@ -423,9 +423,10 @@ def doctor(
     from pipeline.doctor import examine, exit_code
 
     findings, console = [], Console(quiet=as_json)
-    for finding in examine(config, overrides or (), os.environ):
-        findings.append(finding)
-        console.print(finding.line(), soft_wrap=True)
+    with console.status("checking; a store that does not answer is asked for two minutes"):
+        for finding in examine(config, overrides or (), os.environ):
+            findings.append(finding)
+            console.print(finding.line(), soft_wrap=True)
     code = exit_code(findings)
     if as_json:
         _print({"ok": not code, "findings": [finding.model_dump(mode="json") for finding in findings]}, as_json)
@@ -489,8 +490,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code: int = Exit.DONE
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else Exit.DONE
-        # What Typer says when the command line is wrong (2), and after an interruption (130).
-        code = Exit.USAGE if code == 2 else _complain(TemporaryError(stopped)) if code == 130 else code
+        # What Typer says when nobody reads on (1), the command line is wrong (2), and after an interruption (130).
+        code = _complain(TemporaryError(stopped)) if code == 130 else {1: Exit.TEMPORARY, 2: Exit.USAGE}.get(code, code)
     except KeyboardInterrupt:
         code = _complain(TemporaryError(stopped))
     except BaseException as error:  # Rust's panics are no Exceptions.

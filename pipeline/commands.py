@@ -34,14 +34,8 @@ def run_dumps(
 ) -> dict[str, Any]:
     """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
 
-    Args:
-        config: with `teacher` and `corpus`.
-        placement: which worker this is.
-        teacher: if the configured one is not to be opened here.
-        events: file that one JSON object per event is appended to.
-
-    Returns:
-        The summary of the corpus's dump, and under `heldout` that of the other.
+    A `teacher` is given if the configured one is not to be opened here. To the file `events` one JSON object per event
+    is appended. Returns the summary of the corpus's dump, and under `heldout` that of the other.
     """
     from teacher_dump.dump import run_dump
     from teacher_dump.teachers.open import opened

@@ -39,12 +39,8 @@ def layers_to_keep(layers: int, keep: int) -> list[int]:
     6, 10, 14 and 18 of its 30 layers, on answers about Python: 0.9, 3.8, 5.0 and 6.6 nats with this rule; 2.9, 7.5
     and 11.5 when 24, 20 and 12 layers are spread evenly; 21.0 and 23.7 when the block ends before the last layer.
 
-    Args:
-        layers: how many there are.
-        keep: how many shall stay, 1 <= keep <= layers.
-
     Raises:
-        UsageError: keep is out of range.
+        UsageError: not 1 <= keep <= layers.
     """
     if not 1 <= keep <= layers:
         raise UsageError("impossible number of layers to keep", got=keep, expected=f"1 to {layers}, the model's layers")
