@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from pipeline.config import Config, load_config, need
+from pipeline.config import load_config, need
 from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
@@ -28,7 +28,6 @@ from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
     name="llm-neo",
-    help="Distil a large language model: dump the teacher's distribution once, train a LoRA student from the shards.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +39,9 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configu
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
 ]
+Workers = Annotated[int, typer.Option(min=1, help="Processes of stage one to start on this machine.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks of stage two on this node; default: one per GPU.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")]
 GroupSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
 ]
@@ -89,7 +91,7 @@ def quiet_libraries() -> None:
 def dump(
     config: ConfigPath,
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
+    workers: Workers = 1,
     nproc: GroupSize = None,
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
@@ -153,7 +155,7 @@ def preview(
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this node; default: one per GPU.")] = None,
+    nproc: Ranks = None,
     nnodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes; default: from Slurm.")] = None,
     node_rank: Annotated[int | None, typer.Option(help="Number of this node; default: from Slurm.")] = None,
     rdzv_endpoint: Annotated[
@@ -163,17 +165,23 @@ def train(
     """Stage two: train the student from the dump under DeepSpeed. Starts a rank per GPU; resumes by itself."""
     found = load_config(config, overrides or ())
     nodes = training_nodes(os.environ, nnodes, node_rank, rdzv_endpoint)
-    code = _train(found, nproc=_ranks(nproc), nodes=nodes)
-    if code:
-        raise typer.Exit(code)
+    kept = need(found.train, "train", "train").output / "config.yaml"
+    with run_directory(found, nodes):
+        if nodes.node_rank == 0 and not kept.exists():
+            publish(kept, found.to_yaml(), private=True)
+        code = train_workers(found, nproc=_ranks(nproc), nodes=nodes)
+        # Not before: a start that is refused must not replace what the results in this directory were made with.
+        if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
+            publish(kept, found.to_yaml(), private=True)
+    raise typer.Exit(code)
 
 
 @app.command()
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of stage one on this machine.")] = 1,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks of stage two; default: one per GPU.")] = None,
+    workers: Workers = 1,
+    nproc: Ranks = None,
     as_json: AsJson = False,
 ) -> None:
     """Everything on one machine: dump, verify, evaluate, train, evaluate, merge, report."""
@@ -182,14 +190,8 @@ def run(
     found = load_config(config, overrides or ())
     with run_directory(found, Nodes(), command="run"):
         # With --json, standard output belongs to the object alone.
-        summary = run_pipeline(
-            found,
-            config,
-            overrides or (),
-            workers=workers,
-            nproc=_ranks(nproc),
-            console=Console(stderr=as_json),
-        )
+        console = Console(stderr=as_json)
+        summary = run_pipeline(found, config, overrides or (), workers=workers, nproc=_ranks(nproc), console=console)
     if as_json:
         _print(summary, as_json)
 
@@ -283,7 +285,7 @@ def plan(
     pilot_samples: Annotated[
         int, typer.Option(min=1, metavar="N", help="Number of samples to run the teacher on.")
     ] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for selecting the pilot samples.")] = 0,
+    seed: Seed = 0,
     tokens_per_second: Annotated[
         float | None,
         typer.Option(min=1e-3, metavar="X", help="Speed of the worker to plan for; default: measured here."),
@@ -324,7 +326,7 @@ def verify(
     recompute: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Also compute N rows again with the teacher, and compare.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for selecting the rows to compute again.")] = 0,
+    seed: Seed = 0,
     config: Annotated[
         Path | None,
         typer.Option(metavar="CONFIG", help="Configuration of the dump: its teacher runs, its corpus is compared."),
@@ -381,8 +383,7 @@ def inspect(
         except OSError as error:
             if isinstance(told := explained(error), TemporaryError):  # The disk is full.
                 raise told from error
-            expected = "a file in a writable place"
-            raise UsageError(f"cannot write {html}", got=error.strerror, expected=expected) from error
+            raise UsageError(f"cannot write {html}", got=error.strerror, expected="a place to write to") from error
     if as_json:
         _print(show.as_json(found, rows), as_json)
     elif html is not None:
@@ -449,16 +450,15 @@ def doctor(
     """Check versions, devices, launcher, disks, stores, student and tokenizer, before anything is paid for."""
     from pipeline.doctor import examine, exit_code
 
-    findings, console = [], Console()
-    for finding in examine(config, overrides or (), os.environ):
-        findings.append(finding)
-        if not as_json:
+    findings, console = [], Console(quiet=as_json)
+    with console.status("checking; a store that does not answer is asked for two minutes"):
+        for finding in examine(config, overrides or (), os.environ):
+            findings.append(finding)
             console.print(finding.line(), soft_wrap=True)
     code = exit_code(findings)
     if as_json:
         _print({"ok": not code, "findings": [finding.model_dump(mode="json") for finding in findings]}, as_json)
-    if code:
-        raise typer.Exit(code)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -483,19 +483,6 @@ def _refuse_nproc(nproc: int | None, teacher: TeacherSection) -> None:
         raise typer.BadParameter(
             "is for teacher.sharding: tensor or zero3; did you mean --workers?", param_hint="--nproc"
         )
-
-
-def _train(config: Config, *, nproc: int, nodes: Nodes) -> int:
-    """Stage two, and the configuration it ran with beside its results."""
-    kept = need(config.train, "train", "train").output / "config.yaml"
-    with run_directory(config, nodes):
-        if nodes.node_rank == 0 and not kept.exists():
-            publish(kept, config.to_yaml(), private=True)
-        code = train_workers(config, nproc=nproc, nodes=nodes)
-        # Not before: a start that is refused must not replace what the results in this directory were made with.
-        if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
-            publish(kept, config.to_yaml(), private=True)
-    return code
 
 
 def _pairs(texts: list[str] | None) -> dict[str, str]:
@@ -531,26 +518,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code: int = Exit.DONE
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else Exit.DONE
-        # What Typer says when the command line is wrong (2), and after an interruption (130).
-        code = {2: Exit.USAGE, 130: Exit.TEMPORARY}.get(code, code)
-        if code == Exit.TEMPORARY and left.code == 130:
-            _complain(stopped, Exit.TEMPORARY)
-    except NeoError as error:
-        code = _complain(str(error), error.exit_code)
+        # What Typer says when nobody reads on (1), the command line is wrong (2), and after an interruption (130).
+        code = _complain(TemporaryError(stopped)) if code == 130 else {1: Exit.TEMPORARY, 2: Exit.USAGE}.get(code, code)
     except KeyboardInterrupt:
-        code = _complain(stopped, Exit.TEMPORARY)
+        code = _complain(TemporaryError(stopped))
     except BaseException as error:  # Rust's panics are no Exceptions.
         told = explained(error)
         if told is None:
             traceback.print_exc()
-        what = "this is a bug in llm-neo; please report it with the lines above" if told is None else str(told)
-        code = _complain(what, Exit.BUG if told is None else told.exit_code)
+            told = NeoError("this is a bug in llm-neo; please report it with the lines above")
+        code = _complain(told)
     sys.exit(int(code))
 
 
-def _complain(message: str, code: Exit) -> int:
-    sys.stderr.write(f"llm-neo: {message}\n")
-    return int(code)
+def _complain(error: NeoError) -> int:
+    sys.stderr.write(f"llm-neo: {error}\n")
+    return int(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,8 @@ def run_dumps(
 ) -> dict[str, Any]:
     """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
 
-    Args:
-        config: with `teacher` and `corpus`.
-        placement: which worker this is.
-        teacher: if the configured one is not to be opened here.
-        events: file that one JSON object per event is appended to.
-
-    Returns:
-        The summary of the corpus's dump, and under `heldout` that of the other.
+    A `teacher` is given if the configured one is not to be opened here. To the file `events` one JSON object per event
+    is appended. Returns the summary of the corpus's dump, and under `heldout` that of the other.
     """
     from teacher_dump.dump import run_dump
     from teacher_dump.teachers.open import opened
@@ -67,12 +61,9 @@ def run_dumps(
 
 
 def run_plan(config: Config, pilot: Mapping[str, Any], teacher: "Teacher | None" = None) -> dict[str, Any]:
-    """What the dump of a configuration will hold, weigh and cost, from a pilot of some samples.
+    """What the dump of a configuration will hold, weigh and cost, from a pilot with these arguments of `plan_dump`.
 
-    Args:
-        config: with `teacher` and `corpus`.
-        pilot: arguments of `plan_dump` that the command line gives.
-        teacher: if the configured one is not to be opened here.
+    A `teacher` is given if the configured one is not to be opened here.
     """
     from teacher_dump.plan import plan_dump
     from teacher_dump.teachers.open import open_teacher, under_transformers
@@ -99,13 +90,8 @@ def recomputing(
 ) -> Callable[[], dict[str, Any]]:
     """What compares some rows of a dump with what the teacher says now. What can be refused is refused here at once.
 
-    Args:
-        url: the dump.
-        options: settings of its store.
-        rows: how many.
-        seed: of their choice.
-        config: what the dump was made with; its teacher runs, and its corpus is compared with the rows.
-        model: where the teacher lies; by default where `config` or run.json say.
+    With a `config`, which the dump was made with, its teacher runs and its corpus is compared with the rows. `model`
+    says where the teacher lies, if not where `config` or run.json say.
 
     Raises:
         MismatchError: the teacher is not here, or it or the corpus is another one.
@@ -120,14 +106,8 @@ def recomputing(
     if config is not None:
         section = need(config.teacher, "teacher", "verify --config")
     else:
-        section = TeacherSection.model_validate(
-            {
-                "model": named.model,
-                "revision": named.revision,
-                "dtype": dump.provenance.teacher.dtype,
-                "batch_tokens": _BATCH_TOKENS,
-            }
-        )
+        told = {"model": named.model, "revision": named.revision, "dtype": dump.provenance.teacher.dtype}
+        section = TeacherSection.model_validate(told | {"batch_tokens": _BATCH_TOKENS})
     if model is not None:
         section = section.model_copy(update={"model": model, "revision": None})
     teacher = Teacher(section)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError, field_validator, model_validator
@@ -141,13 +141,6 @@ def need(section: T | None, name: str, command: str) -> T:
     return section
 
 
-class Override(NamedTuple):
-    """One `--set a.b=c`."""
-
-    path: tuple[str, ...]
-    value: Any
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and validate a configuration.
 
@@ -161,25 +154,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         MismatchError: not YAML, or invalid; lists every problem.
     """
     parsed = [parse_override(text) for text in overrides]
-    set_paths = {".".join(override.path) for override in parsed}
+    set_values = {".".join(path): value for path, value in parsed}
     data = read_yaml(path)
     written = copy.deepcopy(data)
     known = {key[-1] for kind in ("topk", "adaptive", "sampled") for key in keys(Config, kind)}
     problems: list[Problem] = []
-    for override in parsed:
-        problems += _apply(data, override)
+    for place, value in parsed:
+        problems += _apply(data, place, value)
     # First, and alone: what is said about other faults may show what stands beside them.
-    secrets = [*secrets_in(data, known), *secrets_in({".".join(path): value for path, value in parsed}, known)]
-    if secrets:
+    if secrets := [*secrets_in(data, known), *secrets_in(set_values, known)]:
         found = [Problem(dotted, "a secret must not stand here", UNSAID, fix) for dotted, fix in secrets]
-        raise report(path, set_paths, found, written)
+        raise report(path, set_values, found, written)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
         problems += [problem for details in error.errors() for problem in explain(details, data, Config)]
-        raise report(path, set_paths, problems, written) from None
     if problems:
-        raise report(path, set_paths, problems, written)
+        raise report(path, set_values, problems, written)
     return config
 
 
@@ -278,7 +269,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def parse_override(text: str) -> Override:
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """`a.b=c` as a path and a YAML value.
 
     Raises:
@@ -292,30 +283,30 @@ def parse_override(text: str) -> Override:
     if not equals or not all(path):
         raise UsageError("an override that cannot be understood", got=f"{shown}...", expected=expected)
     try:
-        return Override(path, _parse(value))
+        return path, _parse(value)
     except ValueError as error:
         raise UsageError(
             "an override whose value is not YAML", got=f"{shown}=...: {error}", expected=expected
         ) from None
 
 
-def _apply(data: dict[str, Any], override: Override) -> list[Problem]:
+def _apply(data: dict[str, Any], path: Sequence[str], value: Any) -> list[Problem]:
     """Set one value in place; missing sections on the way are made."""
-    dotted = ".".join(override.path)
+    dotted = ".".join(path)
     node: Any = data
-    for depth, part in enumerate(override.path):
-        last = depth == len(override.path) - 1
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
         key: Any = part
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
                 return [Problem(dotted, f"no such element; the list has {len(node)}", part)]
             key = int(part)
         elif not isinstance(node, dict):
-            return [Problem(dotted, f"{'.'.join(override.path[:depth])} is a value, not a section", node)]
+            return [Problem(dotted, f"{'.'.join(path[:depth])} is a value, not a section", node)]
         if last:
-            if override.path == ("estimator", "kind") and node.get("kind", "topk") != override.value:
+            if dotted == "estimator.kind" and node.get("kind", "topk") != value:
                 node.clear()
-            node[key] = override.value
+            node[key] = value
         else:
             if isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}

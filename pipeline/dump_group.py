@@ -8,10 +8,9 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import quiet_libraries
-from pipeline.config import Config, load_config, need
+from pipeline.config import load_config, need
 from pipeline.launch import Placement
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
@@ -20,9 +19,6 @@ from storage_schemas.common.signals import ignore, interrupt
 
 MEMORY = "lower teacher.batch_tokens, or spread the teacher over more GPUs (--nproc); what is committed is kept"
 """What to change when the teacher runs out of memory."""
-
-if TYPE_CHECKING:
-    from teacher_dump.teachers.group import GroupTeacher
 
 
 def main() -> int:
@@ -45,46 +41,29 @@ def main() -> int:
     ignore() if process else interrupt()
     codes.watch()
     try:
+        from pipeline.commands import run_dumps, run_plan
+        from teacher_dump.teachers.group import Group, GroupTeacher
+
         config = load_config(arguments.config, arguments.overrides)
-        teacher = join(config, process, size, local, arguments.rendezvous)
-        placement = Placement(arguments.rank, arguments.world_size)
-        code = run(config, placement, teacher, arguments.result, events=arguments.events, pilot=arguments.pilot)
+        section = need(config.teacher, "teacher", "dump")
+        group = Group.join(process, size, local, device=section.device, rendezvous=arguments.rendezvous)
+        teacher = GroupTeacher(section, group)
+        if not group.leads:
+            teacher.follow()
+        elif arguments.pilot is not None:
+            publish(arguments.result, json.dumps(run_plan(config, arguments.pilot, teacher)))
+        else:
+            placement = Placement(arguments.rank, arguments.world_size)
+            publish(arguments.result, json.dumps(run_dumps(config, placement, teacher, events=arguments.events)))
+        # Not after an error: the others may wait in the middle of a batch. They end without it.
+        group.close()
+        code = int(Exit.DONE)
     except KeyboardInterrupt:
         code = int(Exit.TEMPORARY)
     except BaseException as error:
         code = failed(error, codes, process, memory=MEMORY)
     codes.write(code)
     return code
-
-
-def join(config: Config, process: int, size: int, local: int, rendezvous: str) -> "GroupTeacher":
-    """Meet the other processes; the teacher that they hold together."""
-    from teacher_dump.teachers.group import Group, GroupTeacher
-
-    section = need(config.teacher, "teacher", "dump")
-    return GroupTeacher(section, Group.join(process, size, local, device=section.device, rendezvous=rendezvous))
-
-
-def run(
-    config: Config,
-    placement: Placement,
-    teacher: "GroupTeacher",
-    result: Path,
-    *,
-    events: Path | None,
-    pilot: dict[str, Any] | None,
-) -> int:
-    """Lead or follow."""
-    from pipeline.commands import run_dumps, run_plan
-
-    if teacher.group.leads:
-        planned = None if pilot is None else run_plan(config, pilot, teacher)
-        publish(result, json.dumps(planned or run_dumps(config, placement, teacher, events=events)))
-    else:
-        teacher.follow()
-    # Not after an error: the others may wait in the middle of a batch. They end without it.
-    teacher.group.close()
-    return int(Exit.DONE)
 
 
 if __name__ == "__main__":

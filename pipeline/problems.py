@@ -52,14 +52,7 @@ class Problem(NamedTuple):
 def report(
     path: str | Path, set_paths: Collection[str], problems: Sequence[Problem], written: Any = None
 ) -> MismatchError:
-    """One error that lists every problem where it stands: in the file, or on the command line.
-
-    Args:
-        path: the file.
-        set_paths: what the command line sets.
-        problems: all of them.
-        written: what the file itself holds.
-    """
+    """One error that lists every problem where it stands, on the command line or in the file, which holds `written`."""
     lines = []
     for problem in problems:
         by_hand = any(

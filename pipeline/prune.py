@@ -27,15 +27,9 @@ class Pruning(FrozenModel):
     kept: tuple[int, ...]
     """The source's layers that were kept, ascending; they are renumbered from 0."""
 
-    @property
-    def dropped(self) -> list[int]:
-        """The source's layers that are gone."""
-        return [layer for layer in range(self.source_layers) if layer not in self.kept]
-
     def __str__(self) -> str:
-        return f"{len(self.kept)} of {self.source_layers} layers kept: {_ranges(self.kept)}; dropped: " + (
-            _ranges(self.dropped) or "none"
-        )
+        dropped = _ranges([layer for layer in range(self.source_layers) if layer not in self.kept]) or "none"
+        return f"{len(self.kept)} of {self.source_layers} layers kept: {_ranges(self.kept)}; dropped: {dropped}"
 
 
 def layers_to_keep(layers: int, keep: int) -> list[int]:
@@ -45,12 +39,8 @@ def layers_to_keep(layers: int, keep: int) -> list[int]:
     6, 10, 14 and 18 of its 30 layers, on answers about Python: 0.9, 3.8, 5.0 and 6.6 nats with this rule; 2.9, 7.5
     and 11.5 when 24, 20 and 12 layers are spread evenly; 21.0 and 23.7 when the block ends before the last layer.
 
-    Args:
-        layers: how many there are.
-        keep: how many shall stay, 1 <= keep <= layers.
-
     Raises:
-        UsageError: keep is out of range.
+        UsageError: not 1 <= keep <= layers.
     """
     if not 1 <= keep <= layers:
         raise UsageError("impossible number of layers to keep", got=keep, expected=f"1 to {layers}, the model's layers")
@@ -114,7 +104,10 @@ def _write_model(source: Path, out: Path, config: dict[str, Any], pruning: Pruni
             shutil.copyfile(file, out / file.name)
     pruned = _pruned_config(config, pruning.kept)
     (out / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-    (out / "README.md").write_text(_model_card(pruning))
+    (out / "README.md").write_text(
+        f"# {pruning.source}, depth-pruned\n\n{pruning}. Nothing was trained after that: this is a starting point for "
+        "distillation, not a usable model.\n"
+    )
     (out / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
 
 
@@ -176,13 +169,6 @@ def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any
     if isinstance(pruned.get("max_window_layers"), int):
         pruned["max_window_layers"] = min(pruned["max_window_layers"], len(kept))
     return pruned
-
-
-def _model_card(pruning: Pruning) -> str:
-    return f"""# {pruning.source}, depth-pruned
-
-{pruning}. Nothing was trained after that: this is a starting point for distillation, not a usable model.
-"""
 
 
 def _ranges(layers: Sequence[int]) -> str:

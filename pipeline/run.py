@@ -21,13 +21,7 @@ from rich.table import Table
 
 from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement
-from pipeline.processes import (
-    Command,
-    dump_group,
-    dump_workers,
-    run_together,
-    train_workers,
-)
+from pipeline.processes import Command, dump_group, dump_workers, run_together, train_workers
 from pipeline.views.report import QUALITY, remarks, report
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.exits import combined, known, tell_deaths
@@ -64,18 +58,9 @@ class StepFailedError(NeoError):
 def run_pipeline(
     config: Config, path: Path, overrides: Sequence[str], *, workers: int, nproc: int, console: Console
 ) -> dict[str, Any]:
-    """Dump, verify, evaluate, train, evaluate, merge, report.
+    """Dump, verify, evaluate, train, evaluate, merge, report; returns what summary.json holds.
 
-    Args:
-        config: the loaded configuration.
-        path: the file it was loaded from, which stage one's workers load again.
-        overrides: as on the command line.
-        workers: processes of stage one.
-        nproc: ranks of stage two.
-        console: where the result goes.
-
-    Returns:
-        What summary.json holds.
+    Stage one's `workers` load the configuration again, from `path` and `overrides`; stage two has `nproc` ranks.
     """
     train, student = need(config.train, "train", "run"), need(config.student, "student", "run")
     teacher, heldout = need(config.teacher, "teacher", "run"), need(config.heldout, "heldout", "run")
@@ -153,13 +138,9 @@ class Steps:
     def do(
         self, name: str, work: Callable[[], dict[str, Any]], inputs: Mapping[str, Any], *, redo: bool = False
     ) -> dict[str, Any]:
-        """The result of `work`, now or from an earlier call with the same inputs.
+        """The result of `work`, now or from an earlier call with the same inputs: all that it depends on, as JSON.
 
-        Args:
-            name: of the step, and of its file.
-            work: does it.
-            inputs: all that its result depends on, as JSON.
-            redo: do it whatever was found before.
+        With `redo` it is done whatever was found before.
         """
         doing, file = _DOING.get(name, name), self._folder / f"{name}.json"
         of = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import obstore
-from obstore.exceptions import BaseError
 from pydantic import ValidationError
 
 from storage_schemas.common.errors import TemporaryError
@@ -94,7 +93,7 @@ class RunStatus(FrozenModel):
     step: int = 0
     """Optimizer steps that are logged, or saved in the last checkpoint."""
     steps: int | None = None
-    """Steps in all, as the last checkpoint knows them."""
+    """Steps in all, as the last checkpoint knows them; null if it is of before the run was extended."""
     epoch: float | None = None
     loss: float | None = None
     """Of the last logged steps, like all that follows."""
@@ -238,7 +237,10 @@ class _DumpWatcher:
         since = None if now is None else now - float(times[-1])
         if since is not None and since < -_CLOCK_SECONDS:
             since = None  # Somebody else's clock has dated the newest unit.
-        stalled = since is not None and since > max(60.0, 3 * recent.longest_pause)
+        longest = recent.longest_pause
+        if len(times) < FEWEST_UNITS and (run := self._store.head(RUN)) is not None:
+            longest = max(longest, float(times[0]) - run["last_modified"].timestamp())
+        stalled = since is not None and since > max(60.0, 3 * longest)
         found: dict[str, Any] = {
             "stalled": stalled,
             "seconds_since_last_unit": None if since is None else max(0, since),
@@ -281,7 +283,7 @@ def store_clock(store: Store, options: Mapping[str, str]) -> float | None:
     """The time by the clock that dates the files of a store, seconds since 1970; None if it cannot be asked."""
     if store.root is not None:
         return folder_clock(store.root)
-    with suppress(BaseError, OSError, ValueError, TypeError):  # Anonymous access cannot sign, a proxy may hide it.
+    with suppress(Exception):  # Not every kind of credentials can sign, and a proxy may hide the answer.
         signed = obstore.sign(object_store(store.url, options), "HEAD", RUN, timedelta(minutes=1))
         try:
             answer = urllib.request.urlopen(urllib.request.Request(signed, method="HEAD"), timeout=_CLOCK_SECONDS)
@@ -314,6 +316,7 @@ def run_status(output: Path) -> RunStatus:
     finished = summary.get("steps", -1) >= step
     now = folder_clock(output)
     told = {} if event is None else event.model_dump(include=RunStatus.model_fields.keys() & Event.model_fields.keys())
+    steps = None if steps is not None and steps < step else steps  # Of before the run was extended.
     told |= {"step": step, "steps": summary["steps"] if finished else steps}
     return RunStatus(
         output=str(output),

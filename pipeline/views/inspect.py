@@ -126,11 +126,7 @@ def header(dump: Dump) -> Header:
     sums = totals(records)
     supervised, size = sums["supervised_tokens"], sums["bytes"]
     entries = sum(record.entries for record in records.values())
-    worst = (
-        [max(record.fidelity[i] for record in records.values()) for i in range(len(run.temperatures))]
-        if records
-        else None
-    )
+    fidelity = zip(*(record.fidelity for record in records.values()), strict=True)
     return Header(
         url=dump.store.url,
         fingerprint=dump.fingerprint,
@@ -148,7 +144,7 @@ def header(dump: Dump) -> Header:
         bytes_per_supervised_token=size / supervised if supervised else None,
         mean_kept_mass=mean_per_token(records, "mean_kept_mass"),
         mean_entropy=mean_per_token(records, "mean_entropy"),
-        fidelity=None if worst is None else tuple(worst),
+        fidelity=tuple(map(max, fidelity)) or None,
         **sums,
     )
 
@@ -164,27 +160,26 @@ def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
     for index in sample_indices:
         if not 0 <= index < samples:
             raise UsageError("no such row in this dump", got=index, expected=f"0 to {samples - 1}")
-    tokenizer = _tokenizer(dump) if sample_indices else None
+    files = dump.tokenizer_files() if sample_indices else {}
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
     views, unit, rows = [], None, None
     for index in sample_indices:
         if rows is None or index // dump.provenance.samples_per_unit != unit:
             unit = index // dump.provenance.samples_per_unit
             rows = dump.read_unit(unit)
-        views.append(_row_view(rows.row(index - dump.provenance.unit_range(unit).start), dump, tokenizer))
+        row = rows.row(index - dump.provenance.unit_range(unit).start)
+        pieces = text_pieces(tokenizer, row.input_ids.tolist())
+        view = RowView(
+            sample_index=row.sample_index,
+            sample_id=row.sample_id,
+            status=row.status,
+            text="".join(pieces),
+            pieces=pieces,
+            tokens=len(row.input_ids),
+            supervised=_token_views(row, dump, tokenizer, pieces),
+        )
+        views.append(view)
     return views
-
-
-def _row_view(row: Row, dump: Dump, tokenizer: Tokenizer | None) -> RowView:
-    pieces = text_pieces(tokenizer, row.input_ids.tolist())
-    return RowView(
-        sample_index=row.sample_index,
-        sample_id=row.sample_id,
-        status=row.status,
-        text="".join(pieces),
-        pieces=pieces,
-        tokens=len(row.input_ids),
-        supervised=_token_views(row, dump, tokenizer, pieces),
-    )
 
 
 def _token_views(row: Row, dump: Dump, tokenizer: Tokenizer | None, pieces: list[str]) -> list[TokenView]:
@@ -221,11 +216,6 @@ def _entropy(decoded: Decoded, i: int) -> float:
     return float(-sum(w * math.log(w) for w in [*weights.tolist(), rest] if w > 0))
 
 
-def _tokenizer(dump: Dump) -> Tokenizer | None:
-    content = dump.tokenizer_files().get("tokenizer.json")
-    return None if content is None else Tokenizer.from_str(content.decode())
-
-
 def text_pieces(tokenizer: Tokenizer | None, ids: list[int]) -> list[str]:
     """What each token adds to the text of the ones before it; `<id>` for one that the tokenizer does not know.
 
@@ -254,8 +244,9 @@ def text_pieces(tokenizer: Tokenizer | None, ids: list[int]) -> list[str]:
 
 def _text_after(tokenizer: Tokenizer | None, anchor: int, token: int) -> str:
     """The text of a token that follows `anchor`."""
-    if tokenizer is None or not _known(tokenizer, token):
+    if not _known(tokenizer, token):
         return f"<{token}>"
+    assert tokenizer is not None
     before = tokenizer.decode([anchor], skip_special_tokens=False)
     both = tokenizer.decode([anchor, token], skip_special_tokens=False)
     found = both.removeprefix(before) if both.startswith(before) else ""

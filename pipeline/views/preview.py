@@ -14,9 +14,10 @@ _SHOWN = 600
 """Characters of one stretch of a sample that are shown at its beginning and at its end."""
 
 
-def render(found: Preview, samples: Sequence[SampleView], *, colour: bool) -> RenderableType:
-    """For people; with colours, or with `{+...+}` around what is supervised."""
-    return Group(*_sources(found), _totals(found), *(_text(sample, colour=colour) for sample in samples))
+def show(found: Preview, samples: Sequence[SampleView], console: Console) -> None:
+    """Print it: in colours on a terminal, else with `{+...+}` around what is supervised, which survives a pipe."""
+    texts = (_text(sample, colour=console.is_terminal) for sample in samples)
+    console.print(Group(*_sources(found), _totals(found), *texts), soft_wrap=True)
 
 
 def _sources(found: Preview) -> list[RenderableType]:
@@ -69,8 +70,3 @@ def _text(sample: SampleView, *, colour: bool) -> Text:
         else:
             text.append(shown if colour else f"{{+{shown}+}}", "bold green" if colour else "")
     return text
-
-
-def show(found: Preview, samples: Sequence[SampleView], console: Console) -> None:
-    """Print it: in colours on a terminal, else with marks that survive a pipe."""
-    console.print(render(found, samples, colour=console.is_terminal), soft_wrap=True)

@@ -14,13 +14,7 @@ PACKAGES = ("llm-neo", "torch", "transformers", "peft", "deepspeed", "pyarrow", 
 
 
 def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
-    """The report as Markdown.
-
-    Args:
-        config: of the run.
-        summary: what summary.json holds.
-        dumped: the summary of stage one.
-    """
+    """The report as Markdown, from what summary.json holds and the summary of stage one."""
     lines = [
         f"# {summary['arm']}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
         "",

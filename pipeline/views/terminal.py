@@ -10,7 +10,6 @@ from rich.text import Text
 from pipeline.views.inspect import (
     SHADES,
     TOP,
-    Header,
     RowView,
     header,
     header_lines,
@@ -30,14 +29,9 @@ _CONTEXT_WIDTH = 24
 def show(dump: Dump, rows: Sequence[int], console: Console) -> None:
     """Print the header, and the rows asked for."""
     # First everything that may fail.
-    parts: list[RenderableType] = [header_table(header(dump)), *map(row_block, row_views(dump, rows))]
-    for part in parts:
+    facts = facts_table((name, visible(value)) for name, value in header_lines(header(dump)))
+    for part in (facts, *map(row_block, row_views(dump, rows))):
         console.print(part)
-
-
-def header_table(view: Header) -> Table:
-    """The header."""
-    return facts_table((name, visible(value)) for name, value in header_lines(view))
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> Table:

@@ -61,6 +61,10 @@ COMMAND_LINES = [
     ["verify", S3, "--store", f"secret_access_key:{CANARY}"],
     ["verify", S3, "--store", f"endpoint=http://user:{CANARY}@host"],
     ["inspect", f"s3://key:{CANARY}@bucket/x"],
+    ["status", S3, "--store", f"secret_access_key={CANARY}"],
+    ["status", f"s3://key:{CANARY}@bucket/x"],
+    ["doctor", "c.yaml", "--set", f"dump.storage_options.secret_access_key={CANARY}"],
+    ["doctor", "c.yaml", "--set", f"dump.url=s3://key:{CANARY}@bucket/x"],
     ["evaluate", "--model", "m", "--dump", f"s3://key:{CANARY}@bucket/x", "--store", f"token={CANARY}"],
 ]
 

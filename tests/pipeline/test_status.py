@@ -147,6 +147,17 @@ def test_a_dump_that_has_stalled(growing: Path, capsys: pytest.CaptureFixture[st
     assert "no unit in the last 3:00:" in call(capsys, growing)[1]
 
 
+def test_a_slow_first_unit_is_no_pause(growing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the second one takes is told by what the first one has taken."""
+    for file in sorted((growing / "commits").glob("*.json"))[1:]:
+        file.unlink()
+    now = time.time()
+    date(growing, [now - 2 * HOUR])
+    for begun, stalled in ((now - 3 * HOUR, False), (now - 2.2 * HOUR, True)):
+        os.utime(growing / "run.json", (begun, begun))
+        assert look(capsys, growing)["dump"]["stalled"] == stalled
+
+
 def test_the_pace_of_the_last_minutes() -> None:
     steady = [60.0 * i for i in range(1000)]
     assert recent_pace(steady).units_per_second == pytest.approx(1 / 60)
@@ -368,6 +379,18 @@ def test_a_watch_on_a_terminal_is_drawn_in_place(tmp_path: Path) -> None:
     assert watch.wait(60) == 0
     assert b"sealed, 20 of 20 units" in shown
     assert b"\x1b[1A" in shown, "the cursor goes up, and what is there is drawn over"
+
+
+def test_a_watch_that_nobody_reads_ends(tmp_path: Path) -> None:
+    begin(str(tmp_path / "dump"), range(2))
+    words = command(tmp_path / "dump", "--watch", "0.1")
+    watch = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert watch.stdout is not None
+    assert watch.stdout.readline()
+    watch.stdout.close()
+    assert watch.wait(60) == Exit.TEMPORARY
+    assert watch.stderr is not None
+    assert "Traceback" not in watch.stderr.read()
 
 
 def test_it_does_not_wait_for_torch(growing: Path) -> None:
