@@ -163,6 +163,8 @@ def train(
     ] = None,
 ) -> None:
     """Stage two: train the student from the dump under DeepSpeed. Starts a rank per GPU; resumes by itself."""
+    from pipeline.commands import report_training
+
     found = load_config(config, overrides or ())
     nodes = training_nodes(os.environ, nnodes, node_rank, rdzv_endpoint)
     kept = need(found.train, "train", "train").output / "config.yaml"
@@ -173,6 +175,8 @@ def train(
         # Not before: a start that is refused must not replace what the results in this directory were made with.
         if nodes.node_rank == 0 and code in (Exit.DONE, Exit.TEMPORARY):
             publish(kept, found.to_yaml(), private=True)
+        if nodes.node_rank == 0 and code == Exit.DONE:
+            report_training(found)
     raise typer.Exit(code)
 
 

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from pipeline.config import Config, need
 from pipeline.launch import Placement
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.publish import publish
 from storage_schemas.reader import Dump
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ _BATCH_TOKENS = 4096
 def run_dumps(
     config: Config, placement: Placement, teacher: "Teacher | None" = None, *, events: Path | None = None
 ) -> dict[str, Any]:
-    """Dump the corpus, and the held-out samples if there are any, with one loaded teacher.
+    """Dump the held-out samples, if there are any, and the corpus, with one loaded teacher.
+
+    The held-out samples come first, so that a student that follows the dump can be evaluated from its first step on.
 
     A `teacher` is given if the configured one is not to be opened here. To the file `events` one JSON object per event
     is appended. Returns the summary of the corpus's dump, and under `heldout` that of the other.
@@ -40,7 +43,7 @@ def run_dumps(
     from teacher_dump.dump import run_dump
     from teacher_dump.teachers.open import opened
 
-    parts = [config] + ([config.heldout_config()] if config.heldout else [])
+    parts = [*([config.heldout_config()] if config.heldout else []), config]
     summaries = []
     with opened(teacher or need(config.teacher, "teacher", "dump")) as loaded:
         for part in parts:
@@ -51,13 +54,24 @@ def run_dumps(
                 corpus=need(part.corpus, "corpus", "dump"),
                 estimator=part.estimator,
                 temperatures=part.temperatures,
-                heldout=config.heldout_config().corpus if part.heldout else None,
+                apart_from=None if part is config else config.corpus,
                 rank=placement.rank,
                 world_size=placement.world_size,
                 events=events,
             )
             summaries.append(summary.model_dump(mode="json"))
-    return summaries[0] | ({"heldout": summaries[1]} if config.heldout else {})
+    return summaries[-1] | ({"heldout": summaries[0]} if config.heldout else {})
+
+
+def report_training(config: Config) -> None:
+    """report.md of a finished training, if it was evaluated on held-out samples meanwhile."""
+    from pipeline.views.report import training_report
+    from student_train.summary import read_summary
+
+    output = need(config.train, "train", "train").output
+    summary = read_summary(output)
+    if summary is not None and summary.heldout and config.heldout is not None:
+        publish(output / "report.md", training_report(config, summary), private=True)
 
 
 def run_plan(config: Config, pilot: Mapping[str, Any], teacher: "Teacher | None" = None) -> dict[str, Any]:

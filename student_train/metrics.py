@@ -224,7 +224,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def bar(console: Console, *, start: int, stop: int) -> Iterator[Write]:
+def bar(console: Console, *, start: int, stop: int, divergence: str) -> Iterator[Write]:
     """A progress bar on a terminal."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(TextColumn("train"), *columns, console=console) as progress:
@@ -235,12 +235,12 @@ def bar(console: Console, *, start: int, stop: int) -> Iterator[Write]:
                 progress.console.print(_evaluated(told), highlight=False)
                 return
             speed = f"{told.tokens_per_second:,.0f} tokens/s"
-            progress.update(task, completed=told.step, description=f"{_losses(told)}  {speed}")
+            progress.update(task, completed=told.step, description=f"{_losses(told, divergence)}  {speed}")
 
         yield write
 
 
-def lines(console: Console, *, stop: int) -> Write:
+def lines(console: Console, *, stop: int, divergence: str) -> Write:
     """One line every few seconds, and one for the first and the last step and for each evaluation."""
     due = 0.0
 
@@ -253,7 +253,7 @@ def lines(console: Console, *, stop: int) -> Write:
             return
         due = time.monotonic() + LINE_SECONDS
         console.print(
-            f"train step {told.step}/{stop}  {_losses(told)}  lr {told.learning_rate:.2e}  "
+            f"train step {told.step}/{stop}  {_losses(told, divergence)}  lr {told.learning_rate:.2e}  "
             f"{told.tokens_per_second:,.0f} tokens/s  eta {timedelta(seconds=int(told.eta_seconds))}",
             highlight=False,
             soft_wrap=True,
@@ -262,8 +262,9 @@ def lines(console: Console, *, stop: int) -> Write:
     return write
 
 
-def _losses(event: Event) -> str:
-    return f"loss {event.loss:.4f}  ce {event.ce:.4f}  kl {event.kl:.4f}"
+def _losses(event: Event, divergence: str) -> str:
+    name = "kl" if divergence == "forward_kl" else divergence
+    return f"loss {event.loss:.4f}  ce {event.ce:.4f}  {name} {event.kl:.4f}"
 
 
 def _evaluated(result: HeldoutResult) -> str:
@@ -294,11 +295,10 @@ def _tensorboard(output: Path, *, start: int) -> Opened:
     return write, writer.close
 
 
-def _wandb(output: Path, config: Mapping[str, Any], name: str) -> Opened:
+def _wandb(output: Path, config: Mapping[str, Any], name: str, labels: Mapping[str, Any]) -> Opened:
     """A run of Weights & Biases that is continued when training is."""
-    run: Any = import_module("wandb").init(
-        dir=str(output), id=name, name=output.name, resume="allow", config=dict(config)
-    )
+    shown = {"name": output.name} | {key: value for key, value in labels.items() if value}
+    run: Any = import_module("wandb").init(dir=str(output), id=name, resume="allow", config=dict(config), **shown)
     return lambda values, step: run.log(values, step=step), run.finish
 
 
@@ -344,6 +344,8 @@ def reporting(
     config: Mapping[str, Any],
     name: str,
     monitors: Mapping[str, Callable[[], Any]],
+    divergence: str = "forward_kl",
+    labels: Mapping[str, Any] | None = None,
 ) -> Iterator[Write]:
     """All places that the rank that reports tells of its run, after `start` of `stop` steps; events.jsonl first.
 
@@ -353,21 +355,23 @@ def reporting(
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.
+        divergence: what the terminal calls the divergence.
+        labels: name, project and tags in Weights & Biases, in its own words.
     """
     trackers: dict[str, Callable[[], Opened]] = {}
     if "tensorboard" in report_to:
         trackers["tensorboard"] = partial(_tensorboard, output, start=start)
     if "wandb" in report_to:
-        trackers["wandb"] = partial(_wandb, output, config, name)
+        trackers["wandb"] = partial(_wandb, output, config, name, labels or {})
     for section, opened in monitors.items():
         trackers[f"DeepSpeed's {section}"] = lambda opened=opened: _monitor(opened())  # type: ignore[misc]
     console = Console()
     with ExitStack() as stack:
         writes = [stack.enter_context(event_log(output / EVENTS, after=start))]
         if console.is_terminal:
-            writes.append(stack.enter_context(bar(console, start=start, stop=stop)))
+            writes.append(stack.enter_context(bar(console, start=start, stop=stop, divergence=divergence)))
         else:
-            writes.append(lines(console, stop=stop))
+            writes.append(lines(console, stop=stop, divergence=divergence))
         writes += [stack.enter_context(tracker(*one)) for one in trackers.items()]
 
         def write(told: Told) -> None:

@@ -30,7 +30,7 @@ from student_train.model.student import Student, load_student, refuse_other_dump
 from student_train.model.student_files import identity
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
-from student_train.results.model_card import model_card
+from student_train.results.model_card import Evaluation, model_card
 from student_train.resume import FILES, consumed_root, decide, finished, identity_of, over, refuse_other_run
 from student_train.schedule import learning_rate, warmup_of
 from student_train.summary import FINAL, Summary, write_summary
@@ -371,6 +371,8 @@ class _Loop:
             config=identity_of(run),
             monitors=self._engine.monitors,
             name=f"neo-{_number(str(run.train.output.resolve())):016x}",
+            divergence=run.loss.divergence,
+            labels={"name": run.train.run_name, "project": run.train.project, "tags": run.train.tags},
         )
 
     def _open_stream(self) -> Stream:
@@ -435,7 +437,11 @@ class _Loop:
                 expected=self._learner.files,
                 fix="restore its files, then run the same command again; the checkpoint is intact",
             )
-        rows = stored_rows(run)
+        rows, results = stored_rows(run), {result.step: result for result in self._results}
+        exported = run.exported(self._done, self._results)
+        evaluation = None
+        if run.heldout is not None and {0, exported} <= results.keys():
+            evaluation = Evaluation.of(run.heldout.dump.store.url, results[0], results[exported])
         record = write_final(
             final,
             self._learner,
@@ -443,7 +449,7 @@ class _Loop:
             run.train,
             weights=run.left_behind(self._done, self._results).by_name(MASTER),
             tokenizer=run.dump.tokenizer_files(),
-            card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final),
+            card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final, evaluation=evaluation),
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],
             ends=span_ends(rows),
         )
@@ -471,7 +477,7 @@ class _Loop:
             extended=run.extended,
             heldout=tuple(self._results),
             best_step=best_result.step if best_result else None,
-            final_step=run.exported(self._done, self._results),
+            final_step=exported,
             heldout_seconds=self._meter.paused,
         )
         write_summary(run.train.output, summary.model_dump(mode="json"))

@@ -90,7 +90,7 @@ def run_dump(
     corpus: CorpusSection,
     estimator: Estimator,
     temperatures: Sequence[float] = (1.0,),
-    heldout: CorpusSection | None = None,
+    apart_from: CorpusSection | None = None,
     rank: int = 0,
     world_size: int = 1,
     events: Path | None = None,
@@ -104,7 +104,7 @@ def run_dump(
         corpus: what is distilled on.
         estimator: how targets are chosen.
         temperatures: of the stored tail masses; the first is 1.
-        heldout: samples that shall not be those of the corpus.
+        apart_from: the training corpus, if these are held-out samples, which must not be its samples.
         rank: which worker this is.
         world_size: how many there are; it may differ from call to call.
         events: file that one JSON object per event is appended to.
@@ -127,9 +127,9 @@ def run_dump(
             refuse_unusable(dump)
         samples = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
         refuse_too_long(samples, teacher)
-        if heldout is not None:
-            others = freeze_corpus(heldout, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
-            refuse_shared(samples, others)
+        if apart_from is not None:
+            trained = freeze_corpus(apart_from, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
+            refuse_shared(trained, heldout=samples)
         provenance = provenance_of(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)
         if DumpWriter.join(dump.url, provenance, options=dump.storage_options) is None:
             teacher.start(samples, provenance)  # No dump is known by weights that do not load.

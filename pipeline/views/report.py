@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from student_train.metrics import HeldoutResult
 from student_train.results.model_card import package_version
+from student_train.summary import Summary
 
 QUALITY = {"kl_mean": "kl", "ce": "ce", "top1_agreement": "top1"}
 """Name in an evaluation's result -> name in summary.json, with `_before` and `_after`."""
@@ -18,15 +20,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
     lines = [
         f"# {summary['arm']}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
         "",
-        f"Against the teacher, on {summary['heldout_supervised_tokens']:,} supervised tokens of held-out samples.",
-        "KL is over the stored entries and one tail bucket, a lower bound of the divergence over the whole vocabulary.",
-        "",
-        "| | before | after | change |",
-        "|---|---|---|---|",
-        _row("KL(teacher, student), nats per token", summary, "kl", "{:.4f}"),
-        _row("cross-entropy, nats per token", summary, "ce", "{:.4f}"),
-        _row("same most likely token", summary, "top1", "{:.1%}"),
-        "",
+        *_quality(summary, tokens=summary["heldout_supervised_tokens"]),
         *[line for remark in remarks(config, summary) for line in (f"**{remark}**", "")],
         "## Cost",
         "",
@@ -47,6 +41,74 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         f"| dump | `{config.dump.url}`, fingerprint `{summary['fingerprint']}` |",
         f"| held-out dump | `{dumped['heldout']['url']}`, fingerprint `{dumped['heldout']['fingerprint']}` |",
         "",
+        *_made_with(config),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def training_report(config: Config, summary: Summary) -> str:
+    """The report of a training that was evaluated meanwhile, where nothing is known of stage one but its dumps."""
+    results = {result.step: result for result in summary.heldout}
+    first, last = results[min(results)], results[summary.final_step or max(results)]
+    quality = {f"{name}_{when}": getattr(result, field) for when, result in (("before", first), ("after", last))
+               for name, field in (("kl", "kl"), ("ce", "ce"), ("top1", "top1_agreement"))}  # fmt: skip
+    seconds = summary.seconds + summary.heldout_seconds
+    assert config.heldout is not None
+    lines = [
+        f"# {summary.arm}: {Path(summary.student).name}",
+        "",
+        *_quality(quality, tokens=last.supervised_tokens),
+        "| step | KL | cross-entropy | same most likely token | acceptance rate of drafts |",
+        "|---|---|---|---|---|",
+        *map(_evaluation, summary.heldout),
+        "",
+        f"Trained {summary.steps} of {summary.planned_steps} steps; `final/` is that of step {summary.final_step}, the "
+        f"best one is step {summary.best_step}.",
+        "",
+        "## Cost",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| training, tokens per second | {_number(summary.tokens_per_second)} |",
+        f"| evaluation on held-out samples, share of the time | {summary.heldout_seconds / max(1e-9, seconds):.1%} |",
+        f"| training, peak memory of a rank | {summary.peak_rss_bytes / 2**30:.2f} GiB |",
+        "",
+        "## Where things are",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| student | `{summary.student}` |",
+        f"| result | `{summary.final}` |",
+        f"| dump | `{config.dump.url}`, fingerprint `{summary.fingerprint}` |",
+        f"| held-out dump | `{config.heldout.url}`, fingerprint `{last.dump}` |",
+        "",
+        *_made_with(config),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _evaluation(result: HeldoutResult) -> str:
+    top1 = "-" if result.top1_agreement is None else f"{result.top1_agreement:.1%}"
+    acceptance = f"{result.acceptance_rate_min:.1%} to {result.acceptance_rate_max:.1%}"
+    return f"| {result.step} | {result.kl:.4f} | {result.ce:.4f} | {top1} | {acceptance} |"
+
+
+def _quality(summary: dict[str, Any], *, tokens: int) -> list[str]:
+    return [
+        f"Against the teacher, on {tokens:,} supervised tokens of held-out samples.",
+        "KL is over the stored entries and one tail bucket, a lower bound of the divergence over the whole vocabulary.",
+        "",
+        "| | before | after | change |",
+        "|---|---|---|---|",
+        _row("KL(teacher, student), nats per token", summary, "kl", "{:.4f}"),
+        _row("cross-entropy, nats per token", summary, "ce", "{:.4f}"),
+        _row("same most likely token", summary, "top1", "{:.1%}"),
+        "",
+    ]
+
+
+def _made_with(config: Config) -> list[str]:
+    return [
         "## Configuration",
         "",
         "```yaml",
@@ -61,7 +123,6 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "|---|---|",
         *[f"| {name} | {package_version(name)} |" for name in PACKAGES],
     ]
-    return "\n".join(lines) + "\n"
 
 
 def remarks(config: Config, summary: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage_schemas.reader import Dump
 from student_train.config import LossSection, StudentSection, TrainSection
-from student_train.metrics import Event
+from student_train.metrics import Event, HeldoutResult
 
 CARD = "README.md"
 CURVE_POINTS = 10
@@ -34,6 +34,12 @@ class Evaluation:
     """The dump that it was evaluated on."""
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, url: str, before: HeldoutResult, after: HeldoutResult) -> "Evaluation":
+        """What training itself has found."""
+        first, last = ({**result.model_dump(), "kl_mean": result.kl} for result in (before, after))
+        return cls(url=url, before=first, after=last)
 
 
 def model_card(

@@ -174,6 +174,33 @@ def test_status_of_both_dumps_and_the_run(finished: Path, tmp_path: Path) -> Non
     assert run["seconds_since_checkpoint"] >= 0
 
 
+def test_the_students_cluster_reports_without_the_teacher(finished: Path) -> None:
+    """It knows the two dumps alone; evaluations while it trains are those of `llm-neo evaluate`."""
+    (finished / "student.yaml").write_text(
+        """
+        dump: {url: dump}
+        heldout: {url: dump-heldout}
+        student: {model: student, lora: {r: 8}}
+        train: {output: alone, precision: fp32, global_batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2,
+                eval_steps: 4, load_best_model_at_end: true}
+        """
+    )
+    printed = llm_neo(finished, "train", "student.yaml", "--nproc", "2").stdout
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("held-out")] == [
+        f"held-out samples after step {step}" for step in (0, 4, 6)
+    ]
+    with_teacher, alone = (json.loads((finished / name / "summary.json").read_text()) for name in ("run", "alone"))
+    first, last = alone["heldout"][0], alone["heldout"][-1]
+    assert first["kl"] == pytest.approx(with_teacher["kl_before"], rel=1e-4)
+    assert last["kl"] == pytest.approx(with_teacher["kl_after"], rel=1e-4)
+    report = (finished / "alone/report.md").read_text()
+    assert f"| {first['kl']:.4f} | {last['kl']:.4f} | " in report
+    assert "share of the time" in report
+    assert "teacher, tokens per second" not in report
+    card = (finished / "alone/final/README.md").read_text()
+    assert f"| {first['kl']:.4f} | {last['kl']:.4f} |" in card
+
+
 @pytest.mark.slow
 def test_the_summary_has_the_documented_names_and_the_student_improves(finished: Path) -> None:
     summary = json.loads((finished / "run/summary.json").read_text())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.engine_jobs import some_event
+from support.engine_jobs import some_event, some_result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -126,19 +126,19 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    write = lines(Console(file=out, force_terminal=False, width=40), stop=9)
+    write = lines(Console(file=out, force_terminal=False, width=40), stop=9, divergence="jsd")
     for number in range(1, 10):
         now[0] += 1.0
         write(some_event(number))
     printed = out.getvalue().splitlines()
     assert [line.split()[2] for line in printed] == ["1/9", "6/9", "9/9"]
-    assert printed[0] == ("train step 1/9  loss 1.5000  ce 2.0000  kl 1.0000  lr 1.00e-04  100 tokens/s  eta 1:01:01")
+    assert printed[0] == ("train step 1/9  loss 1.5000  ce 2.0000  jsd 1.0000  lr 1.00e-04  100 tokens/s  eta 1:01:01")
 
 
 def test_bar_on_a_terminal() -> None:
     """It shows the step and the loss."""
     out = io.StringIO()
-    with bar(Console(file=out, force_terminal=True, width=160), start=2, stop=9) as write:
+    with bar(Console(file=out, force_terminal=True, width=160), start=2, stop=9, divergence="forward_kl") as write:
         write(some_event(5))
     assert "5/9" in out.getvalue()
     assert "loss 1.5000" in out.getvalue()
@@ -203,6 +203,31 @@ def test_tensorboard_gets_every_field_of_every_step_once(tmp_path: Path) -> None
     for name in names:
         assert [point.step for point in found.Scalars(name)] == [1, 2, 3, 4], name
     assert [point.value for point in found.Scalars("train/loss")] == pytest.approx([1.0, 2.0, 3.2, 4.2])
+
+
+def test_evaluations_have_a_group_of_their_own() -> None:
+    """In trackers, with numbers alone."""
+    told: list[tuple[dict[str, float], int]] = []
+    with tracker("kept", lambda: (lambda values, step: told.append((values, step)), lambda: None)) as write:
+        write(some_event(1))
+        write(some_result(1))
+    (train, _), (evaluated, step) = told
+    assert {name.split("/")[0] for name in train} == {"train"}
+    assert step == 1
+    assert set(evaluated) == {
+        "eval/kl", "eval/ce", "eval/acceptance_rate_min", "eval/acceptance_rate_max", "eval/supervised_tokens",
+        "eval/seconds",
+    }  # fmt: skip
+
+
+def test_wandb_has_the_runs_name_project_and_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    labels = {"name": "neo", "project": "distil", "tags": ["a", "b"]}
+    with reporting(tmp_path, ["wandb"], start=0, stop=1, config={}, name="id", monitors={}, labels=labels) as write:
+        write(some_event(1))
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    (run,) = [record.run for record in wandb_records(file.read_bytes()) if record.HasField("run")]
+    assert (run.display_name, run.project, list(run.tags)) == ("neo", "distil", ["a", "b"])
 
 
 def test_wandb_gets_every_field_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

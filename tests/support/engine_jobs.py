@@ -14,7 +14,7 @@ from student_train.config import LoraSection, LossSection, StudentSection, Train
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.order import rank_slice
 from student_train.engine import Engine, join, load_weights
-from student_train.metrics import Event
+from student_train.metrics import Event, HeldoutResult
 from student_train.model.student import Distilled, load_student
 from student_train.world import World
 
@@ -25,6 +25,14 @@ def train_section(folder: Path, **changes: Any) -> TrainSection:
     """A small fp32 run."""
     defaults = {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 6, "learning_rate": 1e-2}
     return TrainSection(output=folder, **(defaults | changes))
+
+
+def some_result(step: int, kl: float = 1.0, ce: float = 1.0) -> HeldoutResult:
+    """An evaluation."""
+    return HeldoutResult(
+        step=step, kl=kl, ce=ce, top1_agreement=None, acceptance_rate_min=0.0, acceptance_rate_max=1.0,
+        supervised_tokens=1, seconds=0.0, temperature=1.0, dump="",
+    )  # fmt: skip
 
 
 def some_event(step: int, **changes: Any) -> Event:

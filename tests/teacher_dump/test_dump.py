@@ -509,5 +509,5 @@ def test_held_out_samples_that_are_the_corpus_are_refused_before_anything_is_wri
 ) -> None:
     job = sections(tmp_path / "dump", corpus_file, model_folder)
     with pytest.raises(DataError, match="held-out samples are the training corpus"):
-        run_dump(**job, heldout=job["corpus"])
+        run_dump(**job, apart_from=job["corpus"])
     assert not (tmp_path / "dump").exists()

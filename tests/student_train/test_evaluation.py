@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.distributed import Ranks
+from support.engine_jobs import some_result
 from support.rounding import FORWARD
 from support.tiny_student import save_student, write_dump
 
@@ -241,16 +242,15 @@ def test_what_cannot_be_evaluated_on_is_refused(
     assert said in run["message"]
 
 
-def result(step: int, kl: float, ce: float = 1.0) -> HeldoutResult:
-    return HeldoutResult(
-        step=step, kl=kl, ce=ce, top1_agreement=None, acceptance_rate_min=0.0, acceptance_rate_max=1.0,
-        supervised_tokens=1, seconds=0.0, temperature=1.0, dump="",
-    )  # fmt: skip
-
-
 def test_best_and_early_stopping_are_functions_of_the_results() -> None:
     """The untrained student is no candidate; of equals the earliest is the best; patience counts those after it."""
-    results = [result(0, 0.1), result(1, 3.0, ce=1.0), result(2, 2.0, ce=3.0), result(3, 2.0), result(4, 2.5)]
+    results = [
+        some_result(0, 0.1),
+        some_result(1, 3.0),
+        some_result(2, 2.0, ce=3.0),
+        some_result(3, 2.0),
+        some_result(4, 2.5),
+    ]
     assert best(results[:1], "kl") is None
     assert best(results, "kl") == results[2]
     assert best(results, "ce") == results[1]
