@@ -302,8 +302,9 @@ def _wandb(output: Path, config: Mapping[str, Any], name: str, labels: Mapping[s
     return lambda values, step: run.log(values, step=step), run.finish
 
 
-def _monitor(monitor: Any) -> Opened:
+def _monitor(opened: Callable[[], Any]) -> Opened:
     """One of DeepSpeed's own, with a run's events in place of the little that DeepSpeed tells it."""
+    monitor = opened()
     return lambda values, step: monitor.write_events([(*pair, step) for pair in values.items()]), lambda: None
 
 
@@ -364,7 +365,7 @@ def reporting(
     if "wandb" in report_to:
         trackers["wandb"] = partial(_wandb, output, config, name, labels or {})
     for section, opened in monitors.items():
-        trackers[f"DeepSpeed's {section}"] = lambda opened=opened: _monitor(opened())  # type: ignore[misc]
+        trackers[f"DeepSpeed's {section}"] = partial(_monitor, opened)
     console = Console()
     with ExitStack() as stack:
         writes = [stack.enter_context(event_log(output / EVENTS, after=start))]
