@@ -25,7 +25,6 @@ from pipeline.processes import (
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.common.exits import combined, tell_deaths
 from storage_schemas.common.signals import forwarded
-from storage_schemas.config import DumpSection
 
 ROOT = Path(__file__).parents[2]
 
@@ -305,6 +304,8 @@ def test_a_second_training_touches_nothing(tmp_path: Path, monkeypatch: pytest.M
     config = Config.model_validate(
         {"dump": {"url": str(tmp_path / "dump")}, "student": {"model": "m"}, "train": {"output": str(output)}}
     )
+    written = tmp_path / "config.yaml"
+    written.write_text(config.to_yaml())
     monkeypatch.setattr(processes, "run_together", lambda *_, **__: pytest.fail("it was started"))
     (output / "exit").mkdir(parents=True)
     (output / "exit" / "rank-0").write_text("0\n")
@@ -320,10 +321,9 @@ def test_a_second_training_touches_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert first.stdout.readline() == b"held\n"
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     with pytest.raises(TemporaryError, match="another training holds"):
-        cli._train(config, nproc=1, nodes=Nodes())
+        cli.train(written, nproc=1)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     first.kill()
     first.wait()
-    inside = config.model_copy(update={"dump": DumpSection(url=str(tmp_path))})
     with pytest.raises(MismatchError, match="lies in the dump"):
-        cli._train(inside, nproc=1, nodes=Nodes())
+        cli.train(written, [f"dump.url={tmp_path}"], nproc=1)
