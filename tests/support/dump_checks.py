@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from storage_schemas.config import DumpSection, TopK
 from storage_schemas.reader import Dump
+from storage_schemas.rows import Row
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 
 SAMPLES = 11
@@ -46,7 +48,10 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-def sections(url, corpus_file, model_folder, *, batch_tokens=200, **dump):
+def sections(
+    url: Path | str, corpus_file: Path, model_folder: Path, *, batch_tokens: int = 200, **dump: Any
+) -> dict[str, Any]:
+    """Arguments of `run_dump`."""
     return {
         "dump": DumpSection(url=str(url), **({"samples_per_unit": PER_UNIT} | dump)),
         "teacher": TeacherSection(model=str(model_folder), dtype="float32", device="cpu", batch_tokens=batch_tokens),
@@ -55,7 +60,9 @@ def sections(url, corpus_file, model_folder, *, batch_tokens=200, **dump):
     }
 
 
-def vllm_sections(url, corpus_file, model_folder, *, k=8, mass=0.9, **teacher):
+def vllm_sections(
+    url: Path | str, corpus_file: Path, model_folder: Path, *, k: int = 8, mass: float = 0.9, **teacher: Any
+) -> dict[str, Any]:
     """The same with vLLM. Of 96 places one is for the token that it generates."""
     job = sections(url, corpus_file, model_folder, logsumexp=False, logprob_step=0.0)
     options = job["teacher"].model_dump() | {"backend": "vllm", "vllm": {}} | teacher
@@ -63,7 +70,7 @@ def vllm_sections(url, corpus_file, model_folder, *, k=8, mass=0.9, **teacher):
     return job | {"teacher": TeacherSection(**options), "corpus": corpus, "estimator": TopK(k=k, mass=mass)}
 
 
-def rows_of(url) -> list:
+def rows_of(url: Path | str) -> list[Row]:
     """All rows of a sealed dump, in order; every checksum verified."""
     found = Dump.open(str(url))
     assert found.sealed()
@@ -71,10 +78,10 @@ def rows_of(url) -> list:
     return [unit.row(i) for unit in units for i in range(len(unit))]
 
 
-def assert_each_sample_once(url) -> None:
+def assert_each_sample_once(url: Path | str) -> None:
     assert [row.sample_index for row in rows_of(url)] == list(range(SAMPLES))
     assert sorted(Dump.open(str(url)).records()) == list(range(UNITS))
 
 
-def files_of(folder) -> dict:
+def files_of(folder: Path | str) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
