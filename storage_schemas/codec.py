@@ -282,9 +282,7 @@ def _to_grid(values: F32, grid: npt.NDArray[np.float32] | np.float32) -> F32:
 
 
 def _to_bits(values: F32) -> F32:
-    """Round to 9 significant bits (one implicit, 8 stored), to nearest even; infinities stay."""
-    bits: npt.NDArray[np.uint32] = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    dropped = 15
-    rounded = bits + np.uint32((1 << (dropped - 1)) - 1) + ((bits >> np.uint32(dropped)) & np.uint32(1))
-    kept = (rounded >> np.uint32(dropped)) << np.uint32(dropped)
-    return np.where(np.isfinite(values), kept.view(np.float32), values).astype(np.float32)
+    """Round to 9 significant bits, to nearest even; infinities stay."""
+    mantissa, exponent = np.frexp(values)
+    rounded: F32 = np.ldexp(np.round(mantissa * np.float32(2**9)) / np.float32(2**9), exponent)
+    return rounded
