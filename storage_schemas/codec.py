@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas.rows import (
-    FIRST_SCHEMA,
     SCHEMA,
     UnitRows,
     columns_to_unit,
@@ -216,13 +215,6 @@ def open_parquet(data: bytes, *, checked: pq.ParquetFile | None = None) -> pq.Pa
 def string_limit(rows: int, tokens: int) -> int:
     """Bytes that the ids of a unit, or its statuses, may have: 4 KiB per row, or as much as the text itself."""
     return 2**16 + 2**12 * rows + 2**4 * tokens
-
-
-def refuse_other_schema(file: pq.ParquetFile) -> None:
-    """Raise ValueError unless the columns are those of the format; to be asked before anything about their chunks."""
-    schema = file.schema_arrow.remove_metadata()
-    if not schema.equals(SCHEMA) and not schema.equals(FIRST_SCHEMA):
-        raise ValueError(f"the columns are {schema}")
 
 
 def levels(file: pq.ParquetFile) -> list[tuple[int, int]]:
