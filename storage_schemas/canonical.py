@@ -51,12 +51,7 @@ def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{name} is not valid",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            expected="a JSON object",
-            fix="the file is torn or was not written by this project; run `llm-neo verify`",
-        ) from error
+        raise _not_valid(name, f"{type(error).__name__}: {str(error)[:200]}", expected="a JSON object") from error
     return value
 
 
@@ -84,12 +79,13 @@ def validated(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise DataError(
-            f"{name} is not valid",
-            got=problems[:1000],
-            expected=f"the fields of {model.__name__}, see docs/format.md",
-            fix="the file is torn or was not written by this project; run `llm-neo verify`",
-        ) from error
+        expected = f"the fields of {model.__name__}, see docs/format.md"
+        raise _not_valid(name, problems[:1000], expected=expected) from error
+
+
+def _not_valid(name: str, got: str, *, expected: str) -> DataError:
+    fix = "the file is torn or was not written by this project; run `llm-neo verify`"
+    return DataError(f"{name} is not valid", got=got, expected=expected, fix=fix)
 
 
 class ProvenJson(FrozenModel):

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas.rows import (
-    FIRST_SCHEMA,
     SCHEMA,
     UnitRows,
     columns_to_unit,
@@ -218,13 +217,6 @@ def string_limit(rows: int, tokens: int) -> int:
     return 2**16 + 2**12 * rows + 2**4 * tokens
 
 
-def refuse_other_schema(file: pq.ParquetFile) -> None:
-    """Raise ValueError unless the columns are those of the format; to be asked before anything about their chunks."""
-    schema = file.schema_arrow.remove_metadata()
-    if not schema.equals(SCHEMA) and not schema.equals(FIRST_SCHEMA):
-        raise ValueError(f"the columns are {schema}")
-
-
 def levels(file: pq.ParquetFile) -> list[tuple[int, int]]:
     """Largest definition and repetition level of each column: one for each thing that may be null, or repeat."""
     columns = map(file.schema.column, range(len(SCHEMA)))
@@ -282,9 +274,7 @@ def _to_grid(values: F32, grid: npt.NDArray[np.float32] | np.float32) -> F32:
 
 
 def _to_bits(values: F32) -> F32:
-    """Round to 9 significant bits (one implicit, 8 stored), to nearest even; infinities stay."""
-    bits: npt.NDArray[np.uint32] = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    dropped = 15
-    rounded = bits + np.uint32((1 << (dropped - 1)) - 1) + ((bits >> np.uint32(dropped)) & np.uint32(1))
-    kept = (rounded >> np.uint32(dropped)) << np.uint32(dropped)
-    return np.where(np.isfinite(values), kept.view(np.float32), values).astype(np.float32)
+    """Round to 9 significant bits, to nearest even; infinities stay."""
+    mantissa, exponent = np.frexp(values)
+    rounded: F32 = np.ldexp(np.round(mantissa * np.float32(2**9)) / np.float32(2**9), exponent)
+    return rounded

@@ -1,6 +1,6 @@
 """The sections of the configuration that both stages read, because the dump is where they meet."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -33,11 +33,8 @@ class TopK(FrozenModel):
     """At most this many entries per token."""
     mass: float = Field(0.999, gt=0.0, le=1.0)
     """End the head once it holds this much probability. 1.0: always k entries."""
-
-    @property
-    def draws(self) -> int:
-        """Draws per token."""
-        return 0
+    draws: ClassVar[int] = 0
+    """Draws per token."""
 
 
 class Adaptive(FrozenModel):

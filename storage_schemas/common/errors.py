@@ -5,6 +5,7 @@ into its exit code; anything that is not one of these is a bug in this project (
 """
 
 import errno
+import re
 
 from storage_schemas.common.exits import Exit
 
@@ -16,14 +17,9 @@ class NeoError(Exception):
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
         self.what, self.got, self.expected, self.fix = what, got, expected, fix
-        lines = [what]
-        if got is not None:
-            lines.append(f"  got:      {got}")
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if fix is not None:
-            lines.append(f"  to do:    {fix}")
-        super().__init__("\n".join(lines))
+        told = {"got:": got, "expected:": expected, "to do:": fix}
+        lines = [f"  {name:<9} {value}" for name, value in told.items() if value is not None]
+        super().__init__("\n".join([what, *lines]))
 
 
 class UsageError(NeoError):
@@ -63,14 +59,7 @@ NEVER = (
     errno.ENAMETOOLONG,
 )  # fmt: skip
 """Errors of a path that cannot be used, however often."""
-_HARDWARE = (
-    "uncorrectable ecc",
-    "ecc error",
-    "hardware error",
-    "device not ready",
-    "gpu is lost",
-    "fallen off the bus",
-)
+_HARDWARE = ("ecc error", "hardware error", "device not ready", "gpu is lost", "fallen off the bus")
 _NO_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "cublas_status_alloc_failed")
 
 
@@ -90,8 +79,7 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     if any(sign in low for sign in _HARDWARE):
         fix = "take this machine or GPU out of the job, then run the same command again"
         return TemporaryError("a device has failed", got=got, fix=fix)
-    # Libraries in Rust pass the system's errors on as text.
-    number = error.errno if isinstance(error, OSError) else errno.ENOSPC if "(os error 28)" in low else None
+    number = error_number(error)
     name = str(getattr(error, "filename", None) or "a file")
     if number in _FULL:
         fix = "free space or repair the file system, then run the same command again"
@@ -99,6 +87,31 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     if number in NEVER:
         return MismatchError(f"{name} cannot be used", got=got, fix="correct the path, or its permissions")
     return None
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an error; libraries in Rust, as safetensors, pass it on in the text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+def cannot_write(what: str, error: Exception, *, setting: str) -> NeoError:
+    """What to raise where a file system refuses to write: whether that can mend decides.
+
+    Args:
+        what: that cannot be written.
+        error: the file system's, or a library's that repeats it.
+        setting: where the user named the place.
+    """
+    number = error_number(error)
+    got = f"{errno.errorcode.get(number or 0, type(error).__name__)}: {error}"
+    if number in NEVER:
+        expected = "a directory that can be written to, or the name of a new one"
+        return MismatchError(f"cannot write {what}", got=got, expected=expected, fix=f"correct {setting}")
+    fix = "free space or repair the file system, then run the same command again; what is there stays"
+    return TemporaryError(f"cannot write {what}", got=got, fix=fix)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from storage_schemas.canonical import canonical_json, with_checksum
 from storage_schemas.common.publish import publish
 
 SETTLED_SECONDS = 2.0
@@ -47,9 +48,9 @@ def this_boot() -> str:
 
 
 def _known(entry: Path, path: Path) -> str | None:
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        known: dict[str, Any] = json.loads(entry.read_bytes())
-        if known.pop("check") == _check(known) and known["seen"] == [this_boot(), *file_state(path)]:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(entry.read_bytes())
+        if known == _note(path, file_state(path), known["sha256"]):
             return str(known["sha256"])
     return None
 
@@ -60,11 +61,11 @@ def _read(entry: Path | None, path: Path) -> str:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         after = file_state(file.fileno())
     if entry is not None and before == after and max(after[2:]) < (time.time() - SETTLED_SECONDS) * 1e9:
-        known = {"path": str(path.resolve()), "seen": [this_boot(), *after], "sha256": found}
         with suppress(OSError):
-            publish(entry, json.dumps(known | {"check": _check(known)}))
+            publish(entry, canonical_json(_note(path, after, found)))
     return found
 
 
-def _check(known: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+def _note(path: Path, state: list[int], sha256: str) -> dict[str, Any]:
+    """What is kept of a file: it holds as long as every part of it is as it was."""
+    return with_checksum({"path": str(path.resolve()), "seen": [this_boot(), *state], "sha256": sha256})

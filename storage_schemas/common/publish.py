@@ -5,7 +5,6 @@ What a name may never be given twice, in a dump and in a checkpoint, goes throug
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from storage_schemas.common.errors import NEVER, MismatchError, TemporaryError
+from storage_schemas.common.errors import cannot_write
 
 
 def publish(path: Path, data: str | bytes, *, private: bool = False) -> None:
@@ -71,7 +70,7 @@ def publishing(folder: Path, *, setting: str, replace: bool = False) -> Iterator
             shutil.rmtree(folder)
         give_name(staged, folder)
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(folder, error, setting) from error
+        raise cannot_write(str(folder), error, setting=setting) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -95,21 +94,3 @@ def fsync_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _cannot_write(folder: Path, error: Exception, setting: str) -> MismatchError | TemporaryError:
-    # safetensors tells the system's number in its text alone.
-    told = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    if number in NEVER:
-        return MismatchError(
-            f"cannot write {folder}",
-            got=str(error),
-            expected="a new directory in a writable one",
-            fix=f"correct {setting}",
-        )
-    return TemporaryError(
-        f"cannot write {folder}",
-        got=str(error),
-        fix="free space or repair the file system, then run the same command again; what was read is intact",
-    )

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -15,11 +15,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)")
 _VARIABLE = re.compile(r"\$(\{|[A-Za-z_])")
 _SPELLINGS = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
 """Other names of the same stores: a place has one spelling, so that identities, caches and comparisons see one."""
-_INSTEAD = {
-    "http": "write s3://bucket/prefix; the server's address is the storage option `endpoint`",
-    "https": "write s3://bucket/prefix; the server's address is the storage option `endpoint`",
-    "hf": "download it first, then give the local path",
-}
+_HTTP = "write s3://bucket/prefix; the server's address is the storage option `endpoint`"
+_INSTEAD = {"http": _HTTP, "https": _HTTP, "hf": "download it first, then give the local path"}
 _ENDPOINTS = ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url", "aws_endpoint_url_s3")
 _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -111,8 +108,9 @@ def endpoint(options: Mapping[str, str]) -> str:
     Raises:
         ValueError: it is no address, or carries credentials.
     """
-    addresses = list(_addresses(options))
-    for name, address in addresses:
+    given = {f"the storage option `{key}`": value for key, value in options.items() if key.lower() in _ENDPOINTS}
+    addresses = given | {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)}
+    for name, address in addresses.items():
         if "@" in address:
             raise ValueError(f"{name} must not carry credentials; give them in the environment")
         parts = urlsplit(address)
@@ -120,9 +118,4 @@ def endpoint(options: Mapping[str, str]) -> str:
             raise ValueError(f"{name} is no address; write http://host:port or https://host")
         if parts.port == 0:
             raise ValueError(f"{name} has no port")
-    return addresses[0][1] if addresses else ""
-
-
-def _addresses(options: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    yield from ((f"the storage option `{key}`", value) for key, value in options.items() if key.lower() in _ENDPOINTS)
-    yield from ((name, os.environ[name]) for name in _ENVIRONMENT if os.environ.get(name))
+    return next(iter(addresses.values()), "")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage_schemas.common.errors import NEVER, MismatchError, TemporaryError
+from storage_schemas.common.errors import cannot_write
 from storage_schemas.common.publish import publish
 
 _SUFFIX = ".parquet"
@@ -48,18 +48,7 @@ class ShardCache:
                 self._shrink(keep=cached)
                 return data
         except OSError as error:
-            if error.errno in NEVER:
-                raise MismatchError(
-                    f"the shard cache {self._folder} cannot be written to",
-                    got=f"{error.strerror}: {error.filename}",
-                    expected="a directory that can be written to, or the name of a new one",
-                    fix="correct train.cache_dir",
-                ) from error
-            raise TemporaryError(
-                f"the shard cache {self._folder} cannot be used",
-                got=f"{type(error).__name__}: {error}",
-                fix="free space there or move the cache, then run the same command again",
-            ) from error
+            raise cannot_write(f"the shard cache {self._folder}", error, setting="train.cache_dir") from error
 
     def _shrink(self, *, keep: Path) -> None:
         """Delete the files that were used least recently until what is left fits."""

@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from storage_schemas.common import faults
-from storage_schemas.common.errors import NEVER, DataError, MismatchError, NeoError, TemporaryError
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, cannot_write
 from storage_schemas.common.publish import fsync_directory
 from storage_schemas.common.secrets import masked
 from storage_schemas.stores.address import dump_url, local_path
@@ -85,16 +85,8 @@ class Store:
             faults.point(f"put:{kind}:before")
             won = self._put_new_local(key, data) if self.root is not None else self._put_new_remote(key, data)
             faults.point(f"put:{kind}:after")
-        except PermissionError as error:
-            raise failure(error, self.url) from error
         except OSError as error:
-            if error.errno in NEVER:
-                raise _no_folder(self.url, error) from error
-            raise TemporaryError(
-                f"cannot write {self.url}/{key}",
-                got=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
-                fix="free space or repair the file system, then run the same command again; what is committed stays",
-            ) from error
+            raise cannot_write(f"{self.url}/{key}", error, setting=self._setting) from error
         return won
 
     def get(self, key: str, *, limit: int | None = None) -> bytes:
@@ -303,7 +295,12 @@ class Store:
                 return target.is_file() and target.read_bytes() == data
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                    raise _no_hard_links(self.url) from error
+                    raise MismatchError(
+                        f"the file system of {self.url} has no hard links",
+                        got="link: not permitted",
+                        expected="a file system on which a name can be created only once (ext4, XFS, NFS, Lustre)",
+                        fix="choose a dump.url on another file system or on an object store",
+                    ) from error
                 # On a network file system the link may have been made and only the answer lost.
                 if not (target.is_file() and target.samefile(staged)):
                     raise
@@ -377,21 +374,3 @@ def _check(key: str) -> None:
             expected=KEY.pattern,
             fix="the record that names it was not written by this project; do not use this dump",
         )
-
-
-def _no_folder(url: str, error: OSError) -> MismatchError:
-    return MismatchError(
-        f"{url} cannot be a dump",
-        got=f"{error.strerror}: {error.filename}",
-        expected="a directory that can be written to, or the name of a new one",
-        fix="correct dump.url",
-    )
-
-
-def _no_hard_links(url: str) -> MismatchError:
-    return MismatchError(
-        f"the file system of {url} has no hard links",
-        got="link: not permitted",
-        expected="a file system on which a name can be created only once (ext4, XFS, NFS, Lustre)",
-        fix="choose a dump.url on another file system or on an object store",
-    )

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from support.dumps import make_dump, some_provenance
+from support.dumps import make_dump, record_of, some_provenance
 
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.footer import claimed_values
 from storage_schemas.reader import Dump, parse_unit
-from storage_schemas.records import TOKENIZER, CommitRecord, record_key
+from storage_schemas.records import TOKENIZER, record_key
 from storage_schemas.verify import verify
 
 KINDS = ["shard", "record", "seal", "manifest", "run", "tokenizer", "tokenizer record"]
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def path_of(folder: Path, kind: str) -> Path:
-    record = CommitRecord.from_json((folder / record_key(0)).read_bytes(), name="record")
+    record = record_of(folder, 0)
     return {
         "shard": folder / record.file,
         "record": folder / record_key(0),
@@ -132,7 +132,7 @@ def test_every_truncation(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_and_files_in_the_wrong_place(kind: str, folder: Path) -> None:
     data = path_of(folder, kind).read_bytes()
-    other = CommitRecord.from_json((folder / record_key(1)).read_bytes(), name="record")
+    other = record_of(folder, 1)
     foreign = {"shard": (folder / other.file).read_bytes(), "record": other.to_json()}.get(kind, b"{}")
     assert damaged(folder, kind, other_damage(data, foreign)) > 40
 
@@ -155,7 +155,7 @@ def test_verify_finds_every_kind(folder: Path) -> None:
 def parse(folder: Path, versions: Iterator[bytes]) -> tuple[int, int]:
     """Parse a shard without looking at its hash: how many versions were refused, and how many there were."""
     provenance = some_provenance()
-    record = CommitRecord.from_json((folder / record_key(0)).read_bytes(), name="record")
+    record = record_of(folder, 0)
     refused = n = 0
     for version in versions:
         n += 1

@@ -1,6 +1,7 @@
 """Which GPUs there are and whose they are, from tables of environments and files that stand for a machine's."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from storage_schemas.common.devices import (
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.exits import Exit
 
+Machine = Callable[[int], None]
+
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Gives the machine's nvidia-smi so many GPUs."""
 
     def of(gpus: int) -> None:
@@ -57,7 +60,7 @@ EIGHT = "0,1,2,3,4,5,6,7"
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}, ""),
     ],
 )  # fmt: skip
-def test_each_process_of_a_machine_has_its_own_gpus(env: dict[str, str], expected: str, machine) -> None:
+def test_each_process_of_a_machine_has_its_own_gpus(env: dict[str, str], expected: str, machine: Machine) -> None:
     machine(8)
     assert ",".join(own_gpus(env)) == expected
     taken = dict(env)
@@ -67,7 +70,7 @@ def test_each_process_of_a_machine_has_its_own_gpus(env: dict[str, str], expecte
     assert {name for name in taken if taken[name] != env.get(name)} <= {variable or "CUDA_VISIBLE_DEVICES"}
 
 
-def test_processes_that_share_a_gpu_are_told(machine, caplog) -> None:
+def test_processes_that_share_a_gpu_are_told(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     machine(2)
     env = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
     assert own_gpus(env) == ["1"]
@@ -78,15 +81,13 @@ def test_processes_that_share_a_gpu_are_told(machine, caplog) -> None:
     assert not caplog.text
 
 
-def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_are_counted_without_torch(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
     monkeypatch.setenv("PATH", str(tmp_path))
     assert visible_gpus({}) == []
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: x)'\necho '  MIG 1g: y'\necho 'GPU 1: H100 (UUID: z)'\n")
-    tool.chmod(0o755)
+    machine(2)
     assert visible_gpus({}) == ["0", "1"]
 
 
@@ -108,7 +109,7 @@ def test_gpus_are_counted_without_a_tool(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu_variable({"ROCR_VISIBLE_DEVICES": "3"}) == "HIP_VISIBLE_DEVICES"
 
 
-def test_gpus_that_torch_cannot_use_are_no_cpu(machine) -> None:
+def test_gpus_that_torch_cannot_use_are_no_cpu(machine: Machine) -> None:
     machine(2)
     with pytest.raises(MismatchError, match="GPUs that torch cannot use") as caught:
         refuse_idle_gpus({}, build="2.13.0+cpu", fix="set teacher.device: cpu")

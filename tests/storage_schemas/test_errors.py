@@ -21,6 +21,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Exit.TEMPORARY),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), Exit.TEMPORARY),
         (RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'), Exit.TEMPORARY),
+        (RuntimeError('Error while serializing: I/O error: Permission denied (os error 13)'), Exit.MISMATCH),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), Exit.MISMATCH),
         (FileExistsError(errno.EEXIST, "File exists", "/data/x"), Exit.MISMATCH),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/data/x"), Exit.MISMATCH),

@@ -13,14 +13,14 @@ from storage_schemas.common.hashes import file_sha256
 
 
 @pytest.fixture
-def file(tmp_path) -> Path:
+def file(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights" * 1000)
     return path
 
 
 @pytest.fixture
-def reads(monkeypatch) -> list[int]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every file that is read."""
     found: list[int] = []
     original = hashlib.file_digest
@@ -29,11 +29,13 @@ def reads(monkeypatch) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def settled(monkeypatch):
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashes, "SETTLED_SECONDS", -1.0)
 
 
-def test_a_file_is_read_once_until_it_changes(tmp_path, file, reads, monkeypatch):
+def test_a_file_is_read_once_until_it_changes(
+    tmp_path: Path, file: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "cache"
     first = hashlib.sha256(file.read_bytes()).hexdigest()
     assert [file_sha256(file, folder=folder) for _ in range(3)] == [first] * 3
@@ -50,14 +52,16 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, file, reads, monkeypatch
     assert len(reads) == 3
 
 
-def test_what_was_just_written_is_not_kept(tmp_path, file, reads, monkeypatch):
+def test_what_was_just_written_is_not_kept(
+    tmp_path: Path, file: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hashes, "SETTLED_SECONDS", 60.0)
     for _ in range(2):
         file_sha256(file, folder=tmp_path / "cache")
     assert len(reads) == 2
 
 
-def test_every_mutation_of_what_is_kept_is_noticed(tmp_path, file):
+def test_every_mutation_of_what_is_kept_is_noticed(tmp_path: Path, file: Path) -> None:
     folder = tmp_path / "cache"
     right = file_sha256(file, folder=folder)
     (entry,) = folder.glob("*.json")
@@ -69,7 +73,9 @@ def test_every_mutation_of_what_is_kept_is_noticed(tmp_path, file):
         assert file_sha256(file, folder=folder) == right
 
 
-def test_of_several_one_reads_and_a_folder_that_cannot_be_used_is_no_error(tmp_path, file, reads):
+def test_of_several_one_reads_and_a_folder_that_cannot_be_used_is_no_error(
+    tmp_path: Path, file: Path, reads: list[int]
+) -> None:
     start = threading.Barrier(4)
 
     def work(_: int) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import ESTIMATORS, make_dump, metadata_of, replace_unit, some_provenance, unit_rows
+from support.dumps import ESTIMATORS, make_dump, metadata_of, record_of, replace_unit, some_provenance, unit_rows
 from support.poison import POISON, good_unit
 
 from storage_schemas import codec
@@ -102,8 +102,7 @@ def test_what_breaks_one_rule_alone_is_refused(case: str, tmp_path: Path) -> Non
     """Unit 1 has a row with non-finite logits and one without supervised tokens."""
     provenance = make_dump(tmp_path, seal=False)
     change, claims, message = SUBTLE[case]
-    record = Dump.open(str(tmp_path)).record(1)
-    assert record is not None
+    record = record_of(tmp_path, 1)
     data = codec.encode(change(good_unit(provenance, 1)), metadata_of(provenance, 1))
     replace_unit(tmp_path, provenance, 1, data, **{name: getattr(record, name) + more for name, more in claims.items()})
     with pytest.raises(DataError, match=message):

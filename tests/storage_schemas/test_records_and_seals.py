@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.dumps import make_dump, metadata_of, replace_unit, some_provenance, unit_rows
+from support.dumps import make_dump, metadata_of, record_of, replace_unit, some_provenance, unit_rows
 from support.poison import good_unit
 
 from storage_schemas import codec
@@ -18,7 +18,7 @@ from storage_schemas.canonical import canonical_json
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import Adaptive, Estimator, TopK
 from storage_schemas.reader import Dump
-from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, record_key
+from storage_schemas.records import Seal, data_key, manifest_bytes, record_key
 from storage_schemas.stores.store import Store
 from storage_schemas.targets import decode
 from storage_schemas.verify import verify
@@ -123,7 +123,7 @@ def test_the_seal_covers_everything(tmp_path: Path) -> None:
 
 def forge_seal(folder: Path, records: list[dict[str, object]], **claims: object) -> None:
     """A manifest of `records`, which are changes to the real ones, and a seal that names it by its right hash."""
-    there = [CommitRecord.from_json((folder / record_key(unit)).read_bytes(), name="r") for unit in range(3)]
+    there = [record_of(folder, unit) for unit in range(3)]
     changed = [there[i].model_copy(update=changes) for i, changes in enumerate(records)]
     data = manifest_bytes(dict(enumerate(changed)))
     name = f"manifest-{hashlib.sha256(data).hexdigest()}.parquet"
@@ -237,9 +237,8 @@ def test_verify_reports_sums(tmp_path: Path) -> None:
 
 def test_a_record_that_was_replaced_after_the_seal_is_found(tmp_path: Path) -> None:
     provenance = make_dump(tmp_path)
-    path = tmp_path / record_key(0)
-    record = CommitRecord.from_json(path.read_bytes(), name="r")
-    path.write_bytes(record.model_copy(update={"mean_entropy": 0.0}).to_json())
+    record = record_of(tmp_path, 0).model_copy(update={"mean_entropy": 0.0})
+    (tmp_path / record_key(0)).write_bytes(record.to_json())
     assert provenance.units == 3
     assert any("differs from the manifest" in error for error in verify(str(tmp_path)).errors)
 
@@ -282,8 +281,7 @@ def test_an_orphan_of_a_sealed_dump_is_named_and_goes_with_a_rerun(tmp_path: Pat
 def test_the_remedy_for_one_corrupt_unit_makes_the_dump_whole(tmp_path: Path) -> None:
     provenance = make_dump(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    record = Dump.open(str(tmp_path)).record(1)
-    assert record is not None
+    record = record_of(tmp_path, 1)
     (tmp_path / record.file).write_bytes(b"damaged")
     with pytest.raises(DataError) as caught:
         Dump.open(str(tmp_path)).read_unit(1)
@@ -318,9 +316,8 @@ def test_verify_compares_every_field_of_a_record_with_the_data(case: str, tmp_pa
     """The record's own checksum is right."""
     claims, says = FORGED[case]
     make_dump(tmp_path, seal=False)
-    path = tmp_path / record_key(0)
-    record = CommitRecord.from_json(path.read_bytes(), name="record")
-    path.write_bytes(record.model_copy(update=claims).to_json())
+    record = record_of(tmp_path, 0).model_copy(update=claims)
+    (tmp_path / record_key(0)).write_bytes(record.to_json())
     (error,) = [line for line in verify(str(tmp_path)).errors if line.startswith("unit 0")]
     assert says in error
 

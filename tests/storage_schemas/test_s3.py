@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
+from support.races import race
 from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, moto, options, seaweedfs, tls
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
@@ -80,36 +81,14 @@ def test_a_dump_on_seaweedfs(seaweed_port: int, tmp_path: Path) -> None:
     whole_dump(f"s3://{BUCKET}/whole", options(seaweed_port), tmp_path)
 
 
-def put_all(url: str, given: dict[str, str], keys: list[str], me: int, barrier: object, results: object) -> None:
-    files = Store(url, options=given)
-    for key in keys:
-        barrier.wait()  # type: ignore[attr-defined]
-        results.put((key, me, files.put_new(key, f"writer {me}".encode())))  # type: ignore[attr-defined]
-
-
-def race(url: str, given: dict[str, str], writers: int, keys: list[str]) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(writers), context.Queue()
-    workers = [
-        context.Process(target=put_all, args=(url, given, keys, me, barrier, results)) for me in range(writers)
-    ]  # fmt: skip
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=200) for _ in range(writers * len(keys))]
-    for worker in workers:
-        worker.join(60)
-    for key in keys:
-        winners = [me for name, me, won in found if name == key and won]
-        assert len(winners) == 1, (key, winners)
-        assert Store(url, options=given).get(key) == f"writer {winners[0]}".encode()
-
-
 def test_eight_writers_race_on_moto(moto_port: int) -> None:
-    race(f"s3://{BUCKET}/race", options(moto_port), 8, [f"commits/unit-{i}" for i in range(10)])
+    keys = [f"commits/unit-{i}" for i in range(10)]
+    race(f"s3://{BUCKET}/race", 8, keys, start="spawn", options=options(moto_port))
 
 
 def test_four_writers_race_on_seaweedfs(seaweed_port: int) -> None:
-    race(f"s3://{BUCKET}/race", options(seaweed_port), 4, [f"commits/unit-{i}" for i in range(3)])
+    keys = [f"commits/unit-{i}" for i in range(3)]
+    race(f"s3://{BUCKET}/race", 4, keys, start="spawn", options=options(seaweed_port))
 
 
 def test_a_reader_needs_no_right_to_write(seaweed_port: int, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dumps import ESTIMATORS, TOKENIZER, make_dump, some_provenance, unit_rows
+from support.dumps import ESTIMATORS, TOKENIZER, make_dump, record_of, some_provenance, unit_rows
 from support.poison import POISON, poisoned
 
 from storage_schemas import codec
@@ -66,9 +66,7 @@ def test_large_vocabularies(vocabulary: int, tmp_path: Path) -> None:
         writer.commit_unit(0, rows)
     first.ids[7] = vocabulary - 1
     assert writer.commit_unit(0, rows) is not None
-    record = Dump.open(str(tmp_path)).record(0)
-    assert record is not None
-    assert record.max_id == vocabulary - 1
+    assert record_of(tmp_path, 0).max_id == vocabulary - 1
     read = Dump.open(str(tmp_path)).read_unit(0).targets
     assert np.array_equal(read.ids[:8], first.ids[:8])
     assert read.ids.dtype == np.int32

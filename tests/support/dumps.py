@@ -157,13 +157,17 @@ def make_dump(
     return provenance
 
 
+def record_of(folder: Path, unit: int) -> CommitRecord:
+    """A unit's commit record, as it stands in a local dump."""
+    return CommitRecord.from_json((folder / record_key(unit)).read_bytes(), name="record")
+
+
 def replace_unit(url: Path, provenance: Provenance, unit: int, data: bytes, **claims: object) -> None:
     """Put `data` in the place of a unit's file and make its commit record say so: a hostile or broken writer."""
-    path = url / record_key(unit)
-    record = CommitRecord.from_json(path.read_bytes(), name="record")
+    record = record_of(url, unit)
     changes = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **claims}
     (url / record.file).write_bytes(data)
-    path.write_bytes(record.model_copy(update=changes).to_json())
+    (url / record_key(unit)).write_bytes(record.model_copy(update=changes).to_json())
 
 
 def metadata_of(provenance: Provenance, unit: int) -> dict[str, str]:
