@@ -259,6 +259,8 @@ def _check_footer(
     file: pq.ParquetFile, data: bytes, record: CommitRecord, provenance: Provenance, *, name: str
 ) -> None:
     """Refuse another version, and a file that would decode to more than its record says, before decoding it."""
+    if len(data) != record.bytes:  # A cached file is known by its hash alone.
+        raise ValueError(f"the file has {len(data)} bytes, its record says {record.bytes}")
     metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
     version = metadata.get("llm_neo.format_version")
     refuse_other_version({"format_version": version}, name=name, readable=[str(provenance.format_version)])

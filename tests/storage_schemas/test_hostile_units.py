@@ -15,7 +15,7 @@ from storage_schemas import codec
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import Adaptive, Estimator
 from storage_schemas.provenance import Provenance
-from storage_schemas.reader import Dump
+from storage_schemas.reader import Dump, parse_unit
 from storage_schemas.rows import FIRST_SCHEMA, SCHEMA, UnitRows
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
@@ -152,6 +152,14 @@ def test_size_and_hash_of_a_file_are_both_compared(claim: dict[str, object], tmp
     replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata_of(provenance, 0)), **claim)
     with pytest.raises(DataError, match=r"not the file that was written|larger than it can be"):
         Dump.open(str(tmp_path)).read_unit(0)
+
+
+def test_a_size_that_the_record_invents_is_refused_of_a_cached_file_too(tmp_path: Path) -> None:
+    provenance, record = make_dump(tmp_path, seal=False), record_of(tmp_path, 0)
+    data = (tmp_path / record.file).read_bytes()
+    assert len(parse_unit(data, record, provenance, name="shard")) == 4
+    with pytest.raises(DataError, match=f"has {len(data)} bytes, its record says {len(data) + 1}"):
+        parse_unit(data, record.model_copy(update={"bytes": len(data) + 1}), provenance, name="shard")
 
 
 def rewritten(provenance: Provenance, change: Callable[[pa.Table], pa.Table]) -> bytes:
