@@ -81,6 +81,15 @@ class StudentSection(FrozenModel):
     """Branch, tag or commit on the hub."""
     lora: LoraSection = LoraSection()
     """Used by the arms `lora` and `neo`."""
+    adapter: LocalFolder | None = None
+    """Directory of an adapter on this very model that training begins from, such as `final` of another run, with its
+    rank, scaling and modules. Null: a new one."""
+
+    @model_validator(mode="after")
+    def _plain_start(self) -> "StudentSection":
+        if self.adapter is not None and self.lora.variant in ("pissa", "moslora"):
+            raise ValueError(f"adapter does not go with lora.variant {self.lora.variant}, which has a start of its own")
+        return self
 
 
 class LossSection(FrozenModel):

@@ -37,8 +37,9 @@ FIXED = {
     f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
 }
 """What `train.extend` may not change: the samples of a step and what is trained."""
-FILES = "student.files"
-"""Key of `student_files.identity` in a checkpoint's identity: compared once the student is loaded."""
+FILES, START = "student.files", "student.adapter"
+"""Keys of the student in a checkpoint's identity, compared once it is loaded: `student_files.identity`, and the hash of
+the adapter that it began from."""
 
 
 class Start(NamedTuple):
@@ -132,7 +133,7 @@ def _chosen_step(run: TrainingRun) -> int:
 def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
     """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
     checkpoint = run.checkpoints.at(step)
-    known = {key: value for key, value in checkpoint.state.identity.items() if key != FILES}
+    known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, START)}
     changes = _extension(run, checkpoint.state)
     refuse_other_run(known | (changes.after if changes else {}), identity_of(run))
     if step > run.steps:

@@ -27,11 +27,12 @@ from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
 from student_train.model.student import Student, load_student, refuse_other_dump
-from student_train.model.student_files import identity
+from student_train.model.student_files import identity, sha256
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
-from student_train.resume import FILES, consumed_root, decide, finished, identity_of, over, refuse_other_run
+from student_train.results.saved import ADAPTER_WEIGHTS, begin_from
+from student_train.resume import FILES, START, consumed_root, decide, finished, identity_of, over, refuse_other_run
 from student_train.schedule import learning_rate, warmup_of
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
@@ -114,13 +115,23 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
     model, revision = run.student.model, run.student.revision
     initial = None if checkpoint is None else checkpoint.by_name(INITIAL)
     learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
+    start = run.student.adapter
+    if start is not None and (checkpoint is None or not checkpoint.step):
+        begin_from(learner.module.student, start)
     if not main:
         return learner
     learner = replace(learner, files=identity(model, revision))
     if checkpoint is not None:
-        refuse_other_run({FILES: checkpoint.state.identity.get(FILES)}, {FILES: learner.files})
+        stored, now = checkpoint.state.identity, _identified(run, learner)
+        refuse_other_run({key: stored.get(key) for key in now}, now)
     refuse_other_dump(learner.module.student, model, revision, run.dump)
     return learner
+
+
+def _identified(run: TrainingRun, learner: Student) -> dict[str, Any]:
+    """What identifies the student in a checkpoint, on the main rank."""
+    start = run.student.adapter
+    return {FILES: learner.files, START: None if start is None else sha256(start / ADAPTER_WEIGHTS)}
 
 
 class _Vote(NamedTuple):
@@ -338,7 +349,7 @@ class _Loop:
                     step=done,
                     updates=self._engine.updates,
                     consumed=consumed_root(run.dump, run.order, done),
-                    identity=identity_of(run) | {FILES: learner.files},
+                    identity=identity_of(run) | _identified(run, learner),
                     extended=run.extended,
                     heldout=tuple(self._results),
                 )

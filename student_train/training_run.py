@@ -21,6 +21,7 @@ from student_train.heldout import Heldout, best
 from student_train.metrics import HeldoutResult, refuse_missing_trackers
 from student_train.model.losses import refuse_biased
 from student_train.model.student import refuse_unloadable
+from student_train.results.saved import refuse_other_base
 from student_train.world import World
 from student_train.zero import deepspeed_config
 
@@ -74,6 +75,20 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     refuse_missing_trackers(train.report_to)
     deepspeed_config(train)
     refuse_unloadable(student.model, student.revision)
+    _refuse_unfit_adapter(student, train)
+
+
+def _refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
+    if student.adapter is None:
+        return
+    if not train.lora:
+        raise MismatchError(
+            f"the arm {train.arm} trains all weights, and student.adapter names an adapter",
+            got=f"train.arm: {train.arm}; student.adapter: {student.adapter}",
+            expected="the arm lora or neo",
+            fix="merge the adapter and set student.model to the result, or choose another arm",
+        )
+    refuse_other_base(student.adapter, student.model, student.revision)
 
 
 def await_dump(
@@ -183,6 +198,7 @@ def open_run(
 ) -> TrainingRun:
     """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
+    _refuse_unfit_adapter(student, train)
     cache = train.cache_dir or train.output / "cache"
     dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
     dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.

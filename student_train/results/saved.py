@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from storage_schemas.canonical import canonical_json, parse_json, validated, with_checksum
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import FrozenModel
 from student_train.checkpoint import without_checksum
+from student_train.model.adapter import ADAPTER
 from student_train.model.student_files import identity, refuse_torn, sha256
 from student_train.results.model_card import CARD
 
@@ -17,6 +19,8 @@ _RESTORE = (
     "restore it, or run `llm-neo train` again, which writes it anew from the last checkpoint; "
     f"if it was changed on purpose, remove {RECORD}"
 )
+_SHAPING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias")
+"""Of peft's configuration, what decides what the weights mean."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -111,6 +115,53 @@ def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | N
     return source, revision
 
 
+def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
+    """Raise MismatchError if this is no adapter with weights that can be read, or if it was trained on another model.
+
+    DataError if a file of it is torn, or is not what the run has written.
+    """
+    if not is_adapter(adapter):
+        raise MismatchError(
+            f"{adapter} is not an adapter",
+            got=f"no {ADAPTER_CONFIG}",
+            expected="the directory of a peft adapter",
+            fix="correct student.adapter; a whole model belongs in student.model",
+        )
+    _refuse_unreadable(adapter)
+    record = read_record(adapter)
+    if record is not None and record.base is not None and (found := _identity(model, revision)) != record.base:
+        raise MismatchError(
+            f"the adapter in {adapter} was trained on another model than {model}",
+            got=found,
+            expected=record.base,
+            fix="set student.model to the model that it was trained on",
+        )
+
+
+def begin_from(model: PeftModel, folder: Path) -> None:
+    """Give a new adapter the weights of one that was trained before.
+
+    Raises:
+        MismatchError: they differ in rank, scaling or modules.
+    """
+    ours, theirs = model.peft_config[ADAPTER], _config(folder)
+    different = [name for name in _SHAPING if getattr(ours, name) != getattr(theirs, name)]
+    state = load_file(folder / ADAPTER_WEIGHTS)
+    shapes = {
+        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    if not different and {name: tensor.shape for name, tensor in state.items()} != shapes:
+        different = ["target_modules"]
+    if different:
+        raise MismatchError(
+            f"the adapter in {folder} is another one than student.lora describes: {', '.join(different)}",
+            got="; ".join(f"{name} = {getattr(theirs, name)}" for name in different),
+            expected="; ".join(f"{name} = {getattr(ours, name)}" for name in different),
+            fix=f"set student.lora to what {ADAPTER_CONFIG} says",
+        )
+    set_peft_model_state_dict(model, state)
+
+
 def load_adapter(base: Any, folder: Path) -> Any:
     """An adapter on its base, from safetensors alone.
 
@@ -118,6 +169,17 @@ def load_adapter(base: Any, folder: Path) -> Any:
         MismatchError: there are no safetensors, or they do not fit the base.
         DataError: they are torn.
     """
+    _refuse_unreadable(folder)
+    try:
+        return PeftModel.from_pretrained(base, str(folder), use_safetensors=True).eval()
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(
+            f"the adapter in {folder} does not fit its base model", got=str(error)[:500],
+            expected="the model that it was trained on", fix="say where that model lies: --base DIR",
+        ) from error  # fmt: skip
+
+
+def _refuse_unreadable(folder: Path) -> None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise MismatchError(
             f"the adapter in {folder} has no weights that can be read",
@@ -126,13 +188,6 @@ def load_adapter(base: Any, folder: Path) -> Any:
             fix="convert it with the peft that wrote it: save_pretrained(..., safe_serialization=True)",
         )
     refuse_torn(folder / ADAPTER_WEIGHTS)
-    try:
-        return PeftModel.from_pretrained(base, str(folder), use_safetensors=True).eval()
-    except (RuntimeError, ValueError) as error:
-        raise MismatchError(
-            f"the adapter in {folder} does not fit its base model", got=str(error)[:500],
-            expected="the model that it was trained on", fix="say where that model lies: --base DIR",
-        ) from error  # fmt: skip
 
 
 def _identity(model: str, revision: str | None) -> dict[str, str] | None:

@@ -58,7 +58,7 @@ class Trainings:
         """What rank 0 says of a training in the directory `name`; run once for the same job."""
         key = f"{name} {ranks} {heldout} {job}"
         if key not in self._done:
-            job |= {"dump": str(self.folder / "dump"), "model": str(self.folder / "student")}
+            job |= {"dump": str(self.folder / "dump"), "model": str(self.folder / job.get("model", "student"))}
             job |= {"output": str(self.folder / name), "heldout": heldout and str(self.folder / heldout)}
             if ranks not in self._ranks:
                 self._ranks[ranks] = Ranks("support.train_jobs:trainer", ranks)
@@ -203,6 +203,50 @@ def test_early_stopping(training: Trainings, folder: Path) -> None:
     assert on["summary"]["steps"] == 9
     whole = training("patient", train=settings | {"early_stopping_patience": None})
     assert [e.loss for e in on["events"]] == [e.loss for e in whole["events"]]
+
+
+def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> None:
+    """What another run has left is what this one starts as, at ZeRO-2 and 3; a resumed run does not load it again."""
+    first = results_of(training("plain", train=EVALUATED))
+    adapter = str(folder / "plain" / "final")
+    for stage in (2, 3):
+        again = results_of(training(f"round two at {stage}", adapter=adapter, train=EVALUATED | {"zero_stage": stage}))
+        assert again[0].kl == pytest.approx(first[-1].kl, rel=1e-5)
+        assert again[-1].kl < again[0].kl
+    half = training("round two, halved", adapter=adapter, train=EVALUATED, stop_after=3)
+    assert half["code"] == 75
+    rest = training("round two, halved", adapter=adapter, train=EVALUATED)
+    whole = training("round two at 2", adapter=adapter, train=EVALUATED | {"zero_stage": 2})
+    assert [e.loss for e in rest["events"]] == [e.loss for e in whole["events"]]
+    other = training("round two at 2", train=EVALUATED | {"max_steps": 9, "extend": True})
+    assert other["code"] == 78
+    assert "student.adapter" in other["message"]
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ({"lora": {"r": 8}}, "another one than student.lora describes: r, lora_alpha"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "target_modules"),
+        ({"train": {"arm": "kd"}}, "the arm kd trains all weights"),
+        ({"model": "other"}, "was trained on another model"),
+        ({"adapter": "student"}, "is not an adapter"),
+    ],
+    ids=["rank", "modules", "arm", "base", "model"],
+)
+def test_adapters_that_do_not_fit_are_refused(
+    training: Trainings, folder: Path, job: dict[str, Any], said: str
+) -> None:
+    """Before the first step, with what differs."""
+    training("plain", train=EVALUATED)
+    if not (folder / "other").exists():
+        save_student(folder / "other", seed=5)
+    found = {"adapter": "plain/final"} | job
+    found["adapter"] = str(folder / found["adapter"])
+    name = f"refused adapter {said[:9]}"
+    run = training(name, heldout=None, **found | {"train": {"max_steps": 2} | found.get("train", {})})
+    assert run["code"] == 78, run["message"]
+    assert said in run["message"]
 
 
 def test_damaged_unit_ends_training_with_what_was_trained(training: Trainings, folder: Path) -> None:

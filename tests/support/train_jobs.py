@@ -32,7 +32,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
     so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains;
     `arrive` is a dump that is copied to `dump` while it waits; `heldout` is the held-out dump, and `stop_evaluating`
-    asks to stop in the middle of the evaluation after so many steps.
+    asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -64,7 +64,11 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
             summary = train(
                 world,
                 DumpSection(url=job["dump"]),
-                StudentSection(model=job["model"], lora=LoraSection(**{"r": 4, **job.get("lora", {})})),
+                StudentSection(
+                    model=job["model"],
+                    lora=LoraSection(**{"r": 4, **job.get("lora", {})}),
+                    adapter=job.get("adapter"),
+                ),
                 LossSection(**job.get("loss", {})),
                 settings,
                 stop=stop,
