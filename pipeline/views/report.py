@@ -58,6 +58,7 @@ def training_report(config: Config, summary: Summary) -> str:
         f"# {summary.arm}: {Path(summary.student).name}",
         "",
         *_quality(quality, tokens=last.supervised_tokens),
+        *[line for remark in _no_closer(first.kl, last.kl, steps=last.step) for line in (f"**{remark}**", "")],
         "| step | KL | cross-entropy | same most likely token | acceptance rate of drafts |",
         "|---|---|---|---|---|",
         *map(_evaluation, summary.heldout),
@@ -129,12 +130,7 @@ def remarks(config: Config, summary: dict[str, Any]) -> list[str]:
     """What makes a result doubtful, in sentences."""
     found = []
     key = "ce" if summary["kl_after"] is None else "kl"
-    before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-    if not after <= 0.99 * before:
-        found.append(
-            f"The student is not closer to the teacher than before: {before:.4f} and {after:.4f} nats per token after "
-            f"{summary['train_steps']} steps. More data, epochs or another learning rate may change that."
-        )
+    found += _no_closer(summary[f"{key}_before"], summary[f"{key}_after"], steps=summary["train_steps"])
     wanted = config.train.global_batch_size if config.train else 0
     if summary["train_samples"] < wanted:
         found.append(
@@ -142,6 +138,16 @@ def remarks(config: Config, summary: dict[str, Any]) -> list[str]:
             f"train.global_batch_size ({wanted}): an epoch is one step. Lower it, or raise train.epochs."
         )
     return found
+
+
+def _no_closer(before: float, after: float, *, steps: int) -> list[str]:
+    """The remark that nothing was gained, if so: nats per token."""
+    if after <= 0.99 * before:
+        return []
+    return [
+        f"The student is not closer to the teacher than before: {before:.4f} and {after:.4f} nats per token after "
+        f"{steps} steps. More data, epochs or another learning rate may change that."
+    ]
 
 
 def _row(title: str, summary: dict[str, Any], key: str, form: str) -> str:
