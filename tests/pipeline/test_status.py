@@ -164,9 +164,9 @@ def test_the_pace_of_the_last_minutes() -> None:
     # Faster by now, slow before.
     assert recent_pace([*(600.0 * i for i in range(10)), *(5400 + 10.0 * i for i in range(1, 200))]).units_per_second \
         == pytest.approx(0.1)  # fmt: skip
-    # Eight workers that commit within a second of each other, every five minutes.
-    bursts = [300.0 * burst + worker / 8 for burst in range(6) for worker in range(8)]
-    assert recent_pace(bursts).units_per_second == pytest.approx(8 / 300, rel=0.1)
+    # Eight workers that commit within a second of each other, every 250 seconds.
+    bursts = [250.0 * burst + worker / 8 for burst in range(6) for worker in range(8)]
+    assert recent_pace(bursts).units_per_second == pytest.approx(8 / 250, rel=0.01)
     # Stopped over night, and gone on.
     assert recent_pace([*steady, *(steady[-1] + 12 * HOUR + 30 * i for i in range(5))]).units_per_second \
         == pytest.approx(1 / 30)  # fmt: skip
