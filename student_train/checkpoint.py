@@ -14,8 +14,8 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
@@ -25,7 +25,6 @@ from torch import Tensor
 from storage_schemas.canonical import canonical_json, digest, parse_json, refuse_other_version, validated, with_checksum
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.common.publish import publish
 from storage_schemas.stores.store import Store
 from student_train.metrics import HeldoutResult
 
@@ -154,14 +153,27 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of a run. One rank saves; every rank may read."""
 
-    def __init__(self, folder: Path) -> None:
-        """Of the directory `folder`, which need not exist yet."""
-        self._store = Store(str(folder))
-        self.folder = folder
+    def __init__(self, url: str, *, options: Mapping[str, str] | None = None) -> None:
+        """Nothing is contacted or created.
+
+        Args:
+            url: a directory, which need not exist yet, or a place in an object store.
+            options: settings of the object store.
+
+        Raises:
+            MismatchError: the URL or an option is not understood.
+        """
+        self._open = partial(Store, url, options=options, setting="train.checkpoint_url")
+        self._store = self._open()
+        self.url = self._store.url
 
     def steps(self) -> list[int]:
         """Steps of which there is any trace, ascending."""
-        names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
+        folder = self._store.root
+        if folder is None:
+            names = {entry["path"].split("/", 1)[0] for entry in self._store.heads("")}
+        else:
+            names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
         return sorted(int(match[1]) for name in names if (match := _STEP.match(name)))
 
     def newest(self) -> Checkpoint | None:
@@ -200,6 +212,8 @@ class Checkpoints:
             TemporaryError: the disk is full or away; what is committed stays.
             DataError: what was written cannot be read back.
         """
+        if not state.step and self._store.root is None:
+            self._store.probe()
         self._remove(state.step)
         attempt = uuid.uuid4().hex[:8]
         files = [self._put(state.step, f"{attempt}-state.json", "state", canonical_json(state.model_dump(mode="json")))]
@@ -213,27 +227,17 @@ class Checkpoints:
             if step == 0 or step in older[: max(0, len(older) + 1 - keep)]:
                 self._remove(step)
 
-    def amend(self, step: int, results: Sequence[HeldoutResult]) -> None:
-        """Put later evaluations into a complete checkpoint; killed meanwhile, it stays as it was.
-
-        Raises:
-            TemporaryError: the disk is full or away.
-            DataError: the checkpoint is damaged.
-        """
-        found = self.at(step)
-        state = found.state.model_copy(update={"heldout": tuple(results)})
-        name = f"{uuid.uuid4().hex[:8]}-state.json"
-        record = self._put(step, name, "state", canonical_json(state.model_dump(mode="json")))
-        files = tuple(record if file.kind == "state" else file for file in found.commit.files)
-        publish(self.folder / _folder(step) / COMMIT, _sealed(Commit(step=step, files=files)))
-
     def _put(self, step: int, name: str, kind: str, data: bytes) -> FileRecord:
         self._store.put_new(f"{_folder(step)}/{name}", data)
         return FileRecord(name=name, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def _remove(self, step: int) -> None:
         """The commit record goes first, so that a half-removed checkpoint does not look like a complete one."""
-        folder = self.folder / _folder(step)
+        if self._store.root is None:
+            for key in sorted(self._store.list(_folder(step)), key=lambda key: not key.endswith(COMMIT)):
+                self._store.delete(key)
+            return
+        folder = self._store.root / _folder(step)
         if folder.is_symlink():  # What lies behind it is not ours.
             folder.unlink()
         if not folder.is_dir():
@@ -244,7 +248,7 @@ class Checkpoints:
                 file.unlink()
         with suppress(OSError):  # A network file system may hold a name that is still open elsewhere.
             folder.rmdir()
-        self._store = Store(str(self.folder))  # The other one remembers the directory.
+        self._store = self._open()  # The other one remembers the directory.
 
 
 def exactly(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:

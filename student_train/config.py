@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.stores.address import LocalFolder
+from storage_schemas.stores.address import DumpUrl, LocalFolder
 
 Metric = Literal["kl", "ce"]
 Schedule = Literal[
@@ -180,6 +180,9 @@ class TrainSection(FrozenModel):
     """Steps between two checkpoints."""
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints that are kept."""
+    checkpoint_url: DumpUrl | None = None
+    """Where checkpoints lie, if not in `checkpoints/` of the run directory: `s3://bucket/runs/a` and the like, with the
+    settings of `dump.storage_options`, so that a run goes on where its disk is lost. For one training alone."""
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto`: go on if the run directory has a checkpoint. `must`: exit 66 without one. `never`: refuse a used
     directory."""

@@ -105,7 +105,7 @@ def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint |
         if used or steps:
             raise MismatchError(
                 "the run directory has been used, and train.resume is `never`",
-                got=str(checkpoints.folder.parent),
+                got=checkpoints.url,
                 expected="an empty or new directory",
                 fix="choose another train.output, or set train.resume: auto",
             )
@@ -115,7 +115,7 @@ def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint |
     if found is None and (used or any(steps) or resume == "must"):
         raise NothingToResumeError(
             "there is no valid checkpoint to resume from",
-            got=f"{len(steps)} checkpoints in {checkpoints.folder}, none of them complete",
+            got=f"{len(steps)} checkpoints in {checkpoints.url}, none of them complete",
             expected="a checkpoint whose COMMIT.json and files agree",
             fix="restore the checkpoints, or train from the start in a new train.output",
         )
@@ -205,13 +205,15 @@ def over(run: TrainingRun, step: int, results: Sequence[HeldoutResult]) -> bool:
 
 def finished(run: TrainingRun, state: TrainState) -> Summary | None:
     """The summary, if the run is done with that state."""
-    if not over(run, state.step, state.heldout) or not (run.train.output / FINAL).is_dir():
-        return None
     summary = read_summary(run.train.output)
     # Of another number it is of the time before the run was extended.
     if summary is None or (summary.steps, summary.planned_steps or summary.steps) != (state.step, run.steps):
         return None
-    return summary if summary.final_step in (None, run.exported(state.step, state.heldout)) else None
+    # An evaluation that was cut short may have been made after the checkpoint was written.
+    results = summary.heldout or state.heldout
+    if not over(run, state.step, results) or not (run.train.output / FINAL).is_dir():
+        return None
+    return summary if summary.final_step in (None, run.exported(state.step, results)) else None
 
 
 def _is_done(run: TrainingRun, state: TrainState) -> bool:

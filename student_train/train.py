@@ -192,8 +192,7 @@ class _Loop:
             gc.collect()
             gc.freeze()
             stack.callback(gc.unfreeze)
-            if self._evaluate() and self._done:  # Its checkpoint was written before the evaluation was done.
-                world.on_main(lambda: run.checkpoints.amend(self._done, self._results))
+            self._evaluate()
             while self._given_up or not over(run, self._done, self._results):
                 batches, votes = self._next(stream, self._done)
                 if batches is None:

@@ -220,7 +220,10 @@ def open_run(
         dump=dump,
         order=order,
         steps=steps,
-        checkpoints=Checkpoints(train.output / "checkpoints"),
+        checkpoints=Checkpoints(
+            train.checkpoint_url or str(train.output / "checkpoints"),
+            options=section.storage_options if train.checkpoint_url else None,
+        ),
         student=student,
         loss=loss,
         train=train,

@@ -147,8 +147,8 @@ def is_refusal(error: BaseException) -> bool:
     """Whether access is denied, or there are no credentials (then the client asks a cloud machine's own address)."""
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
         return True
-    # A refused LIST has no class of its own.
-    return _names(error, ("403 Forbidden", "401 Unauthorized", "169.254.169.254"))
+    # A refused LIST or DELETE has no class of its own.
+    return _names(error, ("403 Forbidden", "401 Unauthorized", "(code: AccessDenied)", "169.254.169.254"))
 
 
 def _in_short(error: BaseException | None) -> str:

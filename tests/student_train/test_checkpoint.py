@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from support import s3_servers
+from support.distributed import Ranks
+from support.tiny_student import save_student, write_dump
 from torch import Tensor
 
 from storage_schemas.canonical import canonical_json, with_checksum
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError, TemporaryError
+from storage_schemas.stores.store import Store
 from student_train import checkpoint as checkpoints
 from student_train.checkpoint import (
     EXP_AVG,
@@ -46,7 +50,7 @@ def tensors(step: int) -> Iterator[tuple[str, Tensor]]:
 
 def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
     """A directory with checkpoints of some steps."""
-    found = Checkpoints(folder)
+    found = Checkpoints(str(folder))
     for step in steps:
         found.save(state(step), tensors(step), keep=keep)
     return found
@@ -212,7 +216,7 @@ def test_death_at_every_step_of_saving(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(Death):
             found.save(state(2), tensors(2), keep=1)
         monkeypatch.setattr(faults, "point", lambda name: None)
-        outcomes.append(newest(Checkpoints(folder)))
+        outcomes.append(newest(Checkpoints(str(folder))))
         again = saved(folder, 2, keep=1)
         assert newest(again) == 2
         assert again.steps() == [2]
@@ -233,7 +237,7 @@ def test_full_disk_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_old_ones_go(tmp_path: Path) -> None:
     """`keep` stay; the record of the start goes with the first that holds weights."""
-    found = Checkpoints(tmp_path)
+    found = Checkpoints(str(tmp_path))
     found.save(state(0), iter(()), keep=3)
     assert newest(found) == 0
     for step in (5, 10, 15, 20):
@@ -245,7 +249,7 @@ def test_old_ones_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", range(1, 21))
 def test_as_many_stay_as_asked(tmp_path: Path, keep: int) -> None:
     """After each of many saves."""
-    found = Checkpoints(tmp_path)
+    found = Checkpoints(str(tmp_path))
     found.save(state(0), iter(()), keep=keep)
     for step in range(1, 25):
         found.save(state(step), iter(()), keep=keep)
@@ -348,3 +352,71 @@ def test_another_run_is_told_field_by_field() -> None:
     assert "loss.alpha, new, train.seed" in str(error.value)
     assert "got:      loss.alpha = absent; new = True; train.seed = 2" in str(error.value)
     assert "expected: loss.alpha = 0.5; new = absent; train.seed = 1" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Settings of a real object store."""
+    with s3_servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as port:
+        yield s3_servers.options(port)
+
+
+def test_checkpoints_in_an_object_store(store: dict[str, str]) -> None:
+    """Kept, removed, refused and replaced as in a directory; written by who may write alone."""
+    url = f"s3://{s3_servers.BUCKET}/runs/a"
+    found = Checkpoints(url, options=store)
+    assert found.steps() == []
+    for step in (0, 1, 2, 3):
+        found.save(state(step), tensors(step) if step else iter(()), keep=2, best=1)
+    assert found.steps() == [1, 2, 3]
+    again = Checkpoints(url, options=store)
+    assert newest(again) == 3
+    assert {key: tensor.tolist() for key, tensor in again.at(2).tensors(KINDS)} == {
+        key: tensor.tolist() for key, tensor in tensors(2)
+    }
+    files = Store(url, options=store)
+    (master,) = (key for key in files.list("step-00000003") if "-master-" in key)
+    files.delete(master)
+    assert newest(again) == 2
+    found.save(state(3), tensors(3), keep=2)
+    assert newest(again) == 3
+    assert found.steps() == [2, 3]
+    reader = store | {"access_key_id": s3_servers.READER["access_key_id"]}
+    reader |= {"secret_access_key": s3_servers.READER["secret_access_key"]}
+    with pytest.raises(MismatchError, match="no access to s3://"):
+        Checkpoints(url, options=reader).save(state(4), tensors(4), keep=2)
+    with pytest.raises(MismatchError, match="no access to s3://"):  # At once, and not after two minutes of repetitions.
+        Store(url, options=reader).delete(files.list("step-00000003")[0])
+
+
+def test_a_run_goes_on_where_its_disk_is_lost(
+    store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another directory, the same checkpoints: the run that was never stopped, bit for bit."""
+    write_dump(tmp_path / "dump")
+    save_student(tmp_path / "student")
+    names = {"endpoint": "AWS_ENDPOINT_URL", "access_key_id": "AWS_ACCESS_KEY_ID"}
+    names |= {"secret_access_key": "AWS_SECRET_ACCESS_KEY", "region": "AWS_REGION"}
+    for option, variable in names.items():
+        if option in store:
+            monkeypatch.setenv(variable, store[option])
+    job: dict[str, Any] = {"dump": str(tmp_path / "dump"), "model": str(tmp_path / "student")}
+    ranks = Ranks("support.train_jobs:trainer", 2)
+
+    def run(name: str, url: str | None, **more: Any) -> dict[str, Any]:
+        (tmp_path / name).mkdir()
+        settings = {"checkpoint_url": url} if url else {}
+        given = job | {"output": str(tmp_path / name), "train": settings} | more
+        return ranks.call(job=given)[0]  # type: ignore[no-any-return]
+
+    whole = run("whole", None)
+    url = f"s3://{s3_servers.BUCKET}/runs/lost"
+    assert run("half", url, stop_after=3)["code"] == 75
+    rest = run("elsewhere", url)
+    assert rest["code"] == 0, rest["message"]
+    ranks.close()
+    assert not (tmp_path / "half" / "checkpoints").exists()
+    assert 0 < len(rest["events"]) < 6
+    assert [event.loss for event in rest["events"]] == [event.loss for event in whole["events"]][-len(rest["events"]) :]
+    one, other = (tmp_path / name / "final" / "adapter_model.safetensors" for name in ("whole", "elsewhere"))
+    assert one.read_bytes() == other.read_bytes()

@@ -80,7 +80,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
     result["seconds"] = time.monotonic() - began
     if world.main:
-        newest = Checkpoints(output / "checkpoints").newest()
+        newest = Checkpoints(str(output / "checkpoints")).newest()
         result["events"] = read_events(output / EVENTS)
         result["step"] = newest.step if newest else None
         result["state"] = dict(newest.tensors(("master", "exp_avg", "exp_avg_sq"))) if newest else {}
