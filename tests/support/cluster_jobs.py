@@ -44,13 +44,14 @@ def prepare(
     samples_per_unit: int,
     hidden_size: int = 256,
     layers: int = 4,
+    student_layers: int = 2,
     train: Mapping[str, Any],
 ) -> None:
     """Put the teacher and the corpus on one cluster, the student on the other, and the configuration on both."""
     sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "head_dim": hidden_size // 4}
     sizes |= {"max_position_embeddings": 256, "initializer_range": 0.05}
     save_teacher(teacher.home / "models/teacher", num_hidden_layers=layers, **sizes)
-    save_teacher(student.home / "models/student", num_hidden_layers=2, seed=1, **sizes)
+    save_teacher(student.home / "models/student", num_hidden_layers=student_layers, seed=1, **sizes)
     write_corpus(teacher.home / "corpus.jsonl", samples, words=24)
     config = {
         "dump": {"url": URL, "samples_per_unit": samples_per_unit},
