@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-vllm test-skypilot clean bench-dump bench-storage bench-train
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-clusters
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -97,6 +97,9 @@ bench-storage: $(DEV)  ## Bytes per supervised token, speed and fidelity of the 
 
 bench-train: $(SETUP)  ## Stage two against LoRA fine-tuning and online distillation, a quarter of an hour
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+bench-clusters: $(DEV)  ## Training that follows the dump against training after it, on two real Slurm clusters (root)
+	$(BIN)/python benchmarks/clusters.py $(ARGS)
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -2,11 +2,11 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage_schemas.common.errors import UsageError
+from storage_schemas.common.errors import MismatchError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: 
 
     Raises:
         UsageError: only one of rank and world size is known, or they are no possible pair.
+        MismatchError: the environment's are no possible pair, or two schedulers name different ones.
     """
     if rank is not None or world_size is not None:
         if rank is None or world_size is None:
@@ -39,19 +40,46 @@ def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: 
                 "--rank needs --world-size, and --world-size needs --rank", got=got, expected="both, or neither"
             )
         return Placement(rank, world_size)
+    told = dict(_placements(env))
+    by_name = {names: Placement(*place) for names, place in told.items() if _possible(names, place)}
+    # torchrun numbers what it starts, in each task of a step or an array too.
+    if "TORCHELASTIC_RUN_ID" not in env and len(set(by_name.values())) > 1:
+        raise MismatchError(
+            "two schedulers number this worker differently",
+            got="; ".join(f"{place.rank} of {place.world_size} by {names}" for names, place in by_name.items()),
+            expected="one number per worker",
+            fix="pass --rank and --world-size, or unset the variables that were inherited",
+        )
+    return next(iter(by_name.values()), Placement(0, 1))
+
+
+def _placements(env: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(names of variables, rank and world size by them) for every scheduler that has numbered this process."""
     if "RANK" in env:
-        return Placement(_int(env, "RANK"), _int(env, "WORLD_SIZE"))
+        yield "RANK and WORLD_SIZE", (_int(env, "RANK"), _int(env, "WORLD_SIZE"))
     if "SLURM_ARRAY_TASK_ID" in env or "SLURM_PROCID" in env:
         tasks = _int(env, "SLURM_ARRAY_TASK_COUNT", 1)
         step, first = max(1, _int(env, "SLURM_ARRAY_TASK_STEP", 1)), _int(env, "SLURM_ARRAY_TASK_MIN", 0)
         # An array may have gaps (`--array=3,7,40`); the modulus keeps the number possible.
         task = (_int(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % tasks
         processes = _int(env, "SLURM_NTASKS", 1)
-        return Placement(task * processes + _int(env, "SLURM_PROCID", 0), tasks * processes)
+        names = [name for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID") if name in env]
+        yield " and ".join(names), (task * processes + _int(env, "SLURM_PROCID", 0), tasks * processes)
     if "JOB_COMPLETION_INDEX" in env:
         count = "WORLD_SIZE" if "WORLD_SIZE" in env else "JOB_COMPLETIONS"
-        return Placement(_int(env, "JOB_COMPLETION_INDEX"), _int(env, count))
-    return Placement(0, 1)
+        yield f"JOB_COMPLETION_INDEX and {count}", (_int(env, "JOB_COMPLETION_INDEX"), _int(env, count))
+
+
+def _possible(names: str, place: tuple[int, int]) -> bool:
+    rank, size = place
+    if 0 <= rank < size:
+        return True
+    raise MismatchError(
+        f"the environment names a worker that there cannot be: {names}",
+        got=f"rank {rank} of {size}",
+        expected="0 <= rank < world size",
+        fix="correct these variables, or pass --rank and --world-size",
+    )
 
 
 def _int(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,15 +31,21 @@ from pipeline.launch import (
     thread_environment,
 )
 from storage_schemas.common.devices import gpu_variable, usable_cores, visible_gpus
-from storage_schemas.common.exits import KILLED, Exit, combined, tell_deaths
+from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.exits import KILLED, Exit, combined, known, tell_deaths
 from storage_schemas.common.publish import publish
-from storage_schemas.common.ranks import EXIT_FOLDER, STOP
+from storage_schemas.common.ranks import EXIT_FOLDER, STOP, ExitCodes, read_codes
 from storage_schemas.common.signals import forwarded
 from storage_schemas.stores.address import local_path
 from student_train.run_directory import LAUNCHER, held, refuse_foreign
 
 PATIENCE_SECONDS = 45.0
 """How long ranks may go on once one has failed. They notice sooner, see `storage_schemas/common/ranks.py`."""
+OWN_NAME_SECONDS, HOST_SECONDS = 10.0, 600.0
+"""How long the name of the first node may stay unknown: to that node itself, and to others, where a cluster enters it
+into its DNS only once the node is up."""
+TELL_SECONDS = 3.0
+"""After which a wait is told."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -200,6 +207,7 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
     all_left = [*folder.glob("rank-*"), *folder.glob(".rank-*"), folder / STOP]
     for file in all_left if nodes.node_rank == 0 else [folder / f"rank-{rank}" for rank in mine]:
         file.unlink(missing_ok=True)
+    refuse_unknown_host(nodes, train.output)
     sections: dict[str, Any] = {"dump": config.dump, "student": student, "loss": config.loss, "train": train}
     if config.heldout is not None and train.eval_steps:
         sections["heldout"] = config.dump.model_copy(update={"url": config.heldout.url})
@@ -209,6 +217,56 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
         publish(resolved, json.dumps(given), private=True)
         arguments = ["--config", str(resolved)]
         return run_ranks("student_train.worker", arguments, nproc=nproc, nodes=nodes, stdout=stdout)
+
+
+def refuse_unknown_host(nodes: Nodes, output: Path) -> None:
+    """Return once the name of the first node resolves, and say so if it takes long: no rank can meet there before.
+
+    Args:
+        nodes: of the training.
+        output: the run directory, where the first node leaves its exit code.
+
+    Raises:
+        MismatchError: the first node does not know its own name.
+        TemporaryError: this one does not know it after `HOST_SECONDS`: perhaps the first node has not come up.
+        NeoError: the first node has left meanwhile; with its exit code.
+    """
+    if nodes.count == 1:
+        return
+    host, first = str(nodes.endpoint).rpartition(":")[0].strip("[]"), nodes.node_rank == 0
+    patience, began, told = OWN_NAME_SECONDS if first else HOST_SECONDS, time.monotonic(), False
+    codes = ExitCodes(output, nodes.node_rank, nodes.count)
+    last_start = _stamp(output)
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            waited, got = time.monotonic() - began, f"{host}: {error.strerror or error}"
+        if not first and _stamp(output) != last_start and (code := read_codes(output).get(0)):
+            left = TemporaryError("the first node has stopped; its message says why", got=f"exit code {code}")
+            left.exit_code = known(code)
+            raise left
+        if waited > patience:
+            expected = "a name or address of the first node that every node knows"
+            fix = "add it to DNS or /etc/hosts, or pass --rdzv-endpoint HOST:PORT, the same on all nodes"
+            if first:
+                codes.write(Exit.MISMATCH)
+            kind = MismatchError if first else TemporaryError
+            raise kind("the name of the first node does not resolve", got=got, expected=expected, fix=fix)
+        if not told and waited > TELL_SECONDS:
+            sys.stderr.write(f"llm-neo: waiting for the name of the first node to resolve, {patience:.0f} s: {got}\n")
+            told = True
+        time.sleep(0.5)
+
+
+def _stamp(output: Path) -> tuple[int, int] | None:
+    """Tells the file in which the first node leaves its exit code from another one of this name."""
+    try:
+        found = (output / EXIT_FOLDER / "rank-0").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def run_ranks(module: str, arguments: Sequence[str], *, nproc: int, nodes: Nodes, stdout: int | None = None) -> int:

@@ -67,7 +67,7 @@ def join(rank: int, world_size: int, local_rank: int, *, rendezvous: str = "env:
         # A shared-memory all-reduce that only inference uses; building it takes a compiler and a minute.
         deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes it from here alone.
-    world = worlds.join(rank, world_size, device=device, rendezvous=rendezvous)
+    world = worlds.join(rank, world_size, local_rank, device=device, rendezvous=rendezvous)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
     return world
 

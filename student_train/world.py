@@ -4,6 +4,8 @@ All of this runs on its own gloo group, beside whatever DeepSpeed does: a rank t
 instead of staying away from the next collective, where the others would wait for it.
 """
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +22,8 @@ T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take. Ranks whose peer has died leave much earlier, see `student_train.worker`."""
+MEETING_SECONDS = 20.0
+"""After which a rank says that it waits for the others: a node has not come, or a firewall keeps the port."""
 CONTROL_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other between steps: one of them may be writing a large model."""
 
@@ -94,11 +98,20 @@ class World:
         dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, *, device: torch.device, rendezvous: str) -> World:
+def _tell_waiting(rank: int, world_size: int) -> None:
+    what = f"rank {rank} of {world_size} still waits for the others, {COLLECTIVE_TIMEOUT.total_seconds():.0f} s at most"
+    sys.stderr.write(f"llm-neo: {what}: a node has not come, or a firewall keeps the first one's port\n")
+
+
+def join(rank: int, world_size: int, local_rank: int, *, device: torch.device, rendezvous: str) -> World:
     """Meet the other ranks at `env://` (several nodes, torchrun), `tcp://host:port` or `file://path`.
 
     A single rank meets nobody, and needs no port.
     """
+    meeting = threading.Timer(MEETING_SECONDS, _tell_waiting, (rank, world_size))
+    meeting.daemon = True
+    if local_rank == 0:
+        meeting.start()
     # DeepSpeed makes groups without naming a timeout; they take this default and not that of the first group.
     distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
     dist.init_process_group(
@@ -109,4 +122,5 @@ def join(rank: int, world_size: int, *, device: torch.device, rendezvous: str) -
         **({"store": dist.HashStore()} if world_size == 1 else {"init_method": rendezvous}),  # type: ignore[attr-defined]
     )
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    meeting.cancel()
     return World(rank=rank, world_size=world_size, device=device, control=control)

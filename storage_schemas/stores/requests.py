@@ -42,6 +42,7 @@ _MENDS = {"RequestTimeout", "BadDigest", "InvalidDigest", "IncompleteBody", "XAm
 """Codes of 400 that tell of one request, not of all."""
 _MENDING_STATUS = {408, 409, 425, 429}
 _EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestExpired", "token has expired")
+_CLOCK = ("RequestTimeTooSkewed", "RequestTimeSkewed")
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "incorrectly configured region", "IllegalLocation")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _TLS = ("InvalidCertificate", "InvalidMessage(", "HandshakeFailure", "UnknownIssuer")
@@ -120,6 +121,12 @@ def failure(error: BaseException, url: str, *, setting: str = SETTING, answered:
     unknown_host = _names(error, ("dns error",)) and not _names(error, ("Temporary failure",))
     if _names(error, _EXPIRED):
         what, expected, fix = "the credentials for {} have expired", "valid ones", "renew the credentials"
+    elif _names(error, _CLOCK):
+        what, expected, fix = (
+            "the clock of this machine is not that of {}",
+            "less than 15 minutes",
+            "set the clock (NTP)",
+        )
     elif _names(error, _REGION):
         what, expected = "{} lies in another region", "the region of the bucket"
         fix = f"set `region` in {setting}, or AWS_REGION"

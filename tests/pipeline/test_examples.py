@@ -1,6 +1,7 @@
 """The examples: configurations load, and the batch scripts do what they say under a pretended Slurm."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -38,7 +39,8 @@ def test_directives_stand_before_the_first_command(path: Path) -> None:
     assert max(directives) < min(commands)
     options = dict(lines[i].removeprefix("#SBATCH --").partition("=")[::2] for i in directives)
     assert "requeue" in options
-    assert options["signal"].startswith("B:USR1@")
+    # To the tasks of srun, not to the script.
+    assert options["signal"].startswith("TERM@")
     assert "dependency" not in options
 
 
@@ -60,6 +62,7 @@ def cluster(tmp_path: Path) -> Path:
     bodies = {
         "llm-neo": f'echo "llm-neo $*" >> {log}\ntrap "exit 75" TERM\n[ $SLEEP ] && {{ sleep 30 & wait; }}\nexit $CODE',
         "srun": f'echo "srun $*" >> {log}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"',
+        "squeue": f'echo "squeue $*" >> {log}\necho $STATE',
         "scontrol": f'echo "scontrol $*" >> {log}',
     }
     for name, body in bodies.items():
@@ -69,12 +72,13 @@ def cluster(tmp_path: Path) -> Path:
 
 
 def environment(cluster: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "SLURM_SUBMIT_DIR": str(cluster), "SLURM_JOB_ID": "7", "SLEEP": "", "CODE": "0", **more}
+    plain = {"SLURM_SUBMIT_DIR": str(cluster), "SLURM_JOB_ID": "7", "SLEEP": "", "CODE": "0", "STATE": "RUNNING"}
+    return os.environ | plain | more
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [("0", "0", False), ("75", "0", True), ("75", "50", False), ("78", "0", False)]
+    ("code", "restarts", "requeued"), [("75", "0", True), ("75", "50", False), ("78", "0", False), ("0", "0", False)]
 )
 def test_a_job_is_queued_again_after_75_and_nothing_else(
     cluster: Path, path: Path, code: str, restarts: str, requeued: bool
@@ -85,27 +89,52 @@ def test_a_job_is_queued_again_after_75_and_nothing_else(
     calls = (cluster / "calls").read_text().splitlines()
     assert f"llm-neo {path.stem} my.yaml --set a.b=c d" in calls
     assert ("scontrol requeue 7" in calls) == requeued
-    assert any(call.startswith("srun") for call in calls) == (path.stem == "train")
+    assert calls[0].startswith("srun ")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_the_warning_before_the_time_limit_stops_and_requeues(cluster: Path, path: Path, number: int) -> None:
-    script = subprocess.Popen(["bash", path], env=environment(cluster, SLEEP="yes"), start_new_session=True)
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_preempted_job_is_queued_again_and_a_cancelled_one_is_not(
+    cluster: Path, path: Path, state: str, requeued: bool
+) -> None:
+    """Both times script and tasks get SIGTERM."""
+    env = environment(cluster, SLEEP="yes", STATE=state)
+    script = subprocess.Popen(["bash", path], env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + 20
         while not (cluster / "calls").exists() or "llm-neo" not in (cluster / "calls").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.3)
-        script.send_signal(number)
+        os.killpg(script.pid, signal.SIGTERM)
         assert script.wait(timeout=20) == 75
     finally:
         with suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)
     calls = (cluster / "calls").read_text()
     assert f"llm-neo {path.stem} examples/llama-8b-to-1b.yaml" in calls
-    assert "scontrol requeue 7" in calls
+    assert ("scontrol requeue 7" in calls) == requeued
+
+
+def test_one_task_of_an_array_queues_itself_and_not_the_array(cluster: Path) -> None:
+    """The id of its last task is the id of the whole array."""
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    done = subprocess.run(["bash", SCRIPTS[0]], env=environment(cluster, CODE="75", **array), check=False, timeout=20)
+    assert done.returncode == 75
+    calls = (cluster / "calls").read_text().splitlines()
+    assert "scontrol requeue 7_3" in calls
+    assert "squeue --noheader --jobs=7_3 --format=%T" in calls
+
+
+def test_a_larger_teacher_is_a_few_settings_away() -> None:
+    """The command in the script's head is one that works."""
+    head = SCRIPTS[0].read_text().split("#SBATCH")[0]
+    settings = dict(re.findall(r"--set (teacher\.\w+)=(\S+)", head))
+    assert sorted(settings) == ["teacher.model", "teacher.sharding"]
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    found = load_config(ROOT / "examples/llama-8b-to-1b.yaml", overrides)
+    assert found.teacher is not None
+    assert found.teacher.grouped
 
 
 def test_the_workers_of_the_array_share_the_dump() -> None:

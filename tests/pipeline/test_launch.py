@@ -14,7 +14,7 @@ from pipeline.launch import (
     thread_environment,
     training_nodes,
 )
-from storage_schemas.common.errors import UsageError
+from storage_schemas.common.errors import MismatchError, UsageError
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
 
@@ -33,7 +33,8 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
         ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (5, 6)),
         ({"JOB_COMPLETION_INDEX": "2", "JOB_COMPLETIONS": "3"}, (2, 3)),
         ({"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "4"}, (2, 4)),
-        ({"RANK": "1", "WORLD_SIZE": "2", **ARRAY}, (1, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "8", **ARRAY}, (3, 8)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", **ARRAY}, (1, 2)),
         ({"WORLD_SIZE": "4"}, (0, 1)),
     ],
 )
@@ -55,7 +56,6 @@ def test_the_command_line_wins_over_the_environment() -> None:
         ({}, 0, 0),
         ({"RANK": "1"}, None, None),
         ({"RANK": "one", "WORLD_SIZE": "2"}, None, None),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, None, None),
         ({"JOB_COMPLETION_INDEX": "0"}, None, None),
         ({**ARRAY, "SLURM_ARRAY_TASK_COUNT": ""}, None, None),
     ],
@@ -63,6 +63,24 @@ def test_the_command_line_wins_over_the_environment() -> None:
 def test_half_or_impossible_worker_numbers_are_refused(env: dict[str, str], rank: int, world: int) -> None:
     with pytest.raises(UsageError):
         dump_placement(env, rank, world)
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
+        ({"JOB_COMPLETION_INDEX": "-1", "JOB_COMPLETIONS": "2"}, "rank -1 of 2"),
+        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4"}, "rank 4 of 4"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "0 of 2 by RANK.*1 of 2 by SLURM"),
+        ({"RANK": "0", "WORLD_SIZE": "1", **ARRAY}, "0 of 1 by RANK and WORLD_SIZE; 3 of 8 by SLURM_ARRAY_TASK_ID"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "JOB_COMPLETION_INDEX": "2"}, "0 of 4 by RANK.*2 of 4 by JOB_COMPLETION"),
+    ],
+)
+def test_variables_that_cannot_be_or_contradict_each_other_are_refused(env: dict[str, str], says: str) -> None:
+    """Variables that were inherited would make every worker number 0, and all do the same work."""
+    with pytest.raises(MismatchError, match=says):
+        dump_placement(env)
+    assert dump_placement(env, 0, 1) == Placement(0, 1)
 
 
 STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "41"}

@@ -19,11 +19,13 @@ from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
     Command,
     dump_workers,
+    refuse_unknown_host,
     run_together,
     train_workers,
 )
-from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError
 from storage_schemas.common.exits import combined, tell_deaths
+from storage_schemas.common.ranks import ExitCodes
 from storage_schemas.common.signals import forwarded
 
 ROOT = Path(__file__).parents[2]
@@ -294,8 +296,35 @@ def test_a_second_node_clears_its_own_ranks_only(monkeypatch: pytest.MonkeyPatch
     for rank in range(4):
         (tmp_path / "exit" / f"rank-{rank}").write_text("75\n")
     monkeypatch.setattr(processes, "run_together", lambda *_, **__: [0, 0])
-    assert train_workers(config, nproc=2, nodes=Nodes(2, 1, "host:1")) == 0
+    assert train_workers(config, nproc=2, nodes=Nodes(2, 1, "localhost:1")) == 0
     assert sorted(file.name for file in (tmp_path / "exit").iterdir()) == ["rank-0", "rank-1"]
+
+
+def test_a_first_node_without_a_name_is_told_and_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "OWN_NAME_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "HOST_SECONDS", 1.0)
+    endpoint = "no-such-host.invalid:12000"
+    with pytest.raises(TemporaryError, match="does not resolve"):
+        refuse_unknown_host(Nodes(2, 1, endpoint), tmp_path)
+    with pytest.raises(MismatchError, match=r"no-such-host.invalid(.|\n)*--rdzv-endpoint"):
+        refuse_unknown_host(Nodes(2, 0, endpoint), tmp_path)
+    assert capfd.readouterr().err.count("waiting for the name of the first node") == 2
+    # What the last start has left says nothing; once the first node says why it left, the others do not wait.
+    with pytest.raises(TemporaryError, match="does not resolve"):
+        refuse_unknown_host(Nodes(2, 1, endpoint), tmp_path)
+    monkeypatch.setattr(processes, "HOST_SECONDS", 20.0)
+    leaving = threading.Timer(0.5, lambda: ExitCodes(tmp_path, 0, 2).write(78))
+    leaving.start()
+    with pytest.raises(NeoError, match="first node has stopped") as left:
+        refuse_unknown_host(Nodes(2, 1, endpoint), tmp_path)
+    leaving.join()
+    assert left.value.exit_code == 78
+    refuse_unknown_host(Nodes(2, 0, "localhost:1"), tmp_path)
+    refuse_unknown_host(Nodes(2, 1, "[::1]:1"), tmp_path)
+    refuse_unknown_host(Nodes(), tmp_path)
 
 
 def test_a_second_training_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,9 @@
 """What one rank meets, all ranks get to know; on real gloo groups."""
 
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +47,20 @@ def test_an_error_on_one_rank_reaches_all(world_size: int) -> None:
             assert all(f"rank {speaker} has stopped" in one["result"] for one in found if one["peer"]), name
         assert all(one["after"] == [[number, rank, 2.0**53] for rank in range(world_size)] for one in found), name
         assert all(one["seconds"] < 20 for one in found), name
+
+
+def test_a_rank_that_waits_for_the_others_says_so(tmp_path: Path) -> None:
+    body = """
+    import sys, torch
+    from student_train import world
+    world.MEETING_SECONDS = 0.5
+    world.join(0, 2, 0, device=torch.device("cpu"), rendezvous="file://" + sys.argv[1])
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(body), str(tmp_path / "ranks")]
+    alone = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert alone.stderr is not None
+    try:
+        assert any("rank 0 of 2 still waits for the others" in line for line in alone.stderr)
+    finally:
+        alone.kill()
+        alone.wait()

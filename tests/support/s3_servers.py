@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,32 +90,51 @@ def _answers(url: str) -> bool:
     return True
 
 
-@contextmanager
-def seaweedfs(folder: Path) -> Iterator[int]:
-    """SeaweedFS with a bucket, a writer and a reader; its S3 port."""
-    s3, master, volume, filer, admin = free_ports(5)
-    actions = {"writer": ["Admin", "Read", "Write", "List"], "reader": ["Read", "List"]}
-    keys = {"writer": WRITER, "reader": READER}
-    identities = [
+Identities = Mapping[str, tuple[Mapping[str, str], Sequence[str]]]
+"""Name -> keys, and what they allow."""
+IDENTITIES: Identities = {
+    "writer": (WRITER, ("Admin", "Read", "Write", "List")),
+    "reader": (READER, ("Read", "List")),
+}
+
+
+def weed_command(folder: Path, ports: Sequence[int], identities: Identities, *, bind: str = "127.0.0.1") -> list[str]:
+    """The command line of SeaweedFS with a bucket, which keeps its data in `folder/data`.
+
+    Args:
+        folder: its own.
+        ports: of S3, master, volume, filer and administration.
+        identities: who may do what.
+        bind: the address it listens on.
+    """
+    told = [
         {
             "name": name,
-            "credentials": [{"accessKey": keys[name]["access_key_id"], "secretKey": keys[name]["secret_access_key"]}],
-            "actions": allowed,
+            "credentials": [{"accessKey": keys["access_key_id"], "secretKey": keys["secret_access_key"]}],
+            "actions": list(allowed),
         }
-        for name, allowed in actions.items()
+        for name, (keys, allowed) in identities.items()
     ]
-    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    (folder / "data").mkdir()
-    command = [
+    (folder / "s3.json").write_text(json.dumps({"identities": told}))
+    (folder / "data").mkdir(exist_ok=True)
+    s3, master, volume, filer, admin = ports
+    return [
         str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "mini", "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}", "-master.telemetry=false", f"-master.port={master}",
+        f"-ip.bind={bind}", f"-dir={folder / 'data'}", "-master.telemetry=false", f"-master.port={master}",
         f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}",
         f"-bucket={BUCKET}", "-admin.ui=false", f"-admin.port={admin}", "-webdav=false", "-s3.port.iceberg=0",
         "-s3.port.lance=0",
     ]  # fmt: skip
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[int]:
+    """SeaweedFS with a bucket, a writer and a reader; its S3 port."""
+    ports = free_ports(5)
     ready = lambda: "S3 Endpoint" in (folder / "log").read_text(errors="replace")  # noqa: E731
-    with _running(command, folder, lambda: ready() and _answers(f"http://127.0.0.1:{s3}/")):
-        yield s3
+    command = weed_command(folder, ports, IDENTITIES)
+    with _running(command, folder, lambda: ready() and _answers(f"http://127.0.0.1:{ports[0]}/")):
+        yield ports[0]
 
 
 @contextmanager

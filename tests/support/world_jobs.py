@@ -43,7 +43,7 @@ def outcome(call: Callable[[], Any]) -> dict[str, Any]:
 
 def run_world(rank: int, world_size: int, rendezvous: str, *, cases: list[Case]) -> list[dict[str, Any]]:
     """Each case in turn, on the same ranks; and a gather after it, which must be in step again."""
-    world = join(rank, world_size, device=torch.device("cpu"), rendezvous=rendezvous)
+    world = join(rank, world_size, rank, device=torch.device("cpu"), rendezvous=rendezvous)
     results = [one(world, number, broken) for number, (_, broken) in enumerate(cases)]
     world.close()
     return results

@@ -1,0 +1,217 @@
+"""The two stages on two real Slurm clusters that never meet: the files of `examples/slurm`, as they are.
+
+What is pretended are the GPUs. Clusters, their networks, batch scripts, DeepSpeed and the object store are real.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from support.cluster_jobs import (
+    CONFIG,
+    DUMP,
+    SMALL,
+    TRAIN,
+    URL,
+    environment,
+    events,
+    objects,
+    prepare,
+    reached,
+    supervised_per_step,
+)
+from support.s3_servers import Identities
+from support.slurm import Cluster, Network, SharedStore, exit_of, need_slurm, two_clusters, until
+
+from storage_schemas.common.exits import Exit
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+WRITER = {"access_key_id": "canary-01-writer", "secret_access_key": "canary-02-written"}
+READER = {"access_key_id": "canary-03-reader", "secret_access_key": "canary-04-readers"}
+IDENTITIES: Identities = {"writer": (WRITER, ("Admin", "Read", "Write", "List")), "reader": (READER, ("Read", "List"))}
+CARRIED = {
+    "HF_TOKEN": "canary-05-hub",
+    "WANDB_API_KEY": "canary-06-tracker",
+    "AZURE_STORAGE_ACCOUNT_KEY": "canary-07-azure",
+    "GOOGLE_SERVICE_ACCOUNT_KEY": "canary-08-google",
+}
+"""Secrets that every job has in its environment, beside its keys of the store."""
+ONE_NODE = (*SMALL, "--nodes=1", "--gpus-per-node=1")
+TRAINING = {"global_batch_size": 8, "micro_batch_size": 4, "epochs": 2, "save_steps": 10}
+TRAINING |= {"shuffle_window_units": 2, "shuffle_block_units": 2}
+Site = tuple[Cluster, Cluster, SharedStore, Network]
+
+
+@pytest.fixture
+def clusters() -> Iterator[Site]:
+    need_slurm()
+    with two_clusters(IDENTITIES, nodes={"teacher": 2, "student": 2}, gpus={"teacher": 1, "student": 1}) as found:
+        yield found
+
+
+def job_environment(keys: Mapping[str, str], **more: str) -> dict[str, str]:
+    return environment(keys, **CARRIED, **more)
+
+
+def assert_no_secret(clusters: Site) -> None:
+    """In nothing that jobs have written: logs, run directories, caches, and all objects of the store."""
+    teacher, student, _, _ = clusters
+    searched = 0
+    for path in (path for cluster in (teacher, student) for path in cluster.home.rglob("*") if path.is_file()):
+        if not path.name.startswith("refused-"):
+            assert b"canary-" not in path.read_bytes(), path
+            searched += 1
+    held = objects(student, READER)
+    assert not [key for key, data in held.items() if b"canary-" in data]
+    assert searched > 20
+
+
+def test_the_clusters_cannot_reach_each_other(clusters: Site) -> None:
+    teacher, student, _, network = clusters
+    for here, there in ((teacher, student), (student, teacher)):
+        for port in (6817, 7000):  # The same ones on both.
+            assert not network.reaches(here.name, network.address(here.name, 10 if port == 6817 else 11), port)
+            told = network.reaches(here.name, network.address(there.name, 10 if port == 6817 else 11), port)
+            assert "Network is unreachable" in told
+        assert not network.reaches(here.name, network.address(here.name, 1), 8333)
+    credential = f"munge -n --socket={teacher.socket} | unmunge --socket={student.socket}"
+    assert "Invalid credential" in student.run(["bash", "-c", credential], check=False)
+    foreign = student.folder / "slurm/foreign.conf"
+    foreign.write_text(student.configuration.read_text().replace(str(student.socket), str(teacher.socket)))
+    assert "student-1" not in student.run(["sinfo", "--Node"], {"SLURM_CONF": str(foreign)}, check=False)
+    assert "Invalid credential" in (student.folder / "slurm/slurmctld.log").read_text()
+    assert "student-1" in student.run(["sinfo", "--Node"])
+
+
+def test_training_follows_a_dump_on_a_cluster_that_it_never_meets(clusters: Site) -> None:
+    """Through the loss of a node, an outage of the store, a time limit, and a cancelled job on other nodes."""
+    teacher, student, store, _ = clusters
+    prepare(teacher, student, samples=320, samples_per_unit=10, hidden_size=512, layers=6, train=TRAINING)
+
+    def trained(more_than: int) -> int:
+        found = until(lambda: len(seen) > more_than and seen if (seen := events(student)) else None, all_logs)
+        return len(found)
+
+    def all_logs() -> str:
+        return teacher.logs() + student.logs()
+
+    # Training comes first, and waits.
+    options = [*SMALL, "--gpus-per-node=1", "--time=30", "--signal=TERM@20"]
+    training = student.submit(TRAIN, CONFIG, options=options, env=job_environment(READER))
+    until(lambda: "waiting for stage one" in student.logs(), all_logs)
+    dump = teacher.submit(DUMP, CONFIG, options=[*SMALL, "--array=0-1"], env=job_environment(WRITER))
+    trained(1)
+    assert "COMPLETED" not in teacher.states(dump), "the dump was over before training could follow it"
+
+    # A node of the teacher's is lost in the middle of a unit: its task is queued again, and runs when the node is back.
+    teacher.kill_node("teacher-2")
+    until(lambda: "1" in [task["Restarts"] for task in teacher.jobs(dump)], all_logs)
+    teacher.start_node("teacher-2")
+
+    # The store is away for half a minute: both stages wait for it.
+    store.kill()
+    away = len(events(student))
+    with pytest.raises(AssertionError, match="the end of the outage"):
+        until(lambda: "FAILED" in teacher.states(dump) + student.states(training), "the end of the outage", seconds=30)
+    store.start()
+    trained(away + 4)
+
+    # The time limit comes: a checkpoint, and the job queues itself again.
+    minutes = int(student.jobs(training)[0]["RunTime"].split(":")[1]) + 1
+    student.run(["scontrol", "update", f"jobid={training}", f"timelimit={minutes}"])
+    until(lambda: student.jobs(training)[0]["Restarts"] == "1", all_logs)
+    assert "training was asked to stop" in student.logs()
+    stopped = len(events(student))
+
+    # It is cancelled, stays so, and goes on as another job on one node instead of two.
+    trained(stopped + 2)
+    student.run(["scancel", str(training)])
+    assert [job["JobState"] for job in student.ended(training)] == ["CANCELLED"]
+    cancelled = len(events(student))
+    again = student.submit(TRAIN, CONFIG, options=ONE_NODE, env=job_environment(READER))
+    assert [job["JobState"] for job in student.ended(again)] == ["COMPLETED"], all_logs()
+    assert student.states(training) == ["CANCELLED"]
+    assert [job["JobState"] for job in teacher.ended(dump)] == ["COMPLETED"] * 2
+
+    # Sealed, and read with keys that cannot write; every sample was trained on once per epoch.
+    told = student.run(
+        [str(Path(sys.executable).parent / "llm-neo"), "verify", URL, "--json"], reached(student, READER)
+    )
+    verified = json.loads(told[: told.rindex("}") + 1])
+    assert (verified["ok"], verified["units"], verified["rows"]) == (True, 32, 320)
+    expected = supervised_per_step(student, READER, TRAINING)
+    found = events(student)
+    assert [event["step"] for event in found] == list(range(1, 81))
+    assert [event["supervised_tokens"] for event in found] == expected
+    assert sum(expected) == 2 * verified["supervised_tokens"]
+    summary = json.loads((student.home / "runs/a/summary.json").read_text())
+    assert summary["supervised_tokens"] == sum(expected)
+    assert summary["resumed_from"] == cancelled
+    assert (summary["world_size"], summary["steps"]) == (1, 80)
+    assert (student.home / "runs/a/final/adapter_model.safetensors").is_file()
+    assert_no_secret(clusters)
+
+
+def test_what_cannot_work_is_refused_on_the_cluster_and_not_queued_again(clusters: Site) -> None:
+    teacher, student, _, _ = clusters
+    prepare(teacher, student, samples=8, samples_per_unit=4, hidden_size=32, layers=1, train=TRAINING)
+    first = teacher.submit(DUMP, CONFIG, options=[*SMALL, "--array=0"], env=job_environment(WRITER))
+    assert [job["JobState"] for job in teacher.ended(first)] == ["COMPLETED"], teacher.logs()
+    # Somebody on the student's cluster has a teacher and a corpus, too, and keys that do not write.
+    (student.home / "corpus.jsonl").write_bytes((teacher.home / "corpus.jsonl").read_bytes())
+    refused: dict[tuple[str, int], tuple[int, str]] = {}
+
+    def dump(says: str, *arguments: str, on: Cluster = teacher, code: int = Exit.MISMATCH, **env: str) -> None:
+        given = job_environment(WRITER if on is teacher else READER) | env
+        job = on.submit(DUMP, *(arguments or (CONFIG,)), options=[*SMALL, "--array=0"], env=given)
+        refused[on.name, job] = code, says
+
+    def train(says: str, *arguments: str, nodes: int = 1, code: int = Exit.MISMATCH, **env: str) -> None:
+        options = [*SMALL, f"--nodes={nodes}", "--gpus-per-node=1"]
+        given = {name: value for name, value in (job_environment(READER, MAX_RESTARTS="0") | env).items() if value}
+        output = f"train.output=runs/{len(refused)}"
+        job = student.submit(TRAIN, CONFIG, "--set", output, *arguments, options=options, env=given)
+        refused[student.name, job] = code, says
+
+    def config(name: str, **changes: object) -> str:
+        text = yaml.safe_load((teacher.home / CONFIG).read_text()) | changes
+        (teacher.home / name).write_text(yaml.safe_dump(text))
+        return name
+
+    reader = ("--set", "teacher.model=models/student", "--set", "dump.url=s3://logits/by-reader")
+    dump("no access to s3://logits/by-reader", CONFIG, *reader, on=student)
+    dump("check the credentials in the environment", AWS_SECRET_ACCESS_KEY="canary-09-wrong")
+    dump("estimator.k", CONFIG, "--set", "estimator.k=4")
+    dump("RANK", RANK="3", WORLD_SIZE="2")
+    dump("SLURM_ARRAY_TASK_ID", RANK="1", WORLD_SIZE="2")
+    dump("has GPUs that torch cannot use", CONFIG, "--set", "teacher.device=auto")
+    train("has GPUs that torch cannot use", DS_ACCELERATOR="")
+    train("no run.json after", "--set", "dump.url=s3://logits/none", "--set", "train.data_wait_seconds=2", code=75)
+    train("no-such-host", "--rdzv-endpoint", "no-such-host:29500", nodes=2)
+    # Secrets in the wrong places.
+    url = "s3://canary-10-user:canary-10-password@logits/run"
+    options = {"url": URL, "storage_options": {"secret_access_key": "canary-11-option"}}
+    dump("environment", config("refused-url.yaml", dump={"url": url}))
+    dump("environment", config("refused-option.yaml", dump=options))
+    dump("environment", CONFIG, "--set", "dump.storage_options.session_token=canary-12-line")
+    for (name, job), (code, says) in refused.items():
+        cluster = teacher if name == teacher.name else student
+        (found,) = cluster.ended(job)
+        said = "".join(
+            path.read_text() for path in cluster.log_files() if f"-{job}." in path.name or f"-{job}_" in path.name
+        )
+        assert says in said, said
+        assert "Traceback" not in said
+        assert (found["JobState"], exit_of(found), found["Restarts"]) == ("FAILED", code, "0"), said
+    assert_no_secret(clusters)
+
+    # The door for people works in an allocation, too.
+    make = ["make", "-f", str(DUMP.parents[2] / "Makefile"), "dump-teacher", f"CONFIG={CONFIG}"]
+    venv = environment(WRITER)["VENV"]
+    make += [f"VENV={venv}", f"--assume-old={venv}/.installed", "ARGS=--set dump.url=s3://logits/by-make"]
+    told = teacher.run(["srun", "--ntasks=2", "--nodes=2", *make], job_environment(WRITER))
+    assert told.count("rows                         8") == 2, told
