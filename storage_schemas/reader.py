@@ -310,14 +310,15 @@ def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) 
     # Extremes are NaN where a value is; so no mask as long as the entries is made.
     lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
     drawn = None if targets.counts is None else targets.counts[~in_head(targets.offsets, targets.head_size)]
+    unknown = sorted(set(unit.status) - set(STATUSES))
     rules = {
         f"sample_index is not {span.start} ... {span.stop - 1} in order": not in_order,
-        "unknown status": not set(unit.status) <= set(STATUSES),
+        f"unknown status {', '.join(map(ascii, unknown[:3]))}": unknown,
         "loss_mask and targets disagree on the number of supervised tokens": np.any(of_rows != supervised * ok),
         "a row is ok but has no supervised token": np.any(ok & (of_rows == 0)),
         "token 0 of a sample is supervised": unit.loss_mask[unit.token_offsets[:-1][lengths > 0]].any(),
-        f"an id of input_ids is none: the head has {rows} rows": _outside(unit.input_ids, rows),
-        f"an id of target_ids is none: the head has {rows} rows": _outside(targets.ids, rows),
+        f"input_ids lie outside of 0 ... {rows - 1}": _outside(unit.input_ids, rows),
+        f"target_ids lie outside of 0 ... {rows - 1}": _outside(targets.ids, rows),
         "a log-prob is not finite or above 0": not (np.isfinite(lowest) and highest <= 1e-3),
         # A writer rounds towards nothing that is above 0; and what the head is scaled to, 1 - M, may not vanish.
         "a tail mass is NaN or above 1": not np.all(targets.tail_logprob <= 0),

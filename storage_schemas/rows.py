@@ -235,7 +235,6 @@ def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws
         "loss_mask": [token_offsets],
         "target_logprobs": [target_offsets, entry_offsets],
         "head_size": [target_offsets],
-        "target_counts": [target_offsets, _offsets(np.diff(entry_offsets) - values["head_size"])],
         "tail_logprob": [target_offsets, per_temperature],
         "logsumexp": [target_offsets, per_temperature],
     }
@@ -244,6 +243,9 @@ def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws
             raise ValueError(f"the lists of {name} disagree in length with their neighbours")
     counts = None
     if draws:
+        drawn = _offsets(np.diff(entry_offsets) - values["head_size"])
+        if not all(map(np.array_equal, levels["target_counts"], [target_offsets, drawn])):
+            raise ValueError("the lists of target_counts disagree in length with their neighbours")
         counts = np.zeros(len(values["target_ids"]), np.int32)
         counts[~in_head(entry_offsets, values["head_size"])] = values["target_counts"]
     return UnitRows(

@@ -46,7 +46,7 @@ class DumpWriter:
 
     @classmethod
     def open(cls, url: str, provenance: Provenance, *, options: Mapping[str, str] | None = None) -> Self:
-        """Create the dump, or join the one that is there if its content is the same; `provenance` is then its own.
+        """Create the dump, or join the one that is there if its content is the same, with what its run.json says.
 
         Raises:
             MismatchError: the dump at `url` differs in some field (each is named), or the store ignores the condition

@@ -93,6 +93,7 @@ class DumpProgress:
         if not last and now - self._shown < (_LINE_SECONDS if self._bar is None else _BAR_SECONDS):
             return
         self._shown = now
+        records = dict(records)  # The committing thread adds to them meanwhile.
         done, units = list(committed | records.keys()), len(self.unit_tokens)
         left = np.maximum(self.unit_tokens - self._computed, 0)
         left[done] = 0

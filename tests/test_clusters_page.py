@@ -122,7 +122,7 @@ def test_limits_and_times_are_those_of_the_code() -> None:
     for stage, seconds in (("dump", 180), ("train", 300)):
         script = (ROOT / f"examples/slurm/{stage}.sbatch").read_text()
         assert "MAX_RESTARTS:-50" in script
-        assert f"--signal=B:USR1@{seconds}\n" in script
+        assert f"--signal=TERM@{seconds}\n" in script
     assert "three minutes before the time limit of a dump and five minutes before that of a training" in PAGE
     assert "again, up to 50 times (`MAX_RESTARTS`)" in PAGE
     assert f"`train.data_wait_seconds` ({default('data_wait_seconds'):.0f})" in PAGE

@@ -118,7 +118,7 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
             shutil.rmtree(target, ignore_errors=True)
             give_name(part, target)
             _write_proof(target, _opened(target)[1])
-        except OSError as error:
+        except _DAMAGE as error:
             log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
         return found
 

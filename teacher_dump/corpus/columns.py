@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -78,10 +78,13 @@ class Columns:
         """Lines of the journal."""
         self._files: dict[str, BinaryIO] = {}
         lines = b"".join(map(_line, self.parts))
-        with self._room(), nullcontext(folder) if folder else tempfile.TemporaryDirectory(dir=scratch) as place:
+        with self._room():
             for name, end in (*self._ends.items(), (JOURNAL, len(lines))):
-                number = os.open(Path(place) / name, os.O_RDWR | os.O_CREAT, 0o644)
-                self._files[name] = open(number, "r+b")  # noqa: SIM115
+                if folder is None:
+                    self._files[name] = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+                else:
+                    number = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+                    self._files[name] = open(number, "r+b")  # noqa: SIM115
                 self._files[name].truncate(end)
                 self._files[name].seek(end)
 

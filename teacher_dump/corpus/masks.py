@@ -121,7 +121,8 @@ def _located(
 def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask: str) -> list[Tokens | Unusable]:
     """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised.
 
-    A tokenizer may append the end-of-text token by itself.
+    Of plain text, which has no prompt, every token but the first is. Where the tokenizer appends the end-of-text token
+    by itself, none is added.
     """
     eos = tokenizer.eos_token or ""
     if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
