@@ -64,13 +64,16 @@ def run_dumps(
 
 
 def report_training(config: Config) -> None:
-    """report.md of a finished training, if it was evaluated on held-out samples meanwhile."""
+    """report.md of a finished training that was evaluated before and after, unless `llm-neo run` has written a fuller
+    one."""
     from pipeline.views.report import training_report
     from student_train.summary import read_summary
 
     output = need(config.train, "train", "train").output
     summary = read_summary(output)
-    if summary is not None and summary.heldout and config.heldout is not None:
+    if summary is None or config.heldout is None or (output / "steps").is_dir():
+        return
+    if {0, summary.final_step} <= {result.step for result in summary.heldout}:
         publish(output / "report.md", training_report(config, summary), private=True)
 
 

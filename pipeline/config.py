@@ -81,7 +81,13 @@ class Config(FrozenModel):
             MismatchError: no `heldout` with sources, or no `corpus` whose mask and lengths would apply.
         """
         heldout, corpus = need(self.heldout, "heldout", command), need(self.corpus, "corpus", command)
-        need(heldout.sources or None, "heldout.sources", command)
+        if not heldout.sources:
+            raise MismatchError(
+                f"`llm-neo {command}` needs the held-out samples",
+                got="heldout without sources",
+                expected="heldout.sources, a list like corpus.sources",
+                fix="add them; only stage two can do with heldout.url alone",
+            )
         return self.model_copy(
             update={
                 "dump": self.dump.model_copy(update={"url": heldout.url}),

@@ -26,7 +26,7 @@ from storage_schemas.canonical import canonical_json, digest, parse_json, refuse
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.store import Store
-from student_train.metrics import HeldoutResult
+from student_train.metrics import Event, HeldoutResult
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,10 @@ class TrainState(FrozenModel):
     """Where the run went on under other settings."""
     heldout: tuple[HeldoutResult, ...] = ()
     """All evaluations up to this step, oldest first."""
+    supervised_tokens: int = 0
+    """That were trained on up to this step."""
+    told: Event | None = None
+    """The last line of events.jsonl by then, should the run directory be lost."""
 
 
 class FileRecord(FrozenModel):

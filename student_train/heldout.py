@@ -59,8 +59,8 @@ class Heldout:
             The result; None if it was given up.
 
         Raises:
-            DataError: a unit is damaged, or no sample has a target.
-            PeerError: another rank has met an error.
+            DataError: a unit is damaged, no sample has a target, or the loss is not finite.
+            PeerError: another rank has met an error with its data.
         """
         began = time.monotonic()
         rounds = self._rounds(world, vocab_size)
@@ -79,6 +79,13 @@ class Heldout:
                 break
             mine.append([len(batch.targets), *sums_of(batch)])
         everyone = world.gather([value for sums in mine for value in sums]) if mine else []
+        if not all(math.isfinite(value) for values in everyone for value in values):
+            raise DataError(
+                f"the loss on held-out samples is not finite after step {step}",
+                got="NaN or infinity",
+                expected="a finite number for every micro-batch",
+                fix="lower train.learning_rate or train.max_grad_norm, or use fp32",
+            )
         # fsum is exact, so that it does not matter which rank has made which of them.
         sums = [math.fsum(value for values in everyone for value in values[i :: 1 + SUMS]) for i in range(1 + SUMS)]
         return self._result(step, sums, seconds=time.monotonic() - began)

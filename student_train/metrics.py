@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -191,14 +191,16 @@ def _lines(path: Path) -> list[Told]:
 
 
 @contextmanager
-def event_log(path: Path, *, after: int) -> Iterator[Write]:
-    """events.jsonl, without what was logged beyond step `after`: those steps are trained again.
+def event_log(path: Path, *, after: int, evaluated: Collection[int] = ()) -> Iterator[Write]:
+    """events.jsonl, without what was logged beyond step `after` and evaluations of other steps than `evaluated`: those
+    are made again.
 
     Raises:
         TemporaryError: the file cannot be written.
     """
     with _writing(path):
-        lines = [_line(told) for told in _lines(path) if told.step <= after]
+        kept = (told for told in _lines(path) if told.step in evaluated or isinstance(told, Event))
+        lines = [_line(told) for told in kept if told.step <= after]
         publish(path, "".join(lines))
         file = path.open("a", encoding="utf-8")
 
@@ -346,6 +348,7 @@ def reporting(
     name: str,
     monitors: Mapping[str, Callable[[], Any]],
     divergence: str = "forward_kl",
+    evaluated: Collection[int] = (),
     labels: Mapping[str, Any] | None = None,
 ) -> Iterator[Write]:
     """All places that the rank that reports tells of its run, after `start` of `stop` steps; events.jsonl first.
@@ -356,6 +359,7 @@ def reporting(
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.
+        evaluated: steps whose evaluations are known.
         divergence: what the terminal calls the divergence.
         labels: name, project and tags in Weights & Biases, in its own words.
     """
@@ -368,7 +372,7 @@ def reporting(
         trackers[f"DeepSpeed's {section}"] = partial(_monitor, opened)
     console = Console()
     with ExitStack() as stack:
-        writes = [stack.enter_context(event_log(output / EVENTS, after=start))]
+        writes = [stack.enter_context(event_log(output / EVENTS, after=start, evaluated=evaluated))]
         if console.is_terminal:
             writes.append(stack.enter_context(bar(console, start=start, stop=stop, divergence=divergence)))
         else:

@@ -17,6 +17,7 @@ from student_train.config import TrainSection
 from student_train.data.order import Order
 from student_train.heldout import stops_early
 from student_train.metrics import EVENTS, HeldoutResult
+from student_train.model.student import FILES, START
 from student_train.model.student_files import sha256
 from student_train.results.saved import RECORD, read_record
 from student_train.summary import FINAL, SUMMARY, Summary, read_summary
@@ -32,14 +33,11 @@ DECISIVE = (
 """Of the section `train`, what decides the result: all but world size, ZeRO stage, micro-batches, and where and when
 things happen."""
 LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha")
-"""The same, but left out where they have their default, since checkpoints of before do not know them."""
+"""The same; checkpoints of before do not know them, and have the default."""
 FIXED = {
     f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
 }
 """What `train.extend` may not change: the samples of a step and what is trained."""
-FILES, START = "student.files", "student.adapter"
-"""Keys of the student in a checkpoint's identity, compared once it is loaded: `student_files.identity`, and the hash of
-the adapter that it began from."""
 
 
 class Start(NamedTuple):
@@ -70,6 +68,7 @@ def decide(world: World, run: TrainingRun) -> Start:
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", run.train.output, done.steps)
         return Start(run, checkpoint, done)
+    world.on_main(lambda: run.left_behind(step, state.heldout) if step else None)
     changes = _extension(run, state)
     if changes and world.main:
         log.info("from step %d on under other settings: %s; until then: %s", step, changes.after, changes.before)
@@ -79,9 +78,7 @@ def decide(world: World, run: TrainingRun) -> Start:
 
 def identity_of(run: TrainingRun) -> dict[str, Any]:
     """What decides the result of a run: dotted name -> value."""
-    found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in DECISIVE}
-    defaults = {name: TrainSection.model_fields[name].get_default() for name in LATER}
-    found |= {f"train.{n}": value for n in LATER if (value := getattr(run.train, n)) != defaults[n]}
+    found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in (*DECISIVE, *LATER)}
     if run.train.lora:
         lora = run.student.lora.model_dump(mode="json") | {"alpha": run.student.lora.scaled_by}
         found |= {f"student.lora.{name}": value for name, value in lora.items()}
@@ -133,7 +130,7 @@ def _chosen_step(run: TrainingRun) -> int:
 def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
     """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
     checkpoint = run.checkpoints.at(step)
-    known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, START)}
+    known = _known(checkpoint.state)
     changes = _extension(run, checkpoint.state)
     refuse_other_run(known | (changes.after if changes else {}), identity_of(run))
     if step > run.steps:
@@ -165,13 +162,20 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
         )
 
 
+def _known(state: TrainState) -> dict[str, Any]:
+    """A checkpoint's identity, but for what is compared once the student is loaded."""
+    defaults = {f"train.{name}": TrainSection.model_fields[name].get_default() for name in LATER}
+    return defaults | {key: value for key, value in state.identity.items() if key not in (FILES, START)}
+
+
 def _extension(run: TrainingRun, state: TrainState) -> Extension | None:
     """What `train.extend` lets a run change on the way, where the configuration and the checkpoint differ in it."""
+    known = _known(state)
     wanted = {k: v for k, v in identity_of(run).items() if k.startswith(("train.", "loss.")) and k not in FIXED}
-    changed = {key: value for key, value in wanted.items() if key in state.identity and state.identity[key] != value}
+    changed = {key: value for key, value in wanted.items() if key in known and known[key] != value}
     if not changed or not run.train.extend:
         return None
-    return Extension(step=state.step, before={key: state.identity[key] for key in changed}, after=changed)
+    return Extension(step=state.step, before={key: known[key] for key in changed}, after=changed)
 
 
 def consumed_root(dump: Dump, order: Order, step: int) -> str:
@@ -205,13 +209,15 @@ def over(run: TrainingRun, step: int, results: Sequence[HeldoutResult]) -> bool:
 
 def finished(run: TrainingRun, state: TrainState) -> Summary | None:
     """The summary, if the run is done with that state."""
+    if not (run.train.output / FINAL).is_dir():
+        return None
     summary = read_summary(run.train.output)
     # Of another number it is of the time before the run was extended.
     if summary is None or (summary.steps, summary.planned_steps or summary.steps) != (state.step, run.steps):
         return None
     # An evaluation that was cut short may have been made after the checkpoint was written.
     results = summary.heldout or state.heldout
-    if not over(run, state.step, results) or not (run.train.output / FINAL).is_dir():
+    if not over(run, state.step, results):
         return None
     return summary if summary.final_step in (None, run.exported(state.step, results)) else None
 

@@ -45,24 +45,25 @@ def learning_rate(
     """
     if step + 1 == warmup_steps:
         return peak
-    factor = _factor(kind, warmup_steps, total_steps, peak, json.dumps(arguments or {}, sort_keys=True))
-    return peak * factor(step + 1 if step < warmup_steps else min(step, total_steps))
+    try:
+        factor = _factor(kind, warmup_steps, total_steps, peak, json.dumps(arguments or {}, sort_keys=True))
+        return peak * factor(step + 1 if step < warmup_steps else min(step, total_steps))
+    except (TypeError, ValueError) as error:
+        raise MismatchError(
+            f"the schedule {kind} does not take what train.lr_scheduler_kwargs says",
+            got=f"{arguments}: {error}",
+            expected="arguments of that schedule of transformers",
+            fix="correct train.lr_scheduler_kwargs, or choose another train.lr_scheduler_type",
+        ) from error
 
 
 @lru_cache(maxsize=4)
 def _factor(kind: str, warmup_steps: int, total_steps: int, peak: float, arguments: str) -> Callable[[int], float]:
     """What the peak rate is multiplied by before each step, as transformers counts them; `arguments` as JSON."""
+    own = json.loads(arguments)
+    if own and kind.startswith("constant"):  # transformers would take them in silence.
+        raise ValueError("it has no arguments")
     name = "constant_with_warmup" if kind == "constant" else kind
     nothing = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    try:
-        own = json.loads(arguments) or None
-        scheduler: Any = get_scheduler(name, nothing, warmup_steps, total_steps, scheduler_specific_kwargs=own)
-        factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    except (TypeError, ValueError) as error:
-        raise MismatchError(
-            f"the schedule {kind} does not take what train.lr_scheduler_kwargs says",
-            got=f"{arguments}: {error}",
-            expected=f"arguments of transformers' {name} schedule",
-            fix="correct train.lr_scheduler_kwargs, or choose another train.lr_scheduler_type",
-        ) from error
-    return factor
+    scheduler: Any = get_scheduler(name, nothing, warmup_steps, total_steps, scheduler_specific_kwargs=own or None)
+    return scheduler.lr_lambdas[0]  # type: ignore[no-any-return]

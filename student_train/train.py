@@ -32,7 +32,7 @@ from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
 from student_train.results.saved import ADAPTER_WEIGHTS, begin_from
-from student_train.resume import FILES, START, consumed_root, decide, finished, identity_of, over, refuse_other_run
+from student_train.resume import consumed_root, decide, finished, identity_of, over, refuse_other_run
 from student_train.schedule import learning_rate, warmup_of
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
@@ -41,6 +41,7 @@ from student_train.training_run import (
     nothing_usable,
     open_run,
     refuse_early,
+    refuse_unfit_adapter,
     stored_rows,
     weigh,
 )
@@ -91,6 +92,7 @@ def train(
     if heldout is not None and settings.eval_steps:
         seconds = settings.data_wait_seconds
         await_dump(world, heldout, seconds=seconds, stop=stop, early=early, sealed=True)
+    world.on_main(partial(refuse_unfit_adapter, student, settings))
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
     world.on_main(lambda: weigh(opened))
     run, checkpoint, done = decide(world, opened)
@@ -120,18 +122,13 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
         begin_from(learner.module.student, start)
     if not main:
         return learner
-    learner = replace(learner, files=identity(model, revision))
+    adapter = None if start is None else sha256(start / ADAPTER_WEIGHTS)
+    learner = replace(learner, files=identity(model, revision), adapter=adapter)
     if checkpoint is not None:
-        stored, now = checkpoint.state.identity, _identified(run, learner)
+        stored, now = checkpoint.state.identity, learner.identified()
         refuse_other_run({key: stored.get(key) for key in now}, now)
     refuse_other_dump(learner.module.student, model, revision, run.dump)
     return learner
-
-
-def _identified(run: TrainingRun, learner: Student) -> dict[str, Any]:
-    """What identifies the student in a checkpoint, on the main rank."""
-    start = run.student.adapter
-    return {FILES: learner.files, START: None if start is None else sha256(start / ADAPTER_WEIGHTS)}
 
 
 class _Vote(NamedTuple):
@@ -170,6 +167,7 @@ class _Loop:
         self._resumed: int | None
         self._resumed, self._start = (start.step, start.step) if start else (None, 0)
         self._results = list(start.heldout) if start else []
+        self._told, self._supervised = (start.told, start.supervised_tokens) if start else (None, 0)
         self._done = self._saved = self._start
         self._given_up = False
         """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
@@ -227,6 +225,7 @@ class _Loop:
             result = self._engine.step(batches, tokens=supervised, learning_rate=rate)
         except NeoError as error:
             self._world.raise_on_all(error)
+        self._supervised += supervised
         self._meter.add(
             Step(
                 loss=result.loss,
@@ -280,7 +279,8 @@ class _Loop:
     def _evaluate(self) -> bool:
         """Evaluate on the held-out samples, if it is due; whether it was done. Collective.
 
-        What speaks against it makes the ranks leave before the next step, with what was trained.
+        What all ranks have found, such as a damaged unit, makes them leave before the next step, with what was trained.
+        What one rank has met alone in a forward pass ends it as in a step of training.
         """
         run, step, heldout = self._run, self._done, self._run.heldout
         if heldout is None or run.train.eval_steps is None or (step % run.train.eval_steps and step < run.steps):
@@ -304,9 +304,10 @@ class _Loop:
             self._meter.pause(result.seconds)
             if self._write is not None:
                 self._write(result)
-        except PeerError:
-            pass
-        except Exception as caught:
+        except PeerError as error:
+            if error.exit_code == Exit.BUG:
+                raise
+        except NeoError as caught:
             self._trouble = caught
         return not self._given_up
 
@@ -348,9 +349,11 @@ class _Loop:
                     step=done,
                     updates=self._engine.updates,
                     consumed=consumed_root(run.dump, run.order, done),
-                    identity=identity_of(run) | _identified(run, learner),
+                    identity=identity_of(run) | learner.identified(),
                     extended=run.extended,
                     heldout=tuple(self._results),
+                    supervised_tokens=self._supervised,
+                    told=self._told,
                 )
                 initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
                 keep, best_step = run.train.save_total_limit, run.exported(done, self._results)
@@ -367,7 +370,8 @@ class _Loop:
         if self._write is None or self._meter.empty:
             return
         try:
-            self._write(self._meter.event(self._done))
+            self._told = self._meter.event(self._done)
+            self._write(self._told)
         except Exception as caught:
             self._trouble = caught
 
@@ -382,6 +386,7 @@ class _Loop:
             monitors=self._engine.monitors,
             name=f"neo-{_number(str(run.train.output.resolve())):016x}",
             divergence=run.loss.divergence,
+            evaluated={result.step for result in self._results},
             labels={"name": run.train.run_name, "project": run.train.project, "tags": run.train.tags},
         )
 
@@ -438,6 +443,8 @@ class _Loop:
         """`final/`, and then summary.json, on the main rank."""
         run, seconds = self._run, self._meter.seconds
         final, events = run.train.output / FINAL, read_events(run.train.output / EVENTS)
+        if not events and self._told is not None:  # The checkpoints are elsewhere, and this directory is new.
+            events = [self._told]
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
         if (found := identity(run.student.model, run.student.revision)) != self._learner.files:
@@ -447,8 +454,9 @@ class _Loop:
                 expected=self._learner.files,
                 fix="restore its files, then run the same command again; the checkpoint is intact",
             )
-        rows, results = stored_rows(run), {result.step: result for result in self._results}
-        exported = run.exported(self._done, self._results)
+        rows, comparable = stored_rows(run), run.comparable(self._results)
+        results = {result.step: result for result in comparable}
+        exported = run.exported(self._done, comparable)
         evaluation = None
         if run.heldout is not None and {0, exported} <= results.keys():
             evaluation = Evaluation.of(run.heldout.dump.store.url, results[0], results[exported])
@@ -463,7 +471,7 @@ class _Loop:
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],
             ends=span_ends(rows),
         )
-        best_result = best(run.comparable(self._results), run.train.metric_for_best_model)
+        best_result = best(comparable, run.train.metric_for_best_model)
         summary = Summary(
             arm=run.train.arm,
             steps=self._done,
@@ -472,7 +480,7 @@ class _Loop:
             loss=events[-1].loss,
             ce=events[-1].ce,
             kl=events[-1].kl,
-            supervised_tokens=sum(event.supervised_tokens for event in events),
+            supervised_tokens=max(self._supervised, sum(event.supervised_tokens for event in events)),
             tokens_per_second=self._meter.total_tokens / max(1e-9, seconds),
             seconds=seconds,
             data_wait_seconds=self._meter.total_wait,
@@ -485,7 +493,7 @@ class _Loop:
             final=str(final),
             final_record=record,
             extended=run.extended,
-            heldout=tuple(self._results),
+            heldout=tuple(comparable),
             best_step=best_result.step if best_result else None,
             final_step=exported,
             heldout_seconds=self._meter.paused,

@@ -22,6 +22,7 @@ from student_train.metrics import HeldoutResult, refuse_missing_trackers
 from student_train.model.losses import refuse_biased
 from student_train.model.student import refuse_unloadable
 from student_train.results.saved import refuse_other_base
+from student_train.schedule import learning_rate, warmup_of
 from student_train.world import World
 from student_train.zero import deepspeed_config
 
@@ -75,10 +76,24 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     refuse_missing_trackers(train.report_to)
     deepspeed_config(train)
     refuse_unloadable(student.model, student.revision)
-    _refuse_unfit_adapter(student, train)
+    refuse_unfit_adapter(student, train)
+    rates(train, train.max_steps or 1000)
 
 
-def _refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
+def rates(train: TrainSection, steps: int) -> list[float]:
+    """Learning rates of the first step, of those around the end of the warm-up, and of the last step.
+
+    Raises:
+        MismatchError: the schedule does not take the arguments that it is given.
+    """
+    warmup = warmup_of(steps, ratio=train.warmup_ratio, steps=train.warmup_steps)
+    settings: dict[str, Any] = {"total_steps": steps, "warmup_steps": warmup, "peak": train.learning_rate}
+    settings |= {"kind": train.lr_scheduler_type, "arguments": train.lr_scheduler_kwargs}
+    return [learning_rate(step, **settings) for step in sorted({0, min(warmup, steps - 1), steps - 1})]
+
+
+def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
+    """Raise MismatchError if training cannot begin from `student.adapter`, and DataError if that is damaged."""
     if student.adapter is None:
         return
     if not train.lora:
@@ -198,7 +213,6 @@ def open_run(
 ) -> TrainingRun:
     """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
-    _refuse_unfit_adapter(student, train)
     cache = train.cache_dir or train.output / "cache"
     dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
     dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
@@ -216,6 +230,7 @@ def open_run(
         seed=train.seed,
     )
     steps = train.max_steps or order.steps_per_epoch * train.epochs
+    rates(train, steps)
     return TrainingRun(
         dump=dump,
         order=order,

@@ -23,18 +23,18 @@ def converse(models: "Sequence[tuple[str, Chat]]", *, system: str | None, once: 
         settings: of `Chat.reply`.
     """
     told = Console(stderr=True)
-    begun = [{"role": "system", "content": system}] if system else []
-    conversations = [list(begun) for _ in models]
+    first = [{"role": "system", "content": system}] if system else []
+    begun = [first if model.has_template else [] for _, model in models]
+    conversations = [list(messages) for messages in begun]
     for name, model in models:
         if not model.has_template:
             told.print(f"{name} has no chat template: text is continued as it is", highlight=False, soft_wrap=True)
-            conversations = [[] if m is model else c for (_, m), c in zip(models, conversations, strict=True)]
     typed = sys.stdin.isatty() and once is None
     if typed:
         told.print(f"{NEW} begins anew, {LEAVE} or Ctrl-D leaves", highlight=False)
     while (text := once if once is not None else _line(typed)) is not None and text != LEAVE:
         if text == NEW:
-            conversations = [list(begun) for _ in models]
+            conversations = [list(messages) for messages in begun]
         elif text.strip():
             for (name, model), messages in zip(models, conversations, strict=True):
                 if len(models) > 1:

@@ -47,9 +47,9 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
 
 
 def training_report(config: Config, summary: Summary) -> str:
-    """The report of a training that was evaluated meanwhile, where nothing is known of stage one but its dumps."""
+    """The report of a training that was evaluated before and after, where stage one is known by its dumps alone."""
     results = {result.step: result for result in summary.heldout}
-    first, last = results[min(results)], results[summary.final_step or max(results)]
+    first, last = results[0], results[summary.final_step or 0]
     quality = {f"{name}_{when}": getattr(result, field) for when, result in (("before", first), ("after", last))
                for name, field in (("kl", "kl"), ("ce", "ce"), ("top1", "top1_agreement"))}  # fmt: skip
     seconds = summary.seconds + summary.heldout_seconds

@@ -65,7 +65,7 @@ class Chat:
             heard: called with each piece of text as soon as it is known.
 
         Raises:
-            MismatchError: the chat template does not take these turns.
+            MismatchError: the chat template does not take these turns, or they are too long.
         """
         inputs = self._encoded(messages)
         settings: dict[str, Any] = {"do_sample": temperature > 0.0, "max_new_tokens": max_new_tokens}
@@ -78,7 +78,15 @@ class Chat:
             pieces.append(text)
             heard(text)
 
-        self._model.generate(**inputs, **settings, streamer=_Streamer(self._tokenizer, said))
+        try:
+            self._model.generate(**inputs, **settings, streamer=_Streamer(self._tokenizer, said))
+        except IndexError as error:  # Beyond a table of learned positions.
+            raise MismatchError(
+                "the conversation is longer than this model's positions",
+                got=f"{inputs['input_ids'].shape[1]} tokens, and up to {max_new_tokens} of the reply",
+                expected=f"at most {getattr(self._model.config, 'max_position_embeddings', 'its table of positions')}",
+                fix="begin anew, or lower --max-new-tokens",
+            ) from error
         return "".join(pieces)
 
     def _encoded(self, messages: Messages) -> Any:

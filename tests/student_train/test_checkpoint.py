@@ -414,8 +414,13 @@ def test_a_run_goes_on_where_its_disk_is_lost(
     assert run("half", url, stop_after=3)["code"] == 75
     rest = run("elsewhere", url)
     assert rest["code"] == 0, rest["message"]
+    again = run("once more", url)
+    assert again["code"] == 0, again["message"]
     ranks.close()
     assert not (tmp_path / "half" / "checkpoints").exists()
+    assert again["summary"]["loss"] == whole["summary"]["loss"]
+    for name in ("supervised_tokens", "steps"):
+        assert again["summary"][name] == rest["summary"][name] == whole["summary"][name]
     assert 0 < len(rest["events"]) < 6
     assert [event.loss for event in rest["events"]] == [event.loss for event in whole["events"]][-len(rest["events"]) :]
     one, other = (tmp_path / name / "final" / "adapter_model.safetensors" for name in ("whole", "elsewhere"))

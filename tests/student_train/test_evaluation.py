@@ -221,6 +221,33 @@ def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> N
     assert "student.adapter" in other["message"]
 
 
+def test_a_run_may_end_without_evaluating_its_last_step(training: Trainings, folder: Path) -> None:
+    """With evaluations switched off on the way: done, and nothing is said of a quality that nobody has measured."""
+    assert training("switched off", train=EVALUATED, stop_after=3)["code"] == 75
+    rest = training("switched off", train={"max_steps": 6}, heldout=None)
+    assert (rest["code"], rest["summary"]["heldout"], rest["summary"]["final_step"]) == (0, [], 6)
+
+
+def test_schedules_may_change_on_the_way(training: Trainings) -> None:
+    """A run of before there were warm-up steps or arguments of schedules, too."""
+    assert training("extended", heldout=None, train={"max_steps": 4})["code"] == 0
+    other = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}, "warmup_steps": 1}
+    refused = training("extended", heldout=None, train={"max_steps": 6} | other)
+    assert refused["code"] == 78
+    assert "train.lr_scheduler_kwargs" in refused["message"]
+    longer = training("extended", heldout=None, train={"max_steps": 6, "extend": True} | other)
+    assert longer["code"] == 0, longer["message"]
+    wrong = training("wrong schedule", heldout=None, train={"lr_scheduler_kwargs": {"min_lr_rate": 0.5}})
+    assert (wrong["code"], wrong["events"]) == (78, [])
+
+
+def test_a_model_that_has_diverged_is_told(training: Trainings) -> None:
+    """By the evaluation, with what was trained kept."""
+    run = training("diverged", train={"eval_steps": 1, "max_steps": 6, "learning_rate": 1e18, "warmup_ratio": 0.0})
+    assert run["code"] == 65
+    assert "not finite" in run["message"]
+
+
 @pytest.mark.parametrize(
     ("job", "said"),
     [

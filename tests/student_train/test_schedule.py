@@ -79,8 +79,10 @@ def test_warm_up_steps_take_the_place_of_their_share() -> None:
         ("warmup_stable_decay", {}),
         ("polynomial", {"lr_end": 2.0}),
         ("cosine_with_min_lr", {}),
+        ("cosine_with_min_lr", {"min_lr_rate": "0.1"}),
+        ("constant", {"min_lr_rate": 0.1}),
     ],
 )
 def test_arguments_that_a_schedule_does_not_take_are_refused(kind: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(MismatchError, match=r"train.lr_scheduler_kwargs"):
-        learning_rate(0, total_steps=10, warmup_steps=2, kind=kind, peak=1.0, arguments=arguments)
+        [learning_rate(s, total_steps=9, warmup_steps=2, kind=kind, peak=1.0, arguments=arguments) for s in range(9)]
