@@ -100,7 +100,7 @@ def test_training_follows_a_dump_on_a_cluster_that_it_never_meets(clusters: Site
         return teacher.logs() + student.logs()
 
     # Training comes first, and waits.
-    options = [*SMALL, "--gpus-per-node=1", "--time=30", "--signal=TERM@20"]
+    options = [*SMALL, "--gpus-per-node=1", "--time=30", "--signal=TERM@60"]
     training = student.submit(TRAIN, CONFIG, options=options, env=job_environment(READER))
     until(lambda: "waiting for stage one" in student.logs(), all_logs)
     dump = teacher.submit(DUMP, CONFIG, options=[*SMALL, "--array=0-1"], env=job_environment(WRITER))
@@ -121,7 +121,9 @@ def test_training_follows_a_dump_on_a_cluster_that_it_never_meets(clusters: Site
     trained(away + 4)
 
     # The time limit comes: a checkpoint, and the job queues itself again.
-    minutes = int(student.jobs(training)[0]["RunTime"].split(":")[1]) + 1
+    # Limits are whole minutes, and Slurm looks at them every half minute: this one leaves 40 s at least.
+    hours, minutes, seconds = map(int, student.jobs(training)[0]["RunTime"].split(":"))
+    minutes += 60 * hours + (seconds + 40) // 60 + 1
     student.run(["scontrol", "update", f"jobid={training}", f"timelimit={minutes}"])
     until(lambda: student.jobs(training)[0]["Restarts"] == "1", all_logs)
     assert "training was asked to stop" in student.logs()
