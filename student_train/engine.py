@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
 import torch
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
