@@ -84,7 +84,7 @@ def test_every_file_and_make_target_exists() -> None:
         assert (ROOT / name).is_file(), name
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"`make ([a-z-]+)", PAGE)
-    assert set(targets) == {"test-skypilot", "dump-teacher", "train-student"}
+    assert {"test-skypilot", "dump-teacher", "train-student"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
 
