@@ -79,6 +79,9 @@ class StudentSection(FrozenModel):
     """Directory or hub id of the student. It must share the teacher's tokenizer."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    attn_implementation: str | None = None
+    """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
+    model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
     lora: LoraSection = LoraSection()
     """Used by the arms `lora` and `neo`."""
 

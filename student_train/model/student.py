@@ -134,7 +134,8 @@ def load_student(
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
-    base = load_model(student.model, student.revision, dtype=DTYPES[train.precision])
+    dtype, attention = DTYPES[train.precision], student.attn_implementation
+    base = load_model(student.model, student.revision, dtype=dtype, attention=attention)
     base.config.use_cache = False
     model: nn.Module = base
     start: dict[str, Tensor] = {}
@@ -178,21 +179,30 @@ def add_noise(embeddings: nn.Module, alpha: float) -> None:
     embeddings.register_forward_hook(noisy)
 
 
-def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_model(
+    name: str, revision: str | None, *, dtype: torch.dtype | str, attention: str | None = None
+) -> PreTrainedModel:
     """A causal language model, from safetensors alone.
 
+    `attention` is an `attn_implementation` of transformers; None is the model's default.
+
     Raises:
-        MismatchError: there is no such model, it is quantised, or needs code of its own.
+        MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
         DataError: a file of it is torn.
     """
     with _loading(name):
-        refuse_unloadable(name, revision)
+        refuse_unloadable(name, revision, attention)
         return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            name,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
         )
 
 
-def refuse_unloadable(name: str, revision: str | None) -> None:
+def refuse_unloadable(name: str, revision: str | None, attention: str | None = None) -> None:
     """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
     with _loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -204,6 +214,22 @@ def refuse_unloadable(name: str, revision: str | None) -> None:
                 fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
             )
         weight_files(name, revision)
+        if attention is not None:
+            _refuse_attention(name, config, attention)
+
+
+def _refuse_attention(name: str, config: Any, attention: str) -> None:
+    """Raise MismatchError if transformers has no such attention for this model, or what it needs is not installed."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise MismatchError(
+            f"{name} cannot be run with student.attn_implementation: {attention}",
+            got=first_line(error),
+            expected="null, or an attention that is installed and that transformers has for this model, such as eager",
+            fix="correct student.attn_implementation, or install what it needs",
+        ) from error
 
 
 @contextmanager
