@@ -58,7 +58,8 @@ class LoraSection(FrozenModel):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Module names, a regular expression, or `all-linear`: every linear layer but the head."""
+    """Module names, a regular expression, or `all-linear`: every linear layer but the head. Of a mixture of experts
+    that is the experts too, but not the routers (`gate`, `router`), which must be named to be adapted."""
     variant: Literal["lora", "rslora", "dora", "pissa", "moslora"] = "lora"
     """Which LoRA. `rslora` scales by alpha / sqrt(r), `dora` learns magnitudes apart, `pissa` starts from the principal
     components of the weights, `moslora` puts a trained r x r mixer between A and B. Each is saved so that peft alone

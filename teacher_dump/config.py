@@ -79,9 +79,7 @@ class TeacherSection(FrozenModel):
         if self.vllm and self.backend != "vllm":
             raise ValueError(f"`vllm` holds arguments for vLLM's engine, but backend is {self.backend}")
         if self.backend == "vllm" and self.attn_implementation is not None:
-            raise ValueError(
-                "vLLM chooses its attention itself: say it in `vllm`, in its own words, instead of `attn_implementation`"
-            )
+            raise ValueError("vLLM chooses its attention itself: say it in `vllm` instead of `attn_implementation`")
         if self.backend == "vllm" and self.sharding != "none":
             raise ValueError("vLLM shards by itself: set `vllm: {tensor_parallel_size: N}` instead of `sharding`")
         for name, kind in (("max_memory", "device_map"), ("offload_folder", "device_map"), ("offload", "zero3")):
