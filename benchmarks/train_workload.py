@@ -255,6 +255,7 @@ def random_batch(rows: int, tokens: int, *, vocab: int, k: int, seed: int = 0) -
         positions=positions,
         targets=random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),
         tokens=rows * tokens,
+        lengths=torch.full((rows,), tokens),
     )
 
 

@@ -317,7 +317,7 @@ def _student(config: Config) -> Iterator[Finding]:
     if config.train is not None:
         refuse_early(config.student, config.train)
     else:
-        refuse_unloadable(config.student.model, config.student.revision)
+        refuse_unloadable(config.student.model, config.student.revision, config.student.attn_implementation)
     yield Finding(subject="student", state="ok", said=f"{config.student.model}: configuration and weights are there")
 
 

@@ -58,7 +58,8 @@ class LoraSection(FrozenModel):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Module names, a regular expression, or `all-linear`: every linear layer but the head."""
+    """Module names, a regular expression, or `all-linear`: every linear layer but the head. Of a mixture of experts
+    that is the experts too, but not the routers (`gate`, `router`), which must be named to be adapted."""
     variant: Literal["lora", "rslora", "dora", "pissa", "moslora"] = "lora"
     """Which LoRA. `rslora` scales by alpha / sqrt(r), `dora` learns magnitudes apart, `pissa` starts from the principal
     components of the weights, `moslora` puts a trained r x r mixer between A and B. Each is saved so that peft alone
@@ -79,6 +80,9 @@ class StudentSection(FrozenModel):
     """Directory or hub id of the student. It must share the teacher's tokenizer."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    attn_implementation: str | None = None
+    """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
+    model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
     lora: LoraSection = LoraSection()
     """Used by the arms `lora` and `neo`."""
     adapter: LocalFolder | None = None

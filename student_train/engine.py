@@ -48,9 +48,11 @@ class StepResult(NamedTuple):
     """Sums over the supervised tokens of the global batch, the same on every rank."""
 
     loss: float
-    """(1 - alpha) * CE + alpha * T^2 * D."""
+    """(1 - alpha) * CE + alpha * T^2 * D, and the coefficient times `router_aux`."""
     ce: float
     divergence: float
+    router_aux: float
+    """Of a mixture of experts with such a loss, see `RouterLoss`; else 0."""
     grad_norm: float
     """Of the mean loss, before clipping."""
 
@@ -120,8 +122,8 @@ class Engine:
             DataError: the loss or the gradient is not finite; the weights are untouched.
         """
         if not tokens:
-            return StepResult(0, 0, 0, 0)
-        loss, ce, divergence, *_ = self._accumulate(batches, tokens)
+            return StepResult(0, 0, 0, 0, 0)
+        loss, ce, divergence, *_, router_aux = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         finite = all(map(math.isfinite, (loss, ce, divergence)))
@@ -135,7 +137,7 @@ class Engine:
         if not self.updates:
             self._link_moments()
         self.updates += 1
-        return StepResult(loss, ce, divergence, float(self._engine.get_global_grad_norm()))
+        return StepResult(loss, ce, divergence, router_aux, float(self._engine.get_global_grad_norm()))
 
     @torch.no_grad()
     def evaluate(self, batch: TrainBatch, *, temperature: float) -> list[float]:
@@ -195,8 +197,8 @@ class Engine:
         self._engine.destroy()
 
     def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> list[float]:
-        """Gradients of the mean loss per token; the sums of `HeadLoss` over all ranks."""
-        sums = torch.zeros(SUMS, dtype=torch.float64, device=self._world.device)
+        """Gradients of the mean loss per token; the sums of `HeadLoss` and of the routers over all ranks."""
+        sums = torch.zeros(SUMS + 1, dtype=torch.float64, device=self._world.device)
         self.module.train()
         for batch in batches:
             # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
@@ -204,7 +206,7 @@ class Engine:
         return [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
 
     def _backward(self, batch: TrainBatch, factor: float) -> Tensor:
-        """Add the gradients of factor * loss; the sums of `HeadLoss` over the micro-batch."""
+        """Add the gradients of factor * loss; the sums that `Distilled` gives over the micro-batch."""
         loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
         self._engine.backward(loss * factor, scale_wrt_gas=False)
         return parts  # type: ignore[no-any-return]

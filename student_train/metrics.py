@@ -37,7 +37,8 @@ class Event(FrozenModel):
     epoch: float
     """Passes over the dump done."""
     loss: float
-    """(1 - alpha) * CE + alpha * T^2 * KL per supervised token, nats, as in `ce` and `kl`."""
+    """(1 - alpha) * CE + alpha * T^2 * KL per supervised token, nats, as in `ce` and `kl`; and `router_aux` times its
+    coefficient."""
     ce: float
     """Cross-entropy."""
     kl: float
@@ -54,6 +55,8 @@ class Event(FrozenModel):
     """Of these steps: how long the slowest rank waited for data."""
     eta_seconds: float
     """Estimated time to the last step."""
+    router_aux: float | None = None
+    """Auxiliary loss of a mixture of experts, without its coefficient; absent for other students."""
 
 
 PREFIX = "eval_"
@@ -102,6 +105,8 @@ class Step(NamedTuple):
     """Seconds that the slowest rank waited for data."""
     learning_rate: float
     grad_norm: float
+    router_aux: float = 0.0
+    """Sum over its supervised tokens; 0 for a student without one."""
 
 
 class Meter:
@@ -155,6 +160,7 @@ class Meter:
             tokens_per_second=sum(step.tokens for step in steps) / max(1e-9, self._since - since),
             data_wait_seconds=sum(step.wait for step in steps),
             eta_seconds=(self.seconds + self.paused) / max(1, done - self._first) * (self._stop - done),
+            router_aux=sum(step.router_aux for step in steps) / max(1, supervised) or None,
         )
 
 
@@ -169,7 +175,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 def _line(told: Told) -> str:
-    fields = told.model_dump()
+    fields = told.model_dump(exclude_none=isinstance(told, Event))
     if isinstance(told, HeldoutResult):
         fields = {name if name == "step" else f"{PREFIX}{name}": value for name, value in fields.items()}
     return json.dumps(fields) + "\n"

@@ -26,7 +26,8 @@ from student_train.data.stream import Follower, Stream
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
-from student_train.model.student import Student, load_student, refuse_other_dump
+from student_train.model.adapter import left_out
+from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
 from student_train.model.student_files import identity, sha256
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
@@ -124,6 +125,8 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
         return learner
     adapter = None if start is None else sha256(start / ADAPTER_WEIGHTS)
     learner = replace(learner, files=identity(model, revision), adapter=adapter)
+    if run.train.lora and (left := left_out(causal_of(learner.module.student), run.student.lora)):
+        log.info("student.lora.target_modules: all-linear leaves out the routers: %s", ", ".join(left))
     if checkpoint is not None:
         stored, now = checkpoint.state.identity, learner.identified()
         refuse_other_run({key: stored.get(key) for key in now}, now)
@@ -231,6 +234,7 @@ class _Loop:
                 loss=result.loss,
                 ce=result.ce,
                 kl=result.divergence,
+                router_aux=result.router_aux,
                 supervised=supervised,
                 tokens=int(sum(vote.tokens for vote in votes)),
                 wait=max(vote.wait for vote in votes),

@@ -75,7 +75,7 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     """Raise what training would end in whatever the dump is, before anybody waits or pays for one."""
     refuse_missing_trackers(train.report_to)
     deepspeed_config(train)
-    refuse_unloadable(student.model, student.revision)
+    refuse_unloadable(student.model, student.revision, student.attn_implementation)
     refuse_unfit_adapter(student, train)
     rates(train, train.max_steps or 1000)
 

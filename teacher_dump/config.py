@@ -38,6 +38,9 @@ class TeacherSection(FrozenModel):
     """Compute dtype of the forward pass. Statistics are always taken in float32 or better."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """Which engine runs the teacher. `vllm` needs the extra of that name and makes only `topk` targets at T = 1."""
+    attn_implementation: str | None = None
+    """transformers' name of its attention: `sdpa`, `eager`, `flash_attention_2`, ... Null: the model's own default. If
+    set, it is part of the dump's identity, as vLLM's choice is."""
     vllm: dict[str, Any] = {}
     """More arguments of vLLM's engine, e.g. `{tensor_parallel_size: 4, gpu_memory_utilization: 0.8}`."""
     vllm_check_samples: int = Field(8, ge=0)
@@ -75,6 +78,8 @@ class TeacherSection(FrozenModel):
     def _backend_takes_them(self) -> "TeacherSection":
         if self.vllm and self.backend != "vllm":
             raise ValueError(f"`vllm` holds arguments for vLLM's engine, but backend is {self.backend}")
+        if self.backend == "vllm" and self.attn_implementation is not None:
+            raise ValueError("vLLM chooses its attention itself: say it in `vllm` instead of `attn_implementation`")
         if self.backend == "vllm" and self.sharding != "none":
             raise ValueError("vLLM shards by itself: set `vllm: {tensor_parallel_size: N}` instead of `sharding`")
         for name, kind in (("max_memory", "device_map"), ("offload_folder", "device_map"), ("offload", "zero3")):

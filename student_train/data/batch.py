@@ -86,10 +86,16 @@ class TrainBatch(_Tensors):
     """Of the supervised tokens, sample by sample."""
     tokens: int
     """Tokens in `input_ids` that are not padding."""
+    lengths: Int64[Tensor, " batch"]
+    """Tokens of each row that are not padding; 1 for a filler."""
 
     def select(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "n hidden"]:
         """Hidden states of the supervised tokens, in the targets' order."""
         return hidden.flatten(0, 1).index_select(0, self.positions)
+
+    def mask(self) -> Bool[Tensor, "batch seq"]:
+        """False for padding."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
 def collate(
@@ -147,6 +153,7 @@ def collate(
         positions=torch.from_numpy(at.logits),
         targets=targets,
         tokens=tokens,
+        lengths=torch.from_numpy(np.full(1, seq) if packed or not used else lengths),
     )
 
 

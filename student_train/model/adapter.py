@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.suggest import did_you_mean
@@ -41,6 +46,9 @@ EXTRA = {
 }  # fmt: skip
 """Arguments of LoraConfig that `student.lora.extra` may hold: they leave base weights, head and embeddings as they are,
 need no pass over the data, and are saved as a plain adapter."""
+
+ROUTERS = {"gate", "router", "router_gate"}
+"""What transformers calls the modules that choose experts for a token; no dense model has a module of these names."""
 
 _NOT_TAKEN = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
 """What peft raises for arguments that it cannot use."""
@@ -106,16 +114,45 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
     config = lora_config(lora)
     torch.manual_seed(seed)
     try:
+        _leave_out_routers(base, lora, config)
         model = get_peft_model(base, config)
     except _NOT_TAKEN as error:
         raise _not_taken(error) from error
     _refuse_head(model)
     if lora.variant == "pissa":
+        _refuse_experts(model)
         shapes = {name: p.shape for name, p in _factors(model)}
         _subtract(model, _principal_factors(model) if initial is None else dict(exactly(initial.items(), shapes)))
     if lora.variant == "moslora":
         _mix(model, lora.extra)
     return model
+
+
+def left_out(base: nn.Module, lora: LoraSection) -> list[str]:
+    """Names of the modules that `all-linear` does not adapt: what chooses the experts of a mixture."""
+    if str(lora.target_modules).lower() != "all-linear":
+        return []
+    return [n for n, m in base.named_modules() if n.rpartition(".")[2] in ROUTERS and not isinstance(m, LoraLayer)]
+
+
+def _leave_out_routers(base: nn.Module, lora: LoraSection, config: LoraConfig) -> None:
+    """Take them out of what peft makes of `all-linear`. Names of `extra.target_parameters` stay."""
+    if not left_out(base, lora):
+        return
+    # Experts and routers that are parameters, not linear layers, are known to peft by name.
+    convert_peft_config_for_transformers(config, base, get_model_conversion_mapping(base))
+    named = set(lora.extra.get("target_parameters") or ())
+    parameters = set(config.target_parameters or ())
+    config.target_parameters = {name for name in parameters if name in named or not _routes(name)} or None
+    if isinstance(config.target_modules, str):
+        head = base.get_output_embeddings()  # type: ignore[operator]
+        linear = ((name, m) for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
+        config.target_modules = {name for name, _ in linear if not _routes(name)}
+
+
+def _routes(name: str) -> bool:
+    """Whether a module or parameter is a router, or a part of one."""
+    return not ROUTERS.isdisjoint(name.split("."))
 
 
 def initial_factors(model: PeftModel, lora: LoraSection) -> dict[str, Tensor]:
@@ -229,6 +266,17 @@ def _refuse_head(model: PeftModel) -> None:
                 expected="adapters on the layers in between",
                 fix="take them out of student.lora.target_modules: fused head and plain adapter rest on frozen ones",
             )
+
+
+def _refuse_experts(model: PeftModel) -> None:
+    """Raise MismatchError where `pissa` would have to decompose what is not one matrix."""
+    if name := next((name for name, layer in _lora_layers(model) if isinstance(layer, ParamWrapper)), None):
+        raise MismatchError(
+            "student.lora.variant: pissa decomposes linear layers, and the adapter is on other parameters too",
+            got=name,
+            expected="linear layers",
+            fix="name student.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj], or choose another variant",
+        )
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:

@@ -21,8 +21,9 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
-from student_train.model.student_files import weight_files
+from student_train.model.student_files import refuse_attention, weight_files
 from student_train.model.tokenizers import refuse_tokenizer
 
 log = logging.getLogger(__name__)
@@ -85,11 +86,24 @@ class Distilled(nn.Module):
         # In a list, since the student already owns it.
         self._causal = [causal_of(student)]
         self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
+        self.router_loss = RouterLoss.of(self._causal[0])
 
     def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
-        """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64."""
-        hidden = self._hidden(batch.input_ids, batch.position_ids)
-        return self.head(batch.select(hidden), batch)  # type: ignore[no-any-return]
+        """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64.
+
+        While training, the loss of a mixture of experts holds that of its routers, see `RouterLoss`; what this was,
+        without its coefficient, stands behind the other sums, and is 0 for other models.
+        """
+        states = self._states(batch.input_ids, batch.position_ids)
+        loss, parts = self.head(batch.select(states.last_hidden_state), batch)
+        if not self.training:
+            return loss, parts
+        routers = loss.new_zeros(())
+        # On a filler too, with weight 0: ZeRO-3 hangs unless all ranks do the same backward pass.
+        if self.router_loss is not None:
+            routers = self.router_loss(states.router_logits, batch.mask()) * len(batch.targets)
+            loss = loss + self.router_loss.coefficient * routers
+        return loss, torch.cat([loss.detach().double()[None], parts[1:], routers.detach().double()[None]])
 
     @torch.no_grad()
     def logits(
@@ -105,9 +119,11 @@ class Distilled(nn.Module):
         return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self._states(input_ids, position_ids).last_hidden_state  # type: ignore[no-any-return]
+
+    def _states(self, input_ids: Tensor, position_ids: Tensor) -> Any:
         # Without a mask and a cache, transformers keeps apart what position ids say is apart.
-        body = body_of(self._causal[0], role="student")
-        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return body_of(self._causal[0], role="student")(input_ids=input_ids, position_ids=position_ids, use_cache=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +158,8 @@ def load_student(
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
-    base = load_model(student.model, student.revision, dtype=DTYPES[train.precision])
+    dtype, attention = DTYPES[train.precision], student.attn_implementation
+    base = load_model(student.model, student.revision, dtype=dtype, attention=attention)
     base.config.use_cache = False
     model: nn.Module = base
     start: dict[str, Tensor] = {}
@@ -186,21 +203,26 @@ def add_noise(embeddings: nn.Module, alpha: float) -> None:
     embeddings.register_forward_hook(noisy)
 
 
-def load_model(name: str, revision: str | None, *, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_model(
+    name: str, revision: str | None, *, dtype: torch.dtype | str, attention: str | None = None
+) -> PreTrainedModel:
     """A causal language model, from safetensors alone.
 
+    `attention` is an `attn_implementation` of transformers; None is the model's default.
+
     Raises:
-        MismatchError: there is no such model, it is quantised, or needs code of its own.
+        MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
         DataError: a file of it is torn.
     """
     with _loading(name):
-        refuse_unloadable(name, revision)
+        refuse_unloadable(name, revision, attention)
         return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            attn_implementation=attention,
+        )  # fmt: skip
 
 
-def refuse_unloadable(name: str, revision: str | None) -> None:
+def refuse_unloadable(name: str, revision: str | None, attention: str | None = None) -> None:
     """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
     with _loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -212,6 +234,8 @@ def refuse_unloadable(name: str, revision: str | None) -> None:
                 fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
             )
         weight_files(name, revision)
+        if attention is not None:
+            refuse_attention(name, config, attention)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The files of the student: where they lie, that they are whole, and what identifies them."""
+"""The files of the student: where they lie, that they are whole, what identifies them and what runs them."""
 
 import hashlib
 import json
@@ -6,12 +6,15 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from storage_schemas.canonical import digest, parse_json
-from storage_schemas.common.errors import DataError
+from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.common.hashes import file_state
 
 UNTOLD = ("_name_or_path", "transformers_version")
@@ -95,3 +98,17 @@ def _weight_map(index: str) -> dict[str, str]:
             fix="do not use this model",
         )  # fmt: skip
     return names
+
+
+def refuse_attention(name: str, config: Any, attention: str) -> None:
+    """Raise MismatchError if transformers has no such attention for this model, or what it needs is not installed."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise MismatchError(
+            f"{name} cannot be run with student.attn_implementation: {attention}",
+            got=first_line(error),
+            expected="null, or an attention that is installed and that transformers has for this model, such as eager",
+            fix="correct student.attn_implementation, or install what it needs",
+        ) from error

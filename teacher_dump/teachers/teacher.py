@@ -154,7 +154,24 @@ class Teacher:
                 raise self._unloadable(error) from error
             except (ValueError, RuntimeError) as error:  # May depend on where the weights will be.
                 log.debug("%s", error)
+        self._refuse_attention()
         _ = self.device
+
+    def _refuse_attention(self) -> None:
+        """Raise MismatchError if transformers has no such attention for this model, or what it needs is missing."""
+        if (attention := self.section.attn_implementation) is None:
+            return
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(self.config, attn_implementation=attention, trust_remote_code=False)
+        except (ValueError, ImportError) as error:
+            raise MismatchError(
+                f"{self.section.model} cannot be run with teacher.attn_implementation: {attention}",
+                got=first_line(error),
+                expected="null, or an attention that is installed and that transformers has for this model, such as "
+                "eager",
+                fix="correct teacher.attn_implementation, or install what it needs",
+            ) from error
 
     def load_model(self) -> Any:
         """The weights, from safetensors alone."""
@@ -173,12 +190,17 @@ class Teacher:
     def read_weights(self, **options: Any) -> Any:
         """The model as transformers reads it, with options that say where to put it."""
         dtype = getattr(torch, self.section.dtype)
-        return self.from_pretrained(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **options)
+        attention = self.section.attn_implementation
+        return self.from_pretrained(
+            AutoModelForCausalLM, dtype=dtype, use_safetensors=True, attn_implementation=attention, **options
+        )
 
     @property
     def engine(self) -> EngineIdentity:
-        """The software that runs it."""
-        return EngineIdentity(name=self.section.backend, arguments={})
+        """The software that runs it, and the attention if one is asked for: models may differ by more than rounding."""
+        attention = self.section.attn_implementation
+        arguments = {} if attention is None else {"attn_implementation": attention}
+        return EngineIdentity(name=self.section.backend, arguments=arguments)
 
     def made_by(self) -> MadeBy:
         """Where it lies and what it runs with."""

@@ -17,10 +17,10 @@ from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import DumpSection
 from student_train.checkpoint import TrainState
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.model.student import load_model
+from student_train.model.student import causal_of, load_model
 from student_train.resume import FILES, consumed_root, identity_of, open_checkpoint
 from student_train.train import _student
-from student_train.training_run import TrainingRun, open_run
+from student_train.training_run import TrainingRun, open_run, refuse_early
 
 
 def run_of(folder: Path, **lora: Any) -> TrainingRun:
@@ -72,6 +72,33 @@ def with_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[1] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("attention", "says"),
+    [("sdap", "is not supported"), ("flash_attention_2", "FlashAttention2"), ("a/kernel", "kernels")],
+)
+def test_an_attention_that_is_not_there_is_refused_before_a_dump_is_awaited(
+    attention: str, says: str, tmp_path: Path
+) -> None:
+    """Exit 78 with its setting: one that nobody has, one that is not installed, and a kernel of the hub."""
+    student = StudentSection(model=str(save_student(tmp_path / "student")), attn_implementation=attention)
+    with pytest.raises(MismatchError, match=r"student\.attn_implementation: ") as error:
+        refuse_early(student, train_section(tmp_path / "run"))
+    assert says in str(error.value.got)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_passed_on_and_no_other_run(attention: str, folder: Path, tmp_path: Path) -> None:
+    """It changes the rounding, not what is trained."""
+    section = StudentSection(model=str(save_student(tmp_path / "student")), lora=LoraSection(r=4))
+    chosen = section.model_copy(update={"attn_implementation": attention})
+    runs = [
+        open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"), {})
+        for student in (section, chosen)
+    ]
+    assert identity_of(runs[0]) == identity_of(runs[1])
+    assert causal_of(_student(runs[1], None, main=True).module.student).config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("name", ["../mine.safetensors", "/etc/passwd", "a/b.safetensors", "pytorch_model.bin"])

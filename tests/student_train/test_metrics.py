@@ -191,7 +191,7 @@ def lost_and_found(output: Path, kind: str) -> None:
         config, name = {"alpha": 0.9}, "one-run"
         with reporting(output, [kind], start=start, stop=4, config=config, name=name, monitors={}) as write:
             for number in steps:
-                write(some_event(number, loss=number + start / 10))
+                write(some_event(number, loss=number + start / 10, router_aux=1.0))
         time.sleep(1.1)  # W&B names a start by the second; attempts of a real run never share one.
 
 

@@ -297,3 +297,35 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path: Path, monkeypatch: pyte
 def test_an_unknown_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"teacher\.device"):
         _ = teacher_of(save_teacher(tmp_path), device="warp:9").model
+
+
+def test_an_attention_is_passed_on_and_known_by_its_name_where_it_is_asked_for(tmp_path: Path) -> None:
+    """Only there: dumps that name none keep their identity."""
+    folder, sample = save_teacher(tmp_path), sample_of(20)
+    default = teacher_of(folder)
+    (expected,) = ask(default, [sample])
+    assert default.engine.arguments == {}
+    for attention in ("eager", "sdpa"):
+        teacher = teacher_of(folder, attn_implementation=attention)
+        teacher.refuse_unloadable()
+        (found,) = ask(teacher, [sample])
+        assert teacher.model.config._attn_implementation == attention
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=LOGPROB)
+        assert teacher.engine.arguments == {"attn_implementation": attention}
+        assert teacher.identity == default.identity
+
+
+@pytest.mark.parametrize(
+    ("attention", "says"), [("sdap", "is not supported"), ("flash_attention_2", "FlashAttention2")]
+)
+def test_an_attention_that_is_not_there_is_refused_without_weights(attention: str, says: str, tmp_path: Path) -> None:
+    teacher = teacher_of(save_teacher(tmp_path), attn_implementation=attention)
+    with pytest.raises(MismatchError, match=r"teacher\.attn_implementation: ") as error:
+        teacher.refuse_unloadable()
+    assert says in str(error.value.got)
+    assert "model" not in vars(teacher), "the weights were loaded"
+
+
+def test_vllm_takes_no_attention_of_transformers() -> None:
+    with pytest.raises(ValueError, match="vLLM chooses its attention itself"):
+        TeacherSection(model="any", backend="vllm", attn_implementation="eager")
