@@ -40,6 +40,7 @@ from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.head import SUMS
 from student_train.model.student import Distilled
+from student_train.optimizer import ClippedAdamW, adamw
 from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
 
@@ -93,14 +94,8 @@ class Engine:
         self.module = module
         """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
         self._trained = module.trained()
-        adam = (torch.optim.AdamW if train.zero_stage else _ClippedAdamW)(
-            parameter_groups(self._trained, weight_decay=train.weight_decay, ratio=train.loraplus_lr_ratio or 1.0),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            fused=True,
-        )
-        if isinstance(adam, _ClippedAdamW):
+        adam = adamw(self._trained, train)
+        if isinstance(adam, ClippedAdamW):
             config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm
         try:
             for name, section in monitors(train.deepspeed).items():
@@ -264,47 +259,6 @@ class Engine:
         if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-class _ClippedAdamW(torch.optim.AdamW):
-    """For stage 0, where DeepSpeed tells no gradient norm and judges nothing: gradients are whole, equal on every
-    rank, and measured, judged and clipped here. The attributes are those that DeepSpeed reads from its own optimizers.
-    """
-
-    max_grad_norm = 0.0
-    """0: no clipping."""
-    overflow = False
-    """Whether the last step was left out, because a gradient was not finite."""
-    _global_grad_norm = 0.0
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step, if the gradients are finite."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        self._global_grad_norm = float(norm)
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
-            return
-        if self.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        super().step(closure)
-
-
-def parameter_groups(
-    named: Sequence[tuple[str, nn.Parameter]], *, weight_decay: float, ratio: float
-) -> list[dict[str, Any]]:
-    """Parameters by what AdamW does with them: one group for each pair of decay and learning rate that there is.
-
-    Args:
-        named: trained parameters.
-        weight_decay: of matrices; vectors, that is norms, biases and DoRA's magnitudes, have none.
-        ratio: learning rate of an adapter's matrices B over that of all else (LoRA+, arXiv 2402.12354).
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((decay, ratio if "lora_B" in name else 1.0), []).append(parameter)
-    return [{"params": group, "weight_decay": decay, "lr_ratio": times} for (decay, times), group in groups.items()]
 
 
 def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> None:

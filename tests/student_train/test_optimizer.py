@@ -8,10 +8,10 @@ import torch
 from dense import plain_student
 from support.distributed import run_ranks
 from support.rounding import GRADIENT
-from support.tiny_student import tiny_llama, write_dump_and_students
+from support.tiny_student import tiny_llama
 
-from student_train.engine import parameter_groups
 from student_train.model.student import DTYPES, add_noise
+from student_train.optimizer import parameter_groups
 
 RATE, DECAY, RATIO = 1e-2, 0.5, 4.0
 Case = tuple[str, int, str]
@@ -30,15 +30,9 @@ def settings(arm: str, stage: int, precision: str = "fp32") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump and two students."""
-    return write_dump_and_students(tmp_path_factory.mktemp("optimizer"))
-
-
-@pytest.fixture(scope="module")
 def results(folder: Path) -> dict[Case, dict[str, Any]]:
     """Two steps of each case."""
-    cases = [{"model": str(folder / "tied-False"), "train": settings(*case), "steps": 2} for case in CASES]
+    cases = [{"model": str(folder / "student"), "train": settings(*case), "steps": 2} for case in CASES]
     found = run_ranks("support.engine_jobs:run_cases", 2, dump=str(folder / "dump"), cases=cases)[0]
     return dict(zip(CASES, found, strict=True))
 
@@ -48,7 +42,7 @@ def test_first_update_is_adams(case: Case, folder: Path, results: dict[Case, dic
     """In float64 from Adam's own moments: w (1 - rate * decay) - rate * m / (sqrt(v) + eps), with rate and decay of its
     group."""
     arm, state = case[0], results[case]["first"]
-    plain = plain_student(str(folder / "tied-False"), lora=arm == "neo")
+    plain = plain_student(str(folder / "student"), lora=arm == "neo")
     kinds = {"vector": 0, "B": 0, "matrix": 0}
     for name, start in plain.named_parameters():
         if not start.requires_grad:
@@ -71,7 +65,7 @@ def test_resumed_at_another_stage(arm: str, folder: Path, results: dict[Case, di
     """From the state after one step at another stage: the second step is that of the run that was never stopped."""
     cases = [
         {
-            "model": str(folder / "tied-False"),
+            "model": str(folder / "student"),
             "train": settings(arm, stage),
             "first": 1,
             "state": results[arm, 0, "fp32"]["first"],
