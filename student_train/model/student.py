@@ -86,7 +86,7 @@ class Distilled(nn.Module):
         # In a list, since the student already owns it.
         self._causal = [causal_of(student)]
         self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
-        self.router_loss = RouterLoss.of(self._causal[0])
+        self.router_loss: RouterLoss | None = None
 
     def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
         """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64.
@@ -176,6 +176,7 @@ def load_student(
         add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
     minimised = loss if train.distils else loss.model_copy(update={"alpha": 0.0})
     module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens)
+    module.router_loss = RouterLoss.of(base)
     if train.packing:
         refuse_mixed_samples(module)
     return Student(module=module, initial=start)
