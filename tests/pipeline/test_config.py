@@ -129,7 +129,6 @@ BOUNDS = [
     ("corpus.mask", "user"),
     ("corpus.too_long", "split"),
     ("heldout.url", "s3://bucket/run-a/"),
-    ("heldout.sources", []),
     ("student.model", None),
     ("student.lora.r", 0),
     ("student.lora.alpha", 0),
@@ -375,3 +374,11 @@ def test_names_of_other_trainers_are_translated(file: Path) -> None:
     assert "did you mean train.micro_batch_size?" in problems(file, "train.per_device_train_batch_size=3")
     assert "did you mean student.lora.r?" in problems(file, "student.lora.rank=8")
     assert "must be a list" in problems(file, "temperatures=2")
+
+
+def test_the_students_cluster_names_the_held_out_dump_alone(file: Path) -> None:
+    """Its samples are the teacher's business, which says so when it needs them."""
+    found = load_config(file, ["heldout.sources=[]"])
+    assert found.heldout is not None
+    with pytest.raises(MismatchError, match="needs the held-out samples"):
+        found.heldout_config()
