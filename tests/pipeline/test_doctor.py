@@ -111,7 +111,7 @@ def test_without_a_compiler_deepspeed_builds_nothing(tmp_path: Path) -> None:
         ({"RANK": "3", "WORLD_SIZE": "8"}, "warning", "`dump` is worker 3 of 8, by torchrun"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "warning", "`dump` is worker 1 of 2, by Slurm"),
         (
-            {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "RANK": "3", "WORLD_SIZE": "8"},
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "RANK": "3", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"},
             "warning",
             "torchrun says 3 of 8; Slurm says 0 of 1; `dump` is worker 3 of 8, by torchrun; `train` is node 0 of 1; "
             "they disagree",

@@ -60,6 +60,8 @@ def test_a_process_that_is_killed_is_an_error_and_not_a_wait() -> None:
 
 
 def test_leaving_ends_what_is_running() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Libraries that other tests use may set another.
+
     def work() -> None:
         with pooled(slow, processes=2) as mapped:
             for _ in mapped(range(10)):
@@ -70,6 +72,7 @@ def test_leaving_ends_what_is_running() -> None:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         work()
+    signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 20
 
 
