@@ -110,9 +110,9 @@ class Checkpoint:
         name = f"{store.url}/{_folder(step)}/{COMMIT}"
         content = parse_json(store.get(f"{_folder(step)}/{COMMIT}"), name=name)
         refuse_other_version(content, name=name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
-        self.commit = validated(Commit, without_checksum(content, name=name, fix=_RESTORE), name=name)
-        record = next((record for record in self.commit.files if record.kind == "state"), None)
-        if record is None or self.commit.step != step:
+        self._commit = validated(Commit, without_checksum(content, name=name, fix=_RESTORE), name=name)
+        record = next((record for record in self._commit.files if record.kind == "state"), None)
+        if record is None or self._commit.step != step:
             raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
         state = parse_json(self._read(record), name=record.name)
         refuse_other_version(state, name=record.name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
@@ -124,7 +124,7 @@ class Checkpoint:
         Raises:
             DataError: a file is torn, tampered with or missing.
         """
-        for record in self.commit.files:
+        for record in self._commit.files:
             if record.kind in kinds:
                 try:
                     loaded = safetensors.torch.load(self._read(record))
@@ -138,7 +138,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Read every file. Raises DataError."""
-        for record in self.commit.files:
+        for record in self._commit.files:
             self._read(record)
 
     def _read(self, record: FileRecord) -> bytes:

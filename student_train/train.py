@@ -34,13 +34,13 @@ from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
 from student_train.results.saved import ADAPTER_WEIGHTS, begin_from
 from student_train.resume import consumed_root, decide, finished, identity_of, over, refuse_other_run
-from student_train.schedule import learning_rate, warmup_of
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
     await_dump,
     nothing_usable,
     open_run,
+    rate_of,
     refuse_early,
     refuse_unfit_adapter,
     stored_rows,
@@ -213,14 +213,7 @@ class _Loop:
     def _train(self, batches: Sequence[TrainBatch], votes: Sequence[_Vote], step: int) -> None:
         train = self._run.train
         supervised = int(sum(vote.supervised for vote in votes))
-        rate = learning_rate(
-            step,
-            total_steps=self._run.steps,
-            warmup_steps=warmup_of(self._run.steps, ratio=train.warmup_ratio, steps=train.warmup_steps),
-            kind=train.lr_scheduler_type,
-            peak=train.learning_rate,
-            arguments=train.lr_scheduler_kwargs,
-        )
+        rate = rate_of(train, step, total_steps=self._run.steps)
         # Dropout must not depend on what was drawn before the last start.
         torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))
         faults.point("train:step")

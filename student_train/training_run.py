@@ -77,19 +77,26 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     deepspeed_config(train)
     refuse_unloadable(student.model, student.revision, student.attn_implementation)
     refuse_unfit_adapter(student, train)
-    rates(train, train.max_steps or 1000)
+    refuse_unfit_schedule(train, train.max_steps or 1000)
 
 
-def rates(train: TrainSection, steps: int) -> list[float]:
-    """Learning rates of the first step, of those around the end of the warm-up, and of the last step.
+def rate_of(train: TrainSection, step: int, *, total_steps: int) -> float:
+    """Learning rate of an optimizer step. Raises MismatchError if the schedule does not take its arguments."""
+    return learning_rate(
+        step,
+        total_steps=total_steps,
+        warmup_steps=warmup_of(total_steps, ratio=train.warmup_ratio, steps=train.warmup_steps),
+        kind=train.lr_scheduler_type,
+        peak=train.learning_rate,
+        arguments=train.lr_scheduler_kwargs,
+    )
 
-    Raises:
-        MismatchError: the schedule does not take the arguments that it is given.
-    """
+
+def refuse_unfit_schedule(train: TrainSection, steps: int) -> None:
+    """Raise MismatchError if the schedule does not take its arguments, which some tell after the warm-up alone."""
     warmup = warmup_of(steps, ratio=train.warmup_ratio, steps=train.warmup_steps)
-    settings: dict[str, Any] = {"total_steps": steps, "warmup_steps": warmup, "peak": train.learning_rate}
-    settings |= {"kind": train.lr_scheduler_type, "arguments": train.lr_scheduler_kwargs}
-    return [learning_rate(step, **settings) for step in sorted({0, min(warmup, steps - 1), steps - 1})]
+    for step in {0, min(warmup, steps - 1), steps - 1}:
+        rate_of(train, step, total_steps=steps)
 
 
 def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
@@ -230,7 +237,7 @@ def open_run(
         seed=train.seed,
     )
     steps = train.max_steps or order.steps_per_epoch * train.epochs
-    rates(train, steps)
+    refuse_unfit_schedule(train, steps)
     return TrainingRun(
         dump=dump,
         order=order,
