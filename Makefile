@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-clusters
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-clusters
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,6 +76,10 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VLLM)/requirements.txt \
 	    --editable . pytest pytest-timeout
 	touch $@
+
+test-gpu: $(DEV)  ## What needs a GPU: numbers against the CPU's, all stages, little memory (some tests need two GPUs)
+	DS_ACCELERATOR=cuda OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	    $(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
 
 test-vllm: $(VLLM)/.installed  ## The vLLM backend on vLLM's real CPU engine, in an environment of its own (3.7 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR \

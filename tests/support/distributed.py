@@ -96,11 +96,10 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240, **argumen
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a rank's process runs under: the CPU, one thread, no network, modules of the tests."""
+    """What a rank's process runs under: the device of the tests, one thread, no network, modules of the tests."""
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     return os.environ | {
         "PYTHONPATH": path,
-        "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         **more,

@@ -133,7 +133,7 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
         steps.append((result.loss / tokens, result.ce / tokens, result.divergence / tokens, result.grad_norm))
         if step == first:
             first_state = dict(engine.export())
-    probe = engine.module.eval().logits(torch.arange(6)[None]).float()
+    probe = engine.module.eval().logits(torch.arange(6, device=world.device)[None]).float().cpu()
     result = {"steps": steps, "first": first_state, "last": dict(engine.export()), "probe": probe}
     engine.close()
     return result if world.main else {"steps": steps, "last": result["last"]}

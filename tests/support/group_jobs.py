@@ -17,7 +17,7 @@ def targets(
     estimator: Estimator,
 ) -> list[tuple[int, list[list[Targets | None]]]]:  # fmt: skip
     """Per case, a teacher section: elements of the weights that this rank holds, and the leader's targets."""
-    group = Group.join(rank, world_size, rank, device="cpu", rendezvous=rendezvous)
+    group = Group.join(rank, world_size, rank, device=cases[0].get("device", "cpu"), rendezvous=rendezvous)
     found = []
     for case in cases:
         teacher = GroupTeacher(TeacherSection.model_validate({"dtype": "float32"} | case), group)

@@ -1,0 +1,477 @@
+"""Both stages on one GPU, beside what transformers, peft and TRL do there: `make bench-gpu`. Ten minutes at most.
+
+Models have the shapes of Llama-3.1-8B (teacher) and Llama-3.2-1B (student) and random weights, in bfloat16; samples are
+random tokens, the last 60 % of each supervised. Nothing is downloaded. Writes runs/bench/gpu.json, and prints a table:
+tokens per second (all tokens that go through the model), share of the rate of a large matrix product (`ceiling`, taken
+in the same run) that the arithmetic of the models reaches, and peak memory.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK
+from storage_schemas.provenance import TeacherIdentity
+from storage_schemas.reader import Dump
+from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.data.batch import TrainBatch, collate
+from student_train.engine import join
+from student_train.metrics import EVENTS, read_events
+from student_train.model.student import load_student
+from student_train.train import train
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+from teacher_dump.dump import run_dump
+from teacher_dump.teachers.teacher import Teacher
+
+OUT, SCRATCH = Path("runs/bench/gpu.json"), Path("runs/bench/gpu")
+VOCAB, TOKENS, SUPERVISED = 128256, 512, 307
+BATCH_TOKENS = 32768
+"""Of stage one."""
+MICRO, ROWS = 32, 64
+"""Samples of a micro-batch and of a step of stage two."""
+RANK, ALPHA = 128, 0.9
+SHAPES: dict[str, dict[str, Any]] = {
+    "teacher": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+    "student": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+ESTIMATORS: dict[str, Estimator] = {
+    "topk, k=64": TopK(k=64, mass=1.0),
+    "adaptive": Adaptive(kind="adaptive", mass=0.9, k_min=1, k_max=64, tail_draws=16),
+    "sampled, 50 draws": Sampled(kind="sampled", draws=50),
+}
+Rows = dict[str, float]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--tiny", action="store_true", help="two layers of 64: to try the benchmark itself")
+    parser.add_argument("--samples", type=int, default=768, help="samples that each estimator is dumped on")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    if not torch.cuda.is_available():
+        raise SystemExit(f"no GPU that torch {torch.__version__} can use")
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    for role in ("teacher", "student"):
+        save_shape(SCRATCH / role, SHAPES["tiny" if arguments.tiny else role])
+    rows: Rows = {"ceiling: bf16 matrix product, TFLOP/s": ceiling() / 1e12}
+    for name in arguments.only:
+        began = time.monotonic()
+        rows |= SECTIONS[name](arguments, rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=2) + "\n")
+    packages = ("torch", "transformers", "peft", "deepspeed", *(["trl"] if find_spec("trl") else []))
+    print(f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(f"{TOKENS} tokens per sample, {SUPERVISED} supervised; rank {RANK}\n\n| | value |\n|---|---:|")
+    for name, value in rows.items():
+        print(f"| {name} | {value:,.0f} |" if value >= 1000 else f"| {name} | {value:.3g} |")
+
+
+def save_shape(folder: Path, shape: dict[str, Any]) -> None:
+    """A model's folder, its file of weights empty."""
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=8192, eos_token_id=1, bos_token_id=0, **shape)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    save_file({}, folder / "model.safetensors")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(folder)
+
+
+def random_model(folder: Path) -> Any:
+    """A model of that shape, on the GPU in bfloat16."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
+
+
+def ceiling() -> float:
+    """FLOP/s of a large matrix product of bfloat16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / statistics.median(seconds(lambda: a @ b, times=20)[5:])
+
+
+def seconds(work: Callable[[], Any], *, times: int) -> list[float]:
+    """How long it takes, each time."""
+    found = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Weights of the linear layers, without the LM head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+
+
+def attention(config: Any) -> float:
+    """FLOP of attention's two products per token, forward, half of which the causal mask leaves."""
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return float(2 * config.num_hidden_layers * width * TOKENS)
+
+
+class RandomTeacher(Teacher):
+    """A teacher whose weights are made, not read."""
+
+    def load_model(self) -> Any:
+        """They are made on the GPU."""
+        return random_model(self.files.folder)
+
+    def refuse_unloadable(self) -> None:
+        """There are no files to refuse."""
+
+    @property
+    def identity(self) -> TeacherIdentity:  # type: ignore[override]
+        """Not that of any files."""
+        return TeacherIdentity(
+            config_sha256="0" * 64, weights_sha256={}, dtype="bfloat16", lm_head_rows=self.lm_head_rows
+        )
+
+
+def corpus(samples: int) -> CorpusSection:
+    """Random samples."""
+    path = SCRATCH / f"corpus-{samples}.jsonl"
+    ids = torch.randint(2, VOCAB, (samples, TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
+    mask = [False] * (TOKENS - SUPERVISED) + [True] * SUPERVISED
+    path.write_text("".join(json.dumps({"input_ids": row, "loss_mask": mask}) + "\n" for row in ids))
+    return CorpusSection(sources=[SourceSection(path=str(path))], max_length=TOKENS)
+
+
+def stage_one(arguments: argparse.Namespace, rows: Rows) -> Rows:
+    """Whole dumps, everything included from the first batch to the last commit, beside bare forward passes."""
+    section = TeacherSection(model=str(SCRATCH / "teacher"), dtype="bfloat16", batch_tokens=BATCH_TOKENS)
+    teacher = RandomTeacher(section)
+    model, found = teacher.model, Rows()
+    config = model.config
+    head = config.hidden_size * VOCAB * SUPERVISED / TOKENS
+    flop = 2 * linear_weights(model) + 2 * head + attention(config)
+    ids = torch.randint(2, VOCAB, (BATCH_TOKENS // TOKENS, TOKENS), device="cuda")
+
+    @torch.inference_mode()
+    def body() -> None:
+        model.model(input_ids=ids, use_cache=False)
+
+    @torch.inference_mode()
+    def naive() -> None:
+        part = ids[: len(ids) // 4]
+        logits = model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False).logits
+        logits.float().log_softmax(-1).topk(64)
+
+    found["stage one: the body's forward alone, tokens/s"] = ids.numel() / statistics.median(seconds(body, times=5)[1:])
+    torch.cuda.reset_peak_memory_stats()
+    found["stage one: forward, log_softmax and topk of all logits (transformers), tokens/s"] = (
+        ids.numel() / 4 / statistics.median(seconds(naive, times=5)[1:])
+    )
+    base = sum(p.numel() * p.element_size() for p in model.parameters())
+    found["stage one: the same, GiB above the weights, at a quarter of the batch"] = (
+        torch.cuda.max_memory_allocated() - base
+    ) / 2**30
+    shutil.rmtree(SCRATCH / "warm", ignore_errors=True)
+    run_dump(
+        dump=DumpSection(url=str(SCRATCH / "warm")), teacher=teacher, corpus=corpus(64), estimator=TopK(k=8, mass=1.0)
+    )
+    for name, estimator in ESTIMATORS.items():
+        torch.cuda.reset_peak_memory_stats()
+        url = SCRATCH / f"dump-{estimator.kind}"
+        given = {"corpus": corpus(arguments.samples), "estimator": estimator}
+        told = run_dump(dump=DumpSection(url=str(url), samples_per_unit=256), teacher=teacher, **given)
+        rate = told.tokens_per_second or 0.0
+        found[f"stage one, {name}: tokens/s"] = rate
+        found[f"stage one, {name}: share of the ceiling"] = rate * flop / 1e12 / rows[next(iter(rows))]
+        found[f"stage one, {name}: GiB above the weights"] = (torch.cuda.max_memory_allocated() - base) / 2**30
+    for layer in model.model.layers:
+        layer.compile()
+    body()
+    found["stage one: the body's forward alone, layers compiled, tokens/s"] = ids.numel() / statistics.median(
+        seconds(body, times=5)[1:]
+    )
+    return found
+
+
+def student_folder() -> Path:
+    """The student's weights on disk, as training reads them."""
+    folder = SCRATCH / "student"
+    if (folder / "model.safetensors").stat().st_size < 1000:
+        random_model(folder).save_pretrained(folder)
+    return folder
+
+
+def dumped(samples: int) -> Path:
+    """A dump of the teacher's tokenizer: that of stage one, or of a tiny teacher where stage one is not run."""
+    url = SCRATCH / "dump-topk"
+    if not (url / "SEALED.json").exists():
+        save_shape(SCRATCH / "stand-in", SHAPES["tiny"])
+        section = TeacherSection(model=str(SCRATCH / "stand-in"), dtype="bfloat16", batch_tokens=BATCH_TOKENS)
+        given = {"corpus": corpus(samples), "estimator": ESTIMATORS["topk, k=64"]}
+        run_dump(dump=DumpSection(url=str(url), samples_per_unit=256), teacher=RandomTeacher(section), **given)
+    return url
+
+
+def sections(output: Path, **changes: Any) -> dict[str, Any]:
+    """Of `train`."""
+    settings: dict[str, Any] = {
+        "global_batch_size": ROWS, "micro_batch_size": MICRO, "precision": "bf16", "zero_stage": 2, "logging_steps": 1,
+        "save_steps": 10**6, "warmup_ratio": 0.0, "epochs": 100,
+    }  # fmt: skip
+    return {
+        "student": StudentSection(model=str(student_folder()), lora=LoraSection(r=RANK)),
+        "loss": LossSection(alpha=ALPHA),
+        "settings": TrainSection(output=output, **(settings | changes)),
+    }
+
+
+def stage_two(arguments: argparse.Namespace, rows: Rows) -> Rows:
+    """`train` as `llm-neo train` runs it, on one rank."""
+    found = Rows()
+    url = dumped(arguments.samples)
+    world = join(0, 1, 0, rendezvous=f"file://{(SCRATCH / 'rendezvous').absolute()}")
+    config = AutoConfig.from_pretrained(student_folder())
+    cases: dict[str, dict[str, Any]] = {
+        "ZeRO-2": {},
+        "ZeRO-3": {"zero_stage": 3},
+        "ZeRO-2, gradient checkpointing": {"gradient_checkpointing": True},
+    }
+    for name, changes in cases.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        output = SCRATCH / f"run-{name}"
+        train(world, DumpSection(url=str(url)), **sections(output, max_steps=12, **changes))
+        rates = [event.tokens_per_second for event in read_events(output / EVENTS)][4:]
+        waits = [event.data_wait_seconds for event in read_events(output / EVENTS)][4:]
+        found[f"stage two, {name}: tokens/s"] = rate = statistics.median(rates)
+        found[f"stage two, {name}: share of a step that waits for data"] = sum(waits) / (
+            len(waits) * ROWS * TOKENS / rate
+        )
+        found[f"stage two, {name}: peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        if name == "ZeRO-2":
+            flop = step_flop(config)
+            found[f"stage two, {name}: share of the ceiling"] = rate * flop / 1e12 / rows[next(iter(rows))]
+    world.close()
+    return found
+
+
+def step_flop(config: Any) -> float:
+    """FLOP per token that a step needs: forward, gradients of activations, and of the adapter's weights alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    body = linear_weights(model)
+    head = model.get_output_embeddings()
+    adapter = sum(RANK * sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return 4 * body + 6 * adapter + 4 * config.hidden_size * VOCAB * SUPERVISED / TOKENS + 3 * attention(config)
+
+
+def rivals(arguments: argparse.Namespace, rows: Rows) -> Rows:
+    """A step on one micro-batch: Neo, LoRA fine-tuning, distillation with the teacher beside the student; in turn."""
+    dump = Dump.open(str(dumped(arguments.samples)))
+    unit = dump.read_unit(0)
+    batch = collate([unit.row(i) for i in range(MICRO)], temperature_index=0, temperature=1.0, vocab_size=VOCAB)
+    found = Rows()
+    made: dict[str, Callable[[], float]] = {}
+    for name, make in CONTENDERS.items():
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step = make(dump, batch.to("cuda"))
+            step()
+            step()
+            found[f"step of {name}: peak GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            made[name] = step
+        except Exception as error:
+            print(f"{name} is left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(6):
+        for name in list(made)[:: -1 if turn % 2 else 1]:
+            times[name] += seconds(made[name], times=2)
+    for name, taken in times.items():
+        found[f"step of {name}: tokens/s"] = batch.tokens / statistics.median(taken)
+    for name in list(made)[1:]:
+        found[f"step of Neo / {name}"] = statistics.median(times["Neo"]) / statistics.median(times[name])
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        made["Neo"]()
+        torch.cuda.synchronize()
+    kernels = [event for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in kernels)
+    found["step of Neo: kernels"] = sum(event.count for event in kernels)
+    found["step of Neo: the GPU's busy seconds"] = total / 1e6
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:14]:
+        print(f"  {event.self_device_time_total / total:6.1%} {event.count:5d} {event.key[:110]}", flush=True)
+    return found
+
+
+def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer of every contender."""
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
+
+
+def neo(dump: Dump, batch: TrainBatch, *, compiled: bool = False) -> Callable[[], float]:
+    """Stored targets and the fused head; no teacher."""
+    given = sections(SCRATCH / "unused")
+    module = load_student(given["student"], given["loss"], given["settings"], dump.provenance).module
+    module.cuda().to(torch.bfloat16).train()
+    if compiled:
+        for layer in module.student.get_base_model().model.layers:
+            layer.compile()
+    optimizer = adam(module.parameters())
+
+    def step() -> float:
+        loss = module(batch)[0] / len(batch.targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def neo_compiled(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
+    """The same, each decoder layer compiled."""
+    return neo(dump, batch, compiled=True)
+
+
+def plain_student() -> Any:
+    """The student and its adapter by transformers and peft, as people have it: base in bfloat16, adapter in fp32."""
+    base = AutoModelForCausalLM.from_pretrained(student_folder(), dtype=torch.bfloat16).cuda()
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(base, config).train()
+
+
+def plain_inputs(batch: TrainBatch) -> dict[str, Tensor]:
+    """The batch as transformers takes it: labels are -100 where nothing is supervised."""
+    labels = torch.full_like(batch.input_ids, -100).flatten()
+    labels[batch.positions + 1] = batch.targets.labels
+    mask = torch.ones_like(batch.input_ids)
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "labels": labels.view_as(batch.input_ids)}
+
+
+def sft(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
+    """LoRA fine-tuning on labels."""
+    model, inputs = plain_student(), plain_inputs(batch)
+    optimizer = adam(model.parameters())
+
+    def step() -> float:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def online_kd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
+    """The teacher runs in every step; CE and the full KL on the logits of the supervised positions."""
+    model, teacher, inputs = (
+        plain_student(),
+        random_model(SCRATCH / "teacher").requires_grad_(False),
+        plain_inputs(batch),
+    )
+    labels = inputs.pop("labels")
+    optimizer = adam(model.parameters())
+    supervised = labels[:, 1:] != -100
+    wanted = labels[:, 1:][supervised]
+
+    def step() -> float:
+        with torch.no_grad():
+            theirs = teacher(**inputs, use_cache=False).logits[:, :-1][supervised].float().log_softmax(-1)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(**inputs, use_cache=False).logits[:, :-1][supervised]
+        ours = logits.float().log_softmax(-1)
+        ce = nn.functional.nll_loss(ours, wanted)
+        kl = nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        loss = (1 - ALPHA) * ce + ALPHA * kl
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def trl_gkd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
+    """The step of TRL's GKDTrainer, off-policy (lmbda 0) with the forward KL (beta 0); it has no CE of its own."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    settings: dict[str, Any] = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "max_steps": 1000, "report_to": []}
+    settings |= {"output_dir": str(SCRATCH / "gkd"), "bf16": True, "gradient_checkpointing": False}
+    trainer = GKDTrainer(
+        model=plain_student(),
+        teacher_model=random_model(SCRATCH / "teacher").requires_grad_(False),
+        args=GKDConfig(per_device_train_batch_size=MICRO, **settings),
+        train_dataset=Dataset.from_list([{"messages": []}]),
+        processing_class=AutoTokenizer.from_pretrained(SCRATCH / "teacher"),
+    )
+    inputs, model = plain_inputs(batch), trainer.model.train()
+    optimizer = adam(model.parameters())
+
+    def step() -> float:
+        trainer.training_step(model, dict(inputs), num_items_in_batch=torch.tensor(len(batch.targets)))
+        optimizer.step()
+        optimizer.zero_grad()
+        return float("nan")
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[Dump, TrainBatch], Callable[[], float]]] = {
+    "Neo": neo,
+    "Neo, layers compiled": neo_compiled,
+    "LoRA SFT of transformers + peft": sft,
+    "online-teacher KD": online_kd,
+}
+if find_spec("trl"):
+    CONTENDERS["TRL GKD"] = trl_gkd
+SECTIONS: dict[str, Callable[[argparse.Namespace, Rows], Rows]] = {
+    "one": stage_one,
+    "two": stage_two,
+    "rivals": rivals,
+}
+
+
+if __name__ == "__main__":
+    main()
