@@ -10,11 +10,13 @@ import argparse
 import gc
 import json
 import logging
+import os
 import shutil
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,14 +32,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from transformers.utils.logging import disable_progress_bar
 
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK
+from storage_schemas.logits import compile_layers
 from storage_schemas.provenance import TeacherIdentity
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
-from student_train.model.student import load_student
+from student_train.model.student import causal_of, load_student
 from student_train.train import train
+from student_train.world import World
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.dump import run_dump
 from teacher_dump.teachers.teacher import Teacher
@@ -68,7 +72,10 @@ ESTIMATORS: dict[str, Estimator] = {
     "adaptive": Adaptive(kind="adaptive", mass=0.9, k_min=1, k_max=64, tail_draws=16),
     "sampled, 50 draws": Sampled(kind="sampled", draws=50),
 }
-Rows = dict[str, float]
+CEILING, RATE = "ceiling: bf16 matrix product, TFLOP/s", ": tokens/s"
+FLOP: dict[str, float] = {}
+"""Per token, of what has a rate whose share of the ceiling is shown: name -> arithmetic that it cannot do without."""
+Rows = Iterator[tuple[str, float]]
 
 
 def main() -> None:
@@ -86,15 +93,20 @@ def main() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
     for role in ("teacher", "student"):
         save_shape(SCRATCH / role, SHAPES["tiny" if arguments.tiny else role])
-    rows: Rows = {"ceiling: bf16 matrix product, TFLOP/s": ceiling() / 1e12}
-    for name in arguments.only:
+    rows = {CEILING: ceiling() / 1e12}
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    for section in arguments.only:
         began = time.monotonic()
-        rows |= SECTIONS[name](arguments, rows)
+        for name, value in SECTIONS[section](arguments):
+            rows[name] = value
+            if name.endswith(RATE) and name.removesuffix(RATE) in FLOP:
+                of_ceiling = value * FLOP[name.removesuffix(RATE)] / 1e12 / rows[CEILING]
+                rows[name.removesuffix(RATE) + ": share of the ceiling"] = of_ceiling
+            print(f"{name}: {value:.5g}", flush=True)
+            OUT.write_text(json.dumps(rows, indent=2) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=2) + "\n")
+        print(f"{section}: {time.monotonic() - began:.0f} s", flush=True)
     packages = ("torch", "transformers", "peft", "deepspeed", *(["trl"] if find_spec("trl") else []))
     print(f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in packages)}")
     print(f"{TOKENS} tokens per sample, {SUPERVISED} supervised; rank {RANK}\n\n| | value |\n|---|---:|")
@@ -179,19 +191,16 @@ def corpus(samples: int) -> CorpusSection:
     return CorpusSection(sources=[SourceSection(path=str(path))], max_length=TOKENS)
 
 
-def stage_one(arguments: argparse.Namespace, rows: Rows) -> Rows:
-    """Whole dumps, everything included from the first batch to the last commit, beside bare forward passes."""
-    section = TeacherSection(model=str(SCRATCH / "teacher"), dtype="bfloat16", batch_tokens=BATCH_TOKENS)
-    teacher = RandomTeacher(section)
-    model, found = teacher.model, Rows()
-    config = model.config
-    head = config.hidden_size * VOCAB * SUPERVISED / TOKENS
-    flop = 2 * linear_weights(model) + 2 * head + attention(config)
-    ids = torch.randint(2, VOCAB, (BATCH_TOKENS // TOKENS, TOKENS), device="cuda")
+def random_teacher() -> RandomTeacher:
+    """The teacher as stage one has it."""
+    return RandomTeacher(TeacherSection(model=str(SCRATCH / "teacher"), dtype="bfloat16", batch_tokens=BATCH_TOKENS))
 
-    @torch.inference_mode()
-    def body() -> None:
-        model.model(input_ids=ids, use_cache=False)
+
+def stage_one(arguments: argparse.Namespace) -> Rows:
+    """Whole dumps, everything included from the first batch to the last commit, beside bare forward passes."""
+    teacher = random_teacher()
+    model = teacher.model
+    ids = torch.randint(2, VOCAB, (BATCH_TOKENS // TOKENS, TOKENS), device="cuda")
 
     @torch.inference_mode()
     def naive() -> None:
@@ -199,35 +208,55 @@ def stage_one(arguments: argparse.Namespace, rows: Rows) -> Rows:
         logits = model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False).logits
         logits.float().log_softmax(-1).topk(64)
 
-    found["stage one: the body's forward alone, tokens/s"] = ids.numel() / statistics.median(seconds(body, times=5)[1:])
+    yield from body_alone(model, ids, "stage one: the body's forward alone")
     torch.cuda.reset_peak_memory_stats()
-    found["stage one: forward, log_softmax and topk of all logits (transformers), tokens/s"] = (
-        ids.numel() / 4 / statistics.median(seconds(naive, times=5)[1:])
+    yield (
+        "stage one: forward, log_softmax and topk of all logits, by transformers: tokens/s",
+        ids.numel() / 4 / statistics.median(seconds(naive, times=5)[1:]),
     )
-    base = sum(p.numel() * p.element_size() for p in model.parameters())
-    found["stage one: the same, GiB above the weights, at a quarter of the batch"] = (
-        torch.cuda.max_memory_allocated() - base
-    ) / 2**30
-    shutil.rmtree(SCRATCH / "warm", ignore_errors=True)
-    run_dump(
-        dump=DumpSection(url=str(SCRATCH / "warm")), teacher=teacher, corpus=corpus(64), estimator=TopK(k=8, mass=1.0)
-    )
+    yield "stage one: the same, GiB above the weights, at a quarter of the batch", peak_above(model)
     for name, estimator in ESTIMATORS.items():
+        yield from dumps(teacher, f"stage one, {name}", estimator, arguments.samples)
+
+
+def stage_one_compiled(arguments: argparse.Namespace) -> Rows:
+    """The same with the decoder layers compiled."""
+    teacher = random_teacher()
+    compile_layers(teacher.model, partial(torch.compile, dynamic=True), role="teacher")
+    ids = torch.randint(2, VOCAB, (BATCH_TOKENS // TOKENS, TOKENS), device="cuda")
+    yield from body_alone(teacher.model, ids, "stage one, compiled: the body's forward alone")
+    yield from dumps(teacher, "stage one, compiled, topk, k=64", ESTIMATORS["topk, k=64"], arguments.samples)
+
+
+def body_alone(model: Any, ids: Tensor, name: str) -> Rows:
+    """The hidden states of a full batch."""
+
+    @torch.inference_mode()
+    def body() -> None:
+        model.model(input_ids=ids, use_cache=False)
+
+    yield f"{name}: tokens/s", ids.numel() / statistics.median(seconds(body, times=5)[1:])
+
+
+def dumps(teacher: RandomTeacher, name: str, estimator: Estimator, samples: int) -> Rows:
+    """A dump, after a short one that pays for what is done once."""
+    config = teacher.model.config
+    head = config.hidden_size * VOCAB * SUPERVISED / TOKENS
+    FLOP[name] = 2 * linear_weights(teacher.model) + 2 * head + attention(config)
+    for count in (64, samples):
         torch.cuda.reset_peak_memory_stats()
         url = SCRATCH / f"dump-{estimator.kind}"
-        given = {"corpus": corpus(arguments.samples), "estimator": estimator}
+        shutil.rmtree(url, ignore_errors=True)
+        given = {"corpus": corpus(count), "estimator": estimator}
         told = run_dump(dump=DumpSection(url=str(url), samples_per_unit=256), teacher=teacher, **given)
-        rate = told.tokens_per_second or 0.0
-        found[f"stage one, {name}: tokens/s"] = rate
-        found[f"stage one, {name}: share of the ceiling"] = rate * flop / 1e12 / rows[next(iter(rows))]
-        found[f"stage one, {name}: GiB above the weights"] = (torch.cuda.max_memory_allocated() - base) / 2**30
-    for layer in model.model.layers:
-        layer.compile()
-    body()
-    found["stage one: the body's forward alone, layers compiled, tokens/s"] = ids.numel() / statistics.median(
-        seconds(body, times=5)[1:]
-    )
-    return found
+    yield f"{name}: tokens/s", told.tokens_per_second or 0.0
+    yield f"{name}: GiB above the weights", peak_above(teacher.model)
+
+
+def peak_above(model: nn.Module) -> float:
+    """GiB, since the peak was last reset."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (torch.cuda.max_memory_allocated() - weights) / 2**30
 
 
 def student_folder() -> Path:
@@ -262,35 +291,42 @@ def sections(output: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def stage_two(arguments: argparse.Namespace, rows: Rows) -> Rows:
+@cache
+def world() -> World:
+    """One rank."""
+    return join(0, 1, 0, rendezvous=f"file://{(SCRATCH / 'rendezvous').absolute()}")
+
+
+def stage_two(arguments: argparse.Namespace) -> Rows:
     """`train` as `llm-neo train` runs it, on one rank."""
-    found = Rows()
+    yield from trained(arguments, "stage two, ZeRO-2")
+    yield from trained(arguments, "stage two, ZeRO-2, gradient checkpointing", gradient_checkpointing=True)
+    yield from trained(arguments, "stage two, ZeRO-3", zero_stage=3)
+
+
+def stage_two_compiled(arguments: argparse.Namespace) -> Rows:
+    """The same with the decoder layers compiled."""
+    yield from trained(arguments, "stage two, compiled, ZeRO-2", compile=True)
+    checkpointing = {"gradient_checkpointing": True, "compile": True}
+    yield from trained(arguments, "stage two, compiled, ZeRO-2, gradient checkpointing", **checkpointing)
+
+
+def trained(arguments: argparse.Namespace, name: str, **changes: Any) -> Rows:
+    """Ten steps."""
     url = dumped(arguments.samples)
-    world = join(0, 1, 0, rendezvous=f"file://{(SCRATCH / 'rendezvous').absolute()}")
-    config = AutoConfig.from_pretrained(student_folder())
-    cases: dict[str, dict[str, Any]] = {
-        "ZeRO-2": {},
-        "ZeRO-3": {"zero_stage": 3},
-        "ZeRO-2, gradient checkpointing": {"gradient_checkpointing": True},
-    }
-    for name, changes in cases.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        output = SCRATCH / f"run-{name}"
-        train(world, DumpSection(url=str(url)), **sections(output, max_steps=12, **changes))
-        rates = [event.tokens_per_second for event in read_events(output / EVENTS)][4:]
-        waits = [event.data_wait_seconds for event in read_events(output / EVENTS)][4:]
-        found[f"stage two, {name}: tokens/s"] = rate = statistics.median(rates)
-        found[f"stage two, {name}: share of a step that waits for data"] = sum(waits) / (
-            len(waits) * ROWS * TOKENS / rate
-        )
-        found[f"stage two, {name}: peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        if name == "ZeRO-2":
-            flop = step_flop(config)
-            found[f"stage two, {name}: share of the ceiling"] = rate * flop / 1e12 / rows[next(iter(rows))]
-    world.close()
-    return found
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    output = SCRATCH / f"run-{name}"
+    train(world(), DumpSection(url=str(url)), **sections(output, max_steps=10, **changes))
+    events = read_events(output / EVENTS)[3:]
+    if not changes.get("gradient_checkpointing"):
+        FLOP[name] = step_flop(AutoConfig.from_pretrained(student_folder()))
+    rate = statistics.median(event.tokens_per_second for event in events)
+    yield f"{name}: tokens/s", rate
+    wait = sum(event.data_wait_seconds for event in events)
+    yield f"{name}: share of a step that waits for data", wait / (len(events) * ROWS * TOKENS / rate)
+    yield f"{name}: peak GiB", torch.cuda.max_memory_allocated() / 2**30
 
 
 def step_flop(config: Any) -> float:
@@ -303,12 +339,11 @@ def step_flop(config: Any) -> float:
     return 4 * body + 6 * adapter + 4 * config.hidden_size * VOCAB * SUPERVISED / TOKENS + 3 * attention(config)
 
 
-def rivals(arguments: argparse.Namespace, rows: Rows) -> Rows:
+def rivals(arguments: argparse.Namespace) -> Rows:
     """A step on one micro-batch: Neo, LoRA fine-tuning, distillation with the teacher beside the student; in turn."""
     dump = Dump.open(str(dumped(arguments.samples)))
     unit = dump.read_unit(0)
     batch = collate([unit.row(i) for i in range(MICRO)], temperature_index=0, temperature=1.0, vocab_size=VOCAB)
-    found = Rows()
     made: dict[str, Callable[[], float]] = {}
     for name, make in CONTENDERS.items():
         try:
@@ -317,7 +352,7 @@ def rivals(arguments: argparse.Namespace, rows: Rows) -> Rows:
             step = make(dump, batch.to("cuda"))
             step()
             step()
-            found[f"step of {name}: peak GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            yield f"step of {name}: peak GiB", (torch.cuda.max_memory_allocated() - before) / 2**30
             made[name] = step
         except Exception as error:
             print(f"{name} is left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -326,19 +361,20 @@ def rivals(arguments: argparse.Namespace, rows: Rows) -> Rows:
         for name in list(made)[:: -1 if turn % 2 else 1]:
             times[name] += seconds(made[name], times=2)
     for name, taken in times.items():
-        found[f"step of {name}: tokens/s"] = batch.tokens / statistics.median(taken)
+        yield f"step of {name}: tokens/s", batch.tokens / statistics.median(taken)
     for name in list(made)[1:]:
-        found[f"step of Neo / {name}"] = statistics.median(times["Neo"]) / statistics.median(times[name])
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        made["Neo"]()
-        torch.cuda.synchronize()
-    kernels = [event for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    total = sum(event.self_device_time_total for event in kernels)
-    found["step of Neo: kernels"] = sum(event.count for event in kernels)
-    found["step of Neo: the GPU's busy seconds"] = total / 1e6
-    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:14]:
-        print(f"  {event.self_device_time_total / total:6.1%} {event.count:5d} {event.key[:110]}", flush=True)
-    return found
+        yield f"step of Neo / {name}", statistics.median(times["Neo"]) / statistics.median(times[name])
+    for name in ("Neo", "Neo, layers compiled"):
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            made[name]()
+            torch.cuda.synchronize()
+        kernels = [event for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        total = sum(event.self_device_time_total for event in kernels)
+        yield f"step of {name}: kernels", sum(event.count for event in kernels)
+        yield f"step of {name}: seconds that the GPU is busy", total / 1e6
+        print(f"{name}: kernels by their share of the GPU's time", flush=True)
+        for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]:
+            print(f"  {event.self_device_time_total / total:6.1%} {event.count:5d} {event.key[:100]}", flush=True)
 
 
 def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
@@ -352,8 +388,7 @@ def neo(dump: Dump, batch: TrainBatch, *, compiled: bool = False) -> Callable[[]
     module = load_student(given["student"], given["loss"], given["settings"], dump.provenance).module
     module.cuda().to(torch.bfloat16).train()
     if compiled:
-        for layer in module.student.get_base_model().model.layers:
-            layer.compile()
+        compile_layers(causal_of(module.student), partial(torch.compile, dynamic=True), role="train")
     optimizer = adam(module.parameters())
 
     def step() -> float:
@@ -437,6 +472,7 @@ def trl_gkd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
     from transformers import AutoTokenizer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    os.environ.pop("LOCAL_RANK", None)  # By which it would take this for one process of many.
     settings: dict[str, Any] = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "max_steps": 1000, "report_to": []}
     settings |= {"output_dir": str(SCRATCH / "gkd"), "bf16": True, "gradient_checkpointing": False}
     trainer = GKDTrainer(
@@ -466,9 +502,11 @@ CONTENDERS: dict[str, Callable[[Dump, TrainBatch], Callable[[], float]]] = {
 }
 if find_spec("trl"):
     CONTENDERS["TRL GKD"] = trl_gkd
-SECTIONS: dict[str, Callable[[argparse.Namespace, Rows], Rows]] = {
+SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "one": stage_one,
+    "one-compiled": stage_one_compiled,
     "two": stage_two,
+    "two-compiled": stage_two_compiled,
     "rivals": rivals,
 }
 

@@ -1,5 +1,6 @@
 """What a causal language model does between its LM head and its logits; teacher and student read it from one place."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 from storage_schemas.common.errors import MismatchError
@@ -99,3 +100,29 @@ def body_of(model: Any, *, role: str) -> Any:
         expected="a body that gives hidden states, and a head",
         fix=f"choose another {role}",
     )
+
+
+def compile_layers(model: Any, compiled: Callable[[Any], Any], *, role: str) -> None:
+    """Compile the forward pass of each decoder layer, once it is called, by `compiled`.
+
+    Not that of the whole body: it would be handed a mask, with which attention is not the fast causal kernel.
+
+    Args:
+        model: without peft's wrapper; its layers are known by the names of classes that transformers keeps with it.
+        compiled: makes a faster function of one, such as `torch.compile`.
+        role: section of the configuration, for the message.
+
+    Raises:
+        MismatchError: there are no such names.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise MismatchError(
+            f"{type(model).__name__} cannot be compiled layer by layer",
+            got="no names of decoder layers",
+            expected="a model that transformers can split over devices",
+            fix=f"set {role}.compile: false",
+        )
+    for layer in layers:
+        layer.forward = compiled(layer.forward)

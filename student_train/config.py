@@ -162,6 +162,10 @@ class TrainSection(FrozenModel):
     """Clip the global gradient norm to this; 0: never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each decoder layer (torch.compile): on GPUs a step takes a quarter less time and less memory, after about
+    a minute at the start. Results differ by rounding, and it may change between two starts of a run. Not with stage 3,
+    which gathers weights inside of the layers."""
     shuffle_window_units: int = Field(1024, ge=1)
     """Samples are shuffled inside windows of this many units; a window is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
@@ -229,6 +233,10 @@ class TrainSection(FrozenModel):
     def _supported(self) -> "TrainSection":
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("zero_stage 0 with bf16 has no fp32 master weights that can be saved; use stage 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile does not go with zero_stage 3, which gathers weights inside of layers; use stage 2"
+            )
         watching = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, name)]
         if watching and self.eval_steps is None:
             raise ValueError(f"{watching[0]} needs evaluations: set eval_steps")

@@ -34,12 +34,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.logits import compile_layers
 from student_train import world as worlds
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.head import SUMS
-from student_train.model.student import Distilled
+from student_train.model.student import Distilled, causal_of
 from student_train.optimizer import ClippedAdamW, adamw
 from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
@@ -94,6 +95,9 @@ class Engine:
         self.module = module
         """The student; under ZeRO-3 its weights are spread over the ranks, and every forward is collective."""
         self._trained = module.trained()
+        if train.compile:
+            torch._dynamo.config.recompile_limit = 64  # Kinds of layers, fillers, with gradients or without.
+            compile_layers(causal_of(module.student), partial(torch.compile, dynamic=True), role="train")
         adam = adamw(self._trained, train)
         if isinstance(adam, ClippedAdamW):
             config["gradient_clipping"], adam.max_grad_norm = 0.0, train.max_grad_norm

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from storage_schemas.common.devices import no_such_device, refuse_idle_gpus
 from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.config import Estimator
-from storage_schemas.logits import LogitTransform, body_of, finish_logits
+from storage_schemas.logits import LogitTransform, body_of, compile_layers, finish_logits
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe, TeacherIdentity
 from storage_schemas.rows import Row
 from storage_schemas.targets import Targets
@@ -135,6 +135,9 @@ class Teacher:
                 fix="correct config.json, or choose another teacher",
             )
         refuse_unknown_model(model)
+        if self.section.compile:
+            torch._dynamo.config.recompile_limit = 64  # Kinds of layers, one sample or several.
+            compile_layers(model, partial(torch.compile, dynamic=True), role="teacher")
         return model
 
     def refuse_unloadable(self) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from support.rounding import LOGPROB
 from support.tiny_teachers import ARCHITECTURES, VOCABULARY, sample_of, save_teacher, tiny_model
 
@@ -75,6 +77,22 @@ def test_targets_do_not_depend_on_the_batch(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(there.counts, alone.counts)
         np.testing.assert_allclose(there.logprobs, alone.logprobs, atol=LOGPROB)
         np.testing.assert_allclose(there.tail_logprob, alone.tail_logprob, atol=LOGPROB)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_compiled_layers_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of any shape, by a compiler that traces the layers and leaves the kernels as they are."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    save_teacher(tmp_path, name)
+    compiled, plain = teacher_of(tmp_path, compile=True), teacher_of(tmp_path)
+    for lengths in ([19, 7, 30], [12], [40, 41]):
+        samples = [sample_of(n, index=n) for n in lengths]
+        for found, expected in zip(ask(compiled, samples), ask(plain, samples), strict=True):
+            np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=LOGPROB)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    with pytest.raises(ValidationError, match="compile"):
+        teacher_of(tmp_path, compile=True, sharding="device_map")
 
 
 def test_chunks_of_the_head_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
