@@ -4,11 +4,12 @@ What is pretended are the GPUs. Clusters, their networks, batch scripts, DeepSpe
 """
 
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from support.cluster_jobs import (
 )
 from support.s3_proxy import Request
 from support.s3_servers import Identities
-from support.slurm import Cluster, Network, SharedStore, exit_of, need_slurm, two_clusters, until
+from support.slurm import KILL_WAIT, Cluster, Network, SharedStore, exit_of, need_slurm, two_clusters, until
 
 from storage_schemas.common.exits import Exit
 
@@ -148,15 +149,20 @@ def test_training_follows_a_dump_on_a_cluster_that_it_never_meets(clusters: Site
     store.proxy.seen.clear()
     hold_dump(store.proxy, units=16)
     until(lambda: committing(None) == {0, 1}, all_logs)
-    before = restarts()
+    began, before = time.monotonic(), restarts()
     teacher.warn_of_time_limit(dump)
-    time.sleep(30)
-    assert student.states(training) == ["RUNNING"], "training did not wait for the store"
-    stopped = lambda: [path.read_text().count("stopped") for path in teacher.log_files()]  # noqa: E731
-    until(lambda: stopped() == [1, 1], all_logs)
-    until(lambda: all(count > before[task] for task, count in restarts().items()), all_logs)
-    assert "TIMEOUT" not in teacher.states(dump), all_logs()
+
+    def queued_again() -> bool:
+        assert "TIMEOUT" not in teacher.states(dump), f"a task did not stop when it was warned: {teacher.logs()}"
+        stopped = [path.read_text().count("stopped") for path in teacher.log_files()]
+        return stopped == [1, 1] and all(count > before[task] for task, count in restarts().items())
+
+    until(queued_again, all_logs)
     teacher.set_time_limit(dump, 30)
+    warned = min(datetime.fromisoformat(at) for at in re.findall(r"STEP .* CANCELLED AT (\S+) ", teacher.logs()))
+    assert datetime.now() - warned < KILL_WAIT, teacher.logs()
+    time.sleep(max(0, 30 - (time.monotonic() - began)))
+    assert student.states(training) == ["RUNNING"], "training did not wait for the store"
     # It is switched off and on again, and both go on.
     assert len(events(student)) == 10
     store.kill()
@@ -279,14 +285,15 @@ def made(target: str, arguments: str, *variables: str) -> list[str]:
 
 
 def test_neither_a_busy_store_nor_clocks_that_are_apart_change_what_is_made(clusters: Site) -> None:
-    """Every third request of both stages is answered `SlowDown`; the teacher is 14 minutes ahead of the student."""
+    """Half of all requests are answered `SlowDown`; the teacher is 14 minutes ahead of the student."""
     teacher, student, store, _ = clusters
     prepare(teacher, student, samples=40, samples_per_unit=4, hidden_size=32, layers=1, train=TRAINING)
     asked: Counter[str] = Counter()
 
     def error(request: Request) -> str | None:
+        """Five in a row are more than the client repeats by itself."""
         asked[request.access_key] += 1
-        return "SlowDown" if asked[request.access_key] % 3 == 0 else None
+        return "SlowDown" if asked[request.access_key] % 10 < 5 else None
 
     store.proxy.error = error
     clocks = {WRITER["access_key_id"]: timedelta(minutes=10), READER["access_key_id"]: timedelta(minutes=-4)}
@@ -308,7 +315,7 @@ def test_neither_a_busy_store_nor_clocks_that_are_apart_change_what_is_made(clus
     for key, ahead in clocks.items():
         mine = [(request, said) for request, said in store.proxy.seen if request.access_key == key]
         assert all(abs(request.ahead - ahead) < timedelta(minutes=1) for request, _ in mine)
-        assert [said for _, said in mine].count("SlowDown") == len(mine) // 3 > 5
+        assert [said for _, said in mine].count("SlowDown") > len(mine) / 3 > 5
 
     held = objects(student, READER)
     shards = [sorted(data for key, data in held.items() if key.startswith(f"{run}/data/")) for run in RUNS]

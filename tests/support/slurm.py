@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "cc")
 CONTROLLER, NODES, STORE = 10, 11, 1
 """Last number of an address: of the controller, the first node, and the store."""
+KILL_WAIT = timedelta(seconds=30)
+"""Between the signal at a time limit and the end of who does not heed it: Slurm's default."""
 S3_PORT, PROXY_PORT = 8333, 8334
 """Of the store, and of what may be asked instead of it."""
 
@@ -63,7 +65,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 MinJobAge=3600
-KillWait=30
+KillWait={kill_wait}
 GresTypes=gpu
 NodeName={nodes} CPUs=4 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -225,7 +227,13 @@ class Cluster:
         (self._slurm / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(hosts) + "\n")
 
     def _text(self, gpus: int) -> str:
-        given = {"name": self.name, "folder": self._slurm, "socket": self.socket, "gpus": gpus}
+        given = {
+            "kill_wait": round(KILL_WAIT.total_seconds()),
+            "name": self.name,
+            "folder": self._slurm,
+            "socket": self.socket,
+            "gpus": gpus,
+        }
         head, _, rest = _CONFIGURATION.format(
             controller=self.network.address(self.name, CONTROLLER), nodes="@", **given
         ).partition("NodeName=@")
