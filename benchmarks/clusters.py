@@ -1,7 +1,7 @@
 """Two clusters that never meet: first the dump and then the training, against both at once.
 
-`make bench-clusters`; needs root, `slurm-wlm`, `munge` and `iproute2`. Each cluster has one core, so that neither stage
-takes from the other what two real clusters would not share. Writes `benchmarks/clusters.md`.
+`make bench-clusters`; needs root, `slurm-wlm`, `munge`, `iproute2` and `gcc`. Each cluster has one core, so that
+neither stage takes from the other what two real clusters would not share. Writes `benchmarks/clusters.md`.
 """
 
 import argparse

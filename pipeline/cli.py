@@ -426,17 +426,18 @@ def status(
     from pipeline.status import Watcher
     from pipeline.views import status as views
 
-    options, heldout, given = _pairs(store), None, run is not None
+    options, heldout, checkpoints, given = _pairs(store), None, None, run is not None
     if Path(place).is_file() or place.endswith((".yaml", ".yml")):
         if store:
             raise typer.BadParameter("the configuration says it: dump.storage_options", param_hint="--store")
         config = load_config(place, overrides or ())
         place, options = config.dump.url, config.dump.storage_options
         heldout = config.heldout.url if config.heldout else None
-        run = run or (config.train.output if config.train else None)
+        if config.train and run in (None, config.train.output):
+            run, checkpoints = config.train.output, config.train.checkpoint_url
     elif overrides:
         raise typer.BadParameter("there is no configuration to override", param_hint="--set")
-    watcher = Watcher(place, options=options, heldout=heldout, run=run, must_run=given)
+    watcher = Watcher(place, options=options, heldout=heldout, run=run, checkpoints=checkpoints, must_run=given)
     if watch is None:
         views.show(watcher.look(), Console(), as_json=as_json)
     else:

@@ -7,6 +7,7 @@ the file system. This machine's clock is never asked.
 
 import json
 import os
+import re
 import tempfile
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ import numpy as np
 import obstore
 from pydantic import ValidationError
 
-from storage_schemas.common.errors import TemporaryError
+from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, CommitRecord, totals, unit_of_record
@@ -42,6 +43,8 @@ _CLOCK_SECONDS = 10.0
 _LAST_EVENTS_BYTES = 2**16
 _SUMMARY, _CHECKPOINTS = "summary.json", "checkpoints"
 """Names in a run directory. The modules that own them import torch, for which nobody who only looks should wait."""
+_COMMIT = re.compile(r"step-\d{8}/COMMIT\.json")
+"""Of a complete checkpoint, see `student_train/checkpoint.py`."""
 
 
 class DumpStatus(FrozenModel):
@@ -108,7 +111,7 @@ class RunStatus(FrozenModel):
     checkpoint_step: int | None = None
     """Of the last checkpoint; null before the first."""
     seconds_since_checkpoint: float | None = None
-    """By the clock of the file system; null if that cannot be asked."""
+    """By the clock of the file system, or of the store where checkpoints lie; null if that cannot be asked."""
 
 
 class Status(FrozenModel):
@@ -137,6 +140,7 @@ class Watcher:
         options: Mapping[str, str],
         heldout: str | None = None,
         run: Path | None = None,
+        checkpoints: str | None = None,
         must_run: bool = False,
     ) -> None:
         """Nothing is contacted yet.
@@ -146,11 +150,13 @@ class Watcher:
             options: settings of its store.
             heldout: the held-out dump, on the same store.
             run: directory of a run.
+            checkpoints: where its checkpoints lie on the same store, if not in the directory.
             must_run: whether it is an error that nothing lies there.
         """
         self._dump = _DumpWatcher(url, options)
         self._heldout = None if heldout is None else _DumpWatcher(heldout, options)
         self._run, self._must_run = run, must_run
+        self._checkpoints, self._options = checkpoints, options
 
     def look(self) -> Status:
         """How far everything is.
@@ -167,7 +173,7 @@ class Watcher:
                 expected="a dump that `llm-neo dump` has begun",
                 fix="start stage one, or correct the URL; then run the same command again",
             )
-        run = None if self._run is None else run_status(self._run)
+        run = None if self._run is None else run_status(self._run, checkpoints=self._checkpoints, options=self._options)
         if run is not None and self._must_run and not run.begun:
             raise TemporaryError(
                 f"there is no run in {run.output} yet",
@@ -306,9 +312,20 @@ def folder_clock(folder: Path) -> float | None:
         return None
 
 
-def run_status(output: Path) -> RunStatus:
-    """How far the run in a directory is."""
-    event, (saved, steps, saved_at) = _last_event(output / EVENTS), _last_checkpoint(output / _CHECKPOINTS)
+def run_status(output: Path, *, checkpoints: str | None = None, options: Mapping[str, str] | None = None) -> RunStatus:
+    """How far the run in a directory is.
+
+    Args:
+        output: the directory, which may be lost where checkpoints lie elsewhere.
+        checkpoints: where they lie, if not in the directory.
+        options: settings of that store.
+
+    Raises:
+        TemporaryError: that store does not answer.
+        MismatchError: it refuses.
+    """
+    store = Store(checkpoints or str(output / _CHECKPOINTS), options=options, setting="train.checkpoint_url")
+    event, (saved, steps, saved_at) = _last_event(output / EVENTS), _last_checkpoint(store)
     summary = _json(output / _SUMMARY)
     if event is None and steps is None and not summary:
         return RunStatus(output=str(output), begun=False)
@@ -324,7 +341,7 @@ def run_status(output: Path) -> RunStatus:
         finished=finished,
         seconds_since_last_step=None if finished or event is None else _ago(now, (output / EVENTS).stat().st_mtime),
         checkpoint_step=saved or None,
-        seconds_since_checkpoint=_ago(now, saved_at) if saved else None,
+        seconds_since_checkpoint=_ago(store_clock(store, options or {}), saved_at) if saved else None,
         **told,
     )
 
@@ -343,13 +360,15 @@ def _last_event(file: Path) -> Event | None:
     return None
 
 
-def _last_checkpoint(folder: Path) -> tuple[int | None, int | None, float]:
+def _last_checkpoint(store: Store) -> tuple[int | None, int | None, float]:
     """Step of the last complete checkpoint, steps in all, and when it was written; its tensors are not looked at."""
-    for file in sorted(folder.glob("step-*/COMMIT.json"), reverse=True):
-        with suppress(OSError, LookupError, TypeError, ValueError):  # It is being removed, or damaged.
-            (name,) = [record["name"] for record in json.loads(file.read_bytes())["files"] if record["kind"] == "state"]
-            state = json.loads((file.parent / name).read_bytes())
-            return int(state["step"]), int(state["identity"]["train.max_steps"]), file.stat().st_mtime
+    commits = [entry for entry in store.heads("") if _COMMIT.fullmatch(entry["path"])]
+    for commit in sorted(commits, key=lambda entry: entry["path"], reverse=True):
+        with suppress(DataError, LookupError, TypeError, ValueError):  # It is being removed, or damaged.
+            files = json.loads(store.get(commit["path"]))["files"]
+            (name,) = [record["name"] for record in files if record["kind"] == "state"]
+            state = json.loads(store.get(f"{commit['path'].partition('/')[0]}/{name}"))
+            return int(state["step"]), int(state["identity"]["train.max_steps"]), commit["last_modified"].timestamp()
     return None, None, 0.0
 
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from html import unescape
 from typing import Any, TypeVar
 
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
@@ -165,7 +166,7 @@ def _in_short(error: BaseException | None) -> str:
         return type(error).__name__
     said, _, debug = text.partition("\n\nDebug source:")
     line = _RETRIES.sub("", said.splitlines()[0].split(": <")[0].strip())
-    code, message = _first(_CODE, said), _first(_SAID, said)
+    code, message = _first(_CODE, said), unescape(_first(_SAID, said) or "")
     if code or message:
         return masked(": ".join([line, *filter(None, (code, message))]))
     # The innermost of nested structures is the last line of their print-out that says something.

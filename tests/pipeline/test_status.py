@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
 from support.s3_servers import BUCKET, READER, TinyS3, options, seaweedfs
 
@@ -24,7 +25,9 @@ from pipeline.status import FEWEST_UNITS, READ_RECORDS, WINDOW_SECONDS, folder_c
 from storage_schemas.common.exits import Exit
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import CommitRecord, data_key, record_key
+from storage_schemas.stores.store import Store
 from storage_schemas.writer import DumpWriter
+from student_train.checkpoint import Checkpoints, TrainState
 from student_train.metrics import Event
 
 DUMP_KEYS = {
@@ -329,6 +332,36 @@ def test_a_run_is_read_from_its_end(tmp_path: Path) -> None:
     assert not run_status(tmp_path).finished
     (tmp_path / "summary.json").write_text('{"steps": 5000}')
     assert run_status(tmp_path).finished
+
+
+def test_checkpoints_may_lie_in_a_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run whose directory is lost they are all that there is; of another run they say nothing."""
+    output, elsewhere = tmp_path / "run", f"s3://{BUCKET}/runs/a"
+    with seaweedfs(tmp_path) as port:
+        begin(f"s3://{BUCKET}/dump", range(3), options(port))
+        arguments("", options(port, READER), monkeypatch)
+        text = f"""
+        dump: {{url: s3://{BUCKET}/dump, storage_options: {{endpoint: "http://127.0.0.1:{port}", region: us-east-1}}}}
+        train: {{output: {output}, checkpoint_url: {elsewhere}}}
+        """
+        (tmp_path / "c.yaml").write_text(text)
+        assert not look(capsys, tmp_path / "c.yaml")["run"]["begun"]
+        checkpoints = Checkpoints(elsewhere, options=options(port))
+        for step in (10, 20):
+            state = TrainState(step=step, updates=step, consumed="0" * 64, identity={"train.max_steps": 40})
+            checkpoints.save(state, [("master/a", torch.zeros(2))], keep=2)
+        found = look(capsys, tmp_path / "c.yaml")["run"]
+        assert (found["begun"], found["finished"]) == (True, False)
+        assert (found["step"], found["steps"], found["checkpoint_step"]) == (20, 40, 20)
+        assert 0 <= found["seconds_since_checkpoint"] < 60
+        # A checkpoint that is being written is none yet.
+        Store(elsewhere, options=options(port)).delete("step-00000020/COMMIT.json")
+        (output / "checkpoints").mkdir(parents=True)
+        assert look(capsys, tmp_path / "c.yaml", output)["run"]["checkpoint_step"] == 10
+        code, _, err = call(capsys, tmp_path / "c.yaml", tmp_path / "other")
+        assert (code, "there is no run in" in err) == (Exit.TEMPORARY, True)
 
 
 def command(*words: object) -> list[str]:

@@ -324,7 +324,10 @@ NEVER = {
     "expired token": (answer(400, "ExpiredToken"), "expired"),
     "invalid token": (answer(400, "InvalidToken"), "expired"),
     "expired and forbidden": (answer(403, "ExpiredToken"), "expired"),
-    "another time": (answer(403, "RequestTimeTooSkewed"), "the clock of this machine is not that of"),
+    "another time": (
+        answer(403, "RequestTimeTooSkewed", "said: the server&#39;s time"),
+        "the clock of this machine is not that of (.|\\n)* said: the server's time",
+    ),
     "another region": (answer(301, "PermanentRedirect"), "another region"),
     "region of the signature": (answer(400, "AuthorizationHeaderMalformed", "expecting eu-west-1"), "another region"),
     "no bucket": (answer(404, "NoSuchBucket"), "bucket of .* does not exist"),

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import obstore
 import yaml
+from support.s3_proxy import Proxy, Request
 from support.s3_servers import BUCKET
-from support.slurm import ROOT, S3_PORT, STORE, Cluster
+from support.slurm import PROXY_PORT, ROOT, S3_PORT, STORE, Cluster
 from support.tiny_teachers import save_teacher
 
 from storage_schemas.reader import Dump
+from storage_schemas.records import unit_of_record
 from storage_schemas.stores.requests import object_store
 from student_train.data.order import Order
 
@@ -81,6 +83,26 @@ def environment(keys: Mapping[str, str], **more: str) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
     }
     return found | more
+
+
+PROXIED = {"AWS_ENDPOINT_URL": f"http://store:{PROXY_PORT}"}
+"""Variables of a job that reaches the store through its proxy."""
+
+
+def unit_committed_by(request: Request) -> int | None:
+    """The unit of the dump at `URL` that a request would commit."""
+    folder, _, record = request.key.partition("/run/")
+    return unit_of_record(record) if (request.method, folder) == ("PUT", BUCKET) else None
+
+
+def hold_dump(proxy: Proxy, *, units: int) -> None:
+    """Let nobody who asks the proxy commit others than the first units of the dump at `URL`: the store is busy."""
+
+    def error(request: Request) -> str | None:
+        unit = unit_committed_by(request)
+        return None if unit is None or unit < units else "SlowDown"
+
+    proxy.error = error
 
 
 def events(cluster: Cluster, run: str = "runs/a") -> list[dict[str, Any]]:

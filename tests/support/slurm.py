@@ -4,28 +4,36 @@ Each site has a network of its own (a network namespace), with the same ports as
 key; a node has its own processes, host name, host table and address, and does not see the folders of other clusters. To
 kill a node is to kill all of its processes at once. GPUs are pretended: Slurm hands them out, and nothing can use them.
 
-Needs root, `slurm-wlm`, `munge` and `iproute2`. All processes end with the context.
+Needs root, `slurm-wlm`, `munge`, `iproute2`, and `gcc` for other clocks. All processes end with the context.
 """
 
+import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.s3_proxy import Proxy
 from support.s3_servers import Identities, weed_command
 
 ROOT = Path(__file__).parents[2]
-NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
-CONTROLLER, NODES, STORE, S3_PORT = 10, 11, 1, 8333
-"""Last number of an address: of the controller, the first node, and the store; and the store's port."""
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "cc")
+CONTROLLER, NODES, STORE = 10, 11, 1
+"""Last number of an address: of the controller, the first node, and the store."""
+KILL_WAIT = timedelta(seconds=30)
+"""Between the signal at a time limit and the end of who does not heed it: Slurm's default."""
+S3_PORT, PROXY_PORT = 8333, 8334
+"""Of the store, and of what may be asked instead of it."""
 
 _CONFIGURATION = """
 ClusterName={name}
@@ -57,7 +65,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 MinJobAge=3600
-KillWait=30
+KillWait={kill_wait}
 GresTypes=gpu
 NodeName={nodes} CPUs=4 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -70,7 +78,7 @@ def missing() -> str | None:
         return "Slurm clusters need root on Linux"
     lacking = [name for name in NEEDED if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None]
     if lacking:
-        return f"Slurm clusters need the packages slurm-wlm, munge and iproute2: no {', '.join(lacking)}"
+        return f"Slurm clusters need the packages slurm-wlm, munge, iproute2 and gcc: no {', '.join(lacking)}"
     tried = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True)
     return f"namespaces are not allowed here: {tried.stderr.decode().strip()}" if tried.returncode else None
 
@@ -81,8 +89,8 @@ def need_slurm() -> None:
         pytest.fail(why) if os.environ.get("LLM_NEO_REQUIRE_SLURM") else pytest.skip(why)
 
 
-def until(condition: Callable[[], Any], what: str, *, seconds: float = 120.0) -> Any:
-    """What `condition` says once it is true."""
+def until(condition: Callable[[], Any], what: str | Callable[[], str], *, seconds: float = 300.0) -> Any:
+    """What `condition` says once it is true. A machine that is busy with other things takes several times as long."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -109,6 +117,12 @@ class Network:
     def inside(self, site: str, argv: Sequence[str]) -> list[str]:
         """A command line, on a site. (`ip netns exec` would hide /sys/fs/cgroup, which slurmd looks for.)"""
         return ["nsenter", f"--net=/run/netns/{self.name(site)}", *argv]
+
+    def enter(self, site: str) -> None:
+        """Move the calling thread there, and all threads that it starts."""
+        with open(f"/run/netns/{self.name(site)}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET
+                raise OSError(ctypes.get_errno(), f"cannot enter the namespace of {site}")
 
     def reaches(self, site: str, address: str, port: int) -> str:
         """What somebody on a site is told who wants to connect: nothing if it works."""
@@ -143,7 +157,7 @@ def _ip(*arguments: str) -> None:
 
 
 class SharedStore:
-    """SeaweedFS in its own network, which can be taken away and given back."""
+    """SeaweedFS in its own network, which can be taken away and given back, and a proxy that may be asked instead."""
 
     def __init__(self, network: Network, folder: Path, identities: Identities) -> None:
         self._network, self._folder = network, folder
@@ -151,18 +165,29 @@ class SharedStore:
         ports = (S3_PORT, 9333, 9340, 8888, 9999)
         self._argv = network.inside("store", weed_command(folder, ports, identities, bind="0.0.0.0"))
         self._process: subprocess.Popen[bytes] | None = None
+        self.proxy = Proxy(port=PROXY_PORT, store_port=S3_PORT, enter=lambda: network.enter("store"))
 
     def start(self) -> None:
         """Start it on what it held before; returns when it answers."""
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._argv, stdout=log, stderr=log, cwd=self._folder)
-        until(lambda: not self._network.reaches("store", "127.0.0.1", S3_PORT), "the store", seconds=60)
+        until(lambda: not self._network.reaches("store", "127.0.0.1", S3_PORT), "the store")
+
+    def hang(self) -> None:
+        """Let it answer nothing any more, with all connections open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         """As by a power cut."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def close(self) -> None:
+        """End all of it."""
+        self.kill()
+        self.proxy.close()
 
 
 class Cluster:
@@ -202,7 +227,13 @@ class Cluster:
         (self._slurm / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(hosts) + "\n")
 
     def _text(self, gpus: int) -> str:
-        given = {"name": self.name, "folder": self._slurm, "socket": self.socket, "gpus": gpus}
+        given = {
+            "kill_wait": round(KILL_WAIT.total_seconds()),
+            "name": self.name,
+            "folder": self._slurm,
+            "socket": self.socket,
+            "gpus": gpus,
+        }
         head, _, rest = _CONFIGURATION.format(
             controller=self.network.address(self.name, CONTROLLER), nodes="@", **given
         ).partition("NodeName=@")
@@ -220,6 +251,15 @@ class Cluster:
         os.mknod(path, 0o666 | 0o020000, os.makedev(1, 3))  # What is written to it is gone: /dev/null.
         return path
 
+    def other_clock(self, *, ahead: timedelta) -> dict[str, str]:
+        """Variables of a job whose steps have another wall clock than this machine."""
+        library = self.home / "other_clock.so"
+        source = Path(__file__).with_name("other_clock.c")
+        if not library.exists():
+            subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True)
+        seconds = round(ahead.total_seconds())
+        return {"SLURM_EXPORT_ENV": f"ALL,LD_PRELOAD={library},WALL_CLOCK_AHEAD={seconds}"}
+
     @contextmanager
     def up(self, *, hidden: Sequence[Path] = ()) -> Iterator[None]:
         """Start it, and end all that it runs.
@@ -233,11 +273,11 @@ class Cluster:
             keep = [f"--key-file={self.key}", f"--socket={self.socket}", f"--seed-file={munge / 'seed'}"]
             keep += [f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}"]
             self._start("munged", ["munged", "--foreground", "--force", "--num-threads=2", *keep])
-            until(self.socket.exists, f"munged of {self.name}", seconds=20)
+            until(self.socket.exists, f"munged of {self.name}")
             self._start("controller", ["slurmctld", "-D", "-c", "-f", str(self.configuration)])
             for node in self.nodes:
                 self.start_node(node)
-            until(lambda: set(self.node_states().values()) == {"idle"}, lambda: self._told(), seconds=60)
+            until(lambda: set(self.node_states().values()) == {"idle"}, lambda: self._told())
             yield
         finally:
             for process in reversed(self._processes.values()):
@@ -316,7 +356,22 @@ class Cluster:
         """State of a job, or of each task of an array."""
         return [found["JobState"] for found in self.jobs(job)]
 
-    def ended(self, job: int, *, seconds: float = 180.0) -> list[dict[str, str]]:
+    def warn_of_time_limit(self, job: int) -> None:
+        """Let Slurm warn a job, or each task of an array, within half a minute that its time is over.
+
+        Limits are whole minutes, and Slurm looks at them every half minute. This one leaves two to three minutes: less
+        than the scripts in `examples/slurm` want to be warned before it.
+        """
+        for found in self.jobs(job):
+            name = f"{job}_{found['ArrayTaskId']}" if "ArrayTaskId" in found else str(job)
+            hours, minutes, _ = map(int, found["RunTime"].split(":"))
+            self.set_time_limit(name, 60 * hours + minutes + 3)
+
+    def set_time_limit(self, job: int | str, minutes: int) -> None:
+        """Of a job, of all tasks of an array, or of one task."""
+        self.run(["scontrol", "update", f"jobid={job}", f"timelimit={minutes}"])
+
+    def ended(self, job: int, *, seconds: float = 400.0) -> list[dict[str, str]]:
         """Wait for the end of a job and of all tasks of an array."""
         going = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED"}
         until(lambda: not going & set(self.states(job)), lambda: f"{self.jobs(job)}\n{self.logs()}", seconds=seconds)
@@ -361,7 +416,7 @@ def two_clusters(
         network = Network(sites)
         stack.enter_context(network.up())
         store = SharedStore(network, folder / "store", identities)
-        stack.callback(store.kill)
+        stack.callback(store.close)
         store.start()
         found = [
             Cluster(site, network, folder / site, nodes=nodes[site], gpus=gpus[site], cpu=cpu if pinned else None)
