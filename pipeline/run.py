@@ -184,7 +184,8 @@ def _dump_inputs(config: Config) -> dict[str, Any]:
     sections = ("dump", "teacher", "estimator", "temperatures", "corpus", "heldout")
     described = config.model_dump(mode="json", include=set(sections))
     sources = [source.path for part in (config, config.heldout_config()) for source in part.corpus.sources]  # type: ignore[union-attr]
-    return described | {"files": {path: _state(path) for path in [described["teacher"]["model"], *sources]}}
+    template = [str(config.corpus.template_file)] if config.corpus and config.corpus.template_file else []
+    return described | {"files": {path: _state(path) for path in [described["teacher"]["model"], *sources, *template]}}
 
 
 def _state(path: str) -> Any:

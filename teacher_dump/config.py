@@ -1,13 +1,16 @@
 """The sections of the configuration that only stage one reads."""
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Estimator
 from storage_schemas.stores.address import Located
+from teacher_dump.corpus.formats import READ
 
 _OWNED_BY_BACKEND = {
     "dtype": "teacher.dtype sets it",
@@ -97,6 +100,10 @@ class TeacherSection(FrozenModel):
         return self
 
 
+_ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_GIVEN_TO_TEMPLATES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+
+
 def _share(weight: float) -> float:
     if weight > 1:
         raise ValueError(
@@ -110,9 +117,18 @@ class SourceSection(FrozenModel):
     """One file, glob, directory, object-store prefix or hub dataset of the corpus."""
 
     path: Located
-    """File (JSONL, JSON, Parquet) or glob, `s3://`, `gs://`, `az://` or `file://` too; directory, prefix or hub id."""
-    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "text", "tokens"] = "auto"
+    """File (JSONL, JSON, Parquet, Arrow, CSV, TSV, txt) or glob, `s3://`, `gs://`, `az://` or `file://` too; directory,
+    prefix or hub id. docs/data_formats.md has an example of each format."""
+    format: Literal[
+        "auto", "messages", "conversations", "alpaca", "prompt_completion", "text", "tokens", "question_answer",
+        "question_response", "instruction_response",
+    ] = "auto"  # fmt: skip
     """Shape of a record; `auto` looks at the columns of the first one."""
+    columns: dict[str, str] = {}
+    """Name that a format reads -> column of this source, e.g. `{messages: dialogue}`. A column that is not there is
+    refused."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
+    """What this source calls a role -> the role, e.g. `{customer: user, agent: assistant}`."""
     split: str = "train"
     """Split, in the notation of `datasets` (`train[:1000]` works)."""
     name: str | None = None
@@ -123,6 +139,13 @@ class SourceSection(FrozenModel):
     """Columns that are taken as not being there, such as those that would be refused because they are not read."""
     storage_options: dict[str, str] = {}
     """Passed to this source's object store, as `dump.storage_options` is. Secrets belong into the environment."""
+
+    @field_validator("columns")
+    @classmethod
+    def _are_read(cls, value: dict[str, str]) -> dict[str, str]:
+        if unread := [name for name in value if name not in READ]:
+            raise ValueError(f"no format reads {', '.join(unread)}; what they read: {', '.join(sorted(READ))}")
+        return value
 
 
 class CorpusSection(FrozenModel):
@@ -135,8 +158,15 @@ class CorpusSection(FrozenModel):
     mask: Literal["assistant", "all"] = "assistant"
     """`assistant`: only what the assistant says (or the completion) is supervised. `all`: every token but the first,
     whatever a record's own masks or weights say."""
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """Longer samples are cut, kept as a row without targets, or refused."""
+    too_long: Literal["truncate", "drop", "error", "chunk"] = "truncate"
+    """Longer samples are cut, kept as a row without targets, or refused. `chunk` makes several samples of a longer
+    `text`, so that all of its tokens are supervised, and cuts samples of other formats."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: the template itself, or the path of a Jinja file. The dump keeps
+    it with its tokenizer, and what is trained from the dump has it, too."""
+    template_kwargs: dict[str, JsonValue] = {}
+    """Arguments of the chat template, e.g. `{enable_thinking: false}`. They become defaults inside the template that
+    the dump keeps; a record's own `chat_template_kwargs` come before them."""
     max_bad_share: float = Field(0.01, ge=0.0, le=1.0)
     """Share of a source's records that may be unusable (not valid Unicode, of another shape, refused by the template).
     They are rows of status `invalid_text`, and the first ones are named; above it nothing is dumped. One is always
@@ -148,6 +178,29 @@ class CorpusSection(FrozenModel):
     speed depends on it."""
     cache_dir: Located | None = None
     """Where fetched files and the tokenised corpus are kept; default: `$LLM_NEO_CACHE`, else `~/.cache/llm-neo`."""
+
+    @property
+    def template_file(self) -> Path | None:
+        """Where the chat template lies, if it is not given itself."""
+        if self.chat_template is None or any(mark in self.chat_template for mark in ("{{", "{%", "\n")):
+            return None
+        return Path(self.chat_template).expanduser()
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _arguments(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        wrong = [name for name in value if not _ARGUMENT.fullmatch(name) or name in _GIVEN_TO_TEMPLATES]
+        if wrong:
+            raise ValueError(f"no argument of a template: {', '.join(wrong)}; what the corpus decides is not set here")
+        return value
+
+    @model_validator(mode="after")
+    def _chunks_have_room(self) -> "CorpusSection":
+        if self.too_long == "chunk" and self.max_length < 3:
+            raise ValueError(
+                "too_long: chunk needs a max_length of 3 or more: a chunk may begin with 2 tokens of context"
+            )
+        return self
 
 
 def vllm_cannot(

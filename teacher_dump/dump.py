@@ -34,6 +34,7 @@ from teacher_dump.committer import Committer
 from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.heldout import refuse_shared
+from teacher_dump.corpus.template import templated
 from teacher_dump.progress import DumpProgress, EventLog
 from teacher_dump.teachers.open import opened
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
@@ -135,7 +136,7 @@ def run_dump(
             teacher.start(samples, provenance)  # No dump is known by weights that do not load.
         writer = DumpWriter.open(dump.url, provenance, options=dump.storage_options)
         if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.
-            writer.put_tokenizer(tokenizer_files(teacher.tokenizer))
+            writer.put_tokenizer(tokenizer_files(templated(teacher.tokenizer, corpus)))
         worker = UnitWorker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
         with closing(EventLog(events, rank=rank)) as log_events:
             worker.run(log_events, console)
@@ -171,7 +172,7 @@ def provenance_of(
 ) -> Provenance:
     """run.json of a dump; no weight is loaded for it."""
     vocab = teacher.tokenizer.get_vocab()
-    template = teacher.tokenizer.chat_template
+    template = templated(teacher.tokenizer, section).chat_template
     return Provenance(
         teacher=teacher.identity,
         tokenizer=TokenizerIdentity(

@@ -25,12 +25,16 @@ from teacher_dump.corpus.sources import Found, Records
 
 log = logging.getLogger(__name__)
 
-_MADE_BY = ("formats", "masks", "turns", "sources", "remote", "tokenise", "freeze", "columns")
+_MADE_BY = (
+    "formats", "masks", "turns", "template", "sources", "lines", "naming", "remote", "tokenise", "freeze", "columns",
+)  # fmt: skip
 """Modules whose code decides what a corpus holds."""
 _NOT_CONTENT: dict[str, Any] = {
     "cache_dir": True,
     "num_proc": True,
     "max_bad_share": True,
+    "chat_template": True,
+    "template_kwargs": True,
     "sources": {"__all__": {"storage_options"}},
 }
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")

@@ -45,6 +45,8 @@ class Part(NamedTuple):
     """Columns of these samples alone."""
     problems: Sequence[str] = ()
     """What is wrong with samples that cannot be used."""
+    records: int = 0
+    """Records that they were made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,8 @@ def joined(parts: Sequence[Part]) -> Part:
     for name in COLUMNS:
         columns = [part.arrays[name] for part in parts]
         arrays[name] = joined_offsets(columns) if name in _OFFSETS else np.concatenate(columns)
-    return Part(arrays, [problem for part in parts for problem in part.problems])
+    problems = [problem for part in parts for problem in part.problems]
+    return Part(arrays, problems, sum(part.records for part in parts))
 
 
 class Columns:

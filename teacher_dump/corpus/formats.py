@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from storage_schemas.common.errors import DataError
@@ -18,8 +18,19 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "tokens": ("input_ids",),
+    "question_answer": ("question", "answer"),
+    "question_response": ("question", "response"),
+    "instruction_response": ("instruction", "response"),
 }
 """Format -> the columns that it needs. `auto` takes the first that fits, in this order."""
+_ONE_TURN = {
+    "alpaca": ("system", "input"),
+    "question_answer": ("system", "context"),
+    "question_response": ("system_prompt", "context"),
+    "instruction_response": ("system", "context"),
+}
+"""Formats of one question, their first column, and its answer, their second -> where the system message stands, and
+what is written below the question."""
 
 _MASKS = ("loss_mask", "labels", "completion_mask", "assistant_masks")
 """Columns of tokenised records that say what is supervised."""
@@ -27,12 +38,14 @@ _CONVERSATION = {"system", "tools", "chat_template_kwargs"}
 _READ: dict[str, set[str]] = {
     "messages": _CONVERSATION,
     "conversations": _CONVERSATION,
-    "alpaca": {"input", *_CONVERSATION},
     "prompt_completion": set(),
     "text": set(),
     "tokens": {*_MASKS, "attention_mask", "position_ids"},
+    **{kind: {*columns, "tools", "chat_template_kwargs"} for kind, columns in _ONE_TURN.items()},
 }
 """Columns that a format reads beside those that it needs."""
+READ = {"id"}.union(*FORMATS.values(), *_READ.values())
+"""Columns that some format reads."""
 _DECIDES = {
     "system", "system_prompt", "tools", "functions", "chat_template_kwargs", "history", "documents", "chosen",
     "rejected", "seq_lengths", "image", "images", "video", "videos", "audio", "audios", "loss_mask", "completion_mask",
@@ -110,14 +123,12 @@ def fitting_format(columns: Collection[str]) -> str | None:
     return next((name for name, needed in FORMATS.items() if all(column in columns for column in needed)), None)
 
 
-def is_read(column: str) -> bool:
-    """Whether a format reads a column of this name."""
-    return any(column in FORMATS[kind] or column in _READ[kind] for kind in FORMATS)
-
-
 def unread_columns(record: Mapping[str, Any], kind: str) -> tuple[set[str], set[str]]:
     """Columns with something in them that format `kind` does not read: (those that decide a sample, unknown ones)."""
-    left = {name for name, value in record.items() if is_filled(value)} - _READ[kind] - set(FORMATS[kind])
+    read = {*_READ[kind], *FORMATS[kind]}
+    if kind == "prompt_completion" and _is_conversational(record):
+        read |= {"tools", "chat_template_kwargs"}
+    left = {name for name, value in record.items() if is_filled(value)} - read
     decisive = left & _DECIDES
     if kind == "tokens":
         decisive |= {name for name in left - _METADATA if _SUPERVISES.search(name)}
@@ -165,15 +176,20 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
         )
     match kind:
         case "messages" | "conversations":
-            messages = _messages(record[kind])
+            messages = _messages(record[kind], kind)
             system = _text(record.get("system"), "system")
             if system and messages and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
             elif system and messages and messages[0]["content"] != system:
                 raise _shape("the column `system`", system, "what the conversation's own first message says")
             return _conversation(messages, record)
-        case "alpaca":
-            return _alpaca(record)
+        case kind if kind in _ONE_TURN:
+            return _one_turn(record, kind)
+        case "prompt_completion" if _is_conversational(record):
+            before, after = (_messages(record[name], name) for name in FORMATS[kind])
+            context = tuple(i for i, message in enumerate(before) if message["role"] == "assistant")
+            found = _conversation(before + after, record) if after else None
+            return found and replace(found, silent=tuple(sorted({*found.silent, *context})))
         case "prompt_completion":
             prompt = _text(record["prompt"], "prompt")
             completion = _text(record["completion"], "completion")
@@ -194,11 +210,11 @@ def _conversation(messages: list[Message], record: Mapping[str, Any]) -> Convers
     return Conversation(messages, tools or None, options or {}, silent) if messages else None
 
 
-def _messages(value: Any) -> list[Message]:
+def _messages(value: Any, name: str) -> list[Message]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise _shape("the conversation", value, "a list of {role, content} or {from, value}")
+        raise _shape(name, value, "a list of {role, content} or {from, value}")
     return [_message(message) for message in value]
 
 
@@ -286,16 +302,20 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _alpaca(record: Mapping[str, Any]) -> Conversation | None:
-    instruction, context, output, system = (
-        _text(record.get(name), name) for name in ("instruction", "input", "output", "system")
-    )
-    if not output:
+def _one_turn(record: Mapping[str, Any], kind: str) -> Conversation | None:
+    asked, answer, system, context = (_text(record.get(name), name) for name in (*FORMATS[kind], *_ONE_TURN[kind]))
+    if not answer:
         return None
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    question = f"{instruction}\n\n{context}" if context else instruction
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    question = f"{asked}\n\n{context}" if context else asked
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _conversation(messages, record)
+
+
+def _is_conversational(record: Mapping[str, Any]) -> bool:
+    """Whether prompt or completion is a list of messages, as TRL has them, and not of parts of a text."""
+    lists = [value for name in FORMATS["prompt_completion"] if isinstance(value := record.get(name), list)]
+    return any(isinstance(each, Mapping) and {"role", "from"} & each.keys() for value in lists for each in value)
 
 
 def _tokens(record: Mapping[str, Any]) -> Pretokenised | None:

@@ -20,9 +20,11 @@ from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
 from teacher_dump.corpus.cache import cache_folder, corpus_key, is_looked_up, kept
 from teacher_dump.corpus.columns import Columns, Frozen, Part, joined
+from teacher_dump.corpus.lines import RawRecord
 from teacher_dump.corpus.masks import Tokens, Unusable
 from teacher_dump.corpus.pool import chunked, pooled
-from teacher_dump.corpus.sources import RawRecord, Records, find_source, open_source, read_source
+from teacher_dump.corpus.sources import Records, find_source, open_source, read_source
+from teacher_dump.corpus.template import templated
 from teacher_dump.corpus.tokenise import NOTHING, tokenise
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Corpus:
     unique."""
     source_samples: list[int]
     """Samples of each source, in order."""
+    source_records: list[int]
+    """Records of each source that they were made of; a text that is cut into chunks is several samples."""
     problems: list[list[str]]
     """Per source, the first records of status `invalid_text`: where each is, and why."""
     fingerprint: str
@@ -119,9 +123,10 @@ def freeze_corpus(
 
     Raises:
         DataError: a source or a record is not readable, or nothing in the corpus can be used.
-        MismatchError: an object store denies access.
+        MismatchError: an object store denies access, or the configured chat template cannot be used.
         TemporaryError: an object store does not answer.
     """
+    tokenizer = templated(tokenizer, section)
     found = [find_source(source) for source in section.sources]
     cache = cache_folder(section)
 
@@ -130,7 +135,7 @@ def freeze_corpus(
 
     def make(columns: Columns) -> None:
         corpus = _corpus(columns.frozen(), len(found))
-        done, digest = corpus.source_samples, hashlib.sha256()
+        done, digest = corpus.source_records, hashlib.sha256()
         _hash(digest, corpus, first=0)
         records = [opened.get(number) or records_of(number) for number in range(len(found))]
         work = partial(_tokenise_part, tokenizer=tokenizer, section=section, lm_head_rows=lm_head_rows)
@@ -139,7 +144,7 @@ def freeze_corpus(
             for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
                 raw = islice(read_source(source, each), done[number], None)
                 for part in _larger(mapped(chunked(raw, _BATCH)), check):
-                    columns.append(part, source=number, problems=part.problems[:_NAMED])
+                    columns.append(part, source=number, records=part.records, problems=part.problems[:_NAMED])
                     hashed, corpus = len(corpus), _corpus(columns.frozen(), len(found))
                     _hash(digest, corpus, first=hashed)
         _refuse_useless(corpus)
@@ -156,22 +161,23 @@ def freeze_corpus(
     return corpus
 
 
-def allowed_bad(samples: int, share: float) -> float:
+def allowed_bad(records: int, share: float) -> float:
     """How many records of a source may be unusable."""
-    return max(share * samples, 1 if share else 0)
+    return max(share * records, 1 if share else 0)
 
 
 def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
     """Name the records that cannot be used; DataError where a source holds more of them than is allowed."""
     first = 0
-    for source, samples, problems in zip(section.sources, corpus.source_samples, corpus.problems, strict=True):
+    counted = zip(section.sources, corpus.source_samples, corpus.source_records, corpus.problems, strict=True)
+    for source, samples, records, problems in counted:
         bad = corpus.status_counts(slice(first, first + samples)).get(INVALID_TEXT, 0)
         first += samples
         share = section.max_bad_share
         if not bad:
             continue
-        what = f"{bad} of {samples} records of {source.path} cannot be used"
-        if bad > allowed_bad(samples, share):
+        what = f"{bad} of {records} records of {source.path} cannot be used"
+        if bad > allowed_bad(records, share):
             raise DataError(
                 what,
                 got="; ".join(problems),
@@ -182,16 +188,23 @@ def _refuse_bad(corpus: Corpus, section: CorpusSection) -> None:
 
 
 def _corpus(frozen: Frozen, sources: int) -> Corpus:
-    samples, problems = [0] * sources, [list[str]() for _ in range(sources)]
+    samples, records, problems = [0] * sources, [0] * sources, [list[str]() for _ in range(sources)]
     seen = 0
     for part in frozen.parts:
         if "source" in part:
             source, stop = part["source"], part["ends"]["statuses"]
             samples[source] += stop - seen
+            records[source] += part["records"]
             problems[source] = [*problems[source], *part["problems"]][:_NAMED]
             seen = stop
     fingerprint = frozen.parts[-1].get("fingerprint", "") if frozen.parts else ""
-    return Corpus(source_samples=samples, problems=problems, fingerprint=fingerprint, **frozen.arrays)
+    return Corpus(
+        source_samples=samples,
+        source_records=records,
+        problems=problems,
+        fingerprint=fingerprint,
+        **frozen.arrays,
+    )
 
 
 def _processes(section: CorpusSection, records: int) -> int:
@@ -250,16 +263,23 @@ def _tokenise_part(
     lengths: list[int] = []
     kept: list[Tokens] = []
     problems: list[str] = []
-    for (where, _, _), (sample_id, tokens) in zip(
+    for (where, kind, _), (record_id, whole) in zip(
         records, tokenise(records, tokenizer, mask=section.mask), strict=True
     ):
-        if isinstance(tokens, Unusable):
-            problems.append(f"{where}: {tokens.reason}")
-        lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
-        status, tokens = _judge(tokens, section, lm_head_rows, where=where)
-        ids.append(sample_id.encode(errors="replace"))
-        statuses.append(STATUSES.index(status))
-        kept.append(tokens)
+        if isinstance(whole, Unusable):
+            problems.append(f"{where}: {whole.reason}")
+        samples: list[tuple[str, Tokens | Unusable]] = [(record_id, whole)]
+        if kind == "text" and section.too_long == "chunk" and isinstance(whole, Tokens):
+            parts = chunks(whole, section.max_length, bos=tokenizer.bos_token_id)
+            samples = [(f"{record_id}#{i}/{len(parts)}", part) for i, part in enumerate(parts, 1)]
+            if len(parts) == 1:
+                samples = [(record_id, whole)]
+        for sample_id, tokens in samples:
+            lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
+            status, kept_tokens = _judge(tokens, section, lm_head_rows, where=where)
+            ids.append(sample_id.encode(errors="replace"))
+            statuses.append(STATUSES.index(status))
+            kept.append(kept_tokens)
     arrays = {
         "offsets": np.cumsum([0, *(len(tokens.input_ids) for tokens in kept)]),
         "input_ids": np.concatenate([tokens.input_ids for tokens in kept]),
@@ -269,7 +289,28 @@ def _tokenise_part(
         "id_offsets": np.cumsum([0, *map(len, ids)]),
         "id_bytes": np.frombuffer(b"".join(ids), np.uint8),
     }
-    return Part(arrays, problems[:_NAMED])
+    return Part(arrays, problems[:_NAMED], len(records))
+
+
+def chunks(tokens: Tokens, limit: int, *, bos: int | None) -> list[Tokens]:
+    """A text as consecutive samples of at most `limit` tokens, in which each of its tokens but the first is supervised
+    once.
+
+    A chunk after the first begins with what is not supervised in it: the beginning-of-text token `bos`, where the text
+    has one, and the last token of the chunk before it.
+    """
+    ids, mask = tokens.input_ids, tokens.loss_mask
+    if len(ids) <= limit:
+        return [tokens]
+    begin = ids[:1] if ids[0] == bos else ids[:0]
+    found = [Tokens(ids[:limit], mask[:limit])]
+    step = limit - len(begin) - 1
+    for start in range(limit, len(ids), step):
+        context = np.concatenate([begin, ids[start - 1 : start]])
+        part = slice(start, start + step)
+        unsupervised = np.zeros(len(context), bool)
+        found.append(Tokens(np.concatenate([context, ids[part]]), np.concatenate([unsupervised, mask[part]])))
+    return found
 
 
 def _judge(tokens: Tokens | Unusable, section: CorpusSection, lm_head_rows: int, *, where: str) -> tuple[str, Tokens]:
@@ -288,7 +329,7 @@ def _judge(tokens: Tokens | Unusable, section: CorpusSection, lm_head_rows: int,
         match section.too_long:
             case "drop":
                 return TOO_LONG, NOTHING
-            case "truncate":
+            case "truncate" | "chunk":
                 ids, mask = ids[:limit], mask[:limit]
             case "error":
                 raise DataError(

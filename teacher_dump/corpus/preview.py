@@ -14,10 +14,12 @@ from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.cache import cache_folder
-from teacher_dump.corpus.formats import unread_columns
+from teacher_dump.corpus.formats import Conversation, unread_columns
 from teacher_dump.corpus.freeze import Corpus, allowed_bad, freeze_corpus
 from teacher_dump.corpus.masks import Unusable, marks_generation
 from teacher_dump.corpus.sources import find_source, open_source, read_source
+from teacher_dump.corpus.template import templated
+from teacher_dump.corpus.tokenise import form_of
 
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _ENDS = 3
@@ -134,25 +136,27 @@ def preview(
     Raises:
         UsageError: there is no such row.
         DataError: the corpus cannot be used.
+        MismatchError: the configured chat template cannot be used.
     """
     lenient = section.model_copy(
         update={"too_long": "drop" if section.too_long == "error" else section.too_long, "max_bad_share": 1.0}
     )
     corpus = freeze_corpus(lenient, tokenizer, lm_head_rows=lm_head_rows)
+    tokenizer = templated(tokenizer, section)
     if row is not None and row >= len(corpus):
         raise UsageError("no such row in this corpus", got=row, expected=f"0 to {len(corpus) - 1}")
     usable = np.flatnonzero(corpus.have(OK))
     spaced = usable[np.unique(np.linspace(0, len(usable) - 1, min(samples, len(usable))).astype(int))]
     chosen = [row] if row is not None else spaced.tolist()
     edges = np.concatenate([[0], np.cumsum(corpus.source_samples)])
-    sources, templated = [], False
+    sources, conversations = [], False
     for source, first, last, problems in zip(section.sources, edges[:-1], edges[1:], corpus.problems, strict=True):
         view, conversation = _source(source, section, corpus.status_counts(slice(first, last)), problems)
         sources.append(view)
-        templated |= conversation
+        conversations |= conversation
     paths = [source.path for source in section.sources]
     views = [_sample(corpus, i, tokenizer, paths[int(np.searchsorted(edges, i, side="right")) - 1]) for i in chosen]
-    return _whole(corpus, section, tokenizer, sources, templated=templated), views
+    return _whole(corpus, section, tokenizer, sources, templated=conversations), views
 
 
 def _whole(
@@ -231,12 +235,13 @@ def _source(
     """What its first record says, and whether that goes through the chat template."""
     found = find_source(source)
     records = open_source(source, found, seed=section.seed, cache=cache_folder(section))
-    columns, unread = [], list[str]()
+    columns, unread, conversation = [], list[str](), False
     kind: str | None = None if source.format == "auto" else source.format
     for _, detected, record in read_source(source, records):
         if not isinstance(record, Unusable):
             columns, kind = list(record), detected
             unread = sorted(unread_columns(record, detected)[1])
+            conversation = isinstance(form_of(record, detected), Conversation)
             break
     view = SourceView(
         path=source.path,
@@ -248,9 +253,9 @@ def _source(
         used=records.used,
         statuses=statuses,
         problems=problems,
-        refused=statuses.get(INVALID_TEXT, 0) > allowed_bad(sum(statuses.values()), section.max_bad_share),
+        refused=statuses.get(INVALID_TEXT, 0) > allowed_bad(records.used, section.max_bad_share),
     )
-    return view, kind in ("messages", "conversations", "alpaca")
+    return view, conversation
 
 
 def _sample(corpus: Corpus, index: int, tokenizer: Any, source: str) -> SampleView:

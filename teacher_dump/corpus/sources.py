@@ -1,8 +1,6 @@
 """Records of one source, read through `datasets`."""
 
 import glob
-import io
-import json
 import logging
 import re
 from collections import Counter
@@ -13,25 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 
-from storage_schemas.common.errors import DataError
+from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.stores.address import local_path
 from storage_schemas.targets import I64
 from teacher_dump.config import SourceSection
-from teacher_dump.corpus.formats import FORMATS, detect_format, fitting_format, is_filled, is_read, unread_columns
+from teacher_dump.corpus.formats import FORMATS, READ, detect_format, fitting_format, is_filled, unread_columns
+from teacher_dump.corpus.lines import READERS, RawRecord
 from teacher_dump.corpus.masks import Unusable
+from teacher_dump.corpus.naming import named
 from teacher_dump.corpus.remote import RemoteFile, fetch, find_remote, is_remote
 
 log = logging.getLogger(__name__)
 
 _BATCH = 256
-_BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
+_BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".csv": "csv", ".tsv": "tsv", ".txt": "text",
+}  # fmt: skip
+_BELOW = ("json", "parquet")
+"""What is read of a directory or below a prefix; the other kinds are named, or found by a glob."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _TIMES = re.compile(r"'(timestamp|date|time)")
 _HIDDEN = re.compile(r"/[._]|/dataset_infos?\.json$")
-RawRecord = Mapping[str, Any] | Unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Found:
     """What a source's path stands for."""
 
     builder: str | None
-    """`json` or `parquet`; None: a directory or a hub dataset, which `datasets` finds out about."""
+    """Kind of its files, one of `_BUILDERS`; None: a directory or a hub dataset, which `datasets` finds out about."""
     path: str
     """For such a directory or dataset."""
     files: Sequence[str | Path | RemoteFile] = ()
@@ -55,7 +58,7 @@ def find_source(source: SourceSection) -> Found:
         TemporaryError: an object store does not answer.
     """
     if is_remote(source.path):
-        remote = find_remote(source.path, source.storage_options, wanted=lambda key: _builder(key) is not None)
+        remote = find_remote(source.path, source.storage_options, wanted=lambda key: _builder(key) in _BELOW)
         return Found(_one_kind({_builder(file.url) for file in remote}, source), source.path, remote)
     path = local_path(source.path)
     if path is None:  # Another protocol of `datasets`, such as https://.
@@ -67,7 +70,7 @@ def find_source(source: SourceSection) -> Found:
             raise DataError(
                 f"a source of the corpus is of a kind that is not read: {source.path}",
                 got=f"a file that ends in {path.suffix}" if path.suffix else "a file without a suffix",
-                expected=f"{', '.join(_BUILDERS)}, each also with {', '.join(_COMPRESSED)}, or a directory",
+                expected=f"{', '.join(_BUILDERS)}; text also with {', '.join(_COMPRESSED)}; or a directory",
                 fix="convert the file to JSONL or Parquet, or give it its suffix",
             )
         return Found(builder, str(path), [path] if builder else ())
@@ -78,7 +81,7 @@ def find_source(source: SourceSection) -> Found:
         raise DataError(
             "a source of the corpus is missing",
             got=f"no file {source.path}",
-            expected="a JSONL, JSON or Parquet file, a glob, a directory, or a dataset id",
+            expected="a file (docs/data_formats.md has the kinds), a glob, a directory, or a dataset id",
             fix="correct corpus.sources[].path",
         )
     return Found(None, source.path)
@@ -97,6 +100,8 @@ class Records:
     identity: tuple[str, tuple[int, ...]] | None = None
     """What `datasets` knows its content by: a hash of name, configuration, version, commit and split, and the bytes of
     its files; None where it read lines."""
+    uniform: bool = True
+    """Whether each record has the columns of all."""
 
 
 def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, str, RawRecord]]:
@@ -108,12 +113,11 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
     usual: str | None = None if source.format == "auto" else source.format
     seen: Counter[str] = Counter()
     unknown: set[str] = set()
-    for number, record in records.numbered:
+    for number, record in named(source, records.numbered, uniform=records.uniform):
         where = f"{source.path}, record {number + 1}"
         if isinstance(record, Unusable):
             yield where, usual or "text", record
             continue
-        record = {name: value for name, value in record.items() if name not in source.ignore_columns}
         if usual is None:
             usual = detect_format(record.keys(), where=source.path)
         kind = usual if source.format != "auto" else _kind(record, usual)
@@ -159,17 +163,27 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
     files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
     local = [file for file in files if isinstance(file, Path)]
+    if found.builder in READERS and found.builder != "json":
+        if _split_name(source.split) != "train":
+            raise _unreadable(source, ValueError("a file has the split train alone"))
+        try:
+            return _by_line(files, found.builder, source, seed)
+        except NeoError:
+            raise
+        except Exception as error:  # Each compression and protocol has errors of its own.
+            raise _unreadable(source, error) from error
     by_line = found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train"
     try:
         dataset = _load(source, found, files)
     except Exception as error:
         # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
         if by_line:
-            return _json_lines(local, source, seed)
+            return _by_line(local, "json", source, seed)
         raise _unreadable(source, error.__cause__ or error) from error
     # Arrow takes text for times where all of a column looks like it.
-    if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if is_read(name)):
-        return _json_lines(local, source, seed)
+    read = {*READ, *source.columns.values()} - {"id"}
+    if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if name in read):
+        return _by_line(local, "json", source, seed)
     total = len(dataset)
     identity = (dataset._fingerprint, tuple(Path(file["filename"]).stat().st_size for file in dataset.cache_files))
     if source.weight == 1:
@@ -192,8 +206,10 @@ def chosen_records(records: int, weight: float, *, seed: int) -> I64:
 
 
 def _builder(name: str) -> str | None:
-    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
-    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+    suffixes = Path(name).suffixes
+    packed = bool(suffixes) and suffixes[-1] in _COMPRESSED
+    kind = next((_BUILDERS.get(suffix) for suffix in reversed(suffixes) if suffix not in _COMPRESSED), None)
+    return None if packed and kind == "arrow" else kind  # Arrow compresses inside.
 
 
 def _one_kind(builders: set[str | None], source: SourceSection) -> str:
@@ -202,7 +218,7 @@ def _one_kind(builders: set[str | None], source: SourceSection) -> str:
     raise DataError(
         f"a source of the corpus holds files of different or unknown kinds: {source.path}",
         got=", ".join(sorted(builder or "unknown" for builder in builders)),
-        expected="only JSONL and JSON, or only Parquet",
+        expected="only JSONL and JSON, or only files of another kind",
         fix="narrow corpus.sources[].path by a glob such as dir/*.jsonl, or make two sources of it",
     )
 
@@ -226,7 +242,7 @@ def _warn_of_unread_files(source: SourceSection, folder: Path) -> None:
     """Name the data files of a directory that `datasets` leaves out: of another kind than most, or of another split."""
     chosen = datasets.load_dataset_builder(str(folder), source.name).config.data_files or {}
     read = {Path(name).resolve() for name in chosen.get(_split_name(source.split), ())}
-    there = [file for file in sorted(folder.rglob("*")) if _builder(file.name) and file.resolve() not in read]
+    there = [file for file in sorted(folder.rglob("*")) if _builder(file.name) in _BELOW and file.resolve() not in read]
     unread = [str(name) for name in (file.relative_to(folder) for file in there) if not _HIDDEN.search(f"/{name}")]
     if unread:
         log.warning("%s: files that split %s leaves out: %s", source.path, source.split, ", ".join(unread[:10]))
@@ -251,51 +267,20 @@ def _row(dataset: Any, i: int) -> RawRecord:
     return row
 
 
-def _json_lines(paths: Sequence[Path], source: SourceSection, seed: int) -> Records:
-    """Records of JSONL files, line by line; a line that is not UTF-8 is an unusable record."""
-    first, last = _split_range(source, sum(1 for _ in _lines(paths)))
+def _by_line(files: Sequence[str | Path], kind: str, source: SourceSection, seed: int) -> Records:
+    """Records of files of a kind in `READERS`; one that is not UTF-8 is unusable."""
+    raw, record_of = READERS[kind]
+    first, last = _split_range(source, sum(1 for _ in raw(files)))
     chosen: Sequence[int] = range(last - first)
     if source.weight < 1:
         chosen = chosen_records(last - first, source.weight, seed=seed).tolist()
     wanted = set(chosen)
-
-    def numbered() -> Iterator[tuple[int, RawRecord]]:
-        for number, (where, line) in enumerate(_lines(paths), -first):
-            if number not in wanted:
-                continue
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                yield number, Unusable(f"not valid Unicode: {error}")
-                continue
-            yield number, _json_object(text, where=where)
-
-    return Records(last - first, len(chosen), numbered())
-
-
-def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """(where, line) of every line with something on it."""
-    for path in paths:
-        with fsspec.open(str(path), "rb", compression="infer") as file:
-            # zstandard's reader knows no lines.
-            for number, line in enumerate(io.BufferedReader(file), 1):
-                if line.strip():
-                    yield f"{path}, line {number}", line
-
-
-def _json_object(text: str, *, where: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not a JSON object",
-            got=f"{error} in {text[:100]!r}",
-            expected="one JSON object per line",
-            fix="correct or drop the line",
-        ) from error
-    return record
+    numbered = (
+        (number, record_of(where, given))
+        for number, (where, given) in enumerate(raw(files), -first)
+        if number in wanted
+    )
+    return Records(last - first, len(chosen), numbered, uniform=kind != "json")
 
 
 def _split_name(split: str) -> str:
@@ -316,6 +301,6 @@ def _unreadable(source: SourceSection, error: BaseException) -> DataError:
     return DataError(
         f"a source of the corpus cannot be read: {source.path}",
         got=f"{type(error).__name__}: {str(error)[:300]}",
-        expected="a JSONL, JSON or Parquet file, a directory, or a dataset id, with the configured split",
+        expected="a file (docs/data_formats.md has the kinds), a directory or a dataset id, with the configured split",
         fix="correct the file, or corpus.sources[] (path, name, split)",
     )

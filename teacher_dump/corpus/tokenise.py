@@ -9,8 +9,8 @@ import numpy as np
 
 from storage_schemas.common.errors import DataError
 from teacher_dump.corpus.formats import Completion, Conversation, Pretokenised, Record, normalise
+from teacher_dump.corpus.lines import RawRecord
 from teacher_dump.corpus.masks import Tokens, Unusable, tokenise_completions, tokenise_conversations
-from teacher_dump.corpus.sources import RawRecord
 
 NOTHING = Tokens(np.empty(0, np.int32), np.empty(0, bool))
 
@@ -25,13 +25,14 @@ def tokenise(
     Raises:
         DataError: the tokenizer cannot do what these records need, whatever they hold.
     """
-    forms = [_form(record, kind) for _, kind, record in records]
+    forms = [form_of(record, kind) for _, kind, record in records]
     for (_, _, raw), form, tokens in zip(records, forms, _tokenise(forms, tokenizer, mask), strict=True):
         given = None if isinstance(raw, Unusable) else raw.get("id")
         yield _content_hash(form) if given is None else str(given), tokens
 
 
-def _form(record: RawRecord, kind: str) -> Record | Unusable | None:
+def form_of(record: RawRecord, kind: str) -> Record | Unusable | None:
+    """The common form of a record of format `kind`; None if it holds nothing to learn from."""
     try:
         return record if isinstance(record, Unusable) else normalise(record, kind)
     except DataError as error:

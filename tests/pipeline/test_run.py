@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import load_config
 from pipeline.prune import prune
-from pipeline.run import Steps
+from pipeline.run import Steps, _dump_inputs
 from pipeline.views.report import remarks
 from student_train.metrics import read_events
 
@@ -51,6 +51,21 @@ def test_a_step_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         steps.do("c", lambda: {"never": 1 // 0}, {})
     assert steps.do("c", work, {}) == {"call": 5}
+
+
+def test_a_chat_template_that_changes_is_another_dump(tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    sources = f"[{{path: {tmp_path / 'a.jsonl'}}}]"
+    (tmp_path / "c.yaml").write_text(
+        f"dump: {{url: {tmp_path / 'dump'}}}\nteacher: {{model: x}}\nheldout: {{url: y, sources: {sources}}}\n"
+        f"corpus: {{sources: {sources}, chat_template: {template}}}\n"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    before = _dump_inputs(config)
+    assert _dump_inputs(config) == before
+    template.write_text("{{ messages[0] }}")
+    assert _dump_inputs(config) != before
 
 
 def corpus(path: Path, samples: range) -> Path:

@@ -268,8 +268,8 @@ def test_a_missing_source_is_a_clear_error(tmp_path: Path, name: str) -> None:
 
 
 def test_unknown_columns_are_listed(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "what", "answer": "so"}])
-    with pytest.raises(DataError, match="columns answer, question"):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "what", "reply": "so"}])
+    with pytest.raises(DataError, match="columns question, reply"):
         freeze(path)
 
 

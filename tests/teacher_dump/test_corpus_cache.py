@@ -166,7 +166,7 @@ def part_of(samples: int) -> Part:
 
 def fill(columns: Columns, *, parts: int = 3, samples: int = 4) -> None:
     for _ in range(parts):
-        columns.append(part_of(samples), source=0, problems=[])
+        columns.append(part_of(samples), source=0, records=0, problems=[])
     columns.finish(fingerprint="0")
 
 

@@ -36,8 +36,8 @@ def test_detection_follows_the_documented_order(columns: list[str], expected: st
 
 
 def test_unknown_columns_are_listed() -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl(.|\n)*answer, question(.|\n)*prompt \+ completion"):
-        detect_format(["question", "answer"], where="a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl(.|\n)*question, reply(.|\n)*prompt \+ completion"):
+        detect_format(["question", "reply"], where="a.jsonl")
 
 
 @pytest.mark.parametrize(

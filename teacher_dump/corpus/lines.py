@@ -1,0 +1,92 @@
+"""Files that are read record by record: JSON lines with bad ones among them, lines of text, and rows of CSV and TSV."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+from pyarrow import csv
+
+from storage_schemas.common.errors import DataError
+from teacher_dump.corpus.masks import Unusable
+
+RawRecord = Mapping[str, Any] | Unusable
+_BLOCK_BYTES = 2**24
+"""A row of a table is at most so long."""
+
+
+def _lines(paths: Sequence[str | Path]) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of every line with something on it."""
+    for path in paths:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            # zstandard's reader knows no lines.
+            for number, line in enumerate(io.BufferedReader(file), 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+
+
+def _json_object(where: str, line: bytes) -> RawRecord:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        return Unusable(f"not valid Unicode: {error}")
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: not a JSON object",
+            got=f"{error} in {text[:100]!r}",
+            expected="one JSON object per line",
+            fix="correct or drop the line",
+        ) from error
+    return record
+
+
+def _text(_: str, line: bytes) -> RawRecord:
+    return _row(_, {"text": line.rstrip(b"\r\n")})
+
+
+def _rows(paths: Sequence[str | Path], *, delimiter: str) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """(file, row) of every row of tables with a header."""
+    how = csv.ReadOptions(block_size=_BLOCK_BYTES)
+    quoted = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    for path in paths:
+        try:
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                names = csv.open_csv(file, how, quoted).schema.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"a column has the name of another: {', '.join(names)}")
+            # Text stays text: 007, 2024-01-01 and NA are no numbers, times or nulls.
+            types = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                for batch in csv.open_csv(file, how, quoted, types):
+                    yield from ((str(path), row) for row in batch.to_pylist())
+        except (pa.ArrowInvalid, ValueError) as error:
+            raise DataError(
+                f"a table of the corpus cannot be read: {path}",
+                got=str(error)[:300],
+                expected="a header, and as many values in each row as the header has names",
+                fix="correct the file, or convert it to JSONL",
+            ) from error
+
+
+def _row(_: str, row: Mapping[str, bytes]) -> RawRecord:
+    try:
+        return {name: value.decode() for name, value in row.items()}
+    except UnicodeDecodeError as error:
+        return Unusable(f"not valid Unicode: {error}")
+
+
+READERS: dict[str, tuple[Callable[..., Iterator[tuple[str, Any]]], Callable[[str, Any], RawRecord]]] = {
+    "json": (_lines, _json_object),
+    "text": (_lines, _text),
+    "csv": (partial(_rows, delimiter=","), _row),
+    "tsv": (partial(_rows, delimiter="\t"), _row),
+}
+"""Kind of file -> (what gives the place and the bytes of each of its records, what makes a record of them)."""
