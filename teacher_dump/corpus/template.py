@@ -30,11 +30,25 @@ def templated(tokenizer: Any, section: CorpusSection) -> Any:
             expected="a template that reads them",
             fix="set corpus.chat_template, or remove corpus.template_kwargs",
         )
+    # Some tokenizers have several by name, such as `tool_use` for records with tools.
+    several = template if isinstance(template, dict) else {"": template}
+    read = set[str]().union(*map(_read_by, several.values()))
+    if unread := section.template_kwargs.keys() - read:
+        raise MismatchError(
+            "the chat template does not read an argument that is configured",
+            got=", ".join(sorted(unread)),
+            expected=f"what it reads: {', '.join(sorted(read))}",
+            fix="correct corpus.template_kwargs, or set a corpus.chat_template that reads them",
+        )
+    heads = (
+        f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}"
+        for name, value in section.template_kwargs.items()
+    )
+    # Templates are read with trim_blocks: the line end behind a block is none.
+    head = f"{''.join(heads)}\n" if section.template_kwargs else ""
+    changed = {name: head + each for name, each in several.items()}
     found = copy.copy(tokenizer)
-    if isinstance(template, dict):  # Several by name, of which `tool_use` is for records with tools.
-        found.chat_template = {name: _with_defaults(each, section) for name, each in template.items()}
-    else:
-        found.chat_template = _with_defaults(template, section)
+    found.chat_template = changed if isinstance(template, dict) else changed[""]
     return found
 
 
@@ -51,26 +65,14 @@ def _text(section: CorpusSection) -> str:
         ) from error
 
 
-def _with_defaults(template: str, section: CorpusSection) -> str:
+def _read_by(template: str) -> set[str]:
+    """Names of what a template is given."""
     try:
-        read = meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
+        return meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
     except TemplateError as error:
         raise MismatchError(
             "the chat template of the corpus is not valid Jinja",
             got=f"{error} (line {getattr(error, 'lineno', '?')})",
-            expected="a chat template as transformers reads it",
+            expected="a chat template that transformers reads",
             fix="correct corpus.chat_template",
         ) from error
-    if unread := section.template_kwargs.keys() - read:
-        raise MismatchError(
-            "the chat template does not read an argument that is configured",
-            got=", ".join(sorted(unread)),
-            expected=f"what it reads: {', '.join(sorted(read))}",
-            fix="correct corpus.template_kwargs, or set a corpus.chat_template that reads them",
-        )
-    heads = (
-        f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}"
-        for name, value in section.template_kwargs.items()
-    )
-    # Templates are read with trim_blocks: the line end behind a block is none.
-    return f"{head}\n{template}" if (head := "".join(heads)) else template

@@ -418,6 +418,17 @@ def test_what_is_no_argument_is_refused(name: str) -> None:
         CorpusSection(sources=[SourceSection(path="a.jsonl")], template_kwargs={name: True})
 
 
+def test_of_several_templates_each_has_the_arguments_and_processes_do_the_same(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT, CHAT | {"tools": tools}])
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": THINKING, "tool_use": CHATML}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "template_kwargs": {"enable_thinking": False}}
+    corpus = freeze(path, **options)
+    assert ["<think></think>" in tokenizer.decode(corpus.sample(i).input_ids) for i in range(2)] == [True, True]
+    assert freeze(path, **options, num_proc=2).fingerprint == corpus.fingerprint
+
+
 def test_a_base_tokenizer_takes_the_configured_template(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [CHAT])
     base = tiny_tokenizer(None)
