@@ -268,13 +268,11 @@ def _tokenise_part(
     ):
         if isinstance(whole, Unusable):
             problems.append(f"{where}: {whole.reason}")
-        samples: list[tuple[str, Tokens | Unusable]] = [(record_id, whole)]
+        parts: Sequence[Tokens | Unusable] = [whole]
         if kind == "text" and section.too_long == "chunk" and isinstance(whole, Tokens):
             parts = chunks(whole, section.max_length, bos=tokenizer.bos_token_id)
-            samples = [(f"{record_id}#{i}/{len(parts)}", part) for i, part in enumerate(parts, 1)]
-            if len(parts) == 1:
-                samples = [(record_id, whole)]
-        for sample_id, tokens in samples:
+        for number, tokens in enumerate(parts, 1):
+            sample_id = record_id if len(parts) == 1 else f"{record_id}#{number}/{len(parts)}"
             lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
             status, kept_tokens = _judge(tokens, section, lm_head_rows, where=where)
             ids.append(sample_id.encode(errors="replace"))
