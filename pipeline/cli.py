@@ -15,11 +15,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from pipeline.config import load_config, need
+from pipeline import cli_config
+from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
+from pipeline.config import need
 from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.common.devices import take_own_gpus, visible_gpus
+from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
@@ -35,10 +38,6 @@ app = typer.Typer(
     epilog="Running a command again continues it. Exit codes: 0 done, 64 usage, 65 bad data, 66 nothing to resume "
     "from, 70 bug, 75 temporary (run again), 78 configuration or fingerprint mismatch.",
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, see docs/configuration.md.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
-]
 Workers = Annotated[int, typer.Option(min=1, help="Processes of stage one to start on this machine.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks of stage two on this node; default: one per GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")]
@@ -51,7 +50,6 @@ Base = Annotated[
 Result = Annotated[
     Path | None, typer.Option(hidden=True, help="Leave the result there, for the command that started this one.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
 StoreOptions = Annotated[
     list[str] | None,
@@ -87,6 +85,9 @@ def quiet_libraries() -> None:
             os.environ.setdefault(bars, "1")
 
 
+app.command()(cli_config.init)
+
+
 @app.command()
 def dump(
     config: ConfigPath,
@@ -102,7 +103,8 @@ def dump(
     result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
-    found = load_config(config, overrides or ())
+    # A worker that another command has started leaves a result, and repeats no notices.
+    found = load_config(config, overrides or (), quiet=result is not None)
     teacher = need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
     if teacher.device in ("auto", "cuda"):
@@ -278,7 +280,7 @@ def merge(
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.results.merge import merge as merge_adapter
 
-    saved_as = merge_adapter(adapter, out, dtype=dtype, base=base)
+    saved_as = merge_adapter(adapter, out, dtype=None if dtype is None else str(dtype_name(dtype)), base=base)
     typer.echo(f"{out} is a plain model in {saved_as}; docs/serving.md says how to serve it, or the adapter unmerged")
 
 
@@ -476,6 +478,9 @@ def prune(
     from pipeline.prune import prune as prune_model
 
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
+
+
+app.add_typer(cli_config.app, name="config")
 
 
 def _ranks(nproc: int | None) -> int:

@@ -5,10 +5,10 @@ Relative paths in a configuration mean relative to the working directory of the 
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError, field_validator, model_validator
@@ -27,6 +27,9 @@ MAX_BYTES = 1 << 20
 
 MAX_VALUES = 50_000
 """Values of a configuration file at most."""
+
+RENAMED = {"train.arm": "train.method"}
+"""Old name -> new one. Both are read, and the new one is written."""
 
 T = TypeVar("T")
 
@@ -147,7 +150,22 @@ def need(section: T | None, name: str, command: str) -> T:
     return section
 
 
+class Loaded(NamedTuple):
+    """A configuration, and what of it the user has said."""
+
+    config: Config
+    data: dict[str, Any]
+    """What file and overrides say together, before defaults."""
+    overridden: Collection[str]
+    """Dotted names of the overrides."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `load` reads."""
+    return load(path, overrides).config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read, override and validate a configuration.
 
     Args:
@@ -177,7 +195,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         problems += [problem for details in error.errors() for problem in explain(details, data, Config)]
     if problems:
         raise report(path, set_values, problems, written)
-    return config
+    return Loaded(config, data, set_values)
 
 
 class _Loader(yaml.SafeLoader):
@@ -257,7 +275,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         MismatchError: too large, not UTF-8, not YAML, a duplicate key, or not a mapping.
     """
     path = Path(path)
-    fix = "see examples/ for configurations that work"
+    fix = "`llm-neo init` writes configurations that work"
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -312,6 +330,10 @@ def _apply(data: dict[str, Any], path: Sequence[str], value: Any) -> list[Proble
         if last:
             if dotted == "estimator.kind" and node.get("kind", "topk") != value:
                 node.clear()
+            if isinstance(node, dict):  # The same setting under its other name.
+                for old, new in RENAMED.items():
+                    if dotted in (old, new):
+                        node.pop((new if dotted == old else old).rpartition(".")[2], None)
             node[key] = value
         else:
             if isinstance(node, dict) and node.get(key) is None:

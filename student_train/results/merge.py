@@ -53,7 +53,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
     if not is_adapter(adapter_dir):
         raise MismatchError(
             f"{adapter_dir} is not an adapter", got="no adapter_config.json", expected="the `final/` of an adapter run",
-            fix="give the directory of a peft adapter; the arms sft and kd save whole models",
+            fix="give the directory of a peft adapter; the methods full_sft and full_kd save whole models",
         )  # fmt: skip
     source, revision = source_of(adapter_dir, base)
     whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32)

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_lines import Call
 from support.dumps import some_provenance, unit_rows
 from support.tiny_student import save_student
 from support.tiny_teachers import save_teacher, tiny_tokenizer
@@ -25,6 +25,7 @@ from storage_schemas.provenance import Provenance
 from storage_schemas.writer import DumpWriter
 
 COMMANDS = [
+    "init",
     "dump",
     "preview",
     "train",
@@ -38,24 +39,8 @@ COMMANDS = [
     "status",
     "doctor",
     "prune",
+    "config",
 ]
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """`llm-neo` in this process: exit code, standard output, standard error."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
-        printed = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, printed.out, printed.err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def write_dump(folder: Path, provenance: Provenance, *, seal: bool = True) -> Path:
