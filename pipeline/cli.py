@@ -19,6 +19,7 @@ from pipeline import cli_config
 from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
 from pipeline.config import need
 from pipeline.credentials import has_secret, instead, is_secret_option
+from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.common.devices import take_own_gpus, visible_gpus
@@ -31,6 +32,7 @@ from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
     name="llm-neo",
+    cls=HintingGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -29,9 +29,9 @@ _NEXT = """correct the places in it, then
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> Config:
-    """The configuration of a command; whoever has typed it hears of old names, unless `quiet`."""
+    """The configuration of a command; whoever has typed it hears its `notices`, unless `quiet`."""
     loaded = load(path, overrides)
-    for sentence in () if quiet else settings.renamed(loaded):
+    for sentence in () if quiet else settings.notices(loaded):
         log.info("%s", sentence)
     return loaded.config
 

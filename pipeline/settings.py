@@ -53,16 +53,17 @@ def load_any(place: Path) -> Loaded:
     return load(place / KEPT if place.is_dir() else place)
 
 
-def renamed(loaded: Loaded) -> list[str]:
-    """A sentence for each setting that stands there under its old name."""
-    found = []
+def notices(loaded: Loaded) -> Iterator[str]:
+    """Sentences about what is allowed and yet may not be meant."""
+    teacher, student = loaded.config.teacher, loaded.config.student
+    if teacher and student and (teacher.model, teacher.revision) == (student.model, student.revision):
+        yield f"student and teacher are the same model, {student.model}: there is nothing to distil, their KL is 0"
     for old, new in RENAMED.items():
         if _says(loaded.data, old.split(".")):
             value: Any = loaded.config
             for name in new.split("."):
                 value = getattr(value, name)
-            found.append(f"{old} is called {new} now (here: {value}); the old name is still read")
-    return found
+            yield f"{old} is called {new} now (here: {value}); the old name is still read"
 
 
 def schema() -> str:

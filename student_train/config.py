@@ -31,7 +31,7 @@ def _method(given: object) -> object:
 
 def _precision(given: object) -> object:
     name = dtype_name(given)
-    return _SHORT.get(name, name) if isinstance(name, str) else name
+    return _SHORT.get(name, given) if isinstance(name, str) else given
 
 
 DEEPSPEED_PRESETS: dict[str, dict[str, Any]] = {
