@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -513,9 +514,26 @@ def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> 
     elif as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
     else:
-        for name, value in found.items():
-            shown = json.dumps(value) if isinstance(value, bool | dict | list) or value is None else value
-            typer.echo(f"{name:28} {shown:,}" if isinstance(shown, int) else f"{name:28} {shown}")
+        for name, value in _plain(found):
+            typer.echo(f"{name:28} {value}")
+
+
+def _plain(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and value of what is in there, for people; of a list one per element."""
+    for name, value in found.items():
+        match value:
+            case dict():
+                yield from _plain(value, f"{prefix}{name}.")
+            case list():
+                yield from ((prefix + name, each) for each in value or ["none"])
+            case bool() | None:
+                yield prefix + name, json.dumps(value)
+            case int():
+                yield prefix + name, f"{value:,}"
+            case float():
+                yield prefix + name, f"{value:.6g}"
+            case _:
+                yield prefix + name, value
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
