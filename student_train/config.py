@@ -20,13 +20,13 @@ Method = Literal["full_sft", "lora_sft", "full_kd", "lora_kd"]
 Arm = Literal["sft", "lora", "kd", "neo"]
 ARMS: dict[Method, Arm] = {"full_sft": "sft", "lora_sft": "lora", "full_kd": "kd", "lora_kd": "neo"}
 """Methods by the names that checkpoints and summaries hold, after the paper's."""
-_METHODS = {arm: method for method, arm in ARMS.items()}
+METHODS = {arm: method for method, arm in ARMS.items()}
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 """What checkpoints call a precision."""
 
 
 def _method(given: object) -> object:
-    return _METHODS.get(given, given.replace("-", "_")) if isinstance(given, str) else given  # type: ignore[call-overload]
+    return METHODS.get(given, given.replace("-", "_")) if isinstance(given, str) else given  # type: ignore[call-overload]
 
 
 def _precision(given: object) -> object:

@@ -137,7 +137,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("train x.yaml --set train.resume=never", 78, ["has been used", "train.resume: auto"]),
     ("train x.yaml --set train.seed=9", 78, ["the checkpoint is of another run: train.seed", "train.seed = 0"]),
     ("train x.yaml --set train.epochs=2", 78, ["train.max_steps = 6", "train.extend: true goes on"]),
-    ("train x.yaml --set train.method=full_kd", 78, ["train.arm = kd", "choose another train.output"]),
+    ("train x.yaml --set train.method=full_kd", 78, ["train.method = full_kd", "choose another train.output"]),
     # Results.
     ("evaluate --model absent --dump h", 78, ["absent is no directory", "HF_HOME"]),
     ("evaluate --model run --dump h", 78, ["the directory of a run", "give run/final"]),
