@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,11 +16,15 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from pipeline.config import load_config, need
+from pipeline import cli_config
+from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
+from pipeline.config import need
 from pipeline.credentials import has_secret, instead, is_secret_option
+from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.common.devices import take_own_gpus, visible_gpus
+from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
@@ -28,6 +33,7 @@ from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
     name="llm-neo",
+    cls=HintingGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,10 +41,6 @@ app = typer.Typer(
     epilog="Running a command again continues it. Exit codes: 0 done, 64 usage, 65 bad data, 66 nothing to resume "
     "from, 70 bug, 75 temporary (run again), 78 configuration or fingerprint mismatch.",
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, see docs/configuration.md.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
-]
 Workers = Annotated[int, typer.Option(min=1, help="Processes of stage one to start on this machine.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks of stage two on this node; default: one per GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")]
@@ -51,7 +53,6 @@ Base = Annotated[
 Result = Annotated[
     Path | None, typer.Option(hidden=True, help="Leave the result there, for the command that started this one.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
 StoreOptions = Annotated[
     list[str] | None,
@@ -87,6 +88,9 @@ def quiet_libraries() -> None:
             os.environ.setdefault(bars, "1")
 
 
+app.command()(cli_config.init)
+
+
 @app.command()
 def dump(
     config: ConfigPath,
@@ -102,7 +106,8 @@ def dump(
     result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
-    found = load_config(config, overrides or ())
+    # A worker that another command has started leaves a result, and repeats no notices.
+    found = load_config(config, overrides or (), quiet=result is not None)
     teacher = need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
     if teacher.device in ("auto", "cuda"):
@@ -278,7 +283,7 @@ def merge(
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.results.merge import merge as merge_adapter
 
-    saved_as = merge_adapter(adapter, out, dtype=dtype, base=base)
+    saved_as = merge_adapter(adapter, out, dtype=None if dtype is None else str(dtype_name(dtype)), base=base)
     typer.echo(f"{out} is a plain model in {saved_as}; docs/serving.md says how to serve it, or the adapter unmerged")
 
 
@@ -479,6 +484,9 @@ def prune(
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
 
 
+app.add_typer(cli_config.app, name="config")
+
+
 def _ranks(nproc: int | None) -> int:
     return nproc or len(visible_gpus(os.environ)) or 1
 
@@ -507,9 +515,26 @@ def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> 
     elif as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
     else:
-        for name, value in found.items():
-            shown = json.dumps(value) if isinstance(value, bool | dict | list) or value is None else value
-            typer.echo(f"{name:28} {shown:,}" if isinstance(shown, int) else f"{name:28} {shown}")
+        for name, value in _plain(found):
+            typer.echo(f"{name:28} {value}")
+
+
+def _plain(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and value of what is in there, for people; of a list one per element."""
+    for name, value in found.items():
+        match value:
+            case dict():
+                yield from _plain(value, f"{prefix}{name}.")
+            case list():
+                yield from ((prefix + name, each) for each in value or ["none"])
+            case bool() | None:
+                yield prefix + name, json.dumps(value)
+            case int():
+                yield prefix + name, f"{value:,}"
+            case float():
+                yield prefix + name, f"{value:.6g}"
+            case _:
+                yield prefix + name, value
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

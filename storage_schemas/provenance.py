@@ -214,7 +214,7 @@ class Provenance(_Identity, ProvenJson):
                 "the dump holds no tail mass for this temperature",
                 got=temperature,
                 expected=f"one of {list(self.temperatures)}",
-                fix="set loss.temperature to one of these, or dump again with it among `temperatures`",
+                fix="choose one of these (loss.temperature, --temperature), or dump again with it among `temperatures`",
             )
         return self.temperatures.index(temperature)
 

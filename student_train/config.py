@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.stores.address import DumpUrl, LocalFolder
 
@@ -15,6 +16,22 @@ Schedule = Literal[
     "cosine_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
+Method = Literal["full_sft", "lora_sft", "full_kd", "lora_kd"]
+Arm = Literal["sft", "lora", "kd", "neo"]
+ARMS: dict[Method, Arm] = {"full_sft": "sft", "lora_sft": "lora", "full_kd": "kd", "lora_kd": "neo"}
+"""Methods by the names that checkpoints and summaries hold, after the paper's."""
+METHODS = {arm: method for method, arm in ARMS.items()}
+_SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+"""What checkpoints call a precision."""
+
+
+def _method(given: object) -> object:
+    return METHODS.get(given, given.replace("-", "_")) if isinstance(given, str) else given  # type: ignore[call-overload]
+
+
+def _precision(given: object) -> object:
+    name = dtype_name(given)
+    return _SHORT.get(name, given) if isinstance(name, str) else given
 
 
 DEEPSPEED_PRESETS: dict[str, dict[str, Any]] = {
@@ -84,7 +101,7 @@ class StudentSection(FrozenModel):
     """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
     model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
     lora: LoraSection = LoraSection()
-    """Used by the arms `lora` and `neo`."""
+    """Used by the methods `lora_sft` and `lora_kd`."""
     adapter: LocalFolder | None = None
     """Directory of an adapter on this very model that training begins from, such as `final` of another run, with its
     rank, scaling and modules. Null: a new one."""
@@ -115,13 +132,20 @@ class TrainSection(FrozenModel):
     output: LocalFolder
     """Run directory: config, events, checkpoints, final, summary. New or empty, or of an earlier start; one training at
     a time holds it."""
-    arm: Literal["sft", "lora", "kd", "neo"] = "neo"
-    """{full, LoRA} x {CE, CE + KL}: `sft` and `kd` train all weights, `lora` and `neo` the adapter; `sft` and `lora`
-    use the cross-entropy alone."""
+    method: Annotated[Method, BeforeValidator(_method, json_schema_input_type=Method | Arm)] = Field(
+        "lora_kd", validation_alias=AliasChoices("method", "arm")
+    )
+    """Which weights are trained, and on what: all or a LoRA adapter, fine-tuning on the labels (SFT: cross-entropy
+    alone) or distillation (KD: cross-entropy and divergence). `lora_kd` is LLM-Neo, and `neo` means it, too. The old
+    name of this setting is `arm`, with the values `sft`, `lora`, `kd`, `neo` in the same order."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of weights and activations; master weights and moments are always fp32."""
+    precision: Annotated[
+        Literal["bf16", "fp32"],
+        BeforeValidator(_precision, json_schema_input_type=Literal["bf16", "fp32", "bfloat16", "float32"]),
+    ] = "bf16"
+    """Dtype of weights and activations, as `bf16` or `bfloat16`, `fp32` or `float32`; master weights and moments are
+    always float32."""
     global_batch_size: int = Field(32, ge=1)
     """Samples per optimizer step, over all ranks. World size and micro-batch size change neither loss nor gradient."""
     micro_batch_size: int = Field(4, ge=1)
@@ -131,7 +155,7 @@ class TrainSection(FrozenModel):
     padding them. Micro-batches are sorted by length, so there is little padding to save, and the attention of one long
     row costs more: worth it only where micro-batches hold samples of very different lengths."""
     learning_rate: float = Field(2e-4, gt=0.0)
-    """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA arms."""
+    """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA methods."""
     epochs: int = Field(1, ge=1)
     """Passes over the dump."""
     max_steps: int | None = Field(None, ge=1)
@@ -208,7 +232,9 @@ class TrainSection(FrozenModel):
     """Its project there. Null: what WANDB_PROJECT says."""
     tags: list[str] = []
     """Its tags there."""
-    deepspeed: Annotated[dict[str, Any], BeforeValidator(_deepspeed_settings)] = {}
+    deepspeed: Annotated[
+        dict[str, Any], BeforeValidator(_deepspeed_settings, json_schema_input_type=dict[str, Any] | str)
+    ] = {}
     """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
     cache_dir: LocalFolder | None = None
@@ -220,14 +246,19 @@ class TrainSection(FrozenModel):
     """How long to wait for a dump to begin, and for the next window of one that is being written, before exit 75."""
 
     @property
+    def arm(self) -> Arm:
+        """The method by the name that checkpoints and summaries hold."""
+        return ARMS[self.method]
+
+    @property
     def lora(self) -> bool:
         """Whether only an adapter is trained."""
-        return self.arm in ("lora", "neo")
+        return self.method in ("lora_sft", "lora_kd")
 
     @property
     def distils(self) -> bool:
         """Whether the loss has a divergence term."""
-        return self.arm in ("kd", "neo")
+        return self.method in ("full_kd", "lora_kd")
 
     @model_validator(mode="after")
     def _supported(self) -> "TrainSection":
@@ -241,5 +272,5 @@ class TrainSection(FrozenModel):
         if watching and self.eval_steps is None:
             raise ValueError(f"{watching[0]} needs evaluations: set eval_steps")
         if self.loraplus_lr_ratio is not None and not self.lora:
-            raise ValueError(f"loraplus_lr_ratio is for the arms lora and neo; the arm {self.arm} has no adapter")
+            raise ValueError(f"loraplus_lr_ratio is for the methods lora_sft and lora_kd; {self.method} has no adapter")
         return self

@@ -13,7 +13,7 @@ from storage_schemas.canonical import differences
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
-from student_train.config import TrainSection
+from student_train.config import METHODS, TrainSection
 from student_train.data.order import Order
 from student_train.heldout import stops_early
 from student_train.metrics import EVENTS, HeldoutResult
@@ -152,7 +152,7 @@ def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
 
 def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
-    if other := differences(found, wanted):
+    if other := differences(_as_configured(found), _as_configured(wanted)):
         raise MismatchError(
             f"the checkpoint is of another run: {', '.join(other.keys)}",
             got=other.there,
@@ -160,6 +160,15 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             fix="restore these settings, or choose another train.output; "
             "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
         )
+
+
+def _as_configured(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity in the words of the configuration: checkpoints hold the method by its old name."""
+    found = dict(identity)
+    if "train.arm" in found:
+        arm = found.pop("train.arm")
+        found["train.method"] = METHODS.get(arm, arm)
+    return found
 
 
 def _known(state: TrainState) -> dict[str, Any]:

@@ -105,10 +105,10 @@ def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
         return
     if not train.lora:
         raise MismatchError(
-            f"the arm {train.arm} trains all weights, and student.adapter names an adapter",
-            got=f"train.arm: {train.arm}; student.adapter: {student.adapter}",
-            expected="the arm lora or neo",
-            fix="merge the adapter and set student.model to the result, or choose another arm",
+            f"the method {train.method} trains all weights, and student.adapter names an adapter",
+            got=f"train.method: {train.method}; student.adapter: {student.adapter}",
+            expected="the method lora_sft or lora_kd",
+            fix="merge the adapter and set student.model to the result, or choose another method",
         )
     refuse_other_base(student.adapter, student.model, student.revision)
 

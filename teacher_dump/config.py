@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Estimator
 from storage_schemas.stores.address import Located
@@ -34,8 +35,14 @@ class TeacherSection(FrozenModel):
     """Directory or hub id of the teacher."""
     revision: str | None = None
     """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Compute dtype of the forward pass. Statistics are always taken in float32 or better."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        BeforeValidator(
+            dtype_name, json_schema_input_type=Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+        ),
+    ] = "bfloat16"
+    """Compute dtype of the forward pass; `bf16`, `fp16` and `fp32` mean the same. Statistics are always taken in
+    float32 or better."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """Which engine runs the teacher. `vllm` needs the extra of that name and makes only `topk` targets at T = 1."""
     attn_implementation: str | None = None

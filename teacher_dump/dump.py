@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _LOADED_HOW = ("local_files_only", "is_local")
 """What transformers writes among a tokenizer's settings and changes with HF_HUB_OFFLINE: workers would disagree."""
+_OF_OTHERS = {"adapter_config.json", "checkpoints", "config.json", "events.jsonl", "final", "summary.json"}
+"""Names in directories of runs and models."""
 _LOOK_SECONDS = 10.0
 """A worker looks again what others have committed so long after it has seen the last answer."""
 
@@ -157,6 +159,13 @@ def refuse_unusable(dump: DumpSection) -> None:
             got=f"{there} is {'read-only' if there.is_dir() else 'no directory'}",
             expected="a directory, or a place where one can be made",
             fix="correct dump.url, or the permissions",
+        )
+    if there == store.root.absolute() and (marks := sorted(_OF_OTHERS & {path.name for path in there.iterdir()})):
+        raise MismatchError(
+            f"{dump.url} holds something else: a run or a model",
+            got=f"{', '.join(marks)} in it",
+            expected="a new or empty directory, or a dump",
+            fix="choose another dump.url (or heldout.url), such as a new directory in there",
         )
 
 

@@ -28,7 +28,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "|---|---|",
         f"| teacher, tokens per second | {_number(summary['dump_tokens_per_second'])} |",
         f"| dump, bytes per supervised token | {summary['bytes_per_supervised_token']:.1f} |",
-        f"| dump, mean probability in the stored heads | {dumped['mean_kept_mass']:.4f} |",
+        f"| dump, mean coverage (probability that is stored exactly) | {dumped['mean_kept_mass']:.4f} |",
         f"| training, tokens per second | {_number(summary['train_tokens_per_second'])} |",
         f"| training, steps | {summary['train_steps']} |",
         f"| training, peak memory of a rank | {summary['peak_rss_bytes'] / 2**30:.2f} GiB |",

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from storage_schemas.common.errors import MismatchError, first_line
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
@@ -23,7 +23,7 @@ from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
-from student_train.model.student_files import refuse_attention, weight_files
+from student_train.model.student_files import loading, refuse_attention, weight_files
 from student_train.model.tokenizers import refuse_tokenizer
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def load_model(
         MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
         DataError: a file of it is torn.
     """
-    with _loading(name):
+    with loading(name):
         refuse_unloadable(name, revision, attention)
         return AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
@@ -225,7 +225,7 @@ def load_model(
 
 def refuse_unloadable(name: str, revision: str | None, attention: str | None = None) -> None:
     """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
-    with _loading(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise MismatchError(
@@ -237,19 +237,6 @@ def refuse_unloadable(name: str, revision: str | None, attention: str | None = N
         weight_files(name, revision)
         if attention is not None:
             refuse_attention(name, config, attention)
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise MismatchError(
-            f"the model {name} cannot be loaded",
-            got=first_line(error),
-            expected="a directory or hub id with config.json and *.safetensors",
-            fix="correct student.model; convert other weight formats to safetensors first",
-        ) from error
 
 
 def causal_of(student: nn.Module) -> Any:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,31 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from storage_schemas.canonical import digest, parse_json
 from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.common.hashes import file_state
+from storage_schemas.common.models import absent
+from student_train.summary import FINAL
 
 UNTOLD = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what a model was saved."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What transformers says inside of a model that it cannot load becomes a MismatchError that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        got, fix = first_line(error), "convert other weight formats to safetensors first"
+        if not Path(name).is_dir():
+            got, fix = absent(name, error, setting="the model's name (student.model in a configuration)")
+        elif (Path(name) / FINAL).is_dir():
+            got, fix = "the directory of a run", f"give {Path(name) / FINAL}, what the run has trained"
+        raise MismatchError(
+            f"the model {name} cannot be loaded",
+            got=got,
+            expected="a directory or hub id with config.json and *.safetensors",
+            fix=fix,
+        ) from error
 
 
 def weight_files(model: str, revision: str | None) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.model.student_files import find_file
 
@@ -56,7 +56,7 @@ def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedT
     except Exception as error:  # The tokenizers library raises nothing more exact.
         raise MismatchError(
             f"the tokenizer in {model} cannot be loaded",
-            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="a tokenizer of transformers, without code of its own",
             fix=fix,
         ) from error

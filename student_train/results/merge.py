@@ -14,7 +14,7 @@ from student_train.model.tokenizers import FILES, tokenizer_in
 from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.final import refuse_other_logits, save_model
 from student_train.results.model_card import CARD, merged_card
-from student_train.results.saved import is_adapter, load_adapter, source_of
+from student_train.results.saved import is_adapter, lacks, load_adapter, source_of
 
 PROBE_TOKENS = 16
 """Tokens that adapter and merged model are compared on."""
@@ -52,8 +52,8 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
         )  # fmt: skip
     if not is_adapter(adapter_dir):
         raise MismatchError(
-            f"{adapter_dir} is not an adapter", got="no adapter_config.json", expected="the `final/` of an adapter run",
-            fix="give the directory of a peft adapter; the arms sft and kd save whole models",
+            f"{adapter_dir} is not an adapter", got=lacks(adapter_dir), expected="the `final/` of an adapter run",
+            fix="give the directory of a peft adapter; the methods full_sft and full_kd save whole models",
         )  # fmt: skip
     source, revision = source_of(adapter_dir, base)
     whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32)

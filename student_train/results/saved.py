@@ -115,6 +115,11 @@ def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | N
     return source, revision
 
 
+def lacks(folder: Path) -> str:
+    """What a directory that is no adapter lacks."""
+    return f"no {ADAPTER_CONFIG}" if folder.is_dir() else "no such directory"
+
+
 def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
     """Raise MismatchError if this is no adapter with weights that can be read, or if it was trained on another model.
 
@@ -123,7 +128,7 @@ def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
     if not is_adapter(adapter):
         raise MismatchError(
             f"{adapter} is not an adapter",
-            got=f"no {ADAPTER_CONFIG}",
+            got=lacks(adapter),
             expected="the directory of a peft adapter",
             fix="correct student.adapter; a whole model belongs in student.model",
         )

@@ -79,7 +79,7 @@ def find_source(source: SourceSection) -> Found:
             "a source of the corpus is missing",
             got=f"no file {source.path}",
             expected="a JSONL, JSON or Parquet file, a glob, a directory, or a dataset id",
-            fix="correct corpus.sources[].path",
+            fix="correct corpus.sources[].path; a relative path begins where the command is run",
         )
     return Found(None, source.path)
 
@@ -317,5 +317,5 @@ def _unreadable(source: SourceSection, error: BaseException) -> DataError:
         f"a source of the corpus cannot be read: {source.path}",
         got=f"{type(error).__name__}: {str(error)[:300]}",
         expected="a JSONL, JSON or Parquet file, a directory, or a dataset id, with the configured split",
-        fix="correct the file, or corpus.sources[] (path, name, split)",
+        fix="correct the file, or corpus.sources[] (path, name, split); without network, download it first",
     )

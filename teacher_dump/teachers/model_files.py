@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from storage_schemas.common.errors import DataError, MismatchError, first_line
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.hashes import file_sha256
+from storage_schemas.common.models import absent, is_hub_id
 from teacher_dump.corpus.cache import cache_folder
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -66,19 +67,12 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
     """
     folder, commit = Path(name), None
     if not folder.is_dir():
-        tried = f"{folder.absolute()} is no directory"
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-            fix = "correct teacher.model; a relative path begins where the command is run"
-            raise _no_model(name, f"{tried}, and this is no hub id", fix=fix)
+        if not is_hub_id(name):
+            raise _no_model(name, *absent(name, None, setting="teacher.model"))
         try:
             found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
         except (OSError, ValueError) as error:
-            why = first_line(error)
-            fix = (
-                "correct the path or hub id, or teacher.revision; without network, download it first "
-                f"(`hf download {name}`) and set HF_HOME to where it lies"
-            )
-            raise _no_model(name, f"{tried}; from the hub: {why}", fix=fix) from error
+            raise _no_model(name, *absent(name, error, setting="teacher.model")) from error
         folder = Path(found)
         commit = folder.name
     elif revision is not None:
@@ -132,7 +126,7 @@ def _damaged(path: Path, error: Exception, expected: str) -> DataError:
     )
 
 
-def _no_model(name: str, got: str, *, fix: str | None = None) -> MismatchError:
+def _no_model(name: str, got: str, fix: str | None = None) -> MismatchError:
     return MismatchError(
         f"the teacher {name} cannot be loaded",
         got=got,

@@ -122,7 +122,7 @@ def test_from_the_environment_a_secret_comes_out_nowhere(tmp_path: Path) -> None
         job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
         seen: set[bytes] = set()
         deadline = time.monotonic() + 60
-        while not any(b"student_train.worker" in line for line in seen):
+        while not any(b"student_train.worker" in line and bytes(tmp_path) in line for line in seen):
             assert time.monotonic() < deadline
             assert job.poll() is None, (tmp_path / "output").read_text()
             for file in Path("/proc").glob("[0-9]*/cmdline"):

@@ -253,7 +253,7 @@ def test_a_model_that_has_diverged_is_told(training: Trainings) -> None:
     [
         ({"lora": {"r": 8}}, "another one than student.lora describes: r, lora_alpha"),
         ({"lora": {"target_modules": ["q_proj"]}}, "target_modules"),
-        ({"train": {"arm": "kd"}}, "the arm kd trains all weights"),
+        ({"train": {"arm": "kd"}}, "the method full_kd trains all weights"),
         ({"model": "other"}, "was trained on another model"),
         ({"adapter": "student"}, "is not an adapter"),
     ],
