@@ -1,12 +1,14 @@
 """A run: what it is made of, and what can be refused before its student is loaded."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from storage_schemas.common.devices import refuse_no_compiler
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
@@ -75,6 +77,8 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     """Raise what training would end in whatever the dump is, before anybody waits or pays for one."""
     refuse_missing_trackers(train.report_to)
     deepspeed_config(train)
+    if train.compile:
+        refuse_no_compiler("train.compile", os.environ)
     refuse_unloadable(student.model, student.revision, student.attn_implementation)
     refuse_unfit_adapter(student, train)
     refuse_unfit_schedule(train, train.max_steps or 1000)
@@ -220,6 +224,8 @@ def open_run(
 ) -> TrainingRun:
     """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
+    if train.compile:
+        refuse_no_compiler("train.compile", os.environ)
     cache = train.cache_dir or train.output / "cache"
     dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
     dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.

@@ -49,8 +49,8 @@ class TeacherSection(FrozenModel):
     """transformers' name of its attention: `sdpa`, `eager`, `flash_attention_2`, ... Null: the model's own default. If
     set, it is part of the dump's identity, as vLLM's choice is."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile): about a fifth faster on GPUs, after a minute or so at the start. What
-    is dumped differs by rounding."""
+    """Compile each decoder layer (torch.compile): its body is a quarter faster on a GPU, after a minute at the start;
+    needs a C++ compiler. What is dumped differs by rounding."""
     vllm: dict[str, Any] = {}
     """More arguments of vLLM's engine, e.g. `{tensor_parallel_size: 4, gpu_memory_utilization: 0.8}`."""
     vllm_check_samples: int = Field(8, ge=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from storage_schemas.common.devices import no_such_device, refuse_idle_gpus
+from storage_schemas.common.devices import no_such_device, refuse_idle_gpus, refuse_no_compiler
 from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.config import Estimator
 from storage_schemas.logits import LogitTransform, body_of, compile_layers, finish_logits
@@ -158,6 +158,8 @@ class Teacher:
             except (ValueError, RuntimeError) as error:  # May depend on where the weights will be.
                 log.debug("%s", error)
         self._refuse_attention()
+        if self.section.compile:
+            refuse_no_compiler("teacher.compile", os.environ)
         _ = self.device
 
     def _refuse_attention(self) -> None:
