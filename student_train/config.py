@@ -187,7 +187,7 @@ class TrainSection(FrozenModel):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile): a fifth more tokens per second on a GPU and less memory, after a first
+    """Compile each decoder layer (torch.compile): a fifth more tokens per second on GPUs and less memory, after a first
     minute; needs a C++ compiler. Results differ by rounding, and it may change between two starts of a run. Not with
     stage 3, which gathers weights inside of the layers."""
     shuffle_window_units: int = Field(1024, ge=1)
