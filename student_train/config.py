@@ -222,6 +222,10 @@ class TrainSection(FrozenModel):
     """Let a run go on from its newest checkpoint under changed settings: more epochs or steps, another learning rate,
     schedule, precision, optimizer or loss. The schedule is then that of the new total, from the next step on; what has
     changed is logged, and noted in checkpoints and summary. What decides the order of samples stays."""
+    warm_start: LocalFolder | None = None
+    """Directory of another run, from whose newest checkpoint this one begins: with its weights and Adam's moments, on
+    any dump and under any settings but those of the adapter. Steps and schedule are counted anew; what differs is
+    logged. `student.adapter` begins from an adapter's weights alone."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []

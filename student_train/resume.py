@@ -152,7 +152,7 @@ def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
 
 def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
-    if other := differences(_as_configured(found), _as_configured(wanted)):
+    if other := differences(as_configured(found), as_configured(wanted)):
         raise MismatchError(
             f"the checkpoint is of another run: {', '.join(other.keys)}",
             got=other.there,
@@ -162,7 +162,7 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
         )
 
 
-def _as_configured(identity: Mapping[str, Any]) -> dict[str, Any]:
+def as_configured(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity in the words of the configuration: checkpoints hold the method by its old name."""
     found = dict(identity)
     if "train.arm" in found:

@@ -46,6 +46,7 @@ from student_train.training_run import (
     stored_rows,
     weigh,
 )
+from student_train.warm_start import begun_from, refuse_other_student, warm_start
 from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)
@@ -99,32 +100,39 @@ def train(
     run, checkpoint, done = decide(world, opened)
     if done is not None:
         return done
-    learner = world.together(lambda: _student(run, checkpoint, main=world.main))
-    if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
-        world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
+    # At step 0 nothing has been trained.
+    trained = checkpoint if checkpoint is not None and checkpoint.step else warm_start(world, run)
+    learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main))
+    if trained is not None:
+        world.together(partial(load_weights, learner.module, trained.tensors((MASTER,))))
     engine = Engine(learner.module, settings, world)
     try:
-        if checkpoint is not None and (updates := checkpoint.state.updates):
-            kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
+        if trained is not None and (updates := trained.state.updates):
+            kinds = trained.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
             world.together(lambda: engine.restore(kinds, updates=updates))
         return _Loop(world, run, learner, engine, start=checkpoint.state if checkpoint else None, stop=stop).run()
     finally:
         engine.close()
 
 
-def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> Student:
-    """The student, refused if it does not fit the checkpoint; on the main rank with all that identifies it, and proven
-    to fit the dump."""
+def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None, *, main: bool) -> Student:
+    """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
+    main rank with all that identifies it, and proven to fit the dump."""
     model, revision = run.student.model, run.student.revision
-    initial = None if checkpoint is None else checkpoint.by_name(INITIAL)
+    source = trained or checkpoint
+    initial = None if source is None else source.by_name(INITIAL)
     learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
     start = run.student.adapter
     if start is not None and (checkpoint is None or not checkpoint.step):
         begin_from(learner.module.student, start)
     if not main:
         return learner
-    adapter = None if start is None else sha256(start / ADAPTER_WEIGHTS)
-    learner = replace(learner, files=identity(model, revision), adapter=adapter)
+    learner = replace(learner, files=identity(model, revision))
+    if start is not None:
+        learner = replace(learner, start=sha256(start / ADAPTER_WEIGHTS))
+    if run.train.warm_start is not None and trained is not None:
+        learner = replace(learner, start=begun_from(trained, own=trained is checkpoint))
+        refuse_other_student(trained, learner.files, model)
     if run.train.lora and (left := left_out(causal_of(learner.module.student), run.student.lora)):
         log.info("student.lora.target_modules: all-linear leaves out the routers: %s", ", ".join(left))
     if checkpoint is not None:

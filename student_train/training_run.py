@@ -107,6 +107,13 @@ def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
     """Raise MismatchError if training cannot begin from `student.adapter`, and DataError if that is damaged."""
     if student.adapter is None:
         return
+    if train.warm_start is not None:
+        raise MismatchError(
+            "student.adapter and train.warm_start both say what training begins from",
+            got=f"student.adapter: {student.adapter}; train.warm_start: {train.warm_start}",
+            expected="one of them",
+            fix="leave one out: a checkpoint has Adam's moments, too",
+        )
     if not train.lora:
         raise MismatchError(
             f"the method {train.method} trains all weights, and student.adapter names an adapter",

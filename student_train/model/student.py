@@ -33,7 +33,7 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FILES, START = "student.files", "student.adapter"
-"""Keys of a checkpoint's identity: the student's `student_files.identity`, and the hash of the adapter at its start."""
+"""Keys of a checkpoint's identity: the student's `student_files.identity`, and what it began from."""
 PROBE_TOLERANCE = 0.02
 """Of the largest logit: what bf16 may differ by between two ways to the same number."""
 
@@ -133,14 +133,14 @@ class Student:
     module: Distilled
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
-    adapter: str | None = None
-    """Hash of the weights of the adapter that it began from; on the main rank alone."""
+    start: str | None = None
+    """Hash of the weights of the adapter, or the checkpoint, that it began from; on the main rank alone."""
     files: dict[str, str] = field(default_factory=dict)
     """Identity of the files it came from, see `student_files.identity`; on the main rank alone."""
 
     def identified(self) -> dict[str, Any]:
         """What identifies it in a checkpoint's identity."""
-        return {FILES: self.files, START: self.adapter}
+        return {FILES: self.files, START: self.start}
 
 
 def load_student(
