@@ -64,6 +64,10 @@ class LoraSection(FrozenModel):
     """Which LoRA. `rslora` scales by alpha / sqrt(r), `dora` learns magnitudes apart, `pissa` starts from the principal
     components of the weights, `moslora` puts a trained r x r mixer between A and B. Each is saved so that peft alone
     loads it."""
+    modules_to_save: list[str] = []
+    """Names of modules that are trained in full beside the adapter and lie in its files, such as `[norm]` or
+    `[embed_tokens, lm_head]`; a head that shares the embeddings' weight is trained with them, as one. Each costs its
+    weights in fp32 and two moments, and vLLM and llama.cpp take such an adapter merged only."""
     extra: dict[str, Any] = {}
     """More arguments of `peft.LoraConfig`, those that leave base weights, head and embeddings as they are."""
 

@@ -151,7 +151,7 @@ def begin_from(model: PeftModel, folder: Path) -> None:
         name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     if not different and {name: tensor.shape for name, tensor in state.items()} != shapes:
-        different = ["target_modules"]
+        different = ["target_modules", "modules_to_save"]
     if different:
         raise MismatchError(
             f"the adapter in {folder} is another one than student.lora describes: {', '.join(different)}",
