@@ -478,6 +478,22 @@ def prune(
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
 
 
+@app.command()
+def resize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the larger model to.")],
+    dump: Annotated[str, typer.Option(metavar="URL", help="The dump whose tokens it shall have rows for.")],
+    store: StoreOptions = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub.")] = None,
+) -> None:
+    """Give a student rows for tokens that only the teacher's tokenizer has. Train them with modules_to_save."""
+    from storage_schemas.reader import Dump
+    from student_train.results.resize import resize as resize_model
+
+    before, after = resize_model(model, out, Dump.open(dump, options=_pairs(store)), revision=revision)
+    typer.echo(f"{out}: {after} rows in place of {before}; train them with student.lora.modules_to_save")
+
+
 def _ranks(nproc: int | None) -> int:
     return nproc or len(visible_gpus(os.environ)) or 1
 

@@ -29,6 +29,7 @@ from student_train.metrics import EVENTS, Meter, Step, Write, read_events, repor
 from student_train.model.adapter import left_out
 from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
 from student_train.model.student_files import identity, sha256
+from student_train.model.tokenizers import NEW_TOKENS
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
@@ -130,7 +131,9 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
     if checkpoint is not None:
         stored, now = checkpoint.state.identity, learner.identified()
         refuse_other_run({key: stored.get(key) for key in now}, now)
-    refuse_other_dump(learner.module.student, model, revision, run.dump)
+    new = refuse_other_dump(learner.module.student, model, revision, run.dump)
+    if new and not causal_of(learner.module.student).get_input_embeddings().weight.requires_grad:
+        log.warning(NEW_TOKENS, len(new), ", ".join(new[:3]))
     return learner
 
 

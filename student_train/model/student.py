@@ -263,10 +263,11 @@ def vocab_rows(student: nn.Module) -> int:
     return rows
 
 
-def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> None:
-    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids."""
+def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> list[str]:
+    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids; the
+    tokens that are new to it."""
     refuse_long_rows(student, dump.provenance.corpus.max_length)
-    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
+    return refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
 
 
 def refuse_long_rows(student: nn.Module, longest: int) -> None:

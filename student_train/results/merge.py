@@ -45,11 +45,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError("no such dtype", got=dtype, expected=f"one of {', '.join(DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(
-            f"{output} is not empty", got="a file, or a directory with content", expected="a new directory",
-            fix="choose another output, or remove it",
-        )  # fmt: skip
+    refuse_used(output)
     if not is_adapter(adapter_dir):
         raise MismatchError(
             f"{adapter_dir} is not an adapter", got="no adapter_config.json", expected="the `final/` of an adapter run",
@@ -80,6 +76,15 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
         if card is not None:
             (staged / CARD).write_text(card, encoding="utf-8")
     return str(wanted).removeprefix("torch.")
+
+
+def refuse_used(output: Path) -> None:
+    """Raise UsageError unless this is a new directory, or an empty one."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(
+            f"{output} is not empty", got="a file, or a directory with content", expected="a new directory",
+            fix="choose another output, or remove it",
+        )  # fmt: skip
 
 
 def _copy_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder: Path) -> None:
