@@ -21,6 +21,7 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.mapped import in_usable_dtype, reads_mapped
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
 from student_train.model.student_files import refuse_attention, weight_files
@@ -158,8 +159,9 @@ def load_student(
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
-    dtype, attention = DTYPES[train.precision], student.attn_implementation
-    base = load_model(student.model, student.revision, dtype=dtype, attention=attention)
+    dtype, attention, mapped = DTYPES[train.precision], student.attn_implementation, reads_mapped(student, train)
+    base = load_model(student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention)
+    base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base
     start: dict[str, Tensor] = {}
