@@ -84,6 +84,10 @@ class StudentSection(FrozenModel):
     """Directory or hub id of the student. It must share the teacher's tokenizer."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run the code of Python that the model brings with it, as you: read it first. For a directory, whose code is then
+    part of what identifies the student, or a commit on the hub, given as `revision` with all its 40 digits. Code of
+    tokenizers is never run."""
     attn_implementation: str | None = None
     """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
     model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""

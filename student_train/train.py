@@ -125,7 +125,7 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> 
     if not main:
         return learner
     adapter = None if start is None else sha256(start / ADAPTER_WEIGHTS)
-    learner = replace(learner, files=identity(model, revision), adapter=adapter)
+    learner = replace(learner, files=identity(model, revision, code=run.student.trust_remote_code), adapter=adapter)
     if run.train.lora and (left := left_out(causal_of(learner.module.student), run.student.lora)):
         log.info("student.lora.target_modules: all-linear leaves out the routers: %s", ", ".join(left))
     if checkpoint is not None:
@@ -447,7 +447,9 @@ class _Loop:
             events = [self._told]
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
-        if (found := identity(run.student.model, run.student.revision)) != self._learner.files:
+        student = run.student
+        found = identity(student.model, student.revision, code=student.trust_remote_code)
+        if found != self._learner.files:
             raise DataError(
                 f"the student {run.student.model} has changed since it was loaded",
                 got=found,

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from storage_schemas.common.errors import MismatchError, first_line
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
@@ -21,10 +20,10 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
-from student_train.model.student_files import refuse_attention, weight_files
 from student_train.model.tokenizers import refuse_tokenizer
 
 log = logging.getLogger(__name__)
@@ -160,7 +159,8 @@ def load_student(
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
     dtype, attention, mapped = DTYPES[train.precision], student.attn_implementation, reads_mapped(student, train)
-    base = load_model(student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention)
+    read, trust = "auto" if mapped else dtype, student.trust_remote_code
+    base = load_model(student.model, student.revision, dtype=read, attention=attention, trust=trust)
     base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base
@@ -204,54 +204,6 @@ def add_noise(embeddings: nn.Module, alpha: float) -> None:
         return output + torch.empty_like(output).uniform_(-most, most)
 
     embeddings.register_forward_hook(noisy)
-
-
-def load_model(
-    name: str, revision: str | None, *, dtype: torch.dtype | str, attention: str | None = None
-) -> PreTrainedModel:
-    """A causal language model, from safetensors alone.
-
-    `attention` is an `attn_implementation` of transformers; None is the model's default.
-
-    Raises:
-        MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
-        DataError: a file of it is torn.
-    """
-    with _loading(name):
-        refuse_unloadable(name, revision, attention)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            attn_implementation=attention,
-        )  # fmt: skip
-
-
-def refuse_unloadable(name: str, revision: str | None, attention: str | None = None) -> None:
-    """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
-    with _loading(name):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise MismatchError(
-                f"{name} is quantised",
-                got=str(config.quantization_config)[:200],
-                expected="weights in bf16 or fp32",
-                fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
-            )
-        weight_files(name, revision)
-        if attention is not None:
-            refuse_attention(name, config, attention)
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise MismatchError(
-            f"the model {name} cannot be loaded",
-            got=first_line(error),
-            expected="a directory or hub id with config.json and *.safetensors",
-            fix="correct student.model; convert other weight formats to safetensors first",
-        ) from error
 
 
 def causal_of(student: nn.Module) -> Any:

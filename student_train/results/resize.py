@@ -9,7 +9,8 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.publish import publishing
 from storage_schemas.reader import Dump
 from storage_schemas.tokenizer import new_tokens, refuse_other_tokenizer
-from student_train.model.student import load_model, vocab_rows
+from student_train.model.load import load_model
+from student_train.model.student import vocab_rows
 from student_train.model.tokenizers import has_tokenizer, load_tokenizer, tokenizer_in, write_files
 from student_train.results.end_of_turn import generation_of
 from student_train.results.final import save_model

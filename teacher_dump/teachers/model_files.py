@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from storage_schemas.common.code import NO_CODE, Code, code_sha256, refuse_foreign_code
 from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.common.hashes import file_sha256
 from teacher_dump.corpus.cache import cache_folder
@@ -47,6 +48,10 @@ class ModelFiles:
         with ThreadPoolExecutor(4) as pool:
             return dict(zip((path.name for path in self.weights), pool.map(_sha256, self.weights), strict=True))
 
+    def code_sha256(self) -> dict[str, str]:
+        """Hash of each file of its code, by name."""
+        return code_sha256(self.folder)
+
     def refuse_torn(self) -> None:
         """Raise DataError if a weight file is not whole: its header says how long it is."""
         for path in self.weights:
@@ -57,11 +62,11 @@ class ModelFiles:
                 raise _damaged(path, error, "a whole safetensors file") from error
 
 
-def find_model(name: str, revision: str | None) -> ModelFiles:
-    """The files of a directory or of a hub model, fetched if need be.
+def find_model(name: str, revision: str | None, code: Code = NO_CODE) -> ModelFiles:
+    """The files of a directory or of a hub model, fetched if need be; with `code` those of its code, too.
 
     Raises:
-        MismatchError: no such model, or one without safetensors.
+        MismatchError: no such model, one without safetensors, or whose code is another model's.
         DataError: its index of weight files is damaged.
     """
     folder, commit = Path(name), None
@@ -71,7 +76,8 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
             fix = "correct teacher.model; a relative path begins where the command is run"
             raise _no_model(name, f"{tried}, and this is no hub id", fix=fix)
         try:
-            found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            wanted = [*_WANTED, "*.py"] if code else _WANTED
+            found = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         except (OSError, ValueError) as error:
             why = first_line(error)
             fix = (
@@ -90,6 +96,8 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
         )
     if not (folder / "config.json").is_file():
         raise _no_model(name, "no config.json")
+    if code:
+        refuse_foreign_code(json.loads((folder / "config.json").read_bytes()), name)
     return ModelFiles(folder=folder, revision=commit, weights=_weight_files(folder, name))
 
 

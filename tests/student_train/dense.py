@@ -12,7 +12,7 @@ from storage_schemas.rows import Row
 from storage_schemas.targets import decode
 from student_train.config import LoraSection
 from student_train.model.adapter import attach
-from student_train.model.student import load_model
+from student_train.model.load import load_model
 
 
 @dataclass(kw_only=True)
