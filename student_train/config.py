@@ -91,6 +91,10 @@ class StudentSection(FrozenModel):
     attn_implementation: str | None = None
     """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
     model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
+    quantization: Literal["nf4"] | None = None
+    """QLoRA (arXiv 2305.14314): hold the frozen linear layers in 4-bit NormalFloat while an adapter is trained, about a
+    quarter of bf16's memory. Head and embeddings stay as they are. The adapter that is left belongs to the unquantised
+    model, where it is evaluated and merged. For ZeRO stages 0 to 2 and plain LoRA; needs the extra `qlora`."""
     lora: LoraSection = LoraSection()
     """Used by the arms `lora` and `neo`."""
     adapter: LocalFolder | None = None

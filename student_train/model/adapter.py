@@ -294,6 +294,13 @@ def _saved(base: nn.Module, names: Sequence[str]) -> list[nn.Module]:
                 expected="the end of a module's name, such as norm, embed_tokens or lm_head",
                 fix="correct or remove it",
             )
+        if any(not p.is_floating_point() for module in of_name for p in module.parameters()):
+            raise MismatchError(
+                "student.lora.modules_to_save names a module that student.quantization has quantised",
+                got=wanted,
+                expected="norms, embeddings or head",
+                fix="take it out, or remove student.quantization",
+            )
         found += of_name
     return found
 

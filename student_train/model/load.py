@@ -17,7 +17,13 @@ TRUST = "student.trust_remote_code"
 
 
 def load_model(
-    name: str, revision: str | None, *, dtype: torch.dtype | str, attention: str | None = None, trust: bool = False
+    name: str,
+    revision: str | None,
+    *,
+    dtype: torch.dtype | str,
+    attention: str | None = None,
+    trust: bool = False,
+    quantisation: Any = None,
 ) -> PreTrainedModel:
     """A causal language model, from safetensors alone.
 
@@ -27,6 +33,7 @@ def load_model(
         dtype: of the weights; `auto` is that of the files.
         attention: an `attn_implementation` of transformers; None is the model's default.
         trust: run the code that it brings, see `runs_code`.
+        quantisation: how its linear layers are rounded, as transformers is told.
 
     Raises:
         MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
@@ -37,7 +44,7 @@ def load_model(
         refuse_unloadable(name, revision, attention, trust)
         return AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=code,
-            attn_implementation=attention,
+            attn_implementation=attention, quantization_config=quantisation,
         )  # fmt: skip
 
 
@@ -51,7 +58,7 @@ def refuse_unloadable(name: str, revision: str | None, attention: str | None = N
                 f"{name} is quantised",
                 got=str(config.quantization_config)[:200],
                 expected="weights in bf16 or fp32",
-                fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
+                fix="use the unquantised model; student.quantization: nf4 rounds it as it is loaded",
             )
         weight_files(name, revision)
         if attention is not None:

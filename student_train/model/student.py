@@ -22,6 +22,7 @@ from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
+from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
 from student_train.model.tokenizers import refuse_tokenizer
@@ -159,8 +160,12 @@ def load_student(
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
     dtype, attention, mapped = DTYPES[train.precision], student.attn_implementation, reads_mapped(student, train)
-    read, trust = "auto" if mapped else dtype, student.trust_remote_code
-    base = load_model(student.model, student.revision, dtype=read, attention=attention, trust=trust)
+    refuse_unfit_quantisation(student, train)
+    base = load_model(
+        student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention,
+        trust=student.trust_remote_code, quantisation=quantisation(student, dtype),
+    )  # fmt: skip
+    keep_numbers(base)
     base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base

@@ -33,7 +33,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains;
     `arrive` is a dump that is copied to `dump` while it waits; `heldout` is the held-out dump, and `stop_evaluating`
     asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from; `trust`
-    runs the student's code.
+    runs the student's code; `quantization` is the student's.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -70,6 +70,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
                     lora=LoraSection(**{"r": 4, **job.get("lora", {})}),
                     adapter=job.get("adapter"),
                     trust_remote_code=job.get("trust", False),
+                    quantization=job.get("quantization"),
                 ),
                 LossSection(**job.get("loss", {})),
                 settings,
