@@ -47,6 +47,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")
 GroupSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model brings: a directory, or one commit.")
+]
 Base = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where an adapter's base model lies, if not where the adapter says.")
 ]
@@ -218,6 +221,8 @@ def evaluate(
         bool, typer.Option("--partial", help="Evaluate on what an unfinished dump already holds.")
     ] = False,
     base: Base = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a model on the hub.")] = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
     result: Result = None,
 ) -> None:
@@ -236,6 +241,8 @@ def evaluate(
             limit=limit,
             partial=partial,
             base=base,
+            revision=revision,
+            trust=trust_remote_code,
             progress=progress,
         )
     _print(found.model_dump(mode="json"), as_json, result)
@@ -259,12 +266,13 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     device: Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1, ...")] = "auto",
     base: Base = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model: with its own chat template, to an end where it has learned to stop."""
     from pipeline.views.chat import converse
     from student_train.results.chat import Chat
 
-    models = [(model, Chat(model, base=base, device=device))]
+    models = [(model, Chat(model, base=base, device=device, trust=trust_remote_code))]
     models += [(name, Chat(name, device=device)) for name in beside or ()]
     converse(models, system=system, once=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
@@ -279,11 +287,14 @@ def merge(
         str | None, typer.Option(help="Data type to save the weights in; default: the base model's.")
     ] = None,
     base: Base = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.results.merge import merge as merge_adapter
 
-    saved_as = merge_adapter(adapter, out, dtype=None if dtype is None else str(dtype_name(dtype)), base=base)
+    saved_as = merge_adapter(
+        adapter, out, dtype=None if dtype is None else str(dtype_name(dtype)), base=base, trust=trust_remote_code
+    )
     typer.echo(f"{out} is a plain model in {saved_as}; docs/serving.md says how to serve it, or the adapter unmerged")
 
 
@@ -482,6 +493,22 @@ def prune(
     from pipeline.prune import prune as prune_model
 
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
+
+
+@app.command()
+def resize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the larger model to.")],
+    dump: Annotated[str, typer.Option(metavar="URL", help="The dump whose tokens it shall have rows for.")],
+    store: StoreOptions = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub.")] = None,
+) -> None:
+    """Give a student rows for tokens that only the teacher's tokenizer has. Train them with modules_to_save."""
+    from storage_schemas.reader import Dump
+    from student_train.results.resize import resize as resize_model
+
+    before, after = resize_model(model, out, Dump.open(dump, options=_pairs(store)), revision=revision)
+    typer.echo(f"{out}: {after} rows in place of {before}; train them with student.lora.modules_to_save")
 
 
 app.add_typer(cli_config.app, name="config")

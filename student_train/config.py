@@ -81,6 +81,10 @@ class LoraSection(FrozenModel):
     """Which LoRA. `rslora` scales by alpha / sqrt(r), `dora` learns magnitudes apart, `pissa` starts from the principal
     components of the weights, `moslora` puts a trained r x r mixer between A and B. Each is saved so that peft alone
     loads it."""
+    modules_to_save: list[str] = []
+    """Names of modules that are trained in full beside the adapter and lie in its files, such as `[norm]` or
+    `[embed_tokens, lm_head]`; a head that shares the embeddings' weight is trained with them, as one. Each costs its
+    weights in fp32 and two moments, and vLLM and llama.cpp take such an adapter merged only."""
     extra: dict[str, Any] = {}
     """More arguments of `peft.LoraConfig`, those that leave base weights, head and embeddings as they are."""
 
@@ -97,9 +101,17 @@ class StudentSection(FrozenModel):
     """Directory or hub id of the student. It must share the teacher's tokenizer."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run the code of Python that the model brings with it, as you: read it first. For a directory, whose code is then
+    part of what identifies the student, or a commit on the hub, given as `revision` with all its 40 digits. Code of
+    tokenizers is never run."""
     attn_implementation: str | None = None
     """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
     model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
+    quantization: Literal["nf4"] | None = None
+    """QLoRA (arXiv 2305.14314): hold the frozen linear layers in 4-bit NormalFloat while an adapter is trained, about a
+    quarter of bf16's memory. Head and embeddings stay as they are. The adapter that is left belongs to the unquantised
+    model, where it is evaluated and merged. For ZeRO stages 0 to 2 and plain LoRA; needs the extra `qlora`."""
     lora: LoraSection = LoraSection()
     """Used by the methods `lora_sft` and `lora_kd`."""
     adapter: LocalFolder | None = None

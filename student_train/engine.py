@@ -7,8 +7,9 @@ out as whole fp32 tensors, whatever the ZeRO stage and the number of ranks they 
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.head import SUMS
-from student_train.model.student import Distilled, causal_of
+from student_train.model.student import DTYPES, Distilled, causal_of
 from student_train.optimizer import ClippedAdamW, adamw
 from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
@@ -104,6 +105,8 @@ class Engine:
         try:
             for name, section in monitors(train.deepspeed).items():
                 self.monitors[name] = partial(MonitorMaster, DeepSpeedMonitorConfig(**{name: section}))
+            if train.zero_stage == 3:
+                _partition(module, config, world.device, DTYPES[train.precision])
             self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
         except (ValidationError, DeepSpeedConfigError) as error:
             world.raise_on_all(_not_taken(error))
@@ -275,6 +278,18 @@ def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> No
     masters = ((key, value) for key, value in tensors if key.startswith(f"{MASTER}/"))
     for key, value in exactly(masters, {key: p.shape for key, p in parameters.items()}):
         parameters[key].data.copy_(value)
+
+
+def _partition(module: nn.Module, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Cast and spread one weight after the other: DeepSpeed would have the whole module on each device first."""
+
+    class OneByOne(nn.Module):
+        def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+            for parameter in module.parameters(recurse):
+                parameter.data = parameter.data.to(device, dtype)
+                yield parameter
+
+    deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=deepcopy(config), dtype=dtype)
 
 
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

@@ -81,7 +81,11 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
     found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in (*DECISIVE, *LATER)}
     if run.train.lora:
         lora = run.student.lora.model_dump(mode="json") | {"alpha": run.student.lora.scaled_by}
+        if not lora["modules_to_save"]:  # Checkpoints of before do not know it.
+            del lora["modules_to_save"]
         found |= {f"student.lora.{name}": value for name, value in lora.items()}
+    if run.student.quantization is not None:  # The same.
+        found["student.quantization"] = run.student.quantization
     if run.train.distils:
         found |= {f"loss.{name}": value for name, value in run.loss.model_dump(mode="json").items()}
     return found | {"dump.fingerprint": run.dump.fingerprint, "train.max_steps": run.steps}

@@ -29,6 +29,7 @@ from student_train.metrics import EVENTS, Meter, Step, Write, read_events, repor
 from student_train.model.adapter import left_out
 from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
 from student_train.model.student_files import identity, sha256
+from student_train.model.tokenizers import NEW_TOKENS
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
@@ -127,7 +128,7 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoin
         begin_from(learner.module.student, start)
     if not main:
         return learner
-    learner = replace(learner, files=identity(model, revision))
+    learner = replace(learner, files=identity(model, revision, code=run.student.trust_remote_code))
     if start is not None:
         learner = replace(learner, start=sha256(start / ADAPTER_WEIGHTS))
     if run.train.warm_start is not None and trained is not None:
@@ -138,7 +139,9 @@ def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoin
     if checkpoint is not None:
         stored, now = checkpoint.state.identity, learner.identified()
         refuse_other_run({key: stored.get(key) for key in now}, now)
-    refuse_other_dump(learner.module.student, model, revision, run.dump)
+    new = refuse_other_dump(learner.module.student, model, revision, run.dump)
+    if new and not causal_of(learner.module.student).get_input_embeddings().weight.requires_grad:
+        log.warning(NEW_TOKENS, len(new), ", ".join(new[:3]))
     return learner
 
 
@@ -452,7 +455,9 @@ class _Loop:
             events = [self._told]
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
-        if (found := identity(run.student.model, run.student.revision)) != self._learner.files:
+        student = run.student
+        found = identity(student.model, student.revision, code=student.trust_remote_code)
+        if found != self._learner.files:
             raise DataError(
                 f"the student {run.student.model} has changed since it was loaded",
                 got=found,

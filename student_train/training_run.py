@@ -21,8 +21,9 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.order import Order
 from student_train.heldout import Heldout, best
 from student_train.metrics import HeldoutResult, refuse_missing_trackers
+from student_train.model.load import refuse_unloadable
 from student_train.model.losses import refuse_biased
-from student_train.model.student import refuse_unloadable
+from student_train.model.quantised import refuse_unfit_quantisation
 from student_train.results.saved import refuse_other_base
 from student_train.schedule import learning_rate, warmup_of
 from student_train.world import World
@@ -79,7 +80,8 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     deepspeed_config(train)
     if train.compile:
         refuse_no_compiler("train.compile", os.environ)
-    refuse_unloadable(student.model, student.revision, student.attn_implementation)
+    refuse_unloadable(student.model, student.revision, student.attn_implementation, student.trust_remote_code)
+    refuse_unfit_quantisation(student, train)
     refuse_unfit_adapter(student, train)
     refuse_unfit_schedule(train, train.max_steps or 1000)
 

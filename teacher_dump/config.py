@@ -35,6 +35,10 @@ class TeacherSection(FrozenModel):
     """Directory or hub id of the teacher."""
     revision: str | None = None
     """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
+    trust_remote_code: bool = False
+    """Run the code of Python that the teacher brings with it, as you: read it first. For a directory, or a commit on
+    the hub, given as `revision` with all its 40 digits; the code is part of the dump's identity. With the backend
+    `transformers` alone, and never for the tokenizer, which stage two must be able to load."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
         BeforeValidator(
@@ -86,6 +90,8 @@ class TeacherSection(FrozenModel):
 
     @model_validator(mode="after")
     def _backend_takes_them(self) -> "TeacherSection":
+        if self.trust_remote_code and self.backend != "transformers":
+            raise ValueError(f"trust_remote_code is for the backend transformers, but backend is {self.backend}")
         if self.vllm and self.backend != "vllm":
             raise ValueError(f"`vllm` holds arguments for vLLM's engine, but backend is {self.backend}")
         if self.backend == "vllm" and self.attn_implementation is not None:

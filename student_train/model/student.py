@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, finish_logits
@@ -21,9 +20,11 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.load import load_model
+from student_train.model.mapped import in_usable_dtype, reads_mapped
+from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
-from student_train.model.student_files import loading, refuse_attention, weight_files
 from student_train.model.tokenizers import refuse_tokenizer
 
 log = logging.getLogger(__name__)
@@ -158,8 +159,14 @@ def load_student(
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
-    dtype, attention = DTYPES[train.precision], student.attn_implementation
-    base = load_model(student.model, student.revision, dtype=dtype, attention=attention)
+    dtype, attention, mapped = DTYPES[train.precision], student.attn_implementation, reads_mapped(student, train)
+    refuse_unfit_quantisation(student, train)
+    base = load_model(
+        student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention,
+        trust=student.trust_remote_code, quantisation=quantisation(student, dtype),
+    )  # fmt: skip
+    keep_numbers(base)
+    base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base
     start: dict[str, Tensor] = {}
@@ -204,41 +211,6 @@ def add_noise(embeddings: nn.Module, alpha: float) -> None:
     embeddings.register_forward_hook(noisy)
 
 
-def load_model(
-    name: str, revision: str | None, *, dtype: torch.dtype | str, attention: str | None = None
-) -> PreTrainedModel:
-    """A causal language model, from safetensors alone.
-
-    `attention` is an `attn_implementation` of transformers; None is the model's default.
-
-    Raises:
-        MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
-        DataError: a file of it is torn.
-    """
-    with loading(name):
-        refuse_unloadable(name, revision, attention)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            attn_implementation=attention,
-        )  # fmt: skip
-
-
-def refuse_unloadable(name: str, revision: str | None, attention: str | None = None) -> None:
-    """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
-    with loading(name):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise MismatchError(
-                f"{name} is quantised",
-                got=str(config.quantization_config)[:200],
-                expected="weights in bf16 or fp32",
-                fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
-            )
-        weight_files(name, revision)
-        if attention is not None:
-            refuse_attention(name, config, attention)
-
-
 def causal_of(student: nn.Module) -> Any:
     """The causal language model of transformers inside."""
     return student.get_base_model() if isinstance(student, PeftModel) else student
@@ -250,10 +222,11 @@ def vocab_rows(student: nn.Module) -> int:
     return rows
 
 
-def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> None:
-    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids."""
+def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> list[str]:
+    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids; the
+    tokens that are new to it."""
     refuse_long_rows(student, dump.provenance.corpus.max_length)
-    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
+    return refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
 
 
 def refuse_long_rows(student: nn.Module, longest: int) -> None:

@@ -3,46 +3,25 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from storage_schemas.canonical import digest, parse_json
+from storage_schemas.common.code import Code, code_sha256
 from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.common.hashes import file_state
-from storage_schemas.common.models import absent
-from student_train.summary import FINAL
 
 UNTOLD = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what a model was saved."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """What transformers says inside of a model that it cannot load becomes a MismatchError that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        got, fix = first_line(error), "convert other weight formats to safetensors first"
-        if not Path(name).is_dir():
-            got, fix = absent(name, error, setting="the model's name (student.model in a configuration)")
-        elif (Path(name) / FINAL).is_dir():
-            got, fix = "the directory of a run", f"give {Path(name) / FINAL}, what the run has trained"
-        raise MismatchError(
-            f"the model {name} cannot be loaded",
-            got=got,
-            expected="a directory or hub id with config.json and *.safetensors",
-            fix=fix,
-        ) from error
 
 
 def weight_files(model: str, revision: str | None) -> list[Path]:
@@ -76,15 +55,27 @@ def refuse_torn(file: Path) -> None:
         ) from error
 
 
-def identity(model: str, revision: str | None) -> dict[str, str]:
-    """What decides how a model computes: hashes of its configuration and of its weight files. Free of its path."""
+def config_file(model: str, revision: str | None) -> dict[str, Any]:
+    """Content of its config.json."""
     file = Path(str(cached_file(model, "config.json", revision=revision)))
-    config = parse_json(file.read_bytes(), name="config.json")
-    told = {key: value for key, value in config.items() if key not in UNTOLD}
+    return parse_json(file.read_bytes(), name="config.json")
+
+
+def identity(model: str, revision: str | None, *, code: bool = False) -> dict[str, str]:
+    """What decides how a model computes: hashes of its configuration and of its weight files, and with `code` of all
+    code that it brings. Free of its path."""
+    told = {key: value for key, value in config_file(model, revision).items() if key not in UNTOLD}
     weights = weight_files(model, revision)
     with ThreadPoolExecutor(4) as pool:
         hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
-    return {"config": digest(told), "weights": digest(hashes)}
+    found = {"config": digest(told), "weights": digest(hashes)}
+    return found | {"code": digest(code_sha256(code_folder(model, revision)))} if code else found
+
+
+def code_folder(model: str, revision: str | None) -> Path:
+    """The directory that its code lies in, fetched if need be."""
+    folder = Path(model)
+    return folder if folder.is_dir() else Path(snapshot_download(model, revision=revision, allow_patterns=["*.py"]))
 
 
 def sha256(path: Path) -> str:
@@ -123,11 +114,11 @@ def _weight_map(index: str) -> dict[str, str]:
     return names
 
 
-def refuse_attention(name: str, config: Any, attention: str) -> None:
+def refuse_attention(name: str, config: Any, attention: str, code: Code) -> None:
     """Raise MismatchError if transformers has no such attention for this model, or what it needs is not installed."""
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=code)
     except (ValueError, ImportError) as error:
         raise MismatchError(
             f"{name} cannot be run with student.attn_implementation: {attention}",

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from storage_schemas.common.code import NO_CODE, Code, code_sha256, refuse_foreign_code
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.hashes import file_sha256
 from storage_schemas.common.models import absent, is_hub_id
@@ -48,6 +49,10 @@ class ModelFiles:
         with ThreadPoolExecutor(4) as pool:
             return dict(zip((path.name for path in self.weights), pool.map(_sha256, self.weights), strict=True))
 
+    def code_sha256(self) -> dict[str, str]:
+        """Hash of each file of its code, by name."""
+        return code_sha256(self.folder)
+
     def refuse_torn(self) -> None:
         """Raise DataError if a weight file is not whole: its header says how long it is."""
         for path in self.weights:
@@ -58,11 +63,11 @@ class ModelFiles:
                 raise _damaged(path, error, "a whole safetensors file") from error
 
 
-def find_model(name: str, revision: str | None) -> ModelFiles:
-    """The files of a directory or of a hub model, fetched if need be.
+def find_model(name: str, revision: str | None, code: Code = NO_CODE) -> ModelFiles:
+    """The files of a directory or of a hub model, fetched if need be; with `code` those of its code, too.
 
     Raises:
-        MismatchError: no such model, or one without safetensors.
+        MismatchError: no such model, one without safetensors, or whose code is another model's.
         DataError: its index of weight files is damaged.
     """
     folder, commit = Path(name), None
@@ -70,7 +75,8 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
         if not is_hub_id(name):
             raise _no_model(name, *absent(name, None, setting="teacher.model"))
         try:
-            found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            wanted = [*_WANTED, "*.py"] if code else _WANTED
+            found = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         except (OSError, ValueError) as error:
             raise _no_model(name, *absent(name, error, setting="teacher.model")) from error
         folder = Path(found)
@@ -84,6 +90,8 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
         )
     if not (folder / "config.json").is_file():
         raise _no_model(name, "no config.json")
+    if code:
+        refuse_foreign_code(json.loads((folder / "config.json").read_bytes()), name)
     return ModelFiles(folder=folder, revision=commit, weights=_weight_files(folder, name))
 
 

@@ -39,6 +39,7 @@ COMMANDS = [
     "status",
     "doctor",
     "prune",
+    "resize",
     "config",
 ]
 
@@ -132,6 +133,7 @@ def test_version(call: Call) -> None:
         ["inspect", "DUMP", "--row", "-1"],
         ["inspect", "DUMP", "--row", "10"],
         ["prune", "m"],
+        ["resize", "m", "out"],
     ],
 )
 def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, arguments: list[str]) -> None:

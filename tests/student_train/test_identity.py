@@ -17,7 +17,8 @@ from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import DumpSection
 from student_train.checkpoint import TrainState
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.model.student import causal_of, load_model
+from student_train.model.load import load_model
+from student_train.model.student import causal_of
 from student_train.resume import FILES, consumed_root, identity_of, open_checkpoint
 from student_train.train import _student
 from student_train.training_run import TrainingRun, open_run, refuse_early

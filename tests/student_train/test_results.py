@@ -37,7 +37,8 @@ from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.model.adapter import MIXER, plain_adapter
-from student_train.model.student import load_model, load_student, refuse_long_rows, relative_difference
+from student_train.model.load import load_model
+from student_train.model.student import load_student, refuse_long_rows, relative_difference
 from student_train.model.student_files import identity
 from student_train.results import final
 from student_train.results.end_of_turn import span_ends

@@ -32,7 +32,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
     so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains;
     `arrive` is a dump that is copied to `dump` while it waits; `heldout` is the held-out dump, and `stop_evaluating`
-    asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from.
+    asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from; `trust`
+    runs the student's code; `quantization` is the student's.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -68,6 +69,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
                     model=job["model"],
                     lora=LoraSection(**{"r": 4, **job.get("lora", {})}),
                     adapter=job.get("adapter"),
+                    trust_remote_code=job.get("trust", False),
+                    quantization=job.get("quantization"),
                 ),
                 LossSection(**job.get("loss", {})),
                 settings,
