@@ -24,6 +24,7 @@ from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, 
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 from storage_schemas.common.signals import interrupt
+from student_train.config import sections_of
 from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
@@ -426,17 +427,18 @@ def status(
     from pipeline.status import Watcher
     from pipeline.views import status as views
 
-    options, heldout, given = _pairs(store), None, run is not None
+    options, heldout, given, others = _pairs(store), None, run is not None, []
     if Path(place).is_file() or place.endswith((".yaml", ".yml")):
         if store:
             raise typer.BadParameter("the configuration says it: dump.storage_options", param_hint="--store")
         config = load_config(place, overrides or ())
         place, options = config.dump.url, config.dump.storage_options
         heldout = config.heldout.url if config.heldout else None
+        others = [one for one in sections_of(config.dump, config.train) if one.url.rstrip("/") != place.rstrip("/")]
         run = run or (config.train.output if config.train else None)
     elif overrides:
         raise typer.BadParameter("there is no configuration to override", param_hint="--set")
-    watcher = Watcher(place, options=options, heldout=heldout, run=run, must_run=given)
+    watcher = Watcher(place, options=options, others=others, heldout=heldout, run=run, must_run=given)
     if watch is None:
         views.show(watcher.look(), Console(), as_json=as_json)
     else:

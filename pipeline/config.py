@@ -111,6 +111,12 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
+    mixed = [] if config.train is None else [dump.url.rstrip("/") for dump in config.train.dumps]
+    if mixed and config.dump.url.rstrip("/") not in mixed:
+        yield "train.dumps", f"must name dump.url as well: {config.dump.url}", mixed
+    if config.heldout is not None and config.heldout.url.rstrip("/") in mixed:
+        problem = "must differ from train.dumps: the student would be evaluated on what it is trained on"
+        yield "heldout.url", problem, config.heldout.url
     if config.train is not None and config.train.eval_steps and config.heldout is None:
         yield "train.eval_steps", "needs held-out samples: name their dump, heldout.url", config.train.eval_steps
     if retempered(estimator, *config.temperatures):

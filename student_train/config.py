@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.config import DumpSection
 from storage_schemas.stores.address import DumpUrl, LocalFolder
 
 Metric = Literal["kl", "ce"]
@@ -109,6 +110,27 @@ class LossSection(FrozenModel):
     """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
+class MixedDump(FrozenModel):
+    """One of several dumps that are trained on together."""
+
+    url: DumpUrl
+    """Where it lies."""
+    weight: float = Field(1.0, gt=0.0, le=1000.0)
+    """How often each of its samples is seen in an epoch: 1 is once, 2 twice; with 0.5 an epoch sees one half of them,
+    and the next epoch the other half."""
+    alpha: float | None = Field(None, ge=0.0, le=1.0)
+    """`loss.alpha` of its samples. Null: what that says."""
+    storage_options: dict[str, str] | None = None
+    """Of its object store. Null: those of the section `dump`."""
+
+
+def _several(dumps: list[MixedDump]) -> list[MixedDump]:
+    places = {dump.url.rstrip("/") for dump in dumps}
+    if dumps and (len(dumps) < 2 or len(places) < len(dumps)):
+        raise ValueError("must name two dumps or more, each once; one alone is what dump.url is for")
+    return dumps
+
+
 class TrainSection(FrozenModel):
     """The optimisation."""
 
@@ -120,6 +142,9 @@ class TrainSection(FrozenModel):
     use the cross-entropy alone."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    dumps: Annotated[list[MixedDump], AfterValidator(_several)] = []
+    """Two or more dumps of one tokenizer that are mixed sample by sample, the one of the section `dump` among them:
+    several corpora, or several teachers. Empty: that one alone."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and activations; master weights and moments are always fp32."""
     global_batch_size: int = Field(32, ge=1)
@@ -133,7 +158,7 @@ class TrainSection(FrozenModel):
     learning_rate: float = Field(2e-4, gt=0.0)
     """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA arms."""
     epochs: int = Field(1, ge=1)
-    """Passes over the dump."""
+    """Passes over the dump; of several dumps, as their weights say."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps; the schedule then ends there. Null: what `epochs` gives."""
     lr_scheduler_type: Schedule = "cosine"
@@ -235,3 +260,14 @@ class TrainSection(FrozenModel):
         if self.loraplus_lr_ratio is not None and not self.lora:
             raise ValueError(f"loraplus_lr_ratio is for the arms lora and neo; the arm {self.arm} has no adapter")
         return self
+
+
+def sections_of(dump: DumpSection, train: TrainSection | None) -> list[DumpSection]:
+    """Where the dumps lie that are trained on: the one of the section `dump`, or those of `train.dumps`."""
+    if train is None or not train.dumps:
+        return [dump]
+    given = dump.storage_options
+    return [
+        DumpSection(url=one.url, storage_options=given if one.storage_options is None else one.storage_options)
+        for one in train.dumps
+    ]

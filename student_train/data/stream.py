@@ -1,19 +1,21 @@
 """A rank's micro-batches, step by step, decoded ahead of their use by a thread.
 
 The only state is the number of the step: what a step holds is a function of the order, and prefetching is forgotten
-when a run ends. Units are fetched and decoded whole. At most two blocks of units are in memory: the one that is read
-and the next one.
+when a run ends. Units are fetched and decoded whole. Of each dump at most two blocks of units are in memory: the one
+that is read and the next one.
 """
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+
+import numpy as np
 
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row, UnitRows
 from student_train.data.batch import TrainBatch
+from student_train.data.mix import Mix
 from student_train.data.order import Order, rank_slice
 
 READERS = 2
@@ -30,28 +32,30 @@ class Stream:
 
     def __init__(
         self,
-        dump: Dump,
-        order: Order,
-        collate: Callable[[Sequence[Row]], TrainBatch],
+        dumps: Sequence[Dump],
+        mix: Mix,
+        collate: Callable[[Sequence[Sequence[Row]]], TrainBatch],
         *,
         rank: int,
         world_size: int,
         micro_batch_size: int,
         start: int,
         stop: int,
-        windows: int,
+        allowed: int,
     ) -> None:
         """Start reading the steps `start` to `stop` - 1.
 
         Args:
-            collate: makes a micro-batch of rows; of none, a filler.
+            dumps: that the orders of `mix` are of.
+            collate: makes a micro-batch of the rows of each dump; of none, a filler.
             micro_batch_size: samples per micro-batch, at most.
-            windows: how many windows may be read by now, see `allow`.
+            allowed: how many steps of the run may be read by now, see `allow`.
         """
-        self._dump, self._order, self._collate = dump, order, collate
+        self._dumps, self._mix, self._collate = dumps, mix, collate
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
-        self._start, self._stop, self._windows = start, stop, windows
-        self._units: dict[int, Future[UnitRows]] = {}
+        self._start, self._stop, self._allowed = start, stop, allowed
+        self._units: dict[tuple[int, int], Future[UnitRows]] = {}
+        """By dump and unit."""
         self._ready: deque[tuple[int, list[TrainBatch] | BaseException]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -77,10 +81,10 @@ class Stream:
             self._changed.notify_all()
             return result
 
-    def allow(self, windows: int) -> None:
-        """Say how many windows of the dump may be read; it never falls."""
+    def allow(self, steps: int) -> None:
+        """Say how many steps of the run may be read; it never falls."""
         with self._changed:
-            self._windows = max(windows, self._windows)
+            self._allowed = max(steps, self._allowed)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -99,7 +103,7 @@ class Stream:
 
     def _run(self) -> None:
         for step in range(self._start, self._stop):
-            if not self._wait_for(lambda step=step: self._order.windows_of_step(step).stop <= self._windows):  # type: ignore[misc]
+            if not self._wait_for(lambda step=step: step < self._allowed):  # type: ignore[misc]
                 return
             result: list[TrainBatch] | BaseException
             try:
@@ -121,78 +125,58 @@ class Stream:
             return not self._closed
 
     def _prepare(self, step: int) -> list[TrainBatch]:
-        samples = self._order.step_samples(step)
         self._open(step)
-        places = {sample: self._place(sample) for sample in samples.tolist()}
+        # A sample may be among them twice, if its dump is small and its weight is large.
+        places = [self._place(sample) for sample in self._mix.step_samples(step).tolist()]
         # Rows that are not used cost nothing; the others are sorted by what they cost.
-        lengths = [unit.tokens(i) if unit.status[i] == OK else 0 for unit, i in places.values()]
-        shares = rank_slice(samples, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
-        mine = [[places[sample] for sample in share.tolist()] for share in shares]
-        return [self._collate([unit.row(i) for unit, i in share]) for share in mine]
+        lengths = [unit.tokens(i) if unit.status[i] == OK else 0 for _, unit, i in places]
+        numbers = np.arange(len(places))
+        shares = rank_slice(numbers, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
+        return [self._collate(self._rows([places[i] for i in share.tolist()])) for share in shares]
+
+    def _rows(self, places: Sequence[tuple[int, UnitRows, int]]) -> list[list[Row]]:
+        """The rows at these places, of each dump."""
+        rows: list[list[Row]] = [[] for _ in self._dumps]
+        for dump, unit, i in places:
+            rows[dump].append(unit.row(i))
+        return rows
 
     def _open(self, step: int) -> None:
-        """Ask for the units of this step's blocks and of the next block, and let go of all others."""
-        span = self._order.span_of_step(step)
-        wanted: dict[int, None] = {}
-        position = span.start
-        while position < span.stop:
-            block, units = self._order.block_at(span.epoch, position)
-            wanted |= dict.fromkeys(map(int, units))
-            position = block.stop
-        wanted |= dict.fromkeys(self._next_block(span.epoch, position))
-        for unit in [unit for unit in self._units if unit not in wanted]:
-            self._units.pop(unit).cancel()
-        for unit in wanted:
-            if unit not in self._units and not self._closed:
-                self._units[unit] = self._readers.submit(self._dump.read_unit, unit)
+        """Ask for the units of this step's blocks and of the next block of each dump, and let go of all others."""
+        found: list[tuple[bool, int, int]] = []
+        limits = zip(self._mix.taken(self._stop), self._mix.windows(self._allowed), strict=True)
+        parts = zip(self._mix.orders, self._mix.taken(step), self._mix.taken(step + 1), limits, strict=True)
+        for dump, (order, start, stop, (end, windows)) in enumerate(parts):
+            found += [(later, dump, unit) for later, unit in _ahead(order, start, stop, end, windows)]
+        # What the step itself waits for comes first.
+        wanted = dict.fromkeys((dump, unit) for _, dump, unit in sorted(found, key=lambda one: one[0]))
+        for key in [key for key in self._units if key not in wanted]:
+            self._units.pop(key).cancel()
+        for key in wanted:
+            if key not in self._units and not self._closed:
+                self._units[key] = self._readers.submit(self._dumps[key[0]].read_unit, key[1])
 
-    def _next_block(self, epoch: int, position: int) -> list[int]:
-        """Units of the block that begins at `position`, if there is one and it may be read already."""
-        if position >= self._order.samples:
-            epoch, position = epoch + 1, 0
-        if self._order.window_of_position(position) >= self._windows:
-            return []
-        if epoch * self._order.steps_per_epoch >= self._stop:
-            return []
-        return [int(unit) for unit in self._order.block_at(epoch, position)[1]]
-
-    def _place(self, sample: int) -> tuple[UnitRows, int]:
-        """The unit that holds a sample, and the sample's row in it."""
-        unit, place = divmod(sample, self._order.samples_per_unit)
-        future = self._units[unit]
+    def _place(self, sample: int) -> tuple[int, UnitRows, int]:
+        """The dump and the unit that hold a sample, and its row there."""
+        dump, index = self._mix.locate(sample)
+        unit, place = divmod(index, self._mix.orders[dump].samples_per_unit)
+        future = self._units[dump, unit]
         # A store may take its time to answer; closing does not wait for it.
         while not (future.done() or wait([future], timeout=0.5).done):
             if self._closed:
                 raise CancelledError
-        return future.result(), place
+        return dump, future.result(), place
 
 
-class Follower:
-    """Looks how far a dump has come. One rank looks; the others are told."""
-
-    def __init__(self, dump: Dump, order: Order, *, interval: float = 2.0) -> None:
-        """Nothing is read yet. `interval` is the time between two looks, in seconds."""
-        self._dump, self._order, self._interval = dump, order, interval
-        self._windows, self._next_look = 0, 0.0
-        self._missing: list[int] = []
-
-    def windows(self) -> int:
-        """Windows, counted from the first, whose units are all committed.
-
-        Raises:
-            NeoError: the store is away, or a record is damaged.
-        """
-        if self._windows == self._order.windows or time.monotonic() < self._next_look:
-            return self._windows
-        if self._dump.sealed():
-            self._windows = self._order.windows
-        while self._windows < self._order.windows:
-            self._missing = self._missing or list(self._order.units_of_window(self._windows))
-            # One that is not there is reason enough to wait: a look costs one request, and one per new unit.
-            while self._missing and self._dump.record(self._missing[0]) is not None:
-                self._missing.pop(0)
-            if self._missing:
-                break
-            self._windows += 1
-        self._next_look = time.monotonic() + self._interval
-        return self._windows
+def _ahead(order: Order, start: int, stop: int, end: int, windows: int) -> Iterator[tuple[bool, int]]:
+    """(False, unit) of the blocks that hold positions start:stop, counted on over all epochs, and (True, unit) of the
+    next block, if it begins before the position `end` and in the first `windows` windows."""
+    position, later = start, False
+    while not later and position < end:
+        epoch, within = divmod(position, order.samples)
+        later = position >= stop
+        if later and order.window_of_position(within) >= windows:
+            return
+        block, units = order.block_at(epoch, within)
+        yield from ((later, int(unit)) for unit in units)
+        position = epoch * order.samples + block.stop
