@@ -187,10 +187,16 @@ class TrainSection(FrozenModel):
     """Clip the global gradient norm to this; 0: never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    shuffle: Literal["windows", "epoch"] = "windows"
+    """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
+    written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
+    shuffle_bytes: int = Field(2 * 2**30, ge=2**20)
+    """With `shuffle: epoch`: memory of a rank for decoded samples. The more units it has room for, the more of the dump
+    a step draws from."""
     shuffle_window_units: int = Field(1024, ge=1)
-    """Samples are shuffled inside windows of this many units; a window is what a following trainer waits for."""
+    """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
-    """Units that are open at the same time while a window is read."""
+    """With `shuffle: windows`: units that are shuffled together, and open at the same time."""
     head_chunk_tokens: int = Field(512, ge=1)
     """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
     logging_steps: int = Field(1, ge=1)

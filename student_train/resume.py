@@ -32,11 +32,14 @@ DECISIVE = (
 )  # fmt: skip
 """Of the section `train`, what decides the result: all but world size, ZeRO stage, micro-batches, and where and when
 things happen."""
-LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha")
+LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha", "shuffle")
 """The same; checkpoints of before do not know them, and have the default."""
 FIXED = {
-    f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
-}
+    f"train.{name}"
+    for name in (
+        "arm", "global_batch_size", "shuffle", "shuffle_bytes", "shuffle_window_units", "shuffle_block_units", "seed"
+    )
+}  # fmt: skip
 """What `train.extend` may not change: the samples of a step and what is trained."""
 MIXED = "train.dumps"
 """Of several dumps, fingerprint and weight are fixed as well; each has its alpha."""
@@ -87,6 +90,10 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
     if run.train.distils:
         found |= {f"loss.{name}": value for name, value in run.loss.model_dump(mode="json").items()}
     found |= {"train.max_steps": run.steps}
+    if run.train.shuffle == "epoch":
+        blocks = [order.block_units for order in run.mix.orders]
+        found |= {"train.shuffle_bytes": run.train.shuffle_bytes, "train.shuffle_block_units": blocks}
+        del found["train.shuffle_window_units"]
     if not run.mixed:
         return found | {"dump.fingerprint": run.dump.fingerprint}
     for i, source in enumerate(run.mixed):

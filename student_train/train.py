@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """How long a rank waits for its data before it tells the others that it is still there."""
+WHOLE = "dump, which train.shuffle: epoch needs, while `windows` follows one that is being written,"
 PROBE_TOKENS = 64
 """Tokens of the row that the saved student is compared on, at most."""
 
@@ -91,11 +92,11 @@ def train(
         PeerError: another rank raised one of these.
     """
     early = partial(refuse_early, student, settings)
+    wait = partial(await_dump, world, seconds=settings.data_wait_seconds, stop=stop, early=early)
     for section in sections_of(dump, settings):
-        await_dump(world, section, seconds=settings.data_wait_seconds, stop=stop, early=early)
+        wait(section, complete=WHOLE if settings.shuffle == "epoch" else None)
     if heldout is not None and settings.eval_steps:
-        seconds = settings.data_wait_seconds
-        await_dump(world, heldout, seconds=seconds, stop=stop, early=early, sealed=True)
+        wait(heldout, complete="held-out dump")
     world.on_main(partial(refuse_unfit_adapter, student, settings))
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
     world.on_main(lambda: weigh(opened))
@@ -421,6 +422,7 @@ class _Loop:
             start=self._start,
             stop=run.steps,
             allowed=int(world.told(lambda: self._followers.steps(run.steps))),
+            own_rows=run.train.shuffle == "epoch",
         )
 
     def _finish(self) -> Summary:

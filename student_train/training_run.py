@@ -17,6 +17,7 @@ from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection, sections_of
+from student_train.data.blocks import units_within
 from student_train.data.mix import Mix
 from student_train.data.order import Order
 from student_train.heldout import Heldout, best
@@ -31,6 +32,8 @@ from student_train.zero import deepspeed_config
 
 log = logging.getLogger(__name__)
 
+FEW_UNITS = 4
+"""Fewer that are open at a time mix so little that it is warned of."""
 LOOK_SECONDS = 2.0
 """Between two looks for a dump that has not begun."""
 
@@ -153,18 +156,18 @@ def await_dump(
     seconds: float,
     stop: Callable[[], bool],
     early: Callable[[], None],
-    sealed: bool = False,
+    complete: str | None = None,
 ) -> None:
     """Wait until stage one has begun, or ended, if there is nothing to refuse before. Collective.
 
     `stop` is asked again and again. `early` is called once if there is something to wait for: it raises what waiting
-    would not mend. `sealed` waits until the dump is complete.
+    would not mend. `complete` waits until the dump is that, and says of which dump, and why.
 
     Raises:
         TemporaryError: it is not there after so many seconds, or a stop is asked for.
         MismatchError: there cannot be one: no such bucket, or no access.
     """
-    file, what = (SEAL, "complete held-out dump") if sealed else (RUN, "dump")
+    file, what = (RUN, "dump") if complete is None else (SEAL, f"complete {complete}")
     store = world.together(lambda: Store(section.url, options=section.storage_options))
     began, waiting = time.monotonic(), False
     while True:
@@ -235,11 +238,28 @@ def weigh(run: TrainingRun) -> None:
             source.name, share, 100 * share / run.mix.samples, source.dump.provenance.corpus.samples,
             source.weight, source.loss.alpha,
         )  # fmt: skip
+    for source, order in zip(run.sources, run.mix.orders, strict=True):
+        _tell_shuffle(source, order, run.train)
     if usable < wanted:
         log.warning(
             "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is "
             "%d optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
             usable, run.mix.samples, wanted, run.mix.steps_per_epoch, run.steps,
+        )  # fmt: skip
+
+
+def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
+    """Say how well a complete dump is mixed, if it could be better."""
+    if train.shuffle == "windows" and order.windows > 1 and source.dump.sealed():
+        log.info(
+            "%s is complete, and is read in %d windows one after the other: train.shuffle: epoch would mix all of it",
+            source.name, order.windows,
+        )  # fmt: skip
+    if train.shuffle == "epoch":
+        tell = log.warning if order.block_units < min(FEW_UNITS, order.units) else log.info
+        tell(
+            "%s: samples of %d of its %d units are mixed at a time; train.shuffle_bytes (%d) decides it",
+            source.name, order.block_units, order.units, train.shuffle_bytes,
         )  # fmt: skip
 
 
@@ -267,9 +287,13 @@ def open_run(
     for place, source in zip(sections_of(section, train), sources, strict=True):
         if place.url == section.url:
             refuse_contradicted(source.dump.provenance, stated)
+    shares = [max(1, round(source.weight * source.dump.provenance.corpus.samples)) for source in sources]
     mix = Mix(
-        orders=tuple(_order_of(source, train) for source in sources),
-        shares=tuple(max(1, round(source.weight * source.dump.provenance.corpus.samples)) for source in sources),
+        orders=tuple(
+            _order_of(source, train, budget=train.shuffle_bytes * share // sum(shares))
+            for source, share in zip(sources, shares, strict=True)
+        ),
+        shares=tuple(shares),
         global_batch_size=train.global_batch_size,
     )
     steps = train.max_steps or mix.steps_per_epoch * train.epochs
@@ -337,12 +361,14 @@ def refuse_unlike(first: Dump, other: Dump) -> None:
         )
 
 
-def _order_of(source: Source, train: TrainSection) -> Order:
+def _order_of(source: Source, train: TrainSection, *, budget: int) -> Order:
+    """The order of a dump; over all of it, with as much open at a time as fits into `budget` bytes, or in windows."""
+    run, whole = source.dump.provenance, train.shuffle == "epoch"
     return Order(
-        samples=source.dump.provenance.corpus.samples,
-        samples_per_unit=source.dump.provenance.samples_per_unit,
-        window_units=train.shuffle_window_units,
-        block_units=train.shuffle_block_units,
+        samples=run.corpus.samples,
+        samples_per_unit=run.samples_per_unit,
+        window_units=run.units if whole else train.shuffle_window_units,
+        block_units=units_within(source.dump, budget) if whole else train.shuffle_block_units,
         seed=train.seed,
     )
 

@@ -168,6 +168,8 @@ BOUNDS = [
     ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": "s3://bucket/run-b", "weight": 1e4}]),
     ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": "s3://bucket/run-b", "alpha": 1.1}]),
     ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": None}]),
+    ("train.shuffle", "all"),
+    ("train.shuffle_bytes", 2**20 - 1),
     ("train.shuffle_window_units", 0),
     ("train.shuffle_block_units", 0),
     ("train.head_chunk_tokens", 0),

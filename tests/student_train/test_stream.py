@@ -143,7 +143,7 @@ def test_memory_is_two_blocks_and_a_few_steps(url: Path) -> None:
     largest = 0
     for step in range(16):
         assert stream.get(step, timeout=20) is not None
-        largest = max(largest, len(stream._units))
+        largest = max(largest, len(stream.blocks[0].units))
     stream.close()
     assert largest <= 3 * 2, "a step may touch two blocks, and the next one is read ahead"
 

@@ -1,0 +1,137 @@
+"""The units of a dump that are open while its order is read, and their rows until each is used.
+
+One block is read, and of the next one as many units are fetched as this one has used up. If rows have memory of their
+own, which costs a copy of each, both together hold little more than one block; else a unit is kept whole until all of
+its rows are used, which in a shuffled block is at its end, and there are two blocks at most.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from storage_schemas.provenance import Provenance
+from storage_schemas.reader import Dump
+from storage_schemas.records import CommitRecord
+from storage_schemas.rows import Row
+from student_train.data.order import I64, Order, Span
+
+READERS = 2
+"""Threads that fetch and decode units."""
+SPARE = 4
+"""Units that are fetched before the block that is read has made room for them."""
+_ROW_BYTES = 2048
+"""Of a row as objects of Python and numpy, beside what it holds."""
+
+Held = list[Row | None]
+"""Rows of a unit; None once they are used."""
+
+
+class Block(NamedTuple):
+    """A block of the order, its positions counted on over all epochs."""
+
+    first: int
+    last: int
+    """The position behind it."""
+    units: I64
+
+
+class Blocks:
+    """Reads one dump in its order, forward only."""
+
+    def __init__(self, dump: Dump, order: Order, readers: ThreadPoolExecutor, *, own_rows: bool) -> None:
+        """Nothing is asked for yet. `own_rows` says whether rows have memory of their own."""
+        self._dump, self._order, self._readers, self._own_rows = dump, order, readers, own_rows
+        self._current: list[Block] = []
+        self.units: dict[tuple[int, int], Future[Held]] = {}
+        """Those that are open, by the beginning of their block and their number: one may be in the next epoch's too."""
+
+    def open(self, start: int, stop: int) -> None:
+        """Ask for all units that positions start:stop come from, and let go of the blocks before."""
+        here = self._block(start)
+        # A block that was begun stays, even if nothing is taken of it this time.
+        self._current = list(self._blocks(start, stop)) or ([here] if here.first < start else [])
+        for key in [key for key in self.units if key[0] < here.first]:
+            self.units.pop(key).cancel()
+        for block in self._current:
+            self._ask(block, block.units, after=start)
+
+    def read_ahead(self, stop: int, *, end: int, windows: int) -> None:
+        """Ask for some units of the next block, if it begins before the position `end` and in the first windows.
+
+        Args:
+            stop: as in the last `open`.
+            end: where the run ends.
+            windows: that may be read.
+        """
+        position, used, of = stop, 1, 1
+        if self._current:
+            first, position, _ = self._current[-1]
+            used, of = min(stop, position) - first, position - first
+        if position >= end or self._order.window_of_position(position % self._order.samples) >= windows:
+            return
+        block = self._block(position)
+        self._ask(block, block.units[: len(block.units) * used // of + SPARE])
+
+    def take(self, start: int, stop: int, result: Callable[[Future[Held]], Held]) -> list[Row]:
+        """The rows at positions start:stop, once. `result` waits for a unit.
+
+        Raises:
+            NeoError: a unit is missing, torn or out of range, or the store is away.
+        """
+        rows = []
+        for block in self._current:
+            for sample in self._samples(block, max(start, block.first), min(stop, block.last)).tolist():
+                unit, place = divmod(sample, self._order.samples_per_unit)
+                held = result(self.units[block.first, unit])
+                row, held[place] = held[place], None
+                assert row is not None
+                rows.append(row)
+        return rows
+
+    def _block(self, position: int) -> Block:
+        """The one that a position lies in."""
+        epoch, within = divmod(position, self._order.samples)
+        span, units = self._order.block_at(epoch, within)
+        first = position - within + span.start
+        return Block(first, first + span.stop - span.start, units)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[Block]:
+        while start < stop:
+            yield (block := self._block(start))
+            start = block.last
+
+    def _samples(self, block: Block, start: int, stop: int) -> I64:
+        epoch = block.first // self._order.samples
+        before = epoch * self._order.samples
+        return self._order.samples_of(Span(epoch, start - before, stop - before))
+
+    def _ask(self, block: Block, units: I64, *, after: int = 0) -> None:
+        """For some units of a block; of one that others have begun before, for what comes after a position."""
+        missing = [unit for unit in units.tolist() if (block.first, unit) not in self.units]
+        rest = None
+        if missing and after > block.first:
+            rest = set(self._samples(block, after, block.last).tolist())
+        for unit in missing:
+            self.units[block.first, unit] = self._readers.submit(self._load, unit, rest)
+
+    def _load(self, unit: int, samples: Collection[int] | None) -> Held:
+        """The rows of a unit that are among some samples of the dump; None: all of them."""
+        rows, first = self._dump.read_unit(unit), unit * self._order.samples_per_unit
+        wanted = (samples is None or first + i in samples for i in range(len(rows)))
+        return [rows.row(i, own=self._own_rows) if keep else None for i, keep in enumerate(wanted)]
+
+
+def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:
+    """Memory that the rows of a unit take, decoded."""
+    draws, values = provenance.estimator.draws > 0, len(provenance.temperatures) * (1 + provenance.logsumexp)
+    targets = record.entries * (12 if draws else 8) + record.supervised_tokens * (12 + 4 * values)
+    return targets + record.tokens * 5 + record.rows * _ROW_BYTES
+
+
+def units_within(dump: Dump, budget: int) -> int:
+    """Units of a block whose rows, with all that is fetched beside it, take no more memory than `budget` bytes; one at
+    least. The dump is sealed."""
+    assert dump.sealed()
+    largest = max(decoded_bytes(record, dump.provenance) for record in dump.records().values())
+    # Of those that are decoded right now there is a second copy.
+    return max(1, min(dump.provenance.units, budget // largest - SPARE - READERS))
