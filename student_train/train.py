@@ -422,7 +422,7 @@ class _Loop:
             start=self._start,
             stop=run.steps,
             allowed=int(world.told(lambda: self._followers.steps(run.steps))),
-            own_rows=run.train.shuffle == "epoch",
+            dealt=run.train.shuffle == "epoch",
         )
 
     def _finish(self) -> Summary:

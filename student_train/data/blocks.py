@@ -1,8 +1,9 @@
 """The units of a dump that are open while its order is read, and their rows until each is used.
 
-One block is read, and of the next one as many units are fetched as this one has used up. If rows have memory of their
-own, which costs a copy of each, both together hold little more than one block; else a unit is kept whole until all of
-its rows are used, which in a shuffled block is at its end, and there are two blocks at most.
+One block is read, and of the next one as many units are fetched as this one has used up. If a rank knows which rows
+will be its own, it keeps these alone, in memory of their own, which costs a copy of each: both blocks together then
+hold little more than the rank's share of one. Else a unit is kept whole until all of its rows are used, which in a
+shuffled block is at its end, and there are two blocks at most.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -38,9 +39,13 @@ class Block(NamedTuple):
 class Blocks:
     """Reads one dump in its order, forward only."""
 
-    def __init__(self, dump: Dump, order: Order, readers: ThreadPoolExecutor, *, own_rows: bool) -> None:
-        """Nothing is asked for yet. `own_rows` says whether rows have memory of their own."""
-        self._dump, self._order, self._readers, self._own_rows = dump, order, readers, own_rows
+    def __init__(
+        self, dump: Dump, order: Order, readers: ThreadPoolExecutor, own: Callable[[int, int], I64] | None
+    ) -> None:
+        """Nothing is asked for yet. `own` tells which positions of a range are the rank's; None: all may be."""
+        self._dump, self._order, self._readers, self._own = dump, order, readers, own
+        self._rest: dict[int, set[int] | None] = {}
+        """Of the blocks that are open, by their beginning, the samples that are kept; None: all."""
         self._current: list[Block] = []
         self.units: dict[tuple[int, int], Future[Held]] = {}
         """Those that are open, by the beginning of their block and their number: one may be in the next epoch's too."""
@@ -52,6 +57,7 @@ class Blocks:
         self._current = list(self._blocks(start, stop)) or ([here] if here.first < start else [])
         for key in [key for key in self.units if key[0] < here.first]:
             self.units.pop(key).cancel()
+        self._rest = {first: samples for first, samples in self._rest.items() if first >= here.first}
         for block in self._current:
             self._ask(block, block.units, after=start)
 
@@ -73,7 +79,7 @@ class Blocks:
         self._ask(block, block.units[: len(block.units) * used // of + SPARE])
 
     def take(self, start: int, stop: int, result: Callable[[Future[Held]], Held]) -> list[Row]:
-        """The rows at positions start:stop, once. `result` waits for a unit.
+        """The rank's rows at positions start:stop, once. `result` waits for a unit.
 
         Raises:
             NeoError: a unit is missing, torn or out of range, or the store is away.
@@ -101,24 +107,26 @@ class Blocks:
             start = block.last
 
     def _samples(self, block: Block, start: int, stop: int) -> I64:
-        epoch = block.first // self._order.samples
-        before = epoch * self._order.samples
-        return self._order.samples_of(Span(epoch, start - before, stop - before))
+        """Of the positions start:stop of a block that are the rank's."""
+        before = block.first // self._order.samples * self._order.samples
+        samples = self._order.samples_of(Span(before // self._order.samples, start - before, stop - before))
+        return samples if self._own is None else samples[self._own(start, stop) - start]
 
     def _ask(self, block: Block, units: I64, *, after: int = 0) -> None:
         """For some units of a block; of one that others have begun before, for what comes after a position."""
         missing = [unit for unit in units.tolist() if (block.first, unit) not in self.units]
-        rest = None
-        if missing and after > block.first:
-            rest = set(self._samples(block, after, block.last).tolist())
+        if missing and block.first not in self._rest:
+            rest = None
+            if self._own is not None or after > block.first:
+                rest = set(self._samples(block, max(after, block.first), block.last).tolist())
+            self._rest[block.first] = rest
         for unit in missing:
-            self.units[block.first, unit] = self._readers.submit(self._load, unit, rest)
+            self.units[block.first, unit] = self._readers.submit(self._load, unit, self._rest[block.first])
 
     def _load(self, unit: int, samples: Collection[int] | None) -> Held:
         """The rows of a unit that are among some samples of the dump; None: all of them."""
-        rows, first = self._dump.read_unit(unit), unit * self._order.samples_per_unit
-        wanted = (samples is None or first + i in samples for i in range(len(rows)))
-        return [rows.row(i, own=self._own_rows) if keep else None for i, keep in enumerate(wanted)]
+        rows, first, own = self._dump.read_unit(unit), unit * self._order.samples_per_unit, self._own is not None
+        return [rows.row(i, own=own) if samples is None or first + i in samples else None for i in range(len(rows))]
 
 
 def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:
@@ -129,8 +137,8 @@ def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:
 
 
 def units_within(dump: Dump, budget: int) -> int:
-    """Units of a block whose rows, with all that is fetched beside it, take no more memory than `budget` bytes; one at
-    least. The dump is sealed."""
+    """Units of a block whose rows, with all that is fetched beside it, take no more memory than `budget` bytes over all
+    ranks; one at least. The dump is sealed."""
     assert dump.sealed()
     largest = max(decoded_bytes(record, dump.provenance) for record in dump.records().values())
     # Of those that are decoded right now there is a second copy.

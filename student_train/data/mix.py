@@ -70,10 +70,28 @@ class Mix:
             parts += [first + order.samples_of(span) for span in spans]
         return np.concatenate(parts)
 
+    def micro_batches(self, step: int, world_size: int, most: int) -> int:
+        """How many micro-batches of at most `most` samples each rank makes of a step."""
+        return -(-(sum(self.taken(step + 1)) - sum(self.taken(step))) // (world_size * most))
+
     def locate(self, sample: int) -> tuple[int, int]:
         """The dump of a sample of `step_samples`, and its index there."""
         dump = bisect_right(self._firsts, sample) - 1
         return dump, sample - self._firsts[dump]
+
+    def dealt(self, dump: int, start: int, stop: int, *, rank: int, world_size: int) -> I64:
+        """Positions start:stop of a dump's order, counted on over all epochs, that a rank gets where the samples of
+        each step are dealt one by one, as they stand in it."""
+        far = (start // self.shares[dump] + 2) * self.steps_per_epoch
+        step = bisect_right(range(far), start, key=lambda step: self.taken(step)[dump]) - 1
+        parts, taken = [np.empty(0, np.int64)], self.taken(step)
+        while taken[dump] < stop:
+            begins, taken, step = taken, self.taken(step + 1), step + 1
+            before = sum(taken[:dump]) - sum(begins[:dump])
+            first = begins[dump] + (rank - before) % world_size
+            parts.append(np.arange(first, taken[dump], world_size))
+        found = np.concatenate(parts)
+        return found[(found >= start) & (found < stop)]
 
     def windows(self, step: int) -> list[int]:
         """Windows of each dump, counted from the first, that the first `step` steps read from."""

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Stream:
         start: int,
         stop: int,
         allowed: int,
-        own_rows: bool = False,
+        dealt: bool = False,
     ) -> None:
         """Start reading the steps `start` to `stop` - 1.
 
@@ -49,7 +50,8 @@ class Stream:
             collate: makes a micro-batch of the rows of each dump; of none, a filler.
             micro_batch_size: samples per micro-batch, at most.
             allowed: how many steps of the run may be read by now, see `allow`.
-            own_rows: whether the memory of a row is free once it is used, see `Blocks`.
+            dealt: whether samples are dealt to ranks as they stand in a step, so that a rank keeps its own alone; else
+                by their lengths, which balances ranks better and needs all rows of a step on each.
         """
         self._mix, self._collate = mix, collate
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
@@ -58,8 +60,11 @@ class Stream:
         self._changed = threading.Condition()
         self._closed = False
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="unit-reader")
-        pairs = zip(dumps, mix.orders, strict=True)
-        self.blocks = [Blocks(dump, order, self._readers, own_rows=own_rows) for dump, order in pairs]
+        self._dealt = dealt
+        self.blocks = []
+        for i, (dump, order) in enumerate(zip(dumps, mix.orders, strict=True)):
+            own = partial(mix.dealt, i, rank=rank, world_size=world_size) if dealt else None
+            self.blocks.append(Blocks(dump, order, self._readers, own))
         """What is open of each dump."""
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
@@ -130,14 +135,21 @@ class Stream:
         # Rows that are not used cost nothing; the others are sorted by what they cost.
         lengths = [len(row.input_ids) if row.status == OK else 0 for _, row in rows]
         numbers = np.arange(len(rows))
-        shares = rank_slice(numbers, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
+        if self._dealt:
+            shares = rank_slice(numbers, 0, 1, self._micro_batch_size, lengths=lengths)
+            # As many as other ranks may have.
+            shares += [numbers[:0]] * (
+                self._mix.micro_batches(step, self._world_size, self._micro_batch_size) - len(shares)
+            )
+        else:
+            shares = rank_slice(numbers, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
         return [self._collate(self._by_dump([rows[i] for i in share.tolist()])) for share in shares]
 
     def _by_dump(self, rows: Sequence[tuple[int, Row]]) -> list[list[Row]]:
         return [[row for of, row in rows if of == dump] for dump in range(len(self.blocks))]
 
     def _take(self, step: int) -> list[tuple[int, Row]]:
-        """(dump, row) of all samples of a step; one may be there twice if its dump is small and its weight large."""
+        """(dump, row) of the samples of a step, all or the rank's own; one may be there twice, if its dump is small."""
         spans = list(zip(self.blocks, self._mix.taken(step), self._mix.taken(step + 1), strict=True))
         # What the step itself waits for comes before what is read ahead.
         for blocks, start, stop in spans:

@@ -12,7 +12,7 @@ from support.dumps import ESTIMATORS, make_dump, some_provenance
 from support.engine_jobs import train_section
 from support.rounding import FORWARD, update_excess
 from support.tiny_student import save_student, write_dump
-from test_mix import mix_of
+from test_mix import located, mix_of, names
 from test_stream import streaming
 from test_train import Trainings, assert_refused, largest_difference
 
@@ -45,8 +45,9 @@ def topics(mix: Mix, count: int = 100) -> float:
 
 @pytest.mark.parametrize(("samples", "window", "block", "least", "most"), [
     (100_000, *DEFAULT, 10, 11.5),  # What a dump of 196 units is mixed like in windows.
-    (100_000, WHOLE, 12, 14, 16),  # At the memory of that: 2 x 8 units.
+    (100_000, WHOLE, 8, 10, 11.5),
     (100_000, WHOLE, 25, 24, 27),  # 2 GiB at 450 supervised tokens a sample and 34 entries.
+    (100_000, WHOLE, 64, 37, 40),  # 4.5 GiB; 8 ranks hold nearly as much in the memory of windows.
     (100_000, WHOLE, 128, 42, 45),  # The same at 90 supervised tokens.
     (100_000, WHOLE, WHOLE, 46, 49),  # A full shuffle.
     (1_000_000, WHOLE, 25, 20, 23),
@@ -120,25 +121,51 @@ def test_rows_have_memory_of_their_own_only_if_asked(tmp_path: Path) -> None:
         assert np.array_equal(targets.ids, rows.row(i).targets.ids)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("start", [0, 5, 12, 29])
-def test_memory_is_one_block_and_little_more(start: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "world_size"), [(0, 1), (5, 1), (12, 1), (29, 1), (0, 3), (29, 3)])
+def test_memory_is_one_block_and_little_more(start: int, world_size: int, tmp_path: Path) -> None:
     """At every step, in the middle of a block that others have begun and over the end of an epoch too: rows that were
-    used are let go, and the next block comes as this one goes."""
+    used are let go, the next block comes as this one goes, and a rank holds no rows but its own."""
     write_dump(tmp_path / "dump", samples=90, samples_per_unit=3)
-    dump, mix = Dump.open(str(tmp_path / "dump")), mix_of([(90, 3, WHOLE, 12, 90)], 4)
+    dump, mix = Dump.open(str(tmp_path / "dump")), mix_of([(90, 3, WHOLE, 12, 90)], 6)
     stop = 2 * mix.steps_per_epoch
     # Its thread has nothing to do: each step is looked at here.
-    stream = streaming([dump], mix, rank=0, world_size=1, start=start, stop=start, allowed=stop, own_rows=True)
+    stream = streaming([dump], mix, rank=1 % world_size, world_size=world_size, start=start, stop=start, allowed=stop,
+                       dealt=True)  # fmt: skip
     stream._stop = stop
     largest = 0
     for step in range(start, stop):
         rows = stream._take(step)
-        assert [row.sample_index for _, row in rows] == mix.step_samples(step).tolist()
+        assert [row.sample_index for _, row in rows] == mix.step_samples(step)[1 % world_size :: world_size].tolist()
         held = sum(row is not None for unit in stream.blocks[0].units.values() for row in unit.result())
         largest = max(largest, held)
     stream.close()
-    assert largest <= (12 + SPARE) * 3
+    # Of a unit of 3 rows the rank may have more than one.
+    assert largest <= (12 + SPARE) * 3 / world_size * (1.0 if world_size == 1 else 1.15)
     assert len(stream.blocks[0].units) <= 12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_every_rank_has_its_own_samples(world_size: int, folder: Path) -> None:
+    """Of two dumps, over two epochs: each sample of a step on one rank, in equally many micro-batches of similar length
+    that hold no more than they may; from any step on."""
+    mix = mix_of([(24, 5, WHOLE, 2, 24), (17, 3, WHOLE, 3, 34)], 7)
+    dumps = [Dump.open(str(folder / name)) for name in ("dump", "other")]
+    stop = 2 * mix.steps_per_epoch
+    for start in (0, 5):
+        ranks = [
+            streaming(dumps, mix, rank=rank, world_size=world_size, start=start, stop=stop, allowed=stop, dealt=True)
+            for rank in range(world_size)
+        ]
+        for step in range(start, stop):
+            shares: list[Any] = [rank.get(step, timeout=20) for rank in ranks]
+            expected = [sample + 100 * dump for dump, sample in located(mix, range(step, step + 1))]
+            assert sorted(names(shares)) == sorted(expected)
+            assert {len(share) for share in shares} == {-(-len(expected) // (world_size * 2))}
+            assert max(len(batch) for share in shares for batch in share) <= 2
+            sizes = [len(names([share])) for share in shares]
+            assert max(sizes) - min(sizes) <= 1
+        for rank in ranks:
+            rank.close()
 
 
 @pytest.fixture(scope="module")
