@@ -104,10 +104,6 @@ class UnitRows:
     def __len__(self) -> int:
         return len(self.sample_index)
 
-    def tokens(self, i: int) -> int:
-        """How many tokens row i has."""
-        return int(self.token_offsets[i + 1] - self.token_offsets[i])
-
     def row(self, i: int, *, own: bool = False) -> Row:
         """Row i of the unit, sharing memory; with `own` its entries, which are most of it, do not keep the unit's."""
         tokens = slice(self.token_offsets[i], self.token_offsets[i + 1])

@@ -234,9 +234,9 @@ def weigh(run: TrainingRun) -> None:
             raise nothing_usable(run, dump)
     for source, share in zip(run.mixed, run.mix.shares, strict=False):
         log.info(
-            "%s: %d samples an epoch, %.1f %% of all: each of %d %g times; alpha %g",
-            source.name, share, 100 * share / run.mix.samples, source.dump.provenance.corpus.samples,
-            source.weight, source.loss.alpha,
+            "%s: %d samples of an epoch (%.1f %%), weight %g of %d samples, alpha %g",
+            source.name, share, 100 * share / run.mix.samples, source.weight,
+            source.dump.provenance.corpus.samples, source.loss.alpha,
         )  # fmt: skip
     for source, order in zip(run.sources, run.mix.orders, strict=True):
         _tell_shuffle(source, order, run.train)

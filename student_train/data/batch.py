@@ -159,11 +159,13 @@ def collate_mixed(
     if vocab_size is not None:
         _refuse_out_of_range(input_ids, vocab_size)
     at = supervised_positions(loss_mask, starts=starts)
-    labels, parts = input_ids[at.tokens], []
+    labels, parts, first = input_ids[at.tokens], [], 0
     for rows, index in zip(by_dump, temperature_indices, strict=True):
         targets = [row.targets for row in rows if row.targets is not None]
-        mine, labels = np.split(labels, [sum(map(len, targets))])
-        targets = targets if entries else []
+        mine = labels[first : first + sum(map(len, targets))]
+        first += len(mine)
+        if not entries:
+            targets = []
         parts.append(
             _sparse_targets(targets, mine, temperature_index=index, temperature=temperature, vocab_size=vocab_size)
         )

@@ -8,12 +8,15 @@ shuffled block is at its end, and there are two blocks at most.
 
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
+
+import numpy as np
 
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import CommitRecord
-from storage_schemas.rows import Row
+from storage_schemas.rows import OK, Row
 from student_train.data.order import I64, Order, Span
 
 READERS = 2
@@ -23,8 +26,17 @@ SPARE = 4
 _ROW_BYTES = 2048
 """Of a row as objects of Python and numpy, beside what it holds."""
 
-Held = list[Row | None]
-"""Rows of a unit; None once they are used."""
+
+class Sample(NamedTuple):
+    """A sample in memory."""
+
+    tokens: int
+    """What it costs; 0 if it is not used."""
+    row: Callable[[], Row]
+
+
+Held = list[Sample | None]
+"""Samples of a unit; None for one that is used, or not the rank's."""
 
 
 class Block(NamedTuple):
@@ -78,21 +90,21 @@ class Blocks:
         block = self._block(position)
         self._ask(block, block.units[: len(block.units) * used // of + SPARE])
 
-    def take(self, start: int, stop: int, result: Callable[[Future[Held]], Held]) -> list[Row]:
-        """The rank's rows at positions start:stop, once. `result` waits for a unit.
+    def take(self, start: int, stop: int, result: Callable[[Future[Held]], Held]) -> list[Sample]:
+        """The rank's samples at positions start:stop, once. `result` waits for a unit.
 
         Raises:
             NeoError: a unit is missing, torn or out of range, or the store is away.
         """
-        rows = []
+        taken = []
         for block in self._current:
             for sample in self._samples(block, max(start, block.first), min(stop, block.last)).tolist():
                 unit, place = divmod(sample, self._order.samples_per_unit)
                 held = result(self.units[block.first, unit])
-                row, held[place] = held[place], None
-                assert row is not None
-                rows.append(row)
-        return rows
+                found, held[place] = held[place], None
+                assert found is not None
+                taken.append(found)
+        return taken
 
     def _block(self, position: int) -> Block:
         """The one that a position lies in."""
@@ -125,8 +137,20 @@ class Blocks:
 
     def _load(self, unit: int, samples: Collection[int] | None) -> Held:
         """The rows of a unit that are among some samples of the dump; None: all of them."""
-        rows, first, own = self._dump.read_unit(unit), unit * self._order.samples_per_unit, self._own is not None
-        return [rows.row(i, own=own) if samples is None or first + i in samples else None for i in range(len(rows))]
+        rows, first, held = self._dump.read_unit(unit), unit * self._order.samples_per_unit, Held()
+        lengths = np.diff(rows.token_offsets).tolist()
+        for i, (status, tokens) in enumerate(zip(rows.status, lengths, strict=True)):
+            if samples is not None and first + i not in samples:
+                held.append(None)
+                continue
+            # Where it may be another rank's, it is made a row only when it is used.
+            row = partial(rows.row, i) if self._own is None else partial(_itself, rows.row(i, own=True))
+            held.append(Sample(tokens if status == OK else 0, row))
+        return held
+
+
+def _itself(row: Row) -> Row:
+    return row
 
 
 def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:

@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK, Row
+from storage_schemas.rows import Row
 from student_train.data.batch import TrainBatch
-from student_train.data.blocks import READERS, Blocks, Held
+from student_train.data.blocks import READERS, Blocks, Held, Sample
 from student_train.data.mix import Mix
 from student_train.data.order import rank_slice
 
@@ -131,10 +131,9 @@ class Stream:
             return not self._closed
 
     def _prepare(self, step: int) -> list[TrainBatch]:
-        rows = self._take(step)
-        # Rows that are not used cost nothing; the others are sorted by what they cost.
-        lengths = [len(row.input_ids) if row.status == OK else 0 for _, row in rows]
-        numbers = np.arange(len(rows))
+        taken = self._take(step)
+        lengths = [sample.tokens for _, sample in taken]
+        numbers = np.arange(len(taken))
         if self._dealt:
             shares = rank_slice(numbers, 0, 1, self._micro_batch_size, lengths=lengths)
             # As many as other ranks may have.
@@ -143,13 +142,13 @@ class Stream:
             )
         else:
             shares = rank_slice(numbers, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
-        return [self._collate(self._by_dump([rows[i] for i in share.tolist()])) for share in shares]
+        return [self._collate(self._by_dump([taken[i] for i in share.tolist()])) for share in shares]
 
-    def _by_dump(self, rows: Sequence[tuple[int, Row]]) -> list[list[Row]]:
-        return [[row for of, row in rows if of == dump] for dump in range(len(self.blocks))]
+    def _by_dump(self, samples: Sequence[tuple[int, Sample]]) -> list[list[Row]]:
+        return [[sample.row() for of, sample in samples if of == dump] for dump in range(len(self.blocks))]
 
-    def _take(self, step: int) -> list[tuple[int, Row]]:
-        """(dump, row) of the samples of a step, all or the rank's own; one may be there twice, if its dump is small."""
+    def _take(self, step: int) -> list[tuple[int, Sample]]:
+        """(dump, sample) of a step, all or the rank's own; one may be there twice, if its dump is small."""
         spans = list(zip(self.blocks, self._mix.taken(step), self._mix.taken(step + 1), strict=True))
         # What the step itself waits for comes before what is read ahead.
         for blocks, start, stop in spans:
@@ -158,10 +157,10 @@ class Stream:
         for (blocks, _, stop), (end, windows) in zip(spans, limits, strict=True):
             blocks.read_ahead(stop, end=end, windows=windows)
         taken = [blocks.take(start, stop, self._result) for blocks, start, stop in spans]
-        return [(dump, row) for dump, rows in enumerate(taken) for row in rows]
+        return [(dump, sample) for dump, samples in enumerate(taken) for sample in samples]
 
     def _result(self, future: Future[Held]) -> Held:
-        """A unit's rows. A store may take its time to answer; closing does not wait for it."""
+        """A unit's samples. A store may take its time to answer; closing does not wait for it."""
         while not (future.done() or wait([future], timeout=0.5).done):
             if self._closed:
                 raise CancelledError

@@ -69,6 +69,29 @@ def test_every_step_is_mixed_alike(shapes: list[tuple[int, ...]], batch: int) ->
             assert abs(found - position * share / mix.samples) < len(shapes)
 
 
+@settings(deadline=None, max_examples=40)
+@given(shapes=dumps, batch=st.integers(1, 40), world_size=st.integers(1, 9), cut=st.integers(0, 10**6))
+def test_dealt_samples_are_each_one_ranks(shapes: list[tuple[int, ...]], batch: int, world_size: int, cut: int) -> None:
+    """Of every step the ranks have as many, but for one; any range of a dump's order gives the same ranks."""
+    mix = mix_of(shapes, batch)
+    last = mix.taken(2 * mix.steps_per_epoch)
+    ranks = range(world_size)
+    whole = [
+        [mix.dealt(dump, 0, stop, rank=rank, world_size=world_size) for rank in ranks] for dump, stop in enumerate(last)
+    ]
+    for stop, parts in zip(last, whole, strict=True):
+        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(stop))
+    for step in range(2 * mix.steps_per_epoch):
+        bounds = list(zip(mix.taken(step), mix.taken(step + 1), strict=True))
+        counts = [sum(((whole[d][r] >= a) & (whole[d][r] < b)).sum() for d, (a, b) in enumerate(bounds)) for r in ranks]
+        assert max(counts) - min(counts) <= 1
+    for dump, stop in enumerate(last):
+        start = cut % stop
+        for rank in ranks:
+            found = mix.dealt(dump, start, stop, rank=rank, world_size=world_size)
+            assert np.array_equal(found, whole[dump][rank][whole[dump][rank] >= start])
+
+
 def test_one_dump_is_its_own_order() -> None:
     """Numbers that runs of before rely on: see `test_the_order_is_fixed_for_ever`."""
     mix = mix_of([(1000, 7, 5, 3, 1000)], 8, seed=1)

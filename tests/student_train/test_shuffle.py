@@ -134,8 +134,8 @@ def test_memory_is_one_block_and_little_more(start: int, world_size: int, tmp_pa
     stream._stop = stop
     largest = 0
     for step in range(start, stop):
-        rows = stream._take(step)
-        assert [row.sample_index for _, row in rows] == mix.step_samples(step)[1 % world_size :: world_size].tolist()
+        found = [sample.row().sample_index for _, sample in stream._take(step)]
+        assert found == mix.step_samples(step)[1 % world_size :: world_size].tolist()
         held = sum(row is not None for unit in stream.blocks[0].units.values() for row in unit.result())
         largest = max(largest, held)
     stream.close()
