@@ -130,7 +130,7 @@ def records(teacher: Path, samples: range) -> Iterator[dict[str, Any]]:
 def distilled(work: Workload) -> Distilled:
     """The student as `llm-neo train` makes it."""
     train = work.train_section(SCRATCH)
-    return load_student(work.student_section(), LossSection(alpha=ALPHA), train, work.provenance).module
+    return load_student(work.student_section(), [LossSection(alpha=ALPHA)], train, work.provenance).module
 
 
 def neo(work: Workload, batch: TrainBatch) -> Step:

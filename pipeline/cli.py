@@ -29,6 +29,7 @@ from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, 
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 from storage_schemas.common.signals import interrupt
+from student_train.config import sections_of
 from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
@@ -442,18 +443,21 @@ def status(
     from pipeline.status import Watcher
     from pipeline.views import status as views
 
-    options, heldout, checkpoints, given = _pairs(store), None, None, run is not None
+    options, heldout, checkpoints, given, others = _pairs(store), None, None, run is not None, []
     if Path(place).is_file() or place.endswith((".yaml", ".yml")):
         if store:
             raise typer.BadParameter("the configuration says it: dump.storage_options", param_hint="--store")
         config = load_config(place, overrides or ())
         place, options = config.dump.url, config.dump.storage_options
         heldout = config.heldout.url if config.heldout else None
+        others = [one for one in sections_of(config.dump, config.train) if one.url.rstrip("/") != place.rstrip("/")]
         if config.train and run in (None, config.train.output):
             run, checkpoints = config.train.output, config.train.checkpoint_url
     elif overrides:
         raise typer.BadParameter("there is no configuration to override", param_hint="--set")
-    watcher = Watcher(place, options=options, heldout=heldout, run=run, checkpoints=checkpoints, must_run=given)
+    watcher = Watcher(
+        place, options=options, others=others, heldout=heldout, run=run, checkpoints=checkpoints, must_run=given
+    )
     if watch is None:
         views.show(watcher.look(), Console(), as_json=as_json)
     else:

@@ -35,6 +35,7 @@ from storage_schemas.records import RUN
 from storage_schemas.stores.address import local_path
 from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
+from student_train.config import sections_of
 
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
@@ -107,7 +108,8 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
         yield from _guarded(subject, lambda subject=subject, folder=folder: _disk(subject, folder))  # type: ignore[misc]
     if config is None:
         return
-    stores = {"dump": config.dump}
+    stores = {f"dump {place.url}": place for place in sections_of(config.dump, config.train)}
+    stores = {"dump": config.dump} if len(stores) == 1 else stores
     if config.heldout is not None:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
     for subject, section in stores.items():

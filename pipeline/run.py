@@ -31,6 +31,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.records import count_statuses
 from storage_schemas.rows import OK
 from storage_schemas.verify import verify
+from student_train.config import sections_of
 from student_train.metrics import EVENTS, read_events
 from student_train.results.model_card import CARD, Evaluation, model_card
 from student_train.summary import read_summary, write_summary
@@ -94,7 +95,8 @@ def run_pipeline(
     after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url, trust), trained_inputs)
     events = read_events(train.output / EVENTS)
     evaluated = Evaluation(url=heldout.url, before=before, after=after)
-    trained_on = Dump.open(config.dump.url, options=config.dump.storage_options)
+    places = sections_of(config.dump, train)
+    trained_on = [Dump.open(place.url, options=place.storage_options) for place in places]
     card = model_card(trained_on, student, config.loss, train, events, folder=final, evaluation=evaluated)
     if not (final / CARD).is_file() or (final / CARD).read_text(encoding="utf-8") != card:
         publish(final / CARD, card)
@@ -112,7 +114,7 @@ def run_pipeline(
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
         "train_steps": trained.steps,
-        "train_samples": count_statuses(trained_on.records()).get(OK, 0),
+        "train_samples": sum(count_statuses(one.records()).get(OK, 0) for one in trained_on),
         "teacher": teacher.model,
         "student": student.model,
         "adapter": str(final) if train.lora else None,

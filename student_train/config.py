@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.config import DumpSection
 from storage_schemas.stores.address import DumpUrl, LocalFolder
 
 Metric = Literal["kl", "ce"]
@@ -138,6 +139,27 @@ class LossSection(FrozenModel):
     """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
+class MixedDump(FrozenModel):
+    """One of several dumps that are trained on together."""
+
+    url: DumpUrl
+    """Where it lies."""
+    weight: float = Field(1.0, gt=0.0, le=1000.0)
+    """How often each of its samples is seen in an epoch: 1 is once, 2 twice; with 0.5 an epoch sees one half of them,
+    and the next epoch the other half."""
+    alpha: float | None = Field(None, ge=0.0, le=1.0)
+    """`loss.alpha` of its samples. Null: what that says."""
+    storage_options: dict[str, str] | None = None
+    """Of its object store. Null: those of the section `dump`."""
+
+
+def _several(dumps: list[MixedDump]) -> list[MixedDump]:
+    places = {dump.url.rstrip("/") for dump in dumps}
+    if dumps and (len(dumps) < 2 or len(places) < len(dumps)):
+        raise ValueError("must name two dumps or more, each once; one alone is what dump.url is for")
+    return dumps
+
+
 class TrainSection(FrozenModel):
     """The optimisation."""
 
@@ -152,6 +174,9 @@ class TrainSection(FrozenModel):
     name of this setting is `arm`, with the values `sft`, `lora`, `kd`, `neo` in the same order."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    dumps: Annotated[list[MixedDump], AfterValidator(_several)] = []
+    """Two or more dumps of one tokenizer that are mixed sample by sample, the one of the section `dump` among them:
+    several corpora, or several teachers. Empty: that one alone."""
     precision: Annotated[
         Literal["bf16", "fp32"],
         BeforeValidator(_precision, json_schema_input_type=Literal["bf16", "fp32", "bfloat16", "float32"]),
@@ -169,7 +194,7 @@ class TrainSection(FrozenModel):
     learning_rate: float = Field(2e-4, gt=0.0)
     """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA methods."""
     epochs: int = Field(1, ge=1)
-    """Passes over the dump."""
+    """Passes over the dump; of several dumps, as their weights say."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps; the schedule then ends there. Null: what `epochs` gives."""
     lr_scheduler_type: Schedule = "cosine"
@@ -202,10 +227,16 @@ class TrainSection(FrozenModel):
     """Compile each decoder layer (torch.compile): a fifth more tokens per second on GPUs and less memory, after a first
     minute; needs a C++ compiler. Results differ by rounding, and it may change between two starts of a run. Not with
     stage 3, which gathers weights inside of the layers."""
+    shuffle: Literal["windows", "epoch"] = "windows"
+    """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
+    written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
+    shuffle_bytes: int = Field(2 * 2**30, ge=2**20)
+    """With `shuffle: epoch`: memory for decoded samples, over all ranks, which hold equal shares. The more units it has
+    room for, the more of the dump a step draws from."""
     shuffle_window_units: int = Field(1024, ge=1)
-    """Samples are shuffled inside windows of this many units; a window is what a following trainer waits for."""
+    """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
-    """Units that are open at the same time while a window is read."""
+    """With `shuffle: windows`: units that are shuffled together, and open at the same time."""
     head_chunk_tokens: int = Field(512, ge=1)
     """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
     logging_steps: int = Field(1, ge=1)
@@ -290,3 +321,14 @@ class TrainSection(FrozenModel):
         if self.loraplus_lr_ratio is not None and not self.lora:
             raise ValueError(f"loraplus_lr_ratio is for the methods lora_sft and lora_kd; {self.method} has no adapter")
         return self
+
+
+def sections_of(dump: DumpSection, train: TrainSection | None) -> list[DumpSection]:
+    """Where the dumps lie that are trained on: the one of the section `dump`, or those of `train.dumps`."""
+    if train is None or not train.dumps:
+        return [dump]
+    given = dump.storage_options
+    return [
+        DumpSection(url=one.url, storage_options=given if one.storage_options is None else one.storage_options)
+        for one in train.dumps
+    ]

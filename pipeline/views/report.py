@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "| | |",
         "|---|---|",
         *[f"| {name} | `{summary[name]}` |" for name in ("teacher", "student", "adapter", "merged") if summary[name]],
-        f"| dump | `{config.dump.url}`, fingerprint `{summary['fingerprint']}` |",
+        *_dumps(config, summary["fingerprint"], summary["dumps"]),
         f"| held-out dump | `{dumped['heldout']['url']}`, fingerprint `{dumped['heldout']['fingerprint']}` |",
         "",
         *_made_with(config),
@@ -80,12 +81,23 @@ def training_report(config: Config, summary: Summary) -> str:
         "|---|---|",
         f"| student | `{summary.student}` |",
         f"| result | `{summary.final}` |",
-        f"| dump | `{config.dump.url}`, fingerprint `{summary.fingerprint}` |",
+        *_dumps(config, summary.fingerprint, summary.model_dump()["dumps"]),
         f"| held-out dump | `{config.heldout.url}`, fingerprint `{last.dump}` |",
         "",
         *_made_with(config),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _dumps(config: Config, fingerprint: str, mixed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was trained on: the one dump, or those of `train.dumps` as the summary has them."""
+    if not mixed:
+        return [f"| dump | `{config.dump.url}`, fingerprint `{fingerprint}` |"]
+    return [
+        f"| dump | `{one['url']}`, fingerprint `{one['fingerprint']}`, weight {one['weight']:g}, alpha "
+        f"{one['alpha']:g}, {one['samples']:,} samples |"
+        for one in mixed.values()
+    ]
 
 
 def _evaluation(result: HeldoutResult) -> str:

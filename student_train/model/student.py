@@ -47,9 +47,9 @@ class Head(nn.Module):
     the function alone: as a parameter it would be gathered once more in every backward pass, which does not read it.
     """
 
-    def __init__(self, embeddings: nn.Module, *, loss: LossSection, spec: HeadSpec) -> None:
+    def __init__(self, embeddings: nn.Module, *, losses: tuple[LossSection, ...], spec: HeadSpec) -> None:
         super().__init__()
-        self.loss, self.spec = loss, spec
+        self.losses, self.spec = losses, spec
         self.gather: Gather = lambda _: nullcontext()
         weight: nn.Parameter = embeddings.weight  # type: ignore[assignment]
         bias: nn.Parameter | None = getattr(embeddings, "bias", None)
@@ -60,16 +60,20 @@ class Head(nn.Module):
             self._frozen = (weight, bias)
 
     def forward(self, hidden: Tensor, batch: TrainBatch | None) -> tuple[Tensor, Tensor]:
-        """Loss sum, and the sums of `HeadLoss`; without a batch, logits twice."""
+        """Loss sum, and of each dump the sums of `HeadLoss`; without a batch, logits twice."""
         weight, bias = (self.weight, self.bias) if self.trained else self._frozen
         whole = nullcontext() if self.trained else self.gather([p for p in (weight, bias) if p is not None])
         with whole:
             if batch is None:
                 logits = self._logits(hidden, weight, bias)
                 return logits, logits
-            sums = fused_head_loss(hidden, weight, batch.targets, loss=self.loss, head=self.spec, bias=bias)
-        parts = torch.stack([x.detach().double() for x in sums])
-        return sums.loss, parts
+            pieces = torch.split(hidden, [len(targets) for targets in batch.parts])
+            each = [
+                fused_head_loss(piece, weight, targets, loss=loss, head=self.spec, bias=bias)
+                for piece, targets, loss in zip(pieces, batch.parts, self.losses, strict=True)
+            ]
+        parts = torch.stack([torch.stack([x.detach().double() for x in sums]) for sums in each])
+        return torch.stack([sums.loss for sums in each]).sum(), parts
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = nn.functional.linear(hidden, weight, bias).float()
@@ -80,31 +84,31 @@ class Head(nn.Module):
 class Distilled(nn.Module):
     """Student and loss: what DeepSpeed trains. Logits exist for chunks of supervised tokens only."""
 
-    def __init__(self, student: nn.Module, *, loss: LossSection, head: HeadSpec) -> None:
-        """Wrap a causal language model of transformers, or a PeftModel around one."""
+    def __init__(self, student: nn.Module, *, losses: tuple[LossSection, ...], head: HeadSpec) -> None:
+        """Wrap a causal language model of transformers, or a PeftModel around one. `losses` are those of each dump."""
         super().__init__()
         self.student = student
         # In a list, since the student already owns it.
         self._causal = [causal_of(student)]
-        self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
+        self.head = Head(self._causal[0].get_output_embeddings(), losses=losses, spec=head)
         self.router_loss: RouterLoss | None = None
 
     def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
-        """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64.
+        """Sums over the micro-batch: the loss to differentiate, and of each dump the sums of `HeadLoss` as float64.
 
-        While training, the loss of a mixture of experts holds that of its routers, see `RouterLoss`; what this was,
-        without its coefficient, stands behind the other sums, and is 0 for other models.
+        While training, the loss of a mixture of experts holds that of its routers, see `RouterLoss`. This loss, and
+        what its routers add without their coefficient, 0 for other models, then stand behind the other sums.
         """
         states = self._states(batch.input_ids, batch.position_ids)
         loss, parts = self.head(batch.select(states.last_hidden_state), batch)
         if not self.training:
-            return loss, parts
+            return loss, parts.flatten()
         routers = loss.new_zeros(())
         # On a filler too, with weight 0: ZeRO-3 hangs unless all ranks do the same backward pass.
         if self.router_loss is not None:
-            routers = self.router_loss(states.router_logits, batch.mask()) * len(batch.targets)
+            routers = self.router_loss(states.router_logits, batch.mask()) * batch.supervised
             loss = loss + self.router_loss.coefficient * routers
-        return loss, torch.cat([loss.detach().double()[None], parts[1:], routers.detach().double()[None]])
+        return loss, torch.cat([parts.flatten(), torch.stack([loss, routers]).detach().double()])
 
     @torch.no_grad()
     def logits(
@@ -146,7 +150,7 @@ class Student:
 
 def load_student(
     student: StudentSection,
-    loss: LossSection,
+    losses: Sequence[LossSection],
     train: TrainSection,
     provenance: Provenance,
     *,
@@ -154,7 +158,8 @@ def load_student(
 ) -> Student:
     """Load the student and make it ready for its arm.
 
-    The arms `sft` and `lora` use the cross-entropy alone, as with alpha 0. For `initial` see `adapter.attach`.
+    `losses` are those of each dump, and `provenance` is what these agree on. The arms `sft` and `lora` use the
+    cross-entropy alone, as with alpha 0. For `initial` see `adapter.attach`.
 
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
@@ -181,7 +186,7 @@ def load_student(
         base.enable_input_require_grads()
     if train.neftune_noise_alpha is not None:
         add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
-    minimised = loss if train.distils else loss.model_copy(update={"alpha": 0.0})
+    minimised = losses if train.distils else [loss.model_copy(update={"alpha": 0.0}) for loss in losses]
     module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens)
     module.router_loss = RouterLoss.of(base)
     if train.packing:
@@ -189,11 +194,13 @@ def load_student(
     return Student(module=module, initial=start)
 
 
-def distilled(student: nn.Module, loss: LossSection, provenance: Provenance, *, chunk_tokens: int = 512) -> Distilled:
-    """A student with the loss on a dump's targets. Raises MismatchError if its head is not understood."""
+def distilled(
+    student: nn.Module, losses: Sequence[LossSection], provenance: Provenance, *, chunk_tokens: int = 512
+) -> Distilled:
+    """A student with the losses on the dumps' targets. Raises MismatchError if its head is not understood."""
     valid_vocab = min(vocab_rows(student), provenance.teacher.lm_head_rows)
     head = HeadSpec.of(causal_of(student).config, valid_vocab=valid_vocab, chunk_tokens=chunk_tokens)
-    module = Distilled(student, loss=loss, head=head)
+    module = Distilled(student, losses=tuple(losses), head=head)
     refuse_unknown_head(module)
     return module
 

@@ -95,7 +95,7 @@ def evaluate(
     where = device_named(device)
     student, source, revision = load_ready(model, base, device=where, revision=revision, trust=trust)
     refuse_other_dump(student, source, revision, dump)
-    module = distilled(student, LossSection(temperature=temperature), dump.provenance).eval()
+    module = distilled(student, [LossSection(temperature=temperature)], dump.provenance).eval()
     valid = module.head.spec.valid_vocab
     module.to(where)
 

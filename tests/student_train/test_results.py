@@ -83,7 +83,7 @@ def _write_adapter(
     dump = Dump.open(str(folder / "top8"))
     section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, variant=variant, extra=extra))
     train, output = train_section(folder, precision=precision), folder / f"final-{name_of_final or name}"
-    student = load_student(section, LossSection(), train, dump.provenance)
+    student = load_student(section, [LossSection()], train, dump.provenance)
     if files:
         student = dataclasses.replace(student, files=identity(section.model, None))
     torch.manual_seed(3)
@@ -94,7 +94,7 @@ def _write_adapter(
     write_final(
         output, student, section, train,
         weights=weights, tokenizer=tokenizer or dump.tokenizer_files(), ends=ends or {}, input_ids=IDS,
-        card=model_card(dump, section, LossSection(), train, [some_event(1)], folder=output),
+        card=model_card([dump], section, LossSection(), train, [some_event(1)], folder=output),
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def student_of(
 ) -> Distilled:
     """A student and its loss, by default with an adapter of rank 4."""
     section = StudentSection(model=str(model), lora=LoraSection(**{"r": 4, **(lora or {})}), **student)
-    return load_student(section, LossSection(**(loss or {})), train, dump.provenance).module
+    return load_student(section, [LossSection(**(loss or {}))], train, dump.provenance).module
 
 
 def leave_start(module: torch.nn.Module, *, std: float = 0.1) -> None:
@@ -133,7 +133,8 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
             dump, train, step, rank=world.rank, world_size=world.world_size, temperature=temperature
         )
         result = engine.step(batches, tokens=tokens, learning_rate=train.learning_rate)
-        steps.append((result.loss / tokens, result.ce / tokens, result.divergence / tokens, result.grad_norm))
+        (part,) = result.parts
+        steps.append((result.loss / tokens, part.ce / tokens, part.divergence / tokens, result.grad_norm))
         if step == first:
             first_state = dict(engine.export())
     probe = engine.module.eval().logits(torch.arange(6, device=world.device)[None]).float().cpu()
