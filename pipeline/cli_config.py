@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, quiet: bool 
 def init(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Which one; default: list them.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write; default: RECIPE.yaml. Nothing is overwritten.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="File to write, or DIR/ to write to; default: RECIPE.yaml. Nothing is overwritten."
+        ),
     ] = None,
 ) -> None:
     """Write a commented configuration to begin with. Without a recipe: list the recipes."""
@@ -50,9 +54,9 @@ def init(
         for name, sentence in known.items():
             typer.echo(f"{name:24} {sentence}")
         return
-    out = out or Path(f"{recipe}.yaml")
-    write_recipe(recipe, out)
-    typer.echo(f"{out}: {known[recipe]}\n{out.parent / SCHEMA}: for editors\n" + _NEXT.format(out=out))
+    file = Path(f"{out or ''}{recipe}.yaml" if (out or "/").endswith(("/", os.sep)) else str(out))
+    write_recipe(recipe, file)
+    typer.echo(f"{file}: {known[recipe]}\n{file.parent / SCHEMA}: for editors\n" + _NEXT.format(out=file))
 
 
 @app.command("show")

@@ -15,6 +15,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.credentials import secrets_in
+from pipeline.elsewhere import RENAMED
 from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
@@ -28,9 +29,6 @@ MAX_BYTES = 1 << 20
 
 MAX_VALUES = 50_000
 """Values of a configuration file at most."""
-
-RENAMED = {"train.arm": "train.method"}
-"""Old name -> new one. Both are read, and the new one is written."""
 
 T = TypeVar("T")
 
@@ -118,7 +116,7 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.train is not None and (folder := local_path(config.dump.url)) is not None:
         output = config.train.output.absolute()
         if folder.absolute() in (output, *output.parents):
-            problem = f"lies in the dump {config.dump.url}; choose a directory outside of it"
+            problem = f"lies in the dump {config.dump.url} (dump.url); choose a directory outside of it"
             yield "train.output", problem, str(config.train.output)
     mixed = [] if config.train is None else [dump.url.rstrip("/") for dump in config.train.dumps]
     if mixed and config.dump.url.rstrip("/") not in mixed:
@@ -193,7 +191,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     set_values = {".".join(path): value for path, value in parsed}
     data = read_yaml(path)
     written = copy.deepcopy(data)
-    known = {key[-1] for kind in ("topk", "adaptive", "sampled") for key in keys(Config, kind)}
+    known = {key[-1] for key in keys(Config)}
     problems: list[Problem] = []
     for place, value in parsed:
         problems += _apply(data, place, value)
@@ -314,6 +312,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise MismatchError(f"{path} is not a valid YAML file", got=error, fix=fix) from None
     if not isinstance(data, dict):
         kind = "an empty file" if data is None else type(data).__name__
+        if isinstance(data, str) and (path.parent / data).is_file():  # As some archives keep links.
+            kind, fix = "the name of another file", f"give that file: {(path.parent / data).resolve()}"
         raise MismatchError(f"{path} is not a configuration", got=kind, expected="a mapping of sections", fix=fix)
     return data
 

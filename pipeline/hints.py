@@ -10,7 +10,9 @@ from typer.core import TyperGroup
 
 from pipeline import elsewhere
 from pipeline.config import Config
+from pipeline.credentials import instead
 from pipeline.problems import keys
+from storage_schemas.common.secrets import is_secret, masked
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """Of click, or of the copy of it that newer versions of Typer hold."""
@@ -32,7 +34,8 @@ class HintingGroup(TyperGroup):
         except _UsageError as error:
             told = str(getattr(error, "message", ""))
             if hint := meant(told, ctx.meta[__name__]):
-                error.message = f"{told.rstrip('.')}; {hint}"
+                told = f"{told.partition(' Did you mean')[0].rstrip('.')}; {hint}"
+            error.message = _without_values(told, ctx.meta[__name__])
             raise
 
 
@@ -45,17 +48,15 @@ def meant(told: str, words: Sequence[str]) -> str | None:
     """
     follows = list(pairwise(["", *words]))
     if unknown := re.search(r"No such option: -+(\S+)", told):
-        option = re.compile(rf"-+{re.escape(unknown[1])}(=|$)")
-        values = [word.partition("=")[2] or after for word, after in pairwise([*words, ""]) if option.match(word)]
-        return _setting(unknown[1].replace("-", "_"), next(filter(None, values), "VALUE"))
-    if "No such command" in told:
-        here = elsewhere.COMMANDS.get(words[0].lower())
-        return f"that is `llm-neo {here}`" if here else None
+        return _setting(unknown[1].replace("-", "_"))
+    if unknown := re.search(r"No such command '(.+?)'", told):
+        here = elsewhere.COMMANDS.get(unknown[1].lower())
+        return f"that is {here}" if here else None
     if "unexpected extra argument" not in told:
         return None
     values = [word for before, word in follows if before == "--set"]
     for word in (word for before, word in follows if before != "--set" and _SETTING.fullmatch(word)):
-        return f"settings are given as --set {word}"
+        return _set(word.partition("=")[0])
     for value in (value for value in values if "=" not in value):
         return f"write --set {value}=VALUE"
     if any(value.count(a) != value.count(b) for value in values for a, b in ("[]", "{}")):
@@ -63,11 +64,28 @@ def meant(told: str, words: Sequence[str]) -> str | None:
     return None
 
 
-def _setting(name: str, value: str) -> str | None:
+def _setting(name: str) -> str | None:
     """How to give a setting that was given as an option."""
-    known = {".".join(path) for kind in ("topk", "adaptive", "sampled") for path in keys(Config, kind)}
+    *section, last = name.split(".")
+    known = {".".join(path) for path in keys(Config)}
     if places := sorted(place for place in known if f".{place}".endswith(f".{name}")):
-        return "settings are given as " + " or ".join(f"--set {place}={value}" for place in places[:3])
-    if hint := elsewhere.setting(name):
-        return f"{hint} Settings are given as --set A.B=VALUE"
-    return "settings are given as --set A.B=VALUE" if "." in name else None
+        return _set(*places[:3])
+    if hint := elsewhere.setting(last, section):
+        return f"{hint.rstrip('.')}{'' if hint.endswith('?') else '.'} Settings are given as --set A.B=VALUE"
+    return _set(name if section and is_secret(last) else "A.B") if section else None
+
+
+def _set(*places: str) -> str:
+    """How to give settings; a secret is none. The value is not repeated: it may be one."""
+    for name in (place.rpartition(".")[2] for place in places):
+        if is_secret(name):
+            return instead(name)
+    return "settings are given as " + " or ".join(f"--set {place}=VALUE" for place in places)
+
+
+def _without_values(told: str, words: Sequence[str]) -> str:
+    """A message that repeats no value of a setting, and nothing else that is known for a secret."""
+    for word in sorted(words, key=len, reverse=True):
+        if _SETTING.fullmatch(word):
+            told = told.replace(word, f"{word.partition('=')[0]}=VALUE")
+    return masked(told)

@@ -12,7 +12,8 @@ from storage_schemas.common.suggest import did_you_mean
 
 FOLDER = Path(__file__).parent / "recipes"
 SCHEMA = "llm-neo.schema.json"
-_OURS = '"title": "llm-neo configuration"'
+TITLE = "llm-neo configuration"
+"""Of the schema, by which it is known as ours."""
 
 
 def recipes() -> dict[str, str]:
@@ -36,7 +37,7 @@ def write_recipe(name: str, out: Path) -> None:
     if out.exists() or out.is_symlink():
         got, fix = "a directory" if out.is_dir() else "a file", "choose another one: --out FILE"
         raise UsageError(f"{out} is there already", got=got, expected="a new file", fix=fix)
-    if beside.exists() and _OURS not in beside.read_text(encoding="utf-8", errors="replace"):
+    if beside.exists() and f'"title": "{TITLE}"' not in beside.read_text(encoding="utf-8", errors="replace"):
         fix = "choose another directory: --out DIR/FILE"
         raise UsageError(f"{beside} is there already, and is no schema of ours", expected="none, or one", fix=fix)
     try:

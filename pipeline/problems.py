@@ -48,7 +48,10 @@ def report(
             or (p.startswith(f"{problem.path}.") and re.search(rf"\b{p.rpartition('.')[2]}\b", problem.text))
             for p in set_paths
         )
-        line = f"  {'--set' if by_hand else path}: {problem.path} -> {problem.text}"
+        # What disagrees with it.
+        other = next((p for p in set_paths if "." in p and re.search(rf"\b{re.escape(p)}\b", problem.text)), None)
+        place = "--set" if by_hand else f"{path} and --set {other}" if other else path
+        line = f"  {place}: {problem.path} -> {problem.text}"
         if problem.got is not UNSAID:
             line += f", got {_short(problem.got)}"
         lines.append(line + (f"; {problem.hint}" if problem.hint else ""))
@@ -80,6 +83,8 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
     parts = _location(details, data)
     dotted = ".".join(parts)
     match kind:
+        case "extra_forbidden" if dotted in elsewhere.RENAMED:  # Alone it is read.
+            yield Problem(dotted, f"old name of {elsewhere.RENAMED[dotted]}; give one")
         case "extra_forbidden":
             # The input of this error is the value of a key that should not be there: it says nothing about the fault.
             yield Problem(dotted, "unknown key", UNSAID, _similar_key(parts, data, model))
@@ -89,7 +94,8 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
             yield Problem(".".join([dotted, *needed[:1]]), "missing, but required")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-            hint = did_you_mean(_short(details["input"]).strip("'"), allowed)
+            said = _short(details["input"]).strip("'")
+            hint = elsewhere.value(dotted, said) or did_you_mean(said, allowed)
             yield Problem(dotted, f"must be {context['expected']}", details["input"], hint)
         case "union_tag_invalid":
             allowed = re.findall(r"'([^']*)'", context["expected_tags"])
@@ -129,21 +135,23 @@ def _location(details: ErrorDetails, data: Any) -> list[str]:
 
 
 def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str | None:
-    """A key of that name or nearly so: in the same section first, else anywhere."""
+    """A key of that name or nearly so: in the same section first, then below it, else anywhere."""
     estimator = data.get("estimator")
     chosen = estimator.get("kind", "topk") if isinstance(estimator, dict) else "topk"
     section, name = tuple(part for part in parts[:-1] if not part.isdecimal()), parts[-1]
-    if hint := elsewhere.setting(name):
+    if hint := elsewhere.setting(name, section):
         return hint
     if ":" in name:
         return "a colon needs a blank after it"
     known = list(dict.fromkeys(keys(model, chosen)))
     siblings = {path[-1]: (*parts[:-1], path[-1]) for path in known if path[:-1] == section}
-    anywhere = {path[-1]: path for path in known}
-    for choices in (siblings, {n: p for n, p in anywhere.items() if n == name}, anywhere):
-        found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.7)
-        if found:
-            return f"did you mean {'.'.join(choices[found[0]])}?"
+    if found := difflib.get_close_matches(name, list(siblings), n=1, cutoff=0.7):
+        return f"did you mean {'.'.join(siblings[found[0]])}?"
+    below = [path for path in known if path[: len(section)] == section != path]
+    for choices in (below if section else [], [path for path in known if path[-1] == name], known):
+        if found := difflib.get_close_matches(name, [path[-1] for path in choices], n=1, cutoff=0.7):
+            places = [".".join(path) for path in choices if path[-1] == found[0]]
+            return elsewhere.Here(tuple(places[:3])).hint()
     return f"known here: {', '.join(siblings)}" if siblings else None
 
 
@@ -177,13 +185,14 @@ def _members(parts: Sequence[str], model: type[BaseModel]) -> Iterator[type[Base
     yield from found
 
 
-def keys(model: type[BaseModel], estimator_kind: object) -> Iterator[tuple[str, ...]]:
-    """Every dotted path that a configuration can have, without list indices; of the estimators, the chosen one's."""
+def keys(model: type[BaseModel], estimator_kind: object = None) -> Iterator[tuple[str, ...]]:
+    """Every dotted path that a configuration can have, without list indices; of the estimators, the chosen one's, or
+    one after the other those of all."""
     for name, field in model.model_fields.items():
         yield (name,)
         for member in _models(field.annotation):
             kind = member.model_fields.get("kind")
-            if kind is None or estimator_kind in get_args(kind.annotation):
+            if kind is None or estimator_kind in (None, *get_args(kind.annotation)):
                 yield from ((name, *rest) for rest in keys(member, estimator_kind))
 
 

@@ -7,7 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from pipeline.config import RENAMED, Config, Loaded, load
+from pipeline.config import Config, Loaded, load
+from pipeline.elsewhere import RENAMED
+from pipeline.init import TITLE
 from storage_schemas.common.errors import UsageError
 from storage_schemas.common.secrets import is_secret, masked
 
@@ -69,7 +71,7 @@ def notices(loaded: Loaded) -> Iterator[str]:
 def schema() -> str:
     """The JSON schema of a configuration, for editors: YAML's language servers know draft 7."""
     found = {"$schema": "http://json-schema.org/draft-07/schema#"} | Config.model_json_schema()
-    return json.dumps(found | {"title": "llm-neo configuration"}, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(found | {"title": TITLE}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _leaves(model: BaseModel, dumped: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[_Path, Any]]:

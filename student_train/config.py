@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
-from storage_schemas.common.dtypes import dtype_name
+from storage_schemas.common.dtypes import Wide, dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import DumpSection
 from storage_schemas.stores.address import DumpUrl, LocalFolder
@@ -22,6 +22,7 @@ Arm = Literal["sft", "lora", "kd", "neo"]
 ARMS: dict[Method, Arm] = {"full_sft": "sft", "lora_sft": "lora", "full_kd": "kd", "lora_kd": "neo"}
 """Methods by the names that checkpoints and summaries hold, after the paper's."""
 METHODS = {arm: method for method, arm in ARMS.items()}
+_Hyphenated = Literal["full-sft", "lora-sft", "full-kd", "lora-kd"]
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 """What checkpoints call a precision."""
 
@@ -160,13 +161,22 @@ def _several(dumps: list[MixedDump]) -> list[MixedDump]:
     return dumps
 
 
+def _with_old_names(schema: dict[str, Any]) -> None:
+    schema["properties"]["arm"] = schema["properties"]["method"] | {
+        "description": "Old name of `method`.",
+        "title": "Arm",
+    }
+
+
 class TrainSection(FrozenModel):
     """The optimisation."""
+
+    model_config = ConfigDict(json_schema_extra=_with_old_names)
 
     output: LocalFolder
     """Run directory: config, events, checkpoints, final, summary. New or empty, or of an earlier start; one training at
     a time holds it."""
-    method: Annotated[Method, BeforeValidator(_method, json_schema_input_type=Method | Arm)] = Field(
+    method: Annotated[Method, BeforeValidator(_method, json_schema_input_type=Method | Arm | _Hyphenated)] = Field(
         "lora_kd", validation_alias=AliasChoices("method", "arm")
     )
     """Which weights are trained, and on what: all or a LoRA adapter, fine-tuning on the labels (SFT: cross-entropy
@@ -179,7 +189,7 @@ class TrainSection(FrozenModel):
     several corpora, or several teachers. Empty: that one alone."""
     precision: Annotated[
         Literal["bf16", "fp32"],
-        BeforeValidator(_precision, json_schema_input_type=Literal["bf16", "fp32", "bfloat16", "float32"]),
+        BeforeValidator(_precision, json_schema_input_type=Wide),
     ] = "bf16"
     """Dtype of weights and activations, as `bf16` or `bfloat16`, `fp32` or `float32`; master weights and moments are
     always float32."""

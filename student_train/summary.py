@@ -7,6 +7,7 @@ from storage_schemas.canonical import canonical_json, parse_json, validated
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 from student_train.checkpoint import Extension
+from student_train.config import Arm
 from student_train.metrics import DumpLosses, HeldoutResult
 
 SUMMARY, FINAL = "summary.json", "final"
@@ -31,7 +32,7 @@ class TrainedOn(FrozenModel):
 class Summary(FrozenModel):
     """summary.json: a run that is done."""
 
-    arm: str
+    arm: Arm
     """What was trained."""
     steps: int
     """Optimizer steps."""

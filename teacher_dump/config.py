@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from storage_schemas.common.dtypes import dtype_name
+from storage_schemas.common.dtypes import Spelling, dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Estimator
 from storage_schemas.stores.address import Located
@@ -41,9 +41,7 @@ class TeacherSection(FrozenModel):
     `transformers` alone, and never for the tokenizer, which stage two must be able to load."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        BeforeValidator(
-            dtype_name, json_schema_input_type=Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
-        ),
+        BeforeValidator(dtype_name, json_schema_input_type=Spelling),
     ] = "bfloat16"
     """Compute dtype of the forward pass; `bf16`, `fp16` and `fp32` mean the same. Statistics are always taken in
     float32 or better."""

@@ -123,10 +123,8 @@ def run_dump(
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
         refuse_wider_than_vocabulary(estimator, teacher)
         # What can be refused is refused before hours go by, and before anything is written.
-        begun = Store(dump.url, options=dump.storage_options).get_if_present(RUN)
+        refuse_unusable(dump)
         teacher.refuse_unloadable()
-        if begun is None:
-            refuse_unusable(dump)
         samples = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
         refuse_too_long(samples, teacher)
         if apart_from is not None:
@@ -147,8 +145,10 @@ def run_dump(
 
 
 def refuse_unusable(dump: DumpSection) -> None:
-    """Raise MismatchError if no dump can be begun at the URL. Of a local directory nothing is created."""
+    """Raise MismatchError if there is no dump at the URL and none can be begun. No local directory is created."""
     store = Store(dump.url, options=dump.storage_options)
+    if store.get_if_present(RUN) is not None:
+        return
     if store.root is None:
         store.probe()
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from student_train.config import METHODS
 from student_train.metrics import HeldoutResult
 from student_train.results.model_card import package_version
 from student_train.summary import Summary
@@ -19,7 +20,7 @@ PACKAGES = ("llm-neo", "torch", "transformers", "peft", "deepspeed", "pyarrow", 
 def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
     """The report as Markdown, from what summary.json holds and the summary of stage one."""
     lines = [
-        f"# {summary['arm']}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
+        f"# {METHODS[summary['arm']]}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
         "",
         *_quality(summary, tokens=summary["heldout_supervised_tokens"]),
         *[line for remark in remarks(config, summary) for line in (f"**{remark}**", "")],
@@ -56,7 +57,7 @@ def training_report(config: Config, summary: Summary) -> str:
     seconds = summary.seconds + summary.heldout_seconds
     assert config.heldout is not None
     lines = [
-        f"# {summary.arm}: {Path(summary.student).name}",
+        f"# {METHODS[summary.arm]}: {Path(summary.student).name}",
         "",
         *_quality(quality, tokens=last.supervised_tokens),
         *[line for remark in _no_closer(first.kl, last.kl, steps=last.step) for line in (f"**{remark}**", "")],

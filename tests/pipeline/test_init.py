@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def test_by_default_a_recipe_is_written_here_under_its_name(
     assert sorted(path.name for path in tmp_path.iterdir()) == [SCHEMA, "qwen3.yaml"]
 
 
+def test_a_slash_at_the_end_names_a_directory(call: Call, tmp_path: Path) -> None:
+    for folder in (tmp_path / "new" / "deeper", tmp_path):
+        code, out, _ = call("init", "qwen3", "--out", f"{folder}/")
+        assert (code, out.startswith(f"{folder}/qwen3.yaml: ")) == (0, True)
+        assert (folder / "qwen3.yaml").read_bytes() == (FOLDER / "qwen3.yaml").read_bytes()
+        assert call("init", "qwen3", "--out", f"{folder}/")[0] == Exit.USAGE
+
+
 def test_nothing_is_overwritten(call: Call, tmp_path: Path) -> None:
     file, folder = tmp_path / "x.yaml", tmp_path / "folder"
     file.write_text("mine")
@@ -92,13 +101,34 @@ def test_the_examples_are_the_recipes() -> None:
         assert example.resolve().parent == FOLDER
 
 
-def test_the_wheel_holds_the_recipes_and_their_schema(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    packages = ("pipeline", "teacher_dump", "student_train", "storage_schemas")
-    for package in packages:
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is packaged."""
+    source = tmp_path_factory.mktemp("packaged")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in ("pipeline", "teacher_dump", "student_train", "storage_schemas", "examples"):
+        shutil.copytree(ROOT / package, source / package, ignore=ignored, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+def test_the_source_distribution_holds_the_examples_in_full(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    body = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", body], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as held:
+        # As files, which archives without links keep, too.
+        files = {member.name.partition("/")[2]: held.extractfile(member) for member in held if member.isreg()}
+        for file in (file for file in (source / "examples").rglob("*") if file.is_file()):
+            found = files.get(str(file.relative_to(source)))
+            assert found is not None, file
+            assert found.read() == (ROOT / file.relative_to(source)).read_bytes()
+
+
+def test_the_wheel_holds_the_recipes_and_their_schema(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True, check=False)
     if "Cannot import 'setuptools.build_meta'" in done.stderr:

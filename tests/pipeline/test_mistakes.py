@@ -19,15 +19,24 @@ from storage_schemas.common.exits import Exit
 
 MISTAKES: list[tuple[str, int, list[str]]] = [
     # The command line.
-    ("distill x.yaml", 64, ["No such command 'distill'; that is `llm-neo run, or dump and train"]),
+    ("distill x.yaml", 64, ["No such command 'distill'; that is `llm-neo run`, or `llm-neo dump` and then"]),
+    ("validate x.yaml", 64, ["No such command 'validate'; that is `llm-neo config show` or `llm-neo doctor`"]),
+    ("config validate x.yaml", 64, ["No such command 'validate'; that is `llm-neo config show` or `llm-neo doctor`"]),
+    ("show x.yaml", 64, ["that is `llm-neo config show`"]),
+    ("schema", 64, ["that is `llm-neo config schema`"]),
     ("trian x.yaml", 64, ["Did you mean 'train'?"]),
     ("config shw", 64, ["Did you mean 'show'?"]),
     ("train", 64, ["Missing argument 'CONFIG'"]),
-    ("train x.yaml --estimator.k 5", 64, ["settings are given as --set estimator.k=5"]),
-    ("train x.yaml --k=32", 64, ["settings are given as --set estimator.k=32"]),
-    ("train x.yaml --learning-rate 1e-3", 64, ["settings are given as --set train.learning_rate=1e-3"]),
+    ("train x.yaml --estimator.k 5", 64, ["settings are given as --set estimator.k=VALUE"]),
+    ("train x.yaml --k=32", 64, ["settings are given as --set estimator.k=VALUE"]),
+    ("train x.yaml --learning-rate 1e-3", 64, ["settings are given as --set train.learning_rate=VALUE"]),
     ("train x.yaml --num_train_epochs 3", 64, ["did you mean train.epochs? Settings are given as --set A.B=VALUE"]),
-    ("train x.yaml train.epochs=2", 64, ["settings are given as --set train.epochs=2"]),
+    ("train x.yaml train.epochs=2", 64, ["(train.epochs=VALUE); settings are given as --set train.epochs=VALUE"]),
+    ("train x.yaml --run-name canary", 64, ["settings are given as --set train.run_name=VALUE"]),
+    ("train x.yaml train.run_name=canary", 64, ["settings are given as --set train.run_name=VALUE"]),
+    ("dump x.yaml dump.storage_options.secret_access_key=canary", 64,
+     ["secret_access_key=VALUE); set the environment variable AWS_SECRET_ACCESS_KEY"]),
+    ("dump x.yaml --dump.storage_options.session_token canary", 64, ["the environment variable AWS_SESSION_TOKEN"]),
     ("train x.yaml --set train.epochs 2", 64, ["write --set train.epochs=VALUE"]),
     ("train x.yaml --set train.deepspeed={a: {b: 1}}", 64, ["quote a value with blanks in it"]),
     ("train x.yaml --set corpus.sources=[{path:x}]", 64, ["a colon needs a blank after it"]),
@@ -57,7 +66,29 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("train list.yaml", 78, ["got:      list", "a mapping of sections"]),
     ("train empty.yaml", 78, ["an empty file", "llm-neo init"]),
     ("train a.jsonl", 78, ["is this a configuration?"]),
+    ("train link.yaml", 78, ["got:      the name of another file", "give that file: ", "x.yaml"]),
     ("train x.yaml --set techer.model=t", 78, ["--set: techer -> unknown key; did you mean teacher?"]),
+    ("train x.yaml --set corpus.path=a.jsonl", 78,
+     ["--set: corpus.path -> unknown key; did you mean corpus.sources[].path?"]),
+    ("train x.yaml --set corpus.split=train", 78, ["did you mean corpus.sources[].split?"]),
+    ("train x.yaml --set corpus.name=a", 78, ["did you mean corpus.sources[].name?"]),
+    ("train x.yaml --set corpus.format=text", 78, ["did you mean corpus.sources[].format?"]),
+    ("train x.yaml --set heldout.split=test", 78, ["did you mean heldout.sources[].split?"]),
+    ("train x.yaml --set dump.path=d", 78, ["did you mean dump.url?"]),
+    ("train x.yaml --set teacher.path=t", 78, ["did you mean teacher.model?"]),
+    ("train x.yaml --set path=t", 78, ["did you mean corpus.sources[].path or heldout.sources[].path?"]),
+    ("train x.yaml --set loss.kd_ce_alpha=0.1", 78, ["unknown key; the weight of the cross-entropy is 1 - loss.alpha"]),
+    ("train x.yaml --set loss.kd_alpha=0.9", 78,
+     ["loss.alpha? It is the weight of the divergence; the cross-entropy gets 1"]),
+    ("train x.yaml --set train.batch_size=8", 78,
+     ["train.global_batch_size or train.micro_batch_size? The first counts samples per optimizer step over all ranks"]),
+    ("train x.yaml --set train.deepspeed.x=1 --set train.train_batch_size=8", 78,
+     ["did you mean train.global_batch_size or train.micro_batch_size?"]),
+    ("dump x.yaml --set teacher.batch_size=8", 78, ["did you mean teacher.batch_tokens?"]),
+    ("train x.yaml --set 'train={output: r, method: lora_kd, arm: neo}'", 78,
+     ["has 1 problem", "train.arm -> old name of train.method; give one"]),
+    ("train x.yaml --set loss.divergence=kl", 78, ["'akl' or 'tvd', got 'kl'; did you mean forward_kl?"]),
+    ("train x.yaml --set loss.divergence=RKL", 78, ["did you mean reverse_kl?"]),
     ("train x.yaml --set estimater.k=5", 78, ["--set: estimater -> unknown key; did you mean estimator?"]),
     ("train x.yaml --set corpus.sources=a.jsonl", 78, ["must be a list, got 'a.jsonl'; write [{path: 'a.jsonl'}]"]),
     ("train x.yaml --set corpus=a.jsonl", 78, ["got 'a.jsonl'; write {sources: [{path: 'a.jsonl'}]}"]),
@@ -100,6 +131,8 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("dump x.yaml --set dump.url=a.jsonl", 78, ["cannot be written to", "is no directory", "correct dump.url"]),
     ("dump x.yaml --set dump.url=run --set train=null", 78, ["holds something else", "choose another dump.url"]),
     ("dump x.yaml --set dump.url=student --set train=null", 78, ["holds something else", "config.json in it"]),
+    ("dump x.yaml --set dump.url=runs --set train.output=runs/a", 78, ["--set: train.output -> lies in the dump runs"]),
+    ("dump placed.yaml --set dump.url=runs", 78, ["placed.yaml and --set dump.url: train.output -> lies in the dump"]),
     ("preview x.yaml --set corpus.sources.0.path=no.jsonl", 65, ["no file no.jsonl", "a relative path begins"]),
     ("preview x.yaml --set corpus.sources.0.path=data/*.jsonl", 65, ["no file data/*.jsonl"]),
     ("preview x.yaml --set corpus.sources.0.path=a.csv", 65, ["ends in .csv", "convert the file"]),
@@ -118,7 +151,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     # Stage two.
     ("train x.yaml --set dump.url=absent NEW --set train.data_wait_seconds=0.1", 75, ["start stage one"]),
     ("train x.yaml --set dump.url=unsealed NEW --set train.data_wait_seconds=0.1", 75, ["see that stage one runs"]),
-    ("train x.yaml --set train.output=d", 78, ["lies in the dump d; choose a directory outside"]),
+    ("train x.yaml --set train.output=d", 78, ["lies in the dump d (dump.url); choose a directory outside"]),
     ("train x.yaml --set train.output=a.jsonl", 78, ["Not a directory", "correct train.output"]),
     ("train x.yaml --set train.output=student", 78, ["holds what no training has left there"]),
     ("train x.yaml --set student.model=studnt NEW", 78, ["studnt is no directory", "`hf download studnt`"]),
@@ -216,6 +249,13 @@ def test_every_mistake_is_told_with_what_to_do(world: World) -> None:
     assert len({words for words, *_ in MISTAKES}) == len(MISTAKES) >= 60
     assert {code for _, code, _ in MISTAKES} == {int(code) for code in Exit} - {Exit.DONE, Exit.BUG}
     print(f"{time.monotonic() - began:.1f} s")
+
+
+def test_no_dump_is_begun_beside_one_that_is_refused(world: World) -> None:
+    words = ["dump", "x.yaml", *set_arguments(["dump.url=student", "heldout.url=new", "train=null"])]
+    code, printed = world.run(words=words)
+    assert (code, "config.json in it" in printed) == (78, True)
+    assert not (world.folder / "new").exists()
 
 
 def test_what_is_allowed_goes_on(world: World) -> None:

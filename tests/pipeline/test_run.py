@@ -196,6 +196,7 @@ def test_the_students_cluster_reports_without_the_teacher(finished: Path) -> Non
     assert first["kl"] == pytest.approx(with_teacher["kl_before"], rel=1e-4)
     assert last["kl"] == pytest.approx(with_teacher["kl_after"], rel=1e-4)
     report = (finished / "alone/report.md").read_text()
+    assert report.startswith("# lora_kd: student\n")
     assert f"| {first['kl']:.4f} | {last['kl']:.4f} | " in report
     assert "share of the time" in report
     assert "teacher, tokens per second" not in report
@@ -219,6 +220,7 @@ def test_the_summary_has_the_documented_names_and_the_student_improves(finished:
 @pytest.mark.slow
 def test_the_report_tells_results_configuration_and_versions(finished: Path) -> None:
     report = (finished / "run/report.md").read_text()
+    assert report.startswith("# lora_kd: student from teacher\n")
     summary = json.loads((finished / "run/summary.json").read_text())
     assert f"{summary['kl_before']:.4f} | {summary['kl_after']:.4f}" in report
     assert summary["fingerprint"] in report

@@ -40,6 +40,9 @@ PLACES = [{"dump": {"url": S3, "storage_options": {name: CANARY}}} for name in O
     {"dump": {"url": S3}, "heldout": {"url": "h", "sources": [{"path": "a", "storage_options": {"sas_key": CANARY}}]}},
     {"dump": {"url": S3, "samples_per_unit": "x", "storage_options": {"secret_access_key": CANARY}}, "loss": 3},
     {"dump": {"url": S3}, "train": {"output": "run", "deepspeed": {"wandb": {"api_key": CANARY}}}},
+    # By its look.
+    {"dump": {"url": S3}, "train": {"output": "run", "tags": [f"hf_{CANARY}{CANARY}"]}},
+    {"dump": {"url": S3}, "train": {"output": "run", "run_name": "AKIACANARY0CANARY012"}},
     # In a URL.
     {"dump": {"url": f"s3://key:{CANARY}@bucket/dump"}},
     {"dump": {"url": f"s3://key:{CANARY}/x@bucket/dump"}},

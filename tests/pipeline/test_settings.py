@@ -76,6 +76,10 @@ def test_secrets_are_not_shown(call: Call, file: Path, monkeypatch: pytest.Monke
     code, out, err = call("config", "show", str(file), "--set", "dump.storage_options.secret_access_key=canary-3")
     assert code == Exit.MISMATCH
     assert "canary" not in out + err
+    token = "hf_" + "Canary" * 6
+    code, out, err = call("config", "show", str(file), "--set", f"train.tags=[a, {token}]")
+    assert (code, "train.tags.1 -> a secret must not stand here" in err) == (Exit.MISMATCH, True)
+    assert "Canary" not in out + err
 
 
 def test_two_configurations_are_compared_after_defaults(call: Call, file: Path, tmp_path: Path) -> None:
@@ -107,8 +111,17 @@ def test_the_schema_is_printed_and_takes_what_is_read(call: Call) -> None:
     code, out, _ = call("config", "schema")
     assert (code, out) == (0, schema())
     validator = Draft7Validator(json.loads(out))
-    assert not list(validator.iter_errors(yaml.safe_load(TEXT.replace("arm: kd", "method: kd"))))
-    for wrong in ("train: {output: o, method: x}", "teacher: {model: t, dtype: int8}", "estimator: {kind: none}"):
+    for taken in ("arm: kd", "method: kd", "method: full-kd", "arm: lora-sft"):
+        assert not list(validator.iter_errors(yaml.safe_load(TEXT.replace("arm: kd", taken))))
+    for taken in ("bf16", "torch.bfloat16", "half", "torch.float32", "float16"):
+        assert not list(validator.iter_errors(yaml.safe_load(TEXT.replace("bf16", taken))))
+    assert not list(validator.iter_errors(yaml.safe_load(TEXT.replace("arm: kd", "precision: torch.float32"))))
+    for wrong in (
+        "train: {output: o, method: x}",
+        "train: {output: o, arm: x}",
+        "teacher: {model: t, dtype: int8}",
+        "estimator: {kind: none}",
+    ):
         assert list(validator.iter_errors(yaml.safe_load("dump: {url: d}\n" + wrong)))
 
 
@@ -141,7 +154,8 @@ def test_the_old_name_is_told_once_and_does_not_contradict_the_new_one(
     file.write_text(TEXT.replace("arm: kd", "method: full_kd, arm: kd"))
     code, _, err = call("train", str(file))
     assert code == Exit.MISMATCH
-    assert "train.arm -> " in err
+    assert "has 1 problem" in err
+    assert "train.arm -> old name of train.method; give one" in err
 
 
 @pytest.mark.parametrize(

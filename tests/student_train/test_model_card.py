@@ -10,7 +10,7 @@ from support.tiny_student import write_dump
 
 from storage_schemas.config import Sampled
 from storage_schemas.reader import Dump
-from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.config import METHODS, LoraSection, LossSection, StudentSection
 from student_train.metrics import Event
 from student_train.results.model_card import CURVE_POINTS, Evaluation, merged_card, model_card
 
@@ -53,7 +53,9 @@ def card(dump: Dump, count: int = 3, **changes: Any) -> str:
 )
 def test_front_matter(arm: str, library: str, relation: str, tags: list[str], dump: Dump) -> None:
     """As the hub parses it."""
-    data = ModelCard(card(dump, arm=arm, variant="moslora")).data.to_dict()
+    text = card(dump, arm=arm, variant="moslora")
+    assert f"# student: {METHODS[arm]} from teacher\n" in text
+    data = ModelCard(text).data.to_dict()
     assert data == {
         "base_model": "org/student", "base_model_relation": relation, "library_name": library,
         "pipeline_tag": "text-generation", "tags": tags,

@@ -138,12 +138,12 @@ def student() -> None:
     scale_between(adapted)
     with pretended(), mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         onto_gpu(adapted, torch.bfloat16)
-        module = Distilled(adapted, loss=LossSection(alpha=0.5), head=HeadSpec()).train()
+        module = Distilled(adapted, losses=(LossSection(alpha=0.5), LossSection(alpha=1.0)), head=HeadSpec()).train()
         batch = TrainBatch(
             input_ids=torch.randint(VOCAB, (3, 20), device=GPU),
             position_ids=torch.arange(20, device=GPU).expand(3, 20),
             positions=torch.arange(30, device=GPU),
-            targets=targets(30),
+            parts=(targets(10), targets(20)),
             tokens=60,
             lengths=torch.full((3,), 20, device=GPU),
         )

@@ -34,6 +34,8 @@ train: {output: run, zero_stage: 1, precision: fp32, global_batch_size: 4, micro
 """
 FILES = {
     "x.yaml": CONFIG,
+    "placed.yaml": CONFIG.replace("output: run,", "output: runs/a,"),
+    "link.yaml": "x.yaml",
     "tab.yaml": "dump:\n\turl: x\n",
     "twice.yaml": "dump: {url: a}\ndump: {url: b}\n",
     "list.yaml": "- a\n",
