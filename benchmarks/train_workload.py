@@ -255,7 +255,7 @@ def random_batch(rows: int, tokens: int, *, vocab: int, k: int, seed: int = 0) -
         input_ids=ids,
         position_ids=torch.arange(tokens).repeat(rows, 1),
         positions=positions,
-        targets=random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),
+        parts=(random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),),
         tokens=rows * tokens,
         lengths=torch.full((rows,), tokens),
     )
