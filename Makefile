@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-clusters
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-gpu bench-clusters
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -101,6 +101,9 @@ bench-storage: $(DEV)  ## Bytes per supervised token, speed and fidelity of the 
 
 bench-train: $(SETUP)  ## Stage two against LoRA fine-tuning and online distillation, a quarter of an hour
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+bench-gpu: $(SETUP)  ## Both stages on one GPU, beside transformers, peft and TRL; ten minutes
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-clusters: $(DEV)  ## Training that follows the dump against training after it, on two real Slurm clusters (root)
 	$(BIN)/python benchmarks/clusters.py $(ARGS)

@@ -31,9 +31,11 @@ from storage_schemas.rows import OK
 from storage_schemas.stores.store import Store
 from storage_schemas.writer import DumpWriter
 from student_train.config import LossSection, TrainSection
-from student_train.data.batch import collate
+from student_train.data.batch import collate_mixed
+from student_train.data.follower import Follower
+from student_train.data.mix import Mix
 from student_train.data.order import Order
-from student_train.data.stream import Follower, Stream
+from student_train.data.stream import Stream
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.resume import consumed_root
 
@@ -92,16 +94,16 @@ def stream_speed(url: Path) -> float:
     """Supervised tokens per processor second from files to micro-batches, every check included."""
     dump = Dump.open(str(url))
     train = TrainSection(output=SCRATCH)
-    order = order_of(dump.provenance, train)
+    mix = mix_of(dump.provenance, train)
     make = partial(
-        collate, temperature_index=0, temperature=1.0, vocab_size=dump.provenance.teacher.lm_head_rows
+        collate_mixed, temperature_indices=[0], temperature=1.0, vocab_size=dump.provenance.teacher.lm_head_rows
     )  # fmt: skip
     begin, tokens = time.process_time(), 0
     stream = Stream(
-        dump, order, make, rank=0, world_size=1, micro_batch_size=train.micro_batch_size, start=0,
-        stop=order.steps_per_epoch, windows=order.windows,
+        [dump], mix, make, rank=0, world_size=1, micro_batch_size=train.micro_batch_size, start=0,
+        stop=mix.steps_per_epoch, allowed=mix.steps_per_epoch,
     )  # fmt: skip
-    for step in range(order.steps_per_epoch):
+    for step in range(mix.steps_per_epoch):
         batches = stream.get(step, timeout=60)
         assert batches is not None
         tokens += sum(len(batch.targets) for batch in batches)
@@ -141,16 +143,16 @@ READERS: dict[str, Callable[[Path], float]] = {
 }
 
 
-def order_of(provenance: Provenance, train: TrainSection) -> Order:
-    """The order that a run has."""
-    return Order(
+def mix_of(provenance: Provenance, train: TrainSection) -> Mix:
+    """The order that a run on one dump has."""
+    order = Order(
         samples=provenance.corpus.samples,
         samples_per_unit=provenance.samples_per_unit,
         window_units=train.shuffle_window_units,
         block_units=train.shuffle_block_units,
-        global_batch_size=train.global_batch_size,
         seed=train.seed,
     )
+    return Mix(orders=(order,), shares=(order.samples,), global_batch_size=train.global_batch_size)
 
 
 def start(work: Workload) -> Rows:
@@ -161,18 +163,18 @@ def start(work: Workload) -> Rows:
     for _ in range(3):
         gc.collect()
         begin = time.perf_counter()
-        dump, order = opened(url)
-        for unit in order.block_at(0, 0)[1]:
+        dump, mix = opened(url)
+        for unit in mix.orders[0].block_at(0, 0)[1]:
             dump.record(int(unit))
-        order.step_samples(0)
+        mix.step_samples(0)
         begins.append(time.perf_counter() - begin)
     for _ in range(2):
-        dump, order = opened(url)
+        dump, mix = opened(url)
         begin = time.perf_counter()
-        consumed_root(dump, order, order.steps_per_epoch // 2)
+        consumed_root([dump], mix, mix.steps_per_epoch // 2)
         resumes.append(time.perf_counter() - begin)
-    steps = np.random.default_rng(0).integers(0, 10 * order.steps_per_epoch, 2000)
-    seeks = [seconds(partial(order.step_samples, int(step))) for step in steps]
+    steps = np.random.default_rng(0).integers(0, 10 * mix.steps_per_epoch, 2000)
+    seeks = [seconds(partial(mix.step_samples, int(step))) for step in steps]
     return {
         "start, 1e9 samples in 100,000 units: seconds": statistics.median(begins),
         "resume in the middle of it, on top: seconds": statistics.median(resumes),
@@ -181,12 +183,12 @@ def start(work: Workload) -> Rows:
     }
 
 
-def opened(url: Path) -> tuple[Dump, Order]:
+def opened(url: Path) -> tuple[Dump, Mix]:
     """The dump, known to be complete, and its order."""
     dump = Dump.open(str(url))
-    order = order_of(dump.provenance, TrainSection(output=SCRATCH))
-    assert Follower(dump, order).windows() == order.windows
-    return dump, order
+    mix = mix_of(dump.provenance, TrainSection(output=SCRATCH))
+    assert Follower(dump, mix.orders[0]).windows() == mix.orders[0].windows
+    return dump, mix
 
 
 def huge_dump(provenance: Provenance) -> Path:

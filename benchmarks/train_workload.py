@@ -32,7 +32,7 @@ DATA = Path(__file__).parent / "data" / "gsm8k_150.jsonl"
 SCRATCH = Path("runs/bench/train")
 SAMPLES, UNIT, BATCH, TOKENS, SUPERVISED, LAYERS, K, RANK = 64, 16, 4, 256, 154, 12, 64, 16
 """Samples of the dump, per unit and per step; tokens per sample, 60 % of them supervised; layers of the student."""
-ALPHA = 0.5
+ALPHA, HELDOUT = 0.5, 8
 
 Step = Callable[[], float]
 """Forward, backward and AdamW on the batch; the cross-entropy per supervised token before the update."""
@@ -45,6 +45,7 @@ class Workload:
     teacher: Path
     student: Path
     dump: Path
+    heldout: Path
 
     @property
     def provenance(self) -> Provenance:
@@ -68,7 +69,7 @@ class Workload:
 
 def workload_at(teacher: Path) -> Workload:
     """Where it all lies."""
-    return Workload(teacher=teacher, student=SCRATCH / "student", dump=SCRATCH / "dump")
+    return Workload(teacher=teacher, student=SCRATCH / "student", dump=SCRATCH / "dump", heldout=SCRATCH / "heldout")
 
 
 def make_workload(teacher: str) -> Workload:
@@ -82,6 +83,7 @@ def make_workload(teacher: str) -> Workload:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     prune(str(work.teacher), work.student, layers=LAYERS)
     dump(work, work.dump, TopK(k=K))
+    dump(work, work.heldout, TopK(k=K), range(SAMPLES, SAMPLES + HELDOUT))
     batch = work.batch()
     assert batch.input_ids.shape == (BATCH, TOKENS)
     assert len(batch.targets) == BATCH * SUPERVISED
@@ -89,14 +91,14 @@ def make_workload(teacher: str) -> Workload:
     return work
 
 
-def dump(work: Workload, url: Path, estimator: TopK) -> Path:
-    """The teacher's targets of the first conversations, unless they are there."""
+def dump(work: Workload, url: Path, estimator: TopK, samples: range = range(SAMPLES)) -> Path:
+    """The teacher's targets of some samples, unless they are there."""
     if not (url / "SEALED.json").is_file():
         from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
         from teacher_dump.dump import run_dump
 
-        corpus = SCRATCH / "corpus.jsonl"
-        corpus.write_text("".join(json.dumps(record) + "\n" for record in records(work.teacher)))
+        corpus = SCRATCH / f"corpus-{url.name}.jsonl"
+        corpus.write_text("".join(json.dumps(record) + "\n" for record in records(work.teacher, samples)))
         run_dump(
             dump=DumpSection(url=str(url), samples_per_unit=UNIT),
             teacher=TeacherSection(model=str(work.teacher), dtype="float32", device="cpu", batch_tokens=2048),
@@ -113,22 +115,22 @@ def rows_of(url: Path) -> list[Row]:
     return [unit.row(i) for unit in units for i in range(len(unit))]
 
 
-def records(teacher: Path) -> Iterator[dict[str, Any]]:
+def records(teacher: Path, samples: range) -> Iterator[dict[str, Any]]:
     """Conversations one after the other, cut into samples of equal length; the end of each is supervised."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     lines = [json.loads(line) for line in DATA.read_text().splitlines()]
     texts = [tokenizer.apply_chat_template(line["messages"], tokenize=False) for line in lines]
     ids = list(itertools.chain.from_iterable(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
-    assert len(ids) >= SAMPLES * TOKENS
+    assert len(ids) >= samples.stop * TOKENS
     mask = [False] * (TOKENS - SUPERVISED) + [True] * SUPERVISED
-    for start in range(0, SAMPLES * TOKENS, TOKENS):
+    for start in range(samples.start * TOKENS, samples.stop * TOKENS, TOKENS):
         yield {"input_ids": ids[start : start + TOKENS], "loss_mask": mask}
 
 
 def distilled(work: Workload) -> Distilled:
     """The student as `llm-neo train` makes it."""
     train = work.train_section(SCRATCH)
-    return load_student(work.student_section(), LossSection(alpha=ALPHA), train, work.provenance).module
+    return load_student(work.student_section(), [LossSection(alpha=ALPHA)], train, work.provenance).module
 
 
 def neo(work: Workload, batch: TrainBatch) -> Step:
@@ -253,7 +255,7 @@ def random_batch(rows: int, tokens: int, *, vocab: int, k: int, seed: int = 0) -
         input_ids=ids,
         position_ids=torch.arange(tokens).repeat(rows, 1),
         positions=positions,
-        targets=random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),
+        parts=(random_targets(ids[:, first:].flatten(), vocab=vocab, k=k, generator=generator),),
         tokens=rows * tokens,
         lengths=torch.full((rows,), tokens),
     )

@@ -1,4 +1,7 @@
-"""Write docs/configuration.md from the configuration models: `python docs/generate.py`. A test keeps it current."""
+"""Write docs/configuration.md and the JSON schema from the configuration models: `python docs/generate.py`.
+
+A test keeps both current.
+"""
 
 import json
 import sys
@@ -11,13 +14,21 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import Config
+from pipeline.init import FOLDER, SCHEMA
+from pipeline.settings import schema
 
 TARGET = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration
 
 One YAML file configures both stages; a section that a command does not use may be absent. `--set section.field=VALUE`
-overrides a field on the command line, where VALUE is YAML. Unknown keys are refused. This page is generated from the
-models by `python docs/generate.py`.
+overrides a field on the command line, where VALUE is YAML. Unknown keys are refused, and names of TRL, transformers,
+peft, axolotl, DistillKit, torchtune and LLaMA-Factory are answered with ours.
+
+`llm-neo init` writes a configuration to begin with, and beside it the JSON schema by which editors complete and check
+it (`llm-neo config schema` prints it). `llm-neo config show x.yaml` prints every setting after defaults and says which
+ones the file or `--set` state; `llm-neo config diff x.yaml runs/a` says what a run was configured with otherwise.
+
+This page is generated from the models by `python docs/generate.py`.
 """
 
 
@@ -84,6 +95,8 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(None if TARGET.read_text() == page() else f"{TARGET} is not current: run `python docs/generate.py`")
-    TARGET.write_text(page())
+    for target, text in ((TARGET, page()), (FOLDER / SCHEMA, schema())):
+        if sys.argv[1:] != ["--check"]:
+            target.write_text(text)
+        elif target.read_text() != text:
+            sys.exit(f"{target} is not current: run `python docs/generate.py`")

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,19 +16,25 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from pipeline.config import load_config, need
+from pipeline import cli_config
+from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
+from pipeline.config import need
 from pipeline.credentials import has_secret, instead, is_secret_option
+from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.common.devices import take_own_gpus, visible_gpus
+from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 from storage_schemas.common.signals import interrupt
+from student_train.config import sections_of
 from teacher_dump.config import TeacherSection
 
 app = typer.Typer(
     name="llm-neo",
+    cls=HintingGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,15 +42,14 @@ app = typer.Typer(
     epilog="Running a command again continues it. Exit codes: 0 done, 64 usage, 65 bad data, 66 nothing to resume "
     "from, 70 bug, 75 temporary (run again), 78 configuration or fingerprint mismatch.",
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, see docs/configuration.md.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; VALUE is YAML. Repeatable.")
-]
 Workers = Annotated[int, typer.Option(min=1, help="Processes of stage one to start on this machine.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks of stage two on this node; default: one per GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")]
 GroupSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model brings: a directory, or one commit.")
 ]
 Base = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where an adapter's base model lies, if not where the adapter says.")
@@ -51,7 +57,6 @@ Base = Annotated[
 Result = Annotated[
     Path | None, typer.Option(hidden=True, help="Leave the result there, for the command that started this one.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
 StoreOptions = Annotated[
     list[str] | None,
@@ -87,6 +92,9 @@ def quiet_libraries() -> None:
             os.environ.setdefault(bars, "1")
 
 
+app.command()(cli_config.init)
+
+
 @app.command()
 def dump(
     config: ConfigPath,
@@ -102,7 +110,8 @@ def dump(
     result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
-    found = load_config(config, overrides or ())
+    # A worker that another command has started leaves a result, and repeats no notices.
+    found = load_config(config, overrides or (), quiet=result is not None)
     teacher = need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
     if teacher.device in ("auto", "cuda"):
@@ -213,6 +222,8 @@ def evaluate(
         bool, typer.Option("--partial", help="Evaluate on what an unfinished dump already holds.")
     ] = False,
     base: Base = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a model on the hub.")] = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
     result: Result = None,
 ) -> None:
@@ -231,6 +242,8 @@ def evaluate(
             limit=limit,
             partial=partial,
             base=base,
+            revision=revision,
+            trust=trust_remote_code,
             progress=progress,
         )
     _print(found.model_dump(mode="json"), as_json, result)
@@ -254,12 +267,13 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     device: Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1, ...")] = "auto",
     base: Base = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model: with its own chat template, to an end where it has learned to stop."""
     from pipeline.views.chat import converse
     from student_train.results.chat import Chat
 
-    models = [(model, Chat(model, base=base, device=device))]
+    models = [(model, Chat(model, base=base, device=device, trust=trust_remote_code))]
     models += [(name, Chat(name, device=device)) for name in beside or ()]
     converse(models, system=system, once=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
@@ -274,11 +288,14 @@ def merge(
         str | None, typer.Option(help="Data type to save the weights in; default: the base model's.")
     ] = None,
     base: Base = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
     from student_train.results.merge import merge as merge_adapter
 
-    saved_as = merge_adapter(adapter, out, dtype=dtype, base=base)
+    saved_as = merge_adapter(
+        adapter, out, dtype=None if dtype is None else str(dtype_name(dtype)), base=base, trust=trust_remote_code
+    )
     typer.echo(f"{out} is a plain model in {saved_as}; docs/serving.md says how to serve it, or the adapter unmerged")
 
 
@@ -426,18 +443,21 @@ def status(
     from pipeline.status import Watcher
     from pipeline.views import status as views
 
-    options, heldout, checkpoints, given = _pairs(store), None, None, run is not None
+    options, heldout, checkpoints, given, others = _pairs(store), None, None, run is not None, []
     if Path(place).is_file() or place.endswith((".yaml", ".yml")):
         if store:
             raise typer.BadParameter("the configuration says it: dump.storage_options", param_hint="--store")
         config = load_config(place, overrides or ())
         place, options = config.dump.url, config.dump.storage_options
         heldout = config.heldout.url if config.heldout else None
+        others = [one for one in sections_of(config.dump, config.train) if one.url.rstrip("/") != place.rstrip("/")]
         if config.train and run in (None, config.train.output):
             run, checkpoints = config.train.output, config.train.checkpoint_url
     elif overrides:
         raise typer.BadParameter("there is no configuration to override", param_hint="--set")
-    watcher = Watcher(place, options=options, heldout=heldout, run=run, checkpoints=checkpoints, must_run=given)
+    watcher = Watcher(
+        place, options=options, others=others, heldout=heldout, run=run, checkpoints=checkpoints, must_run=given
+    )
     if watch is None:
         views.show(watcher.look(), Console(), as_json=as_json)
     else:
@@ -479,6 +499,25 @@ def prune(
     typer.echo(f"{out}: {prune_model(model, out, layers=layers, keep=keep)}")
 
 
+@app.command()
+def resize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the larger model to.")],
+    dump: Annotated[str, typer.Option(metavar="URL", help="The dump whose tokens it shall have rows for.")],
+    store: StoreOptions = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub.")] = None,
+) -> None:
+    """Give a student rows for tokens that only the teacher's tokenizer has. Train them with modules_to_save."""
+    from storage_schemas.reader import Dump
+    from student_train.results.resize import resize as resize_model
+
+    before, after = resize_model(model, out, Dump.open(dump, options=_pairs(store)), revision=revision)
+    typer.echo(f"{out}: {after} rows in place of {before}; train them with student.lora.modules_to_save")
+
+
+app.add_typer(cli_config.app, name="config")
+
+
 def _ranks(nproc: int | None) -> int:
     return nproc or len(visible_gpus(os.environ)) or 1
 
@@ -507,9 +546,26 @@ def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> 
     elif as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
     else:
-        for name, value in found.items():
-            shown = json.dumps(value) if isinstance(value, bool | dict | list) or value is None else value
-            typer.echo(f"{name:28} {shown:,}" if isinstance(shown, int) else f"{name:28} {shown}")
+        for name, value in _plain(found):
+            typer.echo(f"{name:28} {value}")
+
+
+def _plain(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and value of what is in there, for people; of a list one per element."""
+    for name, value in found.items():
+        match value:
+            case dict():
+                yield from _plain(value, f"{prefix}{name}.")
+            case list():
+                yield from ((prefix + name, each) for each in value or ["none"])
+            case bool() | None:
+                yield prefix + name, json.dumps(value)
+            case int():
+                yield prefix + name, f"{value:,}"
+            case float():
+                yield prefix + name, f"{value:.6g}"
+            case _:
+                yield prefix + name, value
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -40,10 +40,12 @@ def run_dumps(
     A `teacher` is given if the configured one is not to be opened here. To the file `events` one JSON object per event
     is appended. Returns the summary of the corpus's dump, and under `heldout` that of the other.
     """
-    from teacher_dump.dump import run_dump
+    from teacher_dump.dump import refuse_unusable, run_dump
     from teacher_dump.teachers.open import opened
 
     parts = [*([config.heldout_config()] if config.heldout else []), config]
+    for part in parts:
+        refuse_unusable(part.dump)
     summaries = []
     with opened(teacher or need(config.teacher, "teacher", "dump")) as loaded:
         for part in parts:

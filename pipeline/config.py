@@ -5,20 +5,22 @@ Relative paths in a configuration mean relative to the working directory of the 
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.credentials import secrets_in
+from pipeline.elsewhere import RENAMED
 from pipeline.problems import UNSAID, Problem, explain, keys, report
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import DumpSection, Estimator, Temperatures, TopK, retempered
+from storage_schemas.stores.address import local_path
 from student_train.config import LossSection, StudentSection, TrainSection
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection, vllm_cannot
 
@@ -111,6 +113,17 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
         problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
         yield "heldout.url", problem, config.heldout.url
+    if config.train is not None and (folder := local_path(config.dump.url)) is not None:
+        output = config.train.output.absolute()
+        if folder.absolute() in (output, *output.parents):
+            problem = f"lies in the dump {config.dump.url} (dump.url); choose a directory outside of it"
+            yield "train.output", problem, str(config.train.output)
+    mixed = [] if config.train is None else [dump.url.rstrip("/") for dump in config.train.dumps]
+    if mixed and config.dump.url.rstrip("/") not in mixed:
+        yield "train.dumps", f"must name dump.url as well: {config.dump.url}", mixed
+    if config.heldout is not None and config.heldout.url.rstrip("/") in mixed:
+        problem = "must differ from train.dumps: the student would be evaluated on what it is trained on"
+        yield "heldout.url", problem, config.heldout.url
     if config.train is not None and config.train.eval_steps and config.heldout is None:
         yield "train.eval_steps", "needs held-out samples: name their dump, heldout.url", config.train.eval_steps
     if retempered(estimator, *config.temperatures):
@@ -147,7 +160,22 @@ def need(section: T | None, name: str, command: str) -> T:
     return section
 
 
+class Loaded(NamedTuple):
+    """A configuration, and what of it the user has said."""
+
+    config: Config
+    data: dict[str, Any]
+    """What file and overrides say together, before defaults."""
+    overridden: Collection[str]
+    """Dotted names of the overrides."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `load` reads."""
+    return load(path, overrides).config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read, override and validate a configuration.
 
     Args:
@@ -163,7 +191,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     set_values = {".".join(path): value for path, value in parsed}
     data = read_yaml(path)
     written = copy.deepcopy(data)
-    known = {key[-1] for kind in ("topk", "adaptive", "sampled") for key in keys(Config, kind)}
+    known = {key[-1] for key in keys(Config)}
     problems: list[Problem] = []
     for place, value in parsed:
         problems += _apply(data, place, value)
@@ -177,7 +205,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         problems += [problem for details in error.errors() for problem in explain(details, data, Config)]
     if problems:
         raise report(path, set_values, problems, written)
-    return config
+    return Loaded(config, data, set_values)
+
+
+_YAML_HINTS = {
+    r"'\t'": "indent with blanks, not tabs",
+    "mapping values are not allowed": "quote a value that holds a colon and a blank",
+    "block end": "keys of one section must be indented alike",
+    "document start": "one document per file; is this a configuration?",
+    "expected ',' or": "a bracket is not closed, or a value needs quotes",
+}
+"""Part of what YAML complains of -> what it mostly is."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -225,8 +263,9 @@ def _parse(text: str | bytes) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = error.problem or error.context or "not YAML"
         # What follows a stray * or ! may be a password.
+        hint = next((f" ({hint})" for part, hint in _YAML_HINTS.items() if part in problem), "")
         problem = re.sub(r"'.*'", "", problem, flags=re.DOTALL) if re.search("alias|tag", problem) else problem
-        raise ValueError(where + problem.strip()) from None
+        raise ValueError(where + problem.strip() + hint) from None
     except yaml.YAMLError as error:
         raise ValueError(getattr(error, "reason", None) or "not YAML") from None
     except RecursionError:
@@ -257,12 +296,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         MismatchError: too large, not UTF-8, not YAML, a duplicate key, or not a mapping.
     """
     path = Path(path)
-    fix = "see examples/ for configurations that work"
+    fix = "`llm-neo init` writes configurations that work"
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}", got=error.strerror, expected="a YAML file") from None
+        raise UsageError(
+            f"cannot read the configuration {path}", got=error.strerror, expected="a YAML file", fix=fix
+        ) from None
     if len(raw) > MAX_BYTES:
         raise MismatchError(f"{path} is too large for a configuration", got="> 1 MiB", expected="<= 1 MiB", fix=fix)
     try:
@@ -271,6 +312,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise MismatchError(f"{path} is not a valid YAML file", got=error, fix=fix) from None
     if not isinstance(data, dict):
         kind = "an empty file" if data is None else type(data).__name__
+        if isinstance(data, str) and (path.parent / data).is_file():  # As some archives keep links.
+            kind, fix = "the name of another file", f"give that file: {(path.parent / data).resolve()}"
         raise MismatchError(f"{path} is not a configuration", got=kind, expected="a mapping of sections", fix=fix)
     return data
 
@@ -289,11 +332,21 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if not equals or not all(path):
         raise UsageError("an override that cannot be understood", got=f"{shown}...", expected=expected)
     try:
-        return path, _parse(value)
+        parsed = _parse(value)
+        if _glued(parsed):
+            raise ValueError("a colon needs a blank after it: {key: value}")
+        return path, parsed
     except ValueError as error:
         raise UsageError(
             "an override whose value is not YAML", got=f"{shown}=...: {error}", expected=expected
         ) from None
+
+
+def _glued(value: Any) -> bool:
+    """Whether a mapping in there looks like `{key:value}`, which YAML reads as a key without a value."""
+    if isinstance(value, dict):
+        return any((":" in key and inner is None) or _glued(inner) for key, inner in value.items())
+    return isinstance(value, list) and any(map(_glued, value))
 
 
 def _apply(data: dict[str, Any], path: Sequence[str], value: Any) -> list[Problem]:
@@ -305,13 +358,18 @@ def _apply(data: dict[str, Any], path: Sequence[str], value: Any) -> list[Proble
         key: Any = part
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                return [Problem(dotted, f"no such element; the list has {len(node)}", part)]
+                hint = f"write the whole list: --set '{'.'.join(path[:depth])}=[...]'"
+                return [Problem(dotted, f"no such element; the list has {len(node)}", part, hint)]
             key = int(part)
         elif not isinstance(node, dict):
             return [Problem(dotted, f"{'.'.join(path[:depth])} is a value, not a section", node)]
         if last:
             if dotted == "estimator.kind" and node.get("kind", "topk") != value:
                 node.clear()
+            if isinstance(node, dict):  # The same setting under its other name.
+                for old, new in RENAMED.items():
+                    if dotted in (old, new):
+                        node.pop((new if dotted == old else old).rpartition(".")[2], None)
             node[key] = value
         else:
             if isinstance(node, dict) and node.get(key) is None:

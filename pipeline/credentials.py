@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from storage_schemas.common.secrets import is_secret
+from storage_schemas.common.secrets import has_token, is_secret
 
 VARIABLES = {
     "secret_access_key": "AWS_SECRET_ACCESS_KEY",
@@ -38,8 +38,8 @@ def is_secret_option(name: str) -> bool:
 
 
 def has_secret(value: str) -> bool:
-    """Whether a value carries credentials whatever it is called: a URL with a user in it, or a signed one."""
-    return "://" in value and bool(_IN_VALUE.search(value[:8192]))
+    """Whether a value carries credentials whatever it is called: a URL with a user in it, a signed one, or a token."""
+    return has_token(value[:8192]) or ("://" in value and bool(_IN_VALUE.search(value[:8192])))
 
 
 def instead(name: str) -> str:

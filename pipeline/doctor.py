@@ -35,6 +35,7 @@ from storage_schemas.records import RUN
 from storage_schemas.stores.address import local_path
 from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
+from student_train.config import sections_of
 
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
@@ -107,7 +108,8 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
         yield from _guarded(subject, lambda subject=subject, folder=folder: _disk(subject, folder))  # type: ignore[misc]
     if config is None:
         return
-    stores = {"dump": config.dump}
+    stores = {f"dump {place.url}": place for place in sections_of(config.dump, config.train)}
+    stores = {"dump": config.dump} if len(stores) == 1 else stores
     if config.heldout is not None:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
     for subject, section in stores.items():
@@ -310,21 +312,22 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
 
 def _student(config: Config) -> Iterator[Finding]:
     """What training would refuse whatever the dump is."""
-    from student_train.model.student import refuse_unloadable
+    from student_train.model.load import refuse_unloadable
     from student_train.training_run import refuse_early
 
     assert config.student is not None
     if config.train is not None:
         refuse_early(config.student, config.train)
     else:
-        refuse_unloadable(config.student.model, config.student.revision, config.student.attn_implementation)
+        student = config.student
+        refuse_unloadable(student.model, student.revision, student.attn_implementation, student.trust_remote_code)
     yield Finding(subject="student", state="ok", said=f"{config.student.model}: configuration and weights are there")
 
 
 def _tokenizer(config: Config) -> Iterator[Finding]:
     """Whether the student's ids mean what the dump's mean."""
-    from transformers import AutoConfig
-
+    from storage_schemas.common.code import runs_code
+    from student_train.model.load import TRUST, described
     from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
 
     assert config.student is not None
@@ -333,8 +336,9 @@ def _tokenizer(config: Config) -> Iterator[Finding]:
         yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
         return
     files = Dump.open(section.url, options=section.storage_options).tokenizer_files()
-    described = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    refuse_tokenizer(model, revision, files, head_rows=described.get_text_config().vocab_size)
+    code = runs_code(config.student.trust_remote_code, model, revision, setting=TRUST)
+    head_rows = described(model, revision, code).get_text_config().vocab_size
+    refuse_tokenizer(model, revision, files, head_rows=head_rows)
     if has_tokenizer(model, revision):
         yield Finding(subject="tokenizer", state="ok", said="the student's is that of the dump")
     else:

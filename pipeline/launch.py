@@ -123,6 +123,9 @@ def training_nodes(
             raise UsageError("`llm-neo train` runs once per node", got=got, expected="one task per node", fix=fix)
     if nnodes == 1:
         return Nodes()
+    if node_rank is None and "SLURM_NODEID" not in env:
+        fix = "--node-rank N, from 0 on, another one on each node"
+        raise UsageError("--nnodes needs --node-rank where Slurm does not number the nodes", got="none", fix=fix)
     if node_rank is None:
         node_rank = _int(env, "SLURM_NODEID")
     if not 0 <= node_rank < nnodes:

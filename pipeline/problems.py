@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from pipeline import elsewhere
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.secrets import masked
 from storage_schemas.common.suggest import did_you_mean
@@ -19,23 +20,6 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
 _REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = 40
 _REPR.maxlevel = 4
-_ELSEWHERE = {
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size, which says it for all ranks",
-    "num_train_epochs": "train.epochs",
-    "output_dir": "train.output",
-    "model_name_or_path": "teacher.model or student.model",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "rank": "student.lora.r",
-    "lora_r": "student.lora.r",
-    "lora_alpha": "student.lora.alpha",
-    "lora_dropout": "student.lora.dropout",
-    "top_k": "estimator.k",
-    "max_seq_length": "corpus.max_length",
-    "torch_dtype": "teacher.dtype or train.precision",
-}
-"""What other trainers call a setting -> what it is here."""
 UNSAID = object()
 """In place of a value that says nothing about the fault."""
 
@@ -60,9 +44,14 @@ def report(
             or problem.path.startswith(f"{p}.")
             # A section that only the command line has made.
             or (p.startswith(f"{problem.path}.") and not _holds(written, problem.path.split(".")))
+            # What a section says of one of its fields.
+            or (p.startswith(f"{problem.path}.") and re.search(rf"\b{p.rpartition('.')[2]}\b", problem.text))
             for p in set_paths
         )
-        line = f"  {'--set' if by_hand else path}: {problem.path} -> {problem.text}"
+        # What disagrees with it.
+        other = next((p for p in set_paths if "." in p and re.search(rf"\b{re.escape(p)}\b", problem.text)), None)
+        place = "--set" if by_hand else f"{path} and --set {other}" if other else path
+        line = f"  {place}: {problem.path} -> {problem.text}"
         if problem.got is not UNSAID:
             line += f", got {_short(problem.got)}"
         lines.append(line + (f"; {problem.hint}" if problem.hint else ""))
@@ -94,6 +83,8 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
     parts = _location(details, data)
     dotted = ".".join(parts)
     match kind:
+        case "extra_forbidden" if dotted in elsewhere.RENAMED:  # Alone it is read.
+            yield Problem(dotted, f"old name of {elsewhere.RENAMED[dotted]}; give one")
         case "extra_forbidden":
             # The input of this error is the value of a key that should not be there: it says nothing about the fault.
             yield Problem(dotted, "unknown key", UNSAID, _similar_key(parts, data, model))
@@ -103,20 +94,28 @@ def explain(details: ErrorDetails, data: Any, model: type[BaseModel]) -> Iterato
             yield Problem(".".join([dotted, *needed[:1]]), "missing, but required")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-            hint = did_you_mean(_short(details["input"]).strip("'"), allowed)
+            said = _short(details["input"]).strip("'")
+            hint = elsewhere.value(dotted, said) or did_you_mean(said, allowed)
             yield Problem(dotted, f"must be {context['expected']}", details["input"], hint)
         case "union_tag_invalid":
             allowed = re.findall(r"'([^']*)'", context["expected_tags"])
             hint = did_you_mean(_short(context["tag"]).strip("'"), allowed)
             yield Problem(f"{dotted}.kind", f"must be one of {', '.join(allowed)}", context["tag"], hint)
         case "model_type" | "model_attributes_type" | "dict_type":
-            yield Problem(dotted, "must be a section, that is a mapping", details["input"])
+            hint = _as_section(parts, details["input"], model)
+            yield Problem(dotted, "must be a section, that is a mapping", details["input"], hint)
+        case "list_type" | "tuple_type":
+            yield Problem(dotted, "must be a list", details["input"], _as_list(parts, details["input"], model))
         case "value_error":
             got = UNSAID if isinstance(details["input"], Mapping) else details["input"]
             yield Problem(dotted, details["msg"].removeprefix("Value error, "), got)
         case _:
-            text = details["msg"].replace("Input should be", "must be", 1).partition(" for <class")[0]
-            text = text.replace("a valid tuple", "a list").replace("a valid list", "a list")
+            text = (
+                details["msg"]
+                .replace("Input should be", "must be", 1)
+                .replace("Input is not a valid", "must be a")
+                .partition(" for <class")[0]
+            )
             yield Problem(dotted, text[:1].lower() + text[1:], details["input"])
 
 
@@ -136,29 +135,64 @@ def _location(details: ErrorDetails, data: Any) -> list[str]:
 
 
 def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str | None:
-    """A key of that name or nearly so: in the same section first, else anywhere."""
+    """A key of that name or nearly so: in the same section first, then below it, else anywhere."""
     estimator = data.get("estimator")
     chosen = estimator.get("kind", "topk") if isinstance(estimator, dict) else "topk"
     section, name = tuple(part for part in parts[:-1] if not part.isdecimal()), parts[-1]
-    if name in _ELSEWHERE:
-        return f"did you mean {_ELSEWHERE[name]}?"
+    if hint := elsewhere.setting(name, section):
+        return hint
+    if ":" in name:
+        return "a colon needs a blank after it"
     known = list(dict.fromkeys(keys(model, chosen)))
     siblings = {path[-1]: (*parts[:-1], path[-1]) for path in known if path[:-1] == section}
-    elsewhere = {path[-1]: path for path in known}
-    for choices in (siblings, {n: p for n, p in elsewhere.items() if n == name}, elsewhere):
-        found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.7)
-        if found:
-            return f"did you mean {'.'.join(choices[found[0]])}?"
+    if found := difflib.get_close_matches(name, list(siblings), n=1, cutoff=0.7):
+        return f"did you mean {'.'.join(siblings[found[0]])}?"
+    below = [path for path in known if path[: len(section)] == section != path]
+    for choices in (below if section else [], [path for path in known if path[-1] == name], known):
+        if found := difflib.get_close_matches(name, [path[-1] for path in choices], n=1, cutoff=0.7):
+            places = [".".join(path) for path in choices if path[-1] == found[0]]
+            return elsewhere.Here(tuple(places[:3])).hint()
     return f"known here: {', '.join(siblings)}" if siblings else None
 
 
-def keys(model: type[BaseModel], estimator_kind: object) -> Iterator[tuple[str, ...]]:
-    """Every dotted path that a configuration can have, without list indices; of the estimators, the chosen one's."""
+def _as_section(parts: Sequence[str], given: object, model: type[BaseModel]) -> str | None:
+    """How to write a section for which its most important field was given."""
+    members = list(_members(parts, model))
+    needed = [name for member in members for name, field in member.model_fields.items() if field.is_required()]
+    if not needed or not isinstance(given, str):
+        return None
+    inner = _as_list([*parts, needed[0]], given, model) if list(_members([*parts, needed[0]], model)) else None
+    return f"write {{{needed[0]}: {(inner or _short(given)).removeprefix('write ')}}}"
+
+
+def _as_list(parts: Sequence[str], given: object, model: type[BaseModel]) -> str | None:
+    """How to write a list for which one element was given."""
+    if isinstance(given, Mapping):
+        return "write [{...}], one mapping per element"
+    if given is None:
+        return None
+    inner = _as_section(parts, given, model)
+    return f"write [{inner.removeprefix('write ')}]" if inner else f"write [{_short(given)}]"
+
+
+def _members(parts: Sequence[str], model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The sections that may stand at a place."""
+    found = [model]
+    for part in parts:
+        if not part.isdecimal():
+            fields = [member.model_fields[part] for member in found if part in member.model_fields]
+            found = [inner for field in fields for inner in _models(field.annotation)]
+    yield from found
+
+
+def keys(model: type[BaseModel], estimator_kind: object = None) -> Iterator[tuple[str, ...]]:
+    """Every dotted path that a configuration can have, without list indices; of the estimators, the chosen one's, or
+    one after the other those of all."""
     for name, field in model.model_fields.items():
         yield (name,)
         for member in _models(field.annotation):
             kind = member.model_fields.get("kind")
-            if kind is None or estimator_kind in get_args(kind.annotation):
+            if kind is None or estimator_kind in (None, *get_args(kind.annotation)):
                 yield from ((name, *rest) for rest in keys(member, estimator_kind))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.records import count_statuses
 from storage_schemas.rows import OK
 from storage_schemas.verify import verify
+from student_train.config import sections_of
 from student_train.metrics import EVENTS, read_events
 from student_train.results.model_card import CARD, Evaluation, model_card
 from student_train.summary import read_summary, write_summary
@@ -80,23 +82,27 @@ def run_pipeline(
     against = {"dump": _sealed(config, heldout.url)}
     steps.do("verify", lambda: _verify(config, config.dump.url), {"dump": _sealed(config, config.dump.url)})
     steps.do("verify-heldout", lambda: _verify(config, heldout.url), against)
+    trust = ["--trust-remote-code"] if student.trust_remote_code else []
+    pinned = ["--revision", student.revision] if student.revision else []
     before_inputs = against | {"student": _state(student.model), "revision": student.revision}
-    before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url), before_inputs)
+    before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url, trust, pinned), before_inputs)
 
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
     _check("train", train_workers(config, nproc=nproc, nodes=Nodes(), stdout=2 if console.stderr else None))
     publish(train.output / "config.yaml", config.to_yaml(), private=True)
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
-    after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url), trained_inputs)
+    after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url, trust), trained_inputs)
     events = read_events(train.output / EVENTS)
     evaluated = Evaluation(url=heldout.url, before=before, after=after)
-    trained_on = Dump.open(config.dump.url, options=config.dump.storage_options)
+    places = sections_of(config.dump, train)
+    trained_on = [Dump.open(place.url, options=place.storage_options) for place in places]
     card = model_card(trained_on, student, config.loss, train, events, folder=final, evaluation=evaluated)
     if not (final / CARD).is_file() or (final / CARD).read_text(encoding="utf-8") != card:
         publish(final / CARD, card)
     if train.lora:
-        steps.do("merge", lambda: _merge(final, merged), trained_inputs, redo=not (merged / "config.json").is_file())
+        there = (merged / "config.json").is_file()
+        steps.do("merge", lambda: _merge(final, merged, trust), trained_inputs, redo=not there)
 
     trained = read_summary(train.output)
     assert trained is not None
@@ -108,7 +114,7 @@ def run_pipeline(
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
         "train_steps": trained.steps,
-        "train_samples": count_statuses(trained_on.records()).get(OK, 0),
+        "train_samples": sum(count_statuses(one.records()).get(OK, 0) for one in trained_on),
         "teacher": teacher.model,
         "student": student.model,
         "adapter": str(final) if train.lora else None,
@@ -219,19 +225,19 @@ def _verify(config: Config, url: str) -> dict[str, Any]:
     return dict(found.model_dump(mode="json"))
 
 
-def _evaluate(config: Config, model: str, url: str) -> dict[str, Any]:
+def _evaluate(config: Config, model: str, url: str, *more: Sequence[str]) -> dict[str, Any]:
     store = [word for key, value in config.dump.storage_options.items() for word in ("--store", f"{key}={value}")]
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "evaluation.json"
-        _child("evaluate", ["--model", model, "--dump", url, "--result", str(result), *store])
+        _child("evaluate", ["--model", model, "--dump", url, "--result", str(result), *store, *chain(*more)])
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
 
-def _merge(final: Path, merged: Path) -> dict[str, Any]:
+def _merge(final: Path, merged: Path, more: Sequence[str]) -> dict[str, Any]:
     # Made from another adapter, or by nobody knows whom: the directory is ours.
     shutil.rmtree(merged, ignore_errors=True)
-    _child("merge", [str(final), str(merged)])
+    _child("merge", [str(final), str(merged), *more])
     return {}
 
 

@@ -26,11 +26,12 @@ from pydantic import ValidationError
 
 from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, CommitRecord, totals, unit_of_record
 from storage_schemas.stores.requests import object_store
 from storage_schemas.stores.store import Store
-from student_train.metrics import EVENTS, Event
+from student_train.metrics import EVENTS, DumpLosses, Event
 
 WINDOW_SECONDS = 600.0
 """Speeds are those of so long before the newest unit."""
@@ -102,6 +103,8 @@ class RunStatus(FrozenModel):
     """Of the last logged steps, like all that follows."""
     ce: float | None = None
     kl: float | None = None
+    dumps: dict[str, DumpLosses] | None = None
+    """The losses by dump, if there are several."""
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
@@ -118,6 +121,8 @@ class Status(FrozenModel):
     """All that was asked for."""
 
     dump: DumpStatus
+    others: list[DumpStatus] = []
+    """The other dumps of `train.dumps`."""
     heldout: DumpStatus | None = None
     """The held-out dump; null if the configuration has none."""
     run: RunStatus | None = None
@@ -126,8 +131,8 @@ class Status(FrozenModel):
     @property
     def done(self) -> bool:
         """Whether nothing of it will change: the dumps are sealed, and the run is finished if there is one."""
-        dumps = self.dump.sealed and (self.heldout is None or self.heldout.sealed)
-        return dumps and (self.run is None or self.run.finished or not self.run.begun)
+        dumps = [self.dump, *self.others, *([] if self.heldout is None else [self.heldout])]
+        return all(dump.sealed for dump in dumps) and (self.run is None or self.run.finished or not self.run.begun)
 
 
 class Watcher:
@@ -138,6 +143,7 @@ class Watcher:
         url: str,
         *,
         options: Mapping[str, str],
+        others: Sequence[DumpSection] = (),
         heldout: str | None = None,
         run: Path | None = None,
         checkpoints: str | None = None,
@@ -148,12 +154,14 @@ class Watcher:
         Args:
             url: the dump.
             options: settings of its store.
+            others: dumps that are trained on beside it.
             heldout: the held-out dump, on the same store.
             run: directory of a run.
             checkpoints: where its checkpoints lie on the same store, if not in the directory.
             must_run: whether it is an error that nothing lies there.
         """
         self._dump = _DumpWatcher(url, options)
+        self._others = [_DumpWatcher(other.url, other.storage_options) for other in others]
         self._heldout = None if heldout is None else _DumpWatcher(heldout, options)
         self._run, self._must_run = run, must_run
         self._checkpoints, self._options = checkpoints, options
@@ -181,7 +189,9 @@ class Watcher:
                 expected="the train.output of a training that has begun",
                 fix="start `llm-neo train`, or correct the path; then run the same command again",
             )
-        return Status(dump=dump, heldout=None if self._heldout is None else self._heldout.look(), run=run)
+        others = [other.look() for other in self._others]
+        heldout = None if self._heldout is None else self._heldout.look()
+        return Status(dump=dump, others=others, heldout=heldout, run=run)
 
 
 class _DumpWatcher:
@@ -332,7 +342,7 @@ def run_status(output: Path, *, checkpoints: str | None = None, options: Mapping
     step = max(saved or 0, event.step if event else 0)
     finished = summary.get("steps", -1) >= step
     now = folder_clock(output)
-    told = {} if event is None else event.model_dump(include=RunStatus.model_fields.keys() & Event.model_fields.keys())
+    told = {name: getattr(event, name) for name in RunStatus.model_fields.keys() & Event.model_fields.keys() if event}
     steps = None if steps is not None and steps < step else steps  # Of before the run was extended.
     told |= {"step": step, "steps": summary["steps"] if finished else steps}
     return RunStatus(

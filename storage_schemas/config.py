@@ -14,11 +14,12 @@ class DumpSection(FrozenModel):
     url: DumpUrl
     """Local path, `file://`, `s3://bucket/prefix`, `gs://` or `az://`: the only thing that the two stages share."""
     samples_per_unit: int = Field(512, ge=1)
-    """Samples per unit of work, which is one shard file. A shard is fetched and decoded as a whole."""
+    """Samples per shard file. A shard is one unit of work, and is fetched and decoded as a whole."""
     logprob_step: float = Field(0.0625, ge=0.0, le=1.0)
-    """Grid in nats of log-probs from -4 to -2, doubled per octave below; refined until the gate holds. 0: exact."""
+    """Quantization step in nats of stored log-probs from -4 to -2, doubled per octave below; refined until the error is
+    within `max_kl`. 0: exact."""
     max_kl: float = Field(1e-4, gt=0.0)
-    """Fidelity gate in nats: mean bucketed KL(exact || stored) of a unit, at every temperature, may not be above it."""
+    """Largest quantization error: mean KL(exact || stored) in nats, over the tokens of a unit, at every temperature."""
     logsumexp: bool = True
     """Store log sum exp(z/T) of the raw logits per temperature, from which logits can be recovered."""
     storage_options: dict[str, str] = {}
@@ -32,7 +33,7 @@ class TopK(FrozenModel):
     k: int = Field(64, ge=1)
     """At most this many entries per token."""
     mass: float = Field(0.999, gt=0.0, le=1.0)
-    """End the head once it holds this much probability. 1.0: always k entries."""
+    """End the head once it holds this much probability, as top-p does. 1.0: always k entries."""
     draws: ClassVar[int] = 0
     """Draws per token."""
 
@@ -42,7 +43,7 @@ class Adaptive(FrozenModel):
 
     kind: Literal["adaptive"]
     mass: float = Field(0.9, gt=0.0, le=1.0)
-    """Probability that the exact head shall hold."""
+    """Probability that the exact head shall hold, as in top-p."""
     k_min: int = Field(1, ge=1)
     """Head entries per token, at least."""
     k_max: int = Field(16, ge=1)
@@ -69,7 +70,7 @@ class Sampled(FrozenModel):
 
     kind: Literal["sampled"]
     draws: int = Field(50, ge=1)
-    """Draws per token."""
+    """Draws per token: the paper's sampling rounds."""
     seed: int = 0
     """Seed of the draws; a draw depends on (seed, sample_index, position) alone."""
 

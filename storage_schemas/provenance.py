@@ -35,6 +35,8 @@ class TeacherIdentity(_Identity):
     """Compute dtype of the forward pass."""
     lm_head_rows: int = Field(alias="head_size", ge=1, lt=2**31)
     """Rows of the LM head, `head_size` in run.json: every target id is below it."""
+    code_sha256: dict[str, str] | None = None
+    """Hash of each file of code that the teacher brought and that was run; null: none."""
     model: str | None = None
     """Of the first writers alone; see `MadeBy.model`."""
     revision: str | None = None
@@ -214,7 +216,7 @@ class Provenance(_Identity, ProvenJson):
                 "the dump holds no tail mass for this temperature",
                 got=temperature,
                 expected=f"one of {list(self.temperatures)}",
-                fix="set loss.temperature to one of these, or dump again with it among `temperatures`",
+                fix="choose one of these (loss.temperature, --temperature), or dump again with it among `temperatures`",
             )
         return self.temperatures.index(temperature)
 

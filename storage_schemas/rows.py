@@ -104,12 +104,8 @@ class UnitRows:
     def __len__(self) -> int:
         return len(self.sample_index)
 
-    def tokens(self, i: int) -> int:
-        """How many tokens row i has."""
-        return int(self.token_offsets[i + 1] - self.token_offsets[i])
-
-    def row(self, i: int) -> Row:
-        """Row i of the unit, sharing memory."""
+    def row(self, i: int, *, own: bool = False) -> Row:
+        """Row i of the unit, sharing memory; with `own` its entries, which are most of it, do not keep the unit's."""
         tokens = slice(self.token_offsets[i], self.token_offsets[i + 1])
         ok = self.status[i] == OK
         return Row(
@@ -118,7 +114,7 @@ class UnitRows:
             status=self.status[i],
             input_ids=self.input_ids[tokens],
             loss_mask=self.loss_mask[tokens],
-            targets=self.targets.slice(int(self.target_offsets[i]), int(self.target_offsets[i + 1])) if ok else None,
+            targets=self.targets.slice(*self.target_offsets[i : i + 2].tolist(), own=own) if ok else None,
         )
 
 

@@ -46,15 +46,19 @@ class Targets:
         """(n,) entries per token."""
         return np.diff(self.offsets)
 
-    def slice(self, start: int, stop: int) -> "Targets":
-        """Tokens start:stop, sharing memory."""
+    def slice(self, start: int, stop: int, *, own: bool = False) -> "Targets":
+        """Tokens start:stop, sharing memory; with `own`, the entries have memory of their own."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
+        ids, logprobs = self.ids[first:last], self.logprobs[first:last]
+        counts = None if self.counts is None else self.counts[first:last]
+        if own:
+            ids, logprobs, counts = ids.copy(), logprobs.copy(), None if counts is None else counts.copy()
         return Targets(
             offsets=self.offsets[start : stop + 1] - first,
-            ids=self.ids[first:last],
-            logprobs=self.logprobs[first:last],
+            ids=ids,
+            logprobs=logprobs,
             head_size=self.head_size[start:stop],
-            counts=None if self.counts is None else self.counts[first:last],
+            counts=counts,
             tail_logprob=self.tail_logprob[start:stop],
             logsumexp=None if self.logsumexp is None else self.logsumexp[start:stop],
         )

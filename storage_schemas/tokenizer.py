@@ -44,5 +44,10 @@ def refuse_other_tokenizer(
             "the student's head is smaller than the dump's vocabulary",
             got=f"{student_head} rows",
             expected=f"at least {max(theirs) + 1}",
-            fix="resize the student's embeddings, or choose another student",
+            fix="give it more rows with `llm-neo resize`, or choose another student",
         )
+
+
+def new_tokens(dump_vocab: Mapping[str, int], known: int) -> list[str]:
+    """Tokens of a dump whose ids lie behind the first `known` ones, in the order of their ids."""
+    return [token for token, index in sorted(dump_vocab.items(), key=lambda pair: pair[1]) if index >= known]

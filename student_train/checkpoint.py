@@ -136,6 +136,11 @@ class Checkpoint:
         """The tensors of one kind, by parameter name. Raises DataError as `tensors` does."""
         return {key.split("/", 1)[1]: tensor for key, tensor in self.tensors((kind,))}
 
+    @property
+    def digest(self) -> str:
+        """Hash of the commit record, and so of all files."""
+        return digest(self._commit.model_dump(mode="json"))
+
     def verify(self) -> None:
         """Read every file. Raises DataError."""
         for record in self._commit.files:

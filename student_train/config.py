@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
+from storage_schemas.common.dtypes import Wide, dtype_name
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.config import DumpSection
 from storage_schemas.stores.address import DumpUrl, LocalFolder
 
 Metric = Literal["kl", "ce"]
@@ -15,6 +17,23 @@ Schedule = Literal[
     "cosine_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "akl", "tvd"]
+Method = Literal["full_sft", "lora_sft", "full_kd", "lora_kd"]
+Arm = Literal["sft", "lora", "kd", "neo"]
+ARMS: dict[Method, Arm] = {"full_sft": "sft", "lora_sft": "lora", "full_kd": "kd", "lora_kd": "neo"}
+"""Methods by the names that checkpoints and summaries hold, after the paper's."""
+METHODS = {arm: method for method, arm in ARMS.items()}
+_Hyphenated = Literal["full-sft", "lora-sft", "full-kd", "lora-kd"]
+_SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+"""What checkpoints call a precision."""
+
+
+def _method(given: object) -> object:
+    return METHODS.get(given, given.replace("-", "_")) if isinstance(given, str) else given  # type: ignore[call-overload]
+
+
+def _precision(given: object) -> object:
+    name = dtype_name(given)
+    return _SHORT.get(name, given) if isinstance(name, str) else given
 
 
 DEEPSPEED_PRESETS: dict[str, dict[str, Any]] = {
@@ -64,6 +83,10 @@ class LoraSection(FrozenModel):
     """Which LoRA. `rslora` scales by alpha / sqrt(r), `dora` learns magnitudes apart, `pissa` starts from the principal
     components of the weights, `moslora` puts a trained r x r mixer between A and B. Each is saved so that peft alone
     loads it."""
+    modules_to_save: list[str] = []
+    """Names of modules that are trained in full beside the adapter and lie in its files, such as `[norm]` or
+    `[embed_tokens, lm_head]`; a head that shares the embeddings' weight is trained with them, as one. Each costs its
+    weights in fp32 and two moments, and vLLM and llama.cpp take such an adapter merged only."""
     extra: dict[str, Any] = {}
     """More arguments of `peft.LoraConfig`, those that leave base weights, head and embeddings as they are."""
 
@@ -80,11 +103,19 @@ class StudentSection(FrozenModel):
     """Directory or hub id of the student. It must share the teacher's tokenizer."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run the code of Python that the model brings with it, as you: read it first. For a directory, whose code is then
+    part of what identifies the student, or a commit on the hub, given as `revision` with all its 40 digits. Code of
+    tokenizers is never run."""
     attn_implementation: str | None = None
     """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
     model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
+    quantization: Literal["nf4"] | None = None
+    """QLoRA (arXiv 2305.14314): hold the frozen linear layers in 4-bit NormalFloat while an adapter is trained, about a
+    quarter of bf16's memory. Head and embeddings stay as they are. The adapter that is left belongs to the unquantised
+    model, where it is evaluated and merged. For ZeRO stages 0 to 2 and plain LoRA; needs the extra `qlora`."""
     lora: LoraSection = LoraSection()
-    """Used by the arms `lora` and `neo`."""
+    """Used by the methods `lora_sft` and `lora_kd`."""
     adapter: LocalFolder | None = None
     """Directory of an adapter on this very model that training begins from, such as `final` of another run, with its
     rank, scaling and modules. Null: a new one."""
@@ -109,19 +140,59 @@ class LossSection(FrozenModel):
     """Mixture weight of `jsd`, skew of `skewed_kl` and `skewed_reverse_kl`."""
 
 
+class MixedDump(FrozenModel):
+    """One of several dumps that are trained on together."""
+
+    url: DumpUrl
+    """Where it lies."""
+    weight: float = Field(1.0, gt=0.0, le=1000.0)
+    """How often each of its samples is seen in an epoch: 1 is once, 2 twice; with 0.5 an epoch sees one half of them,
+    and the next epoch the other half."""
+    alpha: float | None = Field(None, ge=0.0, le=1.0)
+    """`loss.alpha` of its samples. Null: what that says."""
+    storage_options: dict[str, str] | None = None
+    """Of its object store. Null: those of the section `dump`."""
+
+
+def _several(dumps: list[MixedDump]) -> list[MixedDump]:
+    places = {dump.url.rstrip("/") for dump in dumps}
+    if dumps and (len(dumps) < 2 or len(places) < len(dumps)):
+        raise ValueError("must name two dumps or more, each once; one alone is what dump.url is for")
+    return dumps
+
+
+def _with_old_names(schema: dict[str, Any]) -> None:
+    schema["properties"]["arm"] = schema["properties"]["method"] | {
+        "description": "Old name of `method`.",
+        "title": "Arm",
+    }
+
+
 class TrainSection(FrozenModel):
     """The optimisation."""
+
+    model_config = ConfigDict(json_schema_extra=_with_old_names)
 
     output: LocalFolder
     """Run directory: config, events, checkpoints, final, summary. New or empty, or of an earlier start; one training at
     a time holds it."""
-    arm: Literal["sft", "lora", "kd", "neo"] = "neo"
-    """{full, LoRA} x {CE, CE + KL}: `sft` and `kd` train all weights, `lora` and `neo` the adapter; `sft` and `lora`
-    use the cross-entropy alone."""
+    method: Annotated[Method, BeforeValidator(_method, json_schema_input_type=Method | Arm | _Hyphenated)] = Field(
+        "lora_kd", validation_alias=AliasChoices("method", "arm")
+    )
+    """Which weights are trained, and on what: all or a LoRA adapter, fine-tuning on the labels (SFT: cross-entropy
+    alone) or distillation (KD: cross-entropy and divergence). `lora_kd` is LLM-Neo, and `neo` means it, too. The old
+    name of this setting is `arm`, with the values `sft`, `lora`, `kd`, `neo` in the same order."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of weights and activations; master weights and moments are always fp32."""
+    dumps: Annotated[list[MixedDump], AfterValidator(_several)] = []
+    """Two or more dumps of one tokenizer that are mixed sample by sample, the one of the section `dump` among them:
+    several corpora, or several teachers. Empty: that one alone."""
+    precision: Annotated[
+        Literal["bf16", "fp32"],
+        BeforeValidator(_precision, json_schema_input_type=Wide),
+    ] = "bf16"
+    """Dtype of weights and activations, as `bf16` or `bfloat16`, `fp32` or `float32`; master weights and moments are
+    always float32."""
     global_batch_size: int = Field(32, ge=1)
     """Samples per optimizer step, over all ranks. World size and micro-batch size change neither loss nor gradient."""
     micro_batch_size: int = Field(4, ge=1)
@@ -131,9 +202,9 @@ class TrainSection(FrozenModel):
     padding them. Micro-batches are sorted by length, so there is little padding to save, and the attention of one long
     row costs more: worth it only where micro-batches hold samples of very different lengths."""
     learning_rate: float = Field(2e-4, gt=0.0)
-    """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA arms."""
+    """Peak learning rate. The paper's rule: ten times that of full fine-tuning for the LoRA methods."""
     epochs: int = Field(1, ge=1)
-    """Passes over the dump."""
+    """Passes over the dump; of several dumps, as their weights say."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps; the schedule then ends there. Null: what `epochs` gives."""
     lr_scheduler_type: Schedule = "cosine"
@@ -163,13 +234,19 @@ class TrainSection(FrozenModel):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile): on GPUs a step takes a quarter less time and less memory, after about
-    a minute at the start. Results differ by rounding, and it may change between two starts of a run. Not with stage 3,
-    which gathers weights inside of the layers."""
+    """Compile each decoder layer (torch.compile): a fifth more tokens per second on GPUs and less memory, after a first
+    minute; needs a C++ compiler. Results differ by rounding, and it may change between two starts of a run. Not with
+    stage 3, which gathers weights inside of the layers."""
+    shuffle: Literal["windows", "epoch"] = "windows"
+    """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
+    written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
+    shuffle_bytes: int = Field(2 * 2**30, ge=2**20)
+    """With `shuffle: epoch`: memory for decoded samples, over all ranks, which hold equal shares. The more units it has
+    room for, the more of the dump a step draws from."""
     shuffle_window_units: int = Field(1024, ge=1)
-    """Samples are shuffled inside windows of this many units; a window is what a following trainer waits for."""
+    """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
-    """Units that are open at the same time while a window is read."""
+    """With `shuffle: windows`: units that are shuffled together, and open at the same time."""
     head_chunk_tokens: int = Field(512, ge=1)
     """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
     logging_steps: int = Field(1, ge=1)
@@ -198,6 +275,10 @@ class TrainSection(FrozenModel):
     """Let a run go on from its newest checkpoint under changed settings: more epochs or steps, another learning rate,
     schedule, precision, optimizer or loss. The schedule is then that of the new total, from the next step on; what has
     changed is logged, and noted in checkpoints and summary. What decides the order of samples stays."""
+    warm_start: LocalFolder | None = None
+    """Directory of another run, from whose newest checkpoint this one begins: with its weights and Adam's moments, on
+    any dump and under any settings but those of the adapter. Steps and schedule are counted anew; what differs is
+    logged. `student.adapter` begins from an adapter's weights alone."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
@@ -208,7 +289,9 @@ class TrainSection(FrozenModel):
     """Its project there. Null: what WANDB_PROJECT says."""
     tags: list[str] = []
     """Its tags there."""
-    deepspeed: Annotated[dict[str, Any], BeforeValidator(_deepspeed_settings)] = {}
+    deepspeed: Annotated[
+        dict[str, Any], BeforeValidator(_deepspeed_settings, json_schema_input_type=dict[str, Any] | str)
+    ] = {}
     """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
     cache_dir: LocalFolder | None = None
@@ -220,14 +303,19 @@ class TrainSection(FrozenModel):
     """How long to wait for a dump to begin, and for the next window of one that is being written, before exit 75."""
 
     @property
+    def arm(self) -> Arm:
+        """The method by the name that checkpoints and summaries hold."""
+        return ARMS[self.method]
+
+    @property
     def lora(self) -> bool:
         """Whether only an adapter is trained."""
-        return self.arm in ("lora", "neo")
+        return self.method in ("lora_sft", "lora_kd")
 
     @property
     def distils(self) -> bool:
         """Whether the loss has a divergence term."""
-        return self.arm in ("kd", "neo")
+        return self.method in ("full_kd", "lora_kd")
 
     @model_validator(mode="after")
     def _supported(self) -> "TrainSection":
@@ -241,5 +329,16 @@ class TrainSection(FrozenModel):
         if watching and self.eval_steps is None:
             raise ValueError(f"{watching[0]} needs evaluations: set eval_steps")
         if self.loraplus_lr_ratio is not None and not self.lora:
-            raise ValueError(f"loraplus_lr_ratio is for the arms lora and neo; the arm {self.arm} has no adapter")
+            raise ValueError(f"loraplus_lr_ratio is for the methods lora_sft and lora_kd; {self.method} has no adapter")
         return self
+
+
+def sections_of(dump: DumpSection, train: TrainSection | None) -> list[DumpSection]:
+    """Where the dumps lie that are trained on: the one of the section `dump`, or those of `train.dumps`."""
+    if train is None or not train.dumps:
+        return [dump]
+    given = dump.storage_options
+    return [
+        DumpSection(url=one.url, storage_options=given if one.storage_options is None else one.storage_options)
+        for one in train.dumps
+    ]

@@ -7,9 +7,11 @@ out as whole fp32 tensors, whatever the ZeRO stage and the number of ranks they 
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
@@ -39,8 +41,9 @@ from student_train import world as worlds
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
+from student_train.metrics import Part
 from student_train.model.head import SUMS
-from student_train.model.student import Distilled, causal_of
+from student_train.model.student import DTYPES, Distilled, causal_of
 from student_train.optimizer import ClippedAdamW, adamw
 from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
@@ -51,12 +54,12 @@ class StepResult(NamedTuple):
 
     loss: float
     """(1 - alpha) * CE + alpha * T^2 * D, and the coefficient times `router_aux`."""
-    ce: float
-    divergence: float
     router_aux: float
     """Of a mixture of experts with such a loss, see `RouterLoss`; else 0."""
     grad_norm: float
     """Of the mean loss, before clipping."""
+    parts: list[Part]
+    """Of each dump; none of a step without supervised tokens."""
 
 
 def join(rank: int, world_size: int, local_rank: int, *, rendezvous: str = "env://") -> World:
@@ -104,6 +107,8 @@ class Engine:
         try:
             for name, section in monitors(train.deepspeed).items():
                 self.monitors[name] = partial(MonitorMaster, DeepSpeedMonitorConfig(**{name: section}))
+            if train.zero_stage == 3:
+                _partition(module, config, world.device, DTYPES[train.precision])
             self._engine: Any = deepspeed.initialize(model=module, optimizer=adam, config=config)[0]
         except (ValidationError, DeepSpeedConfigError) as error:
             world.raise_on_all(_not_taken(error))
@@ -121,14 +126,14 @@ class Engine:
             DataError: the loss or the gradient is not finite; the weights are untouched.
         """
         if not tokens:
-            return StepResult(0, 0, 0, 0, 0)
-        loss, ce, divergence, *_, router_aux = self._accumulate(batches, tokens)
+            return StepResult(0, 0, 0, [])
+        loss, router_aux, parts = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        finite = all(map(math.isfinite, (loss, ce, divergence)))
+        finite = all(map(math.isfinite, (loss, *chain(*parts))))
         if not finite:
             # DeepSpeed drops what it has accumulated if a gradient is not finite; this one is not, for sure.
-            self._backward(max(batches, key=lambda batch: len(batch.targets)), math.nan)
+            self._backward(max(batches, key=lambda batch: batch.supervised), math.nan)
         self._engine.step()
         if not self._engine.was_step_applied():
             raise _not_finite("gradient" if finite else "loss")
@@ -136,7 +141,7 @@ class Engine:
         if not self.updates:
             self._link_moments()
         self.updates += 1
-        return StepResult(loss, ce, divergence, router_aux, float(self._engine.get_global_grad_norm()))
+        return StepResult(loss, router_aux, float(self._engine.get_global_grad_norm()), parts)
 
     @torch.no_grad()
     def evaluate(self, batch: TrainBatch, *, temperature: float) -> list[float]:
@@ -147,11 +152,11 @@ class Engine:
             temperature: that its targets were decoded at.
         """
         self.module.eval()
-        trained_on, self.module.head.loss = self.module.head.loss, LossSection(temperature=temperature)
+        trained_on, self.module.head.losses = self.module.head.losses, (LossSection(temperature=temperature),)
         try:
             sums = self.module(batch.to(self._world.device, non_blocking=True))[1]
         finally:
-            self.module.head.loss = trained_on
+            self.module.head.losses = trained_on
         return sums.tolist()  # type: ignore[no-any-return]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
@@ -195,14 +200,19 @@ class Engine:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
-    def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> list[float]:
-        """Gradients of the mean loss per token; the sums of `HeadLoss` and of the routers over all ranks."""
-        sums = torch.zeros(SUMS + 1, dtype=torch.float64, device=self._world.device)
+    def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> tuple[float, float, list[Part]]:
+        """Gradients of the mean loss per token; over all ranks the sums of loss and routers, and those of each dump."""
+        dumps = range(len(self.module.head.losses))
+        sums = torch.zeros(len(dumps) * SUMS + 2, dtype=torch.float64, device=self._world.device)
         self.module.train()
         for batch in batches:
             # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
             sums += self._backward(batch, self._world.world_size / tokens)
-        return [sum(column) for column in zip(*self._world.gather(sums.tolist()), strict=True)]
+        supervised = [sum(len(batch.parts[dump]) for batch in batches) for dump in dumps]
+        told = self._world.gather([*supervised, *sums.tolist()])
+        *each, loss, router_aux = [sum(column) for column in zip(*told, strict=True)]
+        rows = [each[len(dumps) + dump * SUMS :][:SUMS] for dump in dumps]
+        return loss, router_aux, [Part(int(each[dump]), *rows[dump][:3]) for dump in dumps]
 
     def _backward(self, batch: TrainBatch, factor: float) -> Tensor:
         """Add the gradients of factor * loss; the sums that `Distilled` gives over the micro-batch."""
@@ -275,6 +285,18 @@ def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> No
     masters = ((key, value) for key, value in tensors if key.startswith(f"{MASTER}/"))
     for key, value in exactly(masters, {key: p.shape for key, p in parameters.items()}):
         parameters[key].data.copy_(value)
+
+
+def _partition(module: nn.Module, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Cast and spread one weight after the other: DeepSpeed would have the whole module on each device first."""
+
+    class OneByOne(nn.Module):
+        def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+            for parameter in module.parameters(recurse):
+                parameter.data = parameter.data.to(device, dtype)
+                yield parameter
+
+    deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=deepcopy(config), dtype=dtype)
 
 
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

@@ -27,6 +27,19 @@ LINE_SECONDS = 5.0
 """Seconds between two log lines where there is no terminal, at least."""
 
 
+class DumpLosses(FrozenModel):
+    """Of one of several dumps: means over its supervised tokens in the steps since the line before."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    loss: float
+    """With the dump's own alpha; without what routers add."""
+    ce: float
+    kl: float
+    supervised_tokens: int
+    """Over all ranks."""
+
+
 class Event(FrozenModel):
     """One line of events.jsonl: the steps since the line before."""
 
@@ -57,6 +70,8 @@ class Event(FrozenModel):
     """Estimated time to the last step."""
     router_aux: float | None = None
     """Auxiliary loss of a mixture of experts, without its coefficient; absent for other students."""
+    dumps: dict[str, DumpLosses] | None = None
+    """The same losses by the dumps of `train.dumps`; absent for a run on one dump."""
 
 
 PREFIX = "eval_"
@@ -90,13 +105,24 @@ class HeldoutResult(FrozenModel):
     """Fingerprint of the held-out dump."""
 
 
+class Part(NamedTuple):
+    """What a step was for one dump, over all ranks."""
+
+    supervised: int
+    """Supervised tokens."""
+    loss: float
+    """Sum over these, as the next two; without what routers add."""
+    ce: float
+    divergence: float
+
+
 class Step(NamedTuple):
     """What a step was, over all ranks."""
 
     loss: float
-    """Sum over its supervised tokens, as the next two."""
-    ce: float
-    kl: float
+    """Sum over its supervised tokens."""
+    parts: Sequence[Part]
+    """Of each dump; none of a step without supervised tokens."""
     supervised: int
     """Supervised tokens."""
     tokens: int
@@ -112,8 +138,9 @@ class Step(NamedTuple):
 class Meter:
     """Adds up steps until the next event. Means are per supervised token, so that steps weigh what they hold."""
 
-    def __init__(self, *, start: int, stop: int, steps_per_epoch: int) -> None:
-        """Begin after `start` of `stop` steps."""
+    def __init__(self, *, start: int, stop: int, steps_per_epoch: int, dumps: Sequence[str] = ()) -> None:
+        """Begin after `start` of `stop` steps. `dumps` are the names of the dumps, if there are several."""
+        self._dumps = dumps
         self._first, self._stop, self._steps_per_epoch = start, stop, steps_per_epoch
         self._begin = self._since = time.monotonic()
         self.total_tokens, self.total_wait = 0, 0.0
@@ -152,8 +179,8 @@ class Meter:
             step=done,
             epoch=done / self._steps_per_epoch,
             loss=sum(step.loss for step in steps) / max(1, supervised),
-            ce=sum(step.ce for step in steps) / max(1, supervised),
-            kl=sum(step.kl for step in steps) / max(1, supervised),
+            ce=sum(part.ce for step in steps for part in step.parts) / max(1, supervised),
+            kl=sum(part.divergence for step in steps for part in step.parts) / max(1, supervised),
             learning_rate=steps[-1].learning_rate,
             grad_norm=steps[-1].grad_norm,
             supervised_tokens=supervised,
@@ -161,7 +188,15 @@ class Meter:
             data_wait_seconds=sum(step.wait for step in steps),
             eta_seconds=(self.seconds + self.paused) / max(1, done - self._first) * (self._stop - done),
             router_aux=sum(step.router_aux for step in steps) / max(1, supervised) or None,
+            dumps={name: _mean([step.parts[i] for step in steps if step.parts]) for i, name in enumerate(self._dumps)}
+            or None,
         )
+
+
+def _mean(parts: Sequence[Part]) -> DumpLosses:
+    tokens = sum(part.supervised for part in parts)
+    loss, ce, kl = (sum(part[i] for part in parts) / max(1, tokens) for i in (1, 2, 3))
+    return DumpLosses(loss=loss, ce=ce, kl=kl, supervised_tokens=tokens)
 
 
 Told = Event | HeldoutResult
@@ -333,6 +368,8 @@ def tracker(name: str, open_it: Callable[[], Opened]) -> Iterator[Write]:
         if opened is not None:
             group = "eval" if isinstance(told, HeldoutResult) else "train"
             take, values = opened[0], told.model_dump(exclude={"step", "dump", "temperature"}, exclude_none=True)
+            for name, losses in values.pop("dumps", {}).items():
+                values |= {f"{name}/{key}": value for key, value in losses.items()}
             attempt(lambda: take({f"{group}/{key}": value for key, value in values.items()}, told.step))
 
     opened = attempt(open_it)

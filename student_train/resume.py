@@ -13,8 +13,8 @@ from storage_schemas.canonical import differences
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
-from student_train.config import TrainSection
-from student_train.data.order import Order
+from student_train.config import METHODS, TrainSection
+from student_train.data.mix import Mix
 from student_train.heldout import stops_early
 from student_train.metrics import EVENTS, HeldoutResult
 from student_train.model.student import FILES, START
@@ -32,12 +32,17 @@ DECISIVE = (
 )  # fmt: skip
 """Of the section `train`, what decides the result: all but world size, ZeRO stage, micro-batches, and where and when
 things happen."""
-LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha")
+LATER = ("lr_scheduler_kwargs", "warmup_steps", "loraplus_lr_ratio", "neftune_noise_alpha", "shuffle")
 """The same; checkpoints of before do not know them, and have the default."""
 FIXED = {
-    f"train.{name}" for name in ("arm", "global_batch_size", "shuffle_window_units", "shuffle_block_units", "seed")
-}
+    f"train.{name}"
+    for name in (
+        "arm", "global_batch_size", "shuffle", "shuffle_bytes", "shuffle_window_units", "shuffle_block_units", "seed"
+    )
+}  # fmt: skip
 """What `train.extend` may not change: the samples of a step and what is trained."""
+MIXED = "train.dumps"
+"""Of several dumps, fingerprint and weight are fixed as well; each has its alpha."""
 
 
 class Start(NamedTuple):
@@ -81,10 +86,24 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
     found: dict[str, Any] = {f"train.{name}": getattr(run.train, name) for name in (*DECISIVE, *LATER)}
     if run.train.lora:
         lora = run.student.lora.model_dump(mode="json") | {"alpha": run.student.lora.scaled_by}
+        if not lora["modules_to_save"]:  # Checkpoints of before do not know it.
+            del lora["modules_to_save"]
         found |= {f"student.lora.{name}": value for name, value in lora.items()}
+    if run.student.quantization is not None:  # The same.
+        found["student.quantization"] = run.student.quantization
     if run.train.distils:
         found |= {f"loss.{name}": value for name, value in run.loss.model_dump(mode="json").items()}
-    return found | {"dump.fingerprint": run.dump.fingerprint, "train.max_steps": run.steps}
+    found |= {"train.max_steps": run.steps}
+    if run.train.shuffle == "epoch":
+        blocks = [order.block_units for order in run.mix.orders]
+        found |= {"train.shuffle_bytes": run.train.shuffle_bytes, "train.shuffle_block_units": blocks}
+        del found["train.shuffle_window_units"]
+    if not run.mixed:
+        return found | {"dump.fingerprint": run.dump.fingerprint}
+    for i, source in enumerate(run.mixed):
+        found |= {f"{MIXED}.{i}.fingerprint": source.dump.fingerprint, f"{MIXED}.{i}.weight": source.weight}
+        found |= {f"{MIXED}.{i}.alpha": source.loss.alpha} if run.train.distils else {}
+    return found
 
 
 def choose(checkpoints: Checkpoints, *, resume: str, used: bool) -> Checkpoint | None:
@@ -140,7 +159,7 @@ def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
             expected=f"at least {step}",
             fix="raise train.max_steps or train.epochs",
         )
-    if verify and (root := consumed_root(run.dump, run.order, step)) != checkpoint.state.consumed:
+    if verify and (root := consumed_root(run.dumps, run.mix, step)) != checkpoint.state.consumed:
         raise DataError(
             "the dump has changed since the checkpoint was written",
             got=f"commit records with the hash {root[:16]}",
@@ -152,7 +171,7 @@ def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
 
 def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
-    if other := differences(found, wanted):
+    if other := differences(as_configured(found), as_configured(wanted)):
         raise MismatchError(
             f"the checkpoint is of another run: {', '.join(other.keys)}",
             got=other.there,
@@ -160,6 +179,15 @@ def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             fix="restore these settings, or choose another train.output; "
             "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
         )
+
+
+def as_configured(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity in the words of the configuration: checkpoints hold the method by its old name."""
+    found = dict(identity)
+    if "train.arm" in found:
+        arm = found.pop("train.arm")
+        found["train.method"] = METHODS.get(arm, arm)
+    return found
 
 
 def _known(state: TrainState) -> dict[str, Any]:
@@ -171,33 +199,35 @@ def _known(state: TrainState) -> dict[str, Any]:
 def _extension(run: TrainingRun, state: TrainState) -> Extension | None:
     """What `train.extend` lets a run change on the way, where the configuration and the checkpoint differ in it."""
     known = _known(state)
-    wanted = {k: v for k, v in identity_of(run).items() if k.startswith(("train.", "loss.")) and k not in FIXED}
+    wanted = {k: v for k, v in identity_of(run).items() if k.startswith(("train.", "loss.")) and not _fixed(k)}
     changed = {key: value for key, value in wanted.items() if key in known and known[key] != value}
     if not changed or not run.train.extend:
         return None
     return Extension(step=state.step, before={key: known[key] for key in changed}, after=changed)
 
 
-def consumed_root(dump: Dump, order: Order, step: int) -> str:
+def _fixed(key: str) -> bool:
+    return key in FIXED or (key.startswith(MIXED) and not key.endswith(".alpha"))
+
+
+def consumed_root(dumps: Sequence[Dump], mix: Mix, step: int) -> str:
     """Hash over the data files of all windows that the first `step` steps have read.
 
-    Whether the dump was sealed by then makes no difference. Raises DataError if one of these units is gone.
+    Whether a dump was sealed by then makes no difference. Raises DataError if one of these units is gone.
     """
     digest = hashlib.sha256()
-    units = 0
-    if step:
-        windows = order.windows_of_step(min(step, order.steps_per_epoch) - 1)
-        units = order.units_of_window(windows[-1]).stop
-    for unit in range(units):
-        record = dump.record(unit)
-        if record is None:
-            raise DataError(
-                f"unit {unit} was trained on, and is not committed any more",
-                got="no commit record",
-                expected=f"commits/unit-{unit:08d}.json",
-                fix="restore the dump, or train from the start in a new train.output",
-            )
-        digest.update(f"{unit} {record.sha256}\n".encode())
+    for i, (dump, order, windows) in enumerate(zip(dumps, mix.orders, mix.windows(step), strict=True)):
+        digest.update(f"dump {i}\n".encode() if i else b"")
+        for unit in range(order.units_of_window(windows - 1).stop if windows else 0):
+            record = dump.record(unit)
+            if record is None:
+                raise DataError(
+                    f"unit {unit} of {dump.store.url} was trained on, and is not committed any more",
+                    got="no commit record",
+                    expected=f"commits/unit-{unit:08d}.json",
+                    fix="restore the dump, or train from the start in a new train.output",
+                )
+            digest.update(f"{unit} {record.sha256}\n".encode())
     return digest.hexdigest()
 
 

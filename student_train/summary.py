@@ -7,16 +7,32 @@ from storage_schemas.canonical import canonical_json, parse_json, validated
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 from student_train.checkpoint import Extension
-from student_train.metrics import HeldoutResult
+from student_train.config import Arm
+from student_train.metrics import DumpLosses, HeldoutResult
 
 SUMMARY, FINAL = "summary.json", "final"
 """Names in the run directory: the summary, and what the run leaves behind."""
 
 
+class TrainedOn(FrozenModel):
+    """One of the dumps that a run was trained on together."""
+
+    url: str
+    fingerprint: str
+    weight: float
+    """How often each of its samples was seen in an epoch."""
+    alpha: float
+    """Of its loss."""
+    samples: int
+    """That were taken from it, over all epochs."""
+    losses: DumpLosses | None
+    """Of the last logged steps."""
+
+
 class Summary(FrozenModel):
     """summary.json: a run that is done."""
 
-    arm: str
+    arm: Arm
     """What was trained."""
     steps: int
     """Optimizer steps."""
@@ -47,7 +63,9 @@ class Summary(FrozenModel):
     resumed_from: int | None
     """Step that the last start went on from; null if it was the first."""
     fingerprint: str
-    """Of the dump."""
+    """Of the dump; of several, of the first."""
+    dumps: dict[str, TrainedOn] = {}
+    """By name, if there are several."""
     student: str
     """Where training began."""
     final: str

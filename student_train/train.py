@@ -20,15 +20,17 @@ from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
 from storage_schemas.rows import Row
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState
-from student_train.config import LossSection, StudentSection, TrainSection
-from student_train.data.batch import TrainBatch, collate
-from student_train.data.stream import Follower, Stream
+from student_train.config import LossSection, StudentSection, TrainSection, sections_of
+from student_train.data.batch import TrainBatch, collate_mixed
+from student_train.data.follower import Followers
+from student_train.data.stream import Stream
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
 from student_train.model.adapter import left_out
 from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
 from student_train.model.student_files import identity, sha256
+from student_train.model.tokenizers import NEW_TOKENS
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
@@ -44,14 +46,17 @@ from student_train.training_run import (
     refuse_early,
     refuse_unfit_adapter,
     stored_rows,
+    trained_on,
     weigh,
 )
+from student_train.warm_start import begun_from, refuse_other_student, warm_start
 from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """How long a rank waits for its data before it tells the others that it is still there."""
+WHOLE = "dump, which train.shuffle: epoch needs, while `windows` follows one that is being written,"
 PROBE_TOKENS = 64
 """Tokens of the row that the saved student is compared on, at most."""
 
@@ -71,7 +76,7 @@ def train(
 
     Args:
         world: all ranks, see `engine.join`.
-        dump: where the targets lie; the rest of the section is stage one's.
+        dump: where the targets lie; the rest of the section is stage one's. With `train.dumps` it is one of these.
         settings: the section `train`.
         stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
@@ -89,48 +94,61 @@ def train(
         PeerError: another rank raised one of these.
     """
     early = partial(refuse_early, student, settings)
-    await_dump(world, dump, seconds=settings.data_wait_seconds, stop=stop, early=early)
+    wait = partial(await_dump, world, seconds=settings.data_wait_seconds, stop=stop, early=early)
+    for section in sections_of(dump, settings):
+        wait(section, complete=WHOLE if settings.shuffle == "epoch" else None)
     if heldout is not None and settings.eval_steps:
-        seconds = settings.data_wait_seconds
-        await_dump(world, heldout, seconds=seconds, stop=stop, early=early, sealed=True)
+        wait(heldout, complete="held-out dump")
     world.on_main(partial(refuse_unfit_adapter, student, settings))
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
     world.on_main(lambda: weigh(opened))
     run, checkpoint, done = decide(world, opened)
     if done is not None:
         return done
-    learner = world.together(lambda: _student(run, checkpoint, main=world.main))
-    if checkpoint is not None and checkpoint.step:  # At step 0 nothing has been trained.
-        world.together(partial(load_weights, learner.module, checkpoint.tensors((MASTER,))))
+    # At step 0 nothing has been trained.
+    trained = checkpoint if checkpoint is not None and checkpoint.step else warm_start(world, run)
+    learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main))
+    if trained is not None:
+        world.together(partial(load_weights, learner.module, trained.tensors((MASTER,))))
     engine = Engine(learner.module, settings, world)
     try:
-        if checkpoint is not None and (updates := checkpoint.state.updates):
-            kinds = checkpoint.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
+        if trained is not None and (updates := trained.state.updates):
+            kinds = trained.tensors((MASTER, EXP_AVG, EXP_AVG_SQ))
             world.together(lambda: engine.restore(kinds, updates=updates))
         return _Loop(world, run, learner, engine, start=checkpoint.state if checkpoint else None, stop=stop).run()
     finally:
         engine.close()
 
 
-def _student(run: TrainingRun, checkpoint: Checkpoint | None, *, main: bool) -> Student:
-    """The student, refused if it does not fit the checkpoint; on the main rank with all that identifies it, and proven
-    to fit the dump."""
+def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None, *, main: bool) -> Student:
+    """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
+    main rank with all that identifies it, and proven to fit the dump."""
     model, revision = run.student.model, run.student.revision
-    initial = None if checkpoint is None else checkpoint.by_name(INITIAL)
-    learner = load_student(run.student, run.loss, run.train, run.dump.provenance, initial=initial)
+    source = trained or checkpoint
+    initial = None if source is None else source.by_name(INITIAL)
+    losses = [source.loss for source in run.sources]
+    learner = load_student(run.student, losses, run.train, run.dump.provenance, initial=initial)
     start = run.student.adapter
     if start is not None and (checkpoint is None or not checkpoint.step):
         begin_from(learner.module.student, start)
     if not main:
         return learner
-    adapter = None if start is None else sha256(start / ADAPTER_WEIGHTS)
-    learner = replace(learner, files=identity(model, revision), adapter=adapter)
+    learner = replace(learner, files=identity(model, revision, code=run.student.trust_remote_code))
+    if start is not None:
+        learner = replace(learner, start=sha256(start / ADAPTER_WEIGHTS))
+    if run.train.warm_start is not None and trained is not None:
+        learner = replace(learner, start=begun_from(trained, own=trained is checkpoint))
+        refuse_other_student(trained, learner.files, model)
     if run.train.lora and (left := left_out(causal_of(learner.module.student), run.student.lora)):
         log.info("student.lora.target_modules: all-linear leaves out the routers: %s", ", ".join(left))
     if checkpoint is not None:
         stored, now = checkpoint.state.identity, learner.identified()
         refuse_other_run({key: stored.get(key) for key in now}, now)
-    refuse_other_dump(learner.module.student, model, revision, run.dump)
+    new: dict[str, None] = {}
+    for dump in run.dumps:
+        new |= dict.fromkeys(refuse_other_dump(learner.module.student, model, revision, dump))
+    if new and not causal_of(learner.module.student).get_input_embeddings().weight.requires_grad:
+        log.warning(NEW_TOKENS, len(new), ", ".join(list(new)[:3]))
     return learner
 
 
@@ -149,8 +167,8 @@ class _Vote(NamedTuple):
     """All their tokens."""
     wait: float
     """Seconds that it waited for them."""
-    windows: float
-    """On the main rank: windows of the dump that may be read."""
+    allowed: float
+    """On the main rank: steps whose data may be read."""
 
 
 class _Loop:
@@ -174,8 +192,9 @@ class _Loop:
         self._done = self._saved = self._start
         self._given_up = False
         """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
-        self._follower = Follower(run.dump, run.order)
-        self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.order.steps_per_epoch)
+        self._followers = Followers(run.dumps, run.mix)
+        names = [source.name for source in run.mixed]
+        self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.mix.steps_per_epoch, dumps=names)
         self._write: Write | None = None
         """Where the rank that reports writes its events."""
         self._trouble: BaseException | None = None
@@ -225,8 +244,7 @@ class _Loop:
         self._meter.add(
             Step(
                 loss=result.loss,
-                ce=result.ce,
-                kl=result.divergence,
+                parts=result.parts,
                 router_aux=result.router_aux,
                 supervised=supervised,
                 tokens=int(sum(vote.tokens for vote in votes)),
@@ -244,14 +262,14 @@ class _Loop:
         """
         world, began = self._world, time.monotonic()
         batches: list[TrainBatch] | None = None
-        windows, wait = 0, 0.0
+        allowed, wait = 0, 0.0
         while True:
             try:
                 if world.main and self._trouble is None:
-                    windows = self._follower.windows()
-                    stream.allow(windows)
-                    if windows < self._run.order.windows_of_step(step).stop:
-                        self._refuse_stalled(windows, time.monotonic() - began)
+                    allowed = self._followers.steps(self._run.steps)
+                    stream.allow(allowed)
+                    if allowed <= step:
+                        self._refuse_stalled(time.monotonic() - began)
                 if batches is None and self._trouble is None:
                     batches = stream.get(step, timeout=POLL_SECONDS)
                     wait = time.monotonic() - began
@@ -261,13 +279,13 @@ class _Loop:
                 code=exit_code(self._trouble),
                 stop=self._stop(),
                 ready=batches is not None,
-                supervised=sum(len(batch.targets) for batch in batches or ()),
+                supervised=sum(batch.supervised for batch in batches or ()),
                 tokens=sum(batch.tokens for batch in batches or ()),
                 wait=wait,
-                windows=windows,
+                allowed=allowed,
             )
             votes = [_Vote(*told) for told in world.gather(mine)]
-            stream.allow(int(votes[0].windows))
+            stream.allow(int(votes[0].allowed))
             if any(vote.code or vote.stop for vote in votes):
                 return None, votes
             if all(vote.ready for vote in votes):
@@ -324,11 +342,13 @@ class _Loop:
             )
         )
 
-    def _refuse_stalled(self, windows: int, waited: float) -> None:
+    def _refuse_stalled(self, waited: float) -> None:
         if waited > self._run.train.data_wait_seconds:
+            found = zip(self._run.sources, self._followers.windows(), self._run.mix.orders, strict=True)
+            ready = [f"{source.name}: {windows} of {order.windows}" for source, windows, order in found]
             raise TemporaryError(
                 "timed out waiting for the dump",
-                got=f"{windows} of {self._run.order.windows} shuffle windows ready after {waited:.0f} s",
+                got=f"{'; '.join(ready)} shuffle windows ready after {waited:.0f} s",
                 expected="the next window of units to be committed",
                 fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
             )
@@ -345,7 +365,7 @@ class _Loop:
                 state = TrainState(
                     step=done,
                     updates=self._engine.updates,
-                    consumed=consumed_root(run.dump, run.order, done),
+                    consumed=consumed_root(run.dumps, run.mix, done),
                     identity=identity_of(run) | learner.identified(),
                     extended=run.extended,
                     heldout=tuple(self._results),
@@ -390,13 +410,13 @@ class _Loop:
     def _open_stream(self) -> Stream:
         run, world = self._run, self._world
         distils, temperature = run.train.distils, run.loss.temperature
-        index = run.dump.provenance.temperature_index(temperature) if distils else 0
+        indices = [dump.provenance.temperature_index(temperature) if distils else 0 for dump in run.dumps]
         valid_vocab = self._learner.module.head.spec.valid_vocab
 
-        def make(rows: Sequence[Row]) -> TrainBatch:
-            batch = collate(
+        def make(rows: Sequence[Sequence[Row]]) -> TrainBatch:
+            batch = collate_mixed(
                 rows,
-                temperature_index=index,
+                temperature_indices=indices,
                 temperature=temperature,
                 entries=distils,
                 vocab_size=valid_vocab,
@@ -405,15 +425,16 @@ class _Loop:
             return batch.pin_memory() if world.device.type == "cuda" else batch
 
         return Stream(
-            run.dump,
-            run.order,
+            run.dumps,
+            run.mix,
             make,
             rank=world.rank,
             world_size=world.world_size,
             micro_batch_size=run.train.micro_batch_size,
             start=self._start,
             stop=run.steps,
-            windows=int(world.told(self._follower.windows)),
+            allowed=int(world.told(lambda: self._followers.steps(run.steps))),
+            dealt=run.train.shuffle == "epoch",
         )
 
     def _finish(self) -> Summary:
@@ -444,7 +465,9 @@ class _Loop:
             events = [self._told]
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
-        if (found := identity(run.student.model, run.student.revision)) != self._learner.files:
+        student = run.student
+        found = identity(student.model, student.revision, code=student.trust_remote_code)
+        if found != self._learner.files:
             raise DataError(
                 f"the student {run.student.model} has changed since it was loaded",
                 got=found,
@@ -464,7 +487,7 @@ class _Loop:
             run.train,
             weights=run.left_behind(self._done, self._results).by_name(MASTER),
             tokenizer=run.dump.tokenizer_files(),
-            card=model_card(run.dump, run.student, run.loss, run.train, events, folder=final, evaluation=evaluation),
+            card=model_card(run.dumps, run.student, run.loss, run.train, events, folder=final, evaluation=evaluation),
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],
             ends=span_ends(rows),
         )
@@ -473,7 +496,7 @@ class _Loop:
             arm=run.train.arm,
             steps=self._done,
             planned_steps=run.steps,
-            epochs=self._done / run.order.steps_per_epoch,
+            epochs=self._done / run.mix.steps_per_epoch,
             loss=events[-1].loss,
             ce=events[-1].ce,
             kl=events[-1].kl,
@@ -486,6 +509,7 @@ class _Loop:
             zero_stage=run.train.zero_stage,
             resumed_from=self._resumed,
             fingerprint=run.dump.fingerprint,
+            dumps=trained_on(run, self._done, events[-1]),
             student=run.student.model,
             final=str(final),
             final_record=record,

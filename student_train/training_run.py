@@ -1,12 +1,15 @@
 """A run: what it is made of, and what can be refused before its student is loaded."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from storage_schemas.canonical import differences
+from storage_schemas.common.devices import refuse_no_compiler
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
@@ -15,29 +18,50 @@ from storage_schemas.records import RUN, SEAL
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension
-from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.config import LossSection, StudentSection, TrainSection, sections_of
+from student_train.data.blocks import units_within
+from student_train.data.mix import Mix
 from student_train.data.order import Order
 from student_train.heldout import Heldout, best
-from student_train.metrics import HeldoutResult, refuse_missing_trackers
+from student_train.metrics import Event, HeldoutResult, refuse_missing_trackers
+from student_train.model.load import refuse_unloadable
 from student_train.model.losses import refuse_biased
-from student_train.model.student import refuse_unloadable
+from student_train.model.quantised import refuse_unfit_quantisation
 from student_train.results.saved import refuse_other_base
 from student_train.schedule import learning_rate, warmup_of
+from student_train.summary import TrainedOn
 from student_train.world import World
 from student_train.zero import deepspeed_config
 
 log = logging.getLogger(__name__)
 
+FEW_UNITS = 4
+"""Fewer that are open at a time mix so little that it is warned of."""
 LOOK_SECONDS = 2.0
 """Between two looks for a dump that has not begun."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A dump that is trained on."""
+
+    name: str
+    """The last part of its URL, or all of it where others end alike."""
+    dump: Dump
+    weight: float
+    """How often each of its samples is seen in an epoch."""
+    loss: LossSection
+    """With the dump's own alpha."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRun:
     """A run, as far as it is known before the student is loaded."""
 
-    dump: Dump
-    order: Order
+    sources: tuple[Source, ...]
+    """One, or those of `train.dumps`."""
+    mix: Mix
+    """Which of their samples a step holds."""
     steps: int
     checkpoints: Checkpoints
     student: StudentSection
@@ -47,6 +71,21 @@ class TrainingRun:
     """What it is evaluated on meanwhile."""
     extended: tuple[Extension, ...] = ()
     """Where it went on under other settings."""
+
+    @property
+    def dumps(self) -> list[Dump]:
+        """Of all sources."""
+        return [source.dump for source in self.sources]
+
+    @property
+    def dump(self) -> Dump:
+        """The first one, for what all agree on: see `refuse_unlike`."""
+        return self.sources[0].dump
+
+    @property
+    def mixed(self) -> tuple[Source, ...]:
+        """The sources, if there are several."""
+        return self.sources if len(self.sources) > 1 else ()
 
     def comparable(self, results: Sequence[HeldoutResult]) -> list[HeldoutResult]:
         """Those on the same held-out samples at the same temperature as now."""
@@ -75,7 +114,10 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     """Raise what training would end in whatever the dump is, before anybody waits or pays for one."""
     refuse_missing_trackers(train.report_to)
     deepspeed_config(train)
-    refuse_unloadable(student.model, student.revision, student.attn_implementation)
+    if train.compile:
+        refuse_no_compiler("train.compile", os.environ)
+    refuse_unloadable(student.model, student.revision, student.attn_implementation, student.trust_remote_code)
+    refuse_unfit_quantisation(student, train)
     refuse_unfit_adapter(student, train)
     refuse_unfit_schedule(train, train.max_steps or 1000)
 
@@ -103,12 +145,19 @@ def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
     """Raise MismatchError if training cannot begin from `student.adapter`, and DataError if that is damaged."""
     if student.adapter is None:
         return
+    if train.warm_start is not None:
+        raise MismatchError(
+            "student.adapter and train.warm_start both say what training begins from",
+            got=f"student.adapter: {student.adapter}; train.warm_start: {train.warm_start}",
+            expected="one of them",
+            fix="leave one out: a checkpoint has Adam's moments, too",
+        )
     if not train.lora:
         raise MismatchError(
-            f"the arm {train.arm} trains all weights, and student.adapter names an adapter",
-            got=f"train.arm: {train.arm}; student.adapter: {student.adapter}",
-            expected="the arm lora or neo",
-            fix="merge the adapter and set student.model to the result, or choose another arm",
+            f"the method {train.method} trains all weights, and student.adapter names an adapter",
+            got=f"train.method: {train.method}; student.adapter: {student.adapter}",
+            expected="the method lora_sft or lora_kd",
+            fix="merge the adapter and set student.model to the result, or choose another method",
         )
     refuse_other_base(student.adapter, student.model, student.revision)
 
@@ -120,18 +169,18 @@ def await_dump(
     seconds: float,
     stop: Callable[[], bool],
     early: Callable[[], None],
-    sealed: bool = False,
+    complete: str | None = None,
 ) -> None:
     """Wait until stage one has begun, or ended, if there is nothing to refuse before. Collective.
 
     `stop` is asked again and again. `early` is called once if there is something to wait for: it raises what waiting
-    would not mend. `sealed` waits until the dump is complete.
+    would not mend. `complete` waits until the dump is that, and says of which dump, and why.
 
     Raises:
         TemporaryError: it is not there after so many seconds, or a stop is asked for.
         MismatchError: there cannot be one: no such bucket, or no access.
     """
-    file, what = (SEAL, "complete held-out dump") if sealed else (RUN, "dump")
+    file, what = (RUN, "dump") if complete is None else (SEAL, f"complete {complete}")
     store = world.together(lambda: Store(section.url, options=section.storage_options))
     began, waiting = time.monotonic(), False
     while True:
@@ -179,31 +228,58 @@ def refuse_contradicted(run: Provenance, stated: Mapping[str, Any]) -> None:
 
 
 def weigh(run: TrainingRun) -> None:
-    """Refuse a sealed dump that nothing can be learned from, and tell of one that fills no step.
+    """Refuse a sealed dump that nothing can be learned from, and tell of dumps that fill no step.
 
     Raises:
-        DataError: no sample has a target.
+        DataError: no sample of a dump has a target.
     """
-    if not run.dump.sealed():
-        return
     usable, wanted = 0, run.train.global_batch_size
-    for record in run.dump.records().values():
-        usable += record.statuses.get(OK, 0)
-        if usable >= wanted:
-            return
-    if not usable:
-        raise nothing_usable(run)
-    log.warning(
-        "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is %d "
-        "optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
-        usable, run.order.samples, wanted, run.order.steps_per_epoch, run.steps,
-    )  # fmt: skip
+    for dump in run.dumps:
+        if not dump.sealed():
+            usable = wanted  # Nobody knows yet.
+            continue
+        before = usable
+        for record in dump.records().values():
+            usable += record.statuses.get(OK, 0)
+            if usable > before and usable >= wanted:
+                break
+        if usable == before:
+            raise nothing_usable(run, dump)
+    for source, share in zip(run.mixed, run.mix.shares, strict=False):
+        log.info(
+            "%s: %d samples of an epoch (%.1f %%), weight %g of %d samples, alpha %g",
+            source.name, share, 100 * share / run.mix.samples, source.weight,
+            source.dump.provenance.corpus.samples, source.loss.alpha,
+        )  # fmt: skip
+    for source, order in zip(run.sources, run.mix.orders, strict=True):
+        _tell_shuffle(source, order, run.train)
+    if usable < wanted:
+        log.warning(
+            "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is "
+            "%d optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
+            usable, run.mix.samples, wanted, run.mix.steps_per_epoch, run.steps,
+        )  # fmt: skip
 
 
-def nothing_usable(run: TrainingRun) -> DataError:
-    """What there is to say of a run that has nothing to learn from."""
+def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
+    """Say how well a complete dump is mixed, if it could be better."""
+    if train.shuffle == "windows" and order.windows > 1 and source.dump.sealed():
+        log.info(
+            "%s is complete, and is read in %d windows one after the other: train.shuffle: epoch would mix all of it",
+            source.name, order.windows,
+        )  # fmt: skip
+    if train.shuffle == "epoch":
+        tell = log.warning if order.block_units < min(FEW_UNITS, order.units) else log.info
+        tell(
+            "%s: samples of %d of its %d units are mixed at a time; train.shuffle_bytes (%d) decides it",
+            source.name, order.block_units, order.units, train.shuffle_bytes,
+        )  # fmt: skip
+
+
+def nothing_usable(run: TrainingRun, dump: Dump | None = None) -> DataError:
+    """What there is to say of a run that has nothing to learn from, or has nothing to learn from one of its dumps."""
     return DataError(
-        f"nothing can be learned from {run.dump.store.url}",
+        f"nothing can be learned from {' and '.join(one.store.url for one in ([dump] if dump else run.dumps))}",
         got=f"no sample with a target in {run.steps} steps of {run.train.global_batch_size} samples",
         expected="samples of status `ok`",
         fix="`llm-neo inspect` counts the dump's samples by status; correct the corpus, or dump again",
@@ -220,27 +296,26 @@ def open_run(
 ) -> TrainingRun:
     """Open the dumps and refuse what they cannot serve."""
     refuse_missing_trackers(train.report_to)
-    cache = train.cache_dir or train.output / "cache"
-    dump = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
-    dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
-    refuse_contradicted(dump.provenance, stated)
-    if train.distils:
-        dump.provenance.temperature_index(loss.temperature)
-        if dump.provenance.estimator.draws:
-            refuse_biased(loss.divergence)
-    order = Order(
-        samples=dump.provenance.corpus.samples,
-        samples_per_unit=dump.provenance.samples_per_unit,
-        window_units=train.shuffle_window_units,
-        block_units=train.shuffle_block_units,
+    if train.compile:
+        refuse_no_compiler("train.compile", os.environ)
+    sources = _open_sources(section, loss, train)
+    for place, source in zip(sections_of(section, train), sources, strict=True):
+        if place.url == section.url:
+            refuse_contradicted(source.dump.provenance, stated)
+    shares = [max(1, round(source.weight * source.dump.provenance.corpus.samples)) for source in sources]
+    mix = Mix(
+        orders=tuple(
+            _order_of(source, train, budget=train.shuffle_bytes * share // sum(shares))
+            for source, share in zip(sources, shares, strict=True)
+        ),
+        shares=tuple(shares),
         global_batch_size=train.global_batch_size,
-        seed=train.seed,
     )
-    steps = train.max_steps or order.steps_per_epoch * train.epochs
+    steps = train.max_steps or mix.steps_per_epoch * train.epochs
     refuse_unfit_schedule(train, steps)
     return TrainingRun(
-        dump=dump,
-        order=order,
+        sources=sources,
+        mix=mix,
         steps=steps,
         checkpoints=Checkpoints(
             train.checkpoint_url or str(train.output / "checkpoints"),
@@ -249,21 +324,81 @@ def open_run(
         student=student,
         loss=loss,
         train=train,
-        heldout=_open_heldout(heldout, dump, loss, train) if heldout and train.eval_steps else None,
+        heldout=_open_heldout(heldout, sources, loss, train) if heldout and train.eval_steps else None,
     )
 
 
-def _open_heldout(section: DumpSection, dump: Dump, loss: LossSection, train: TrainSection) -> Heldout:
-    """The held-out dump, which is of the same tokenizer and not the dump that is trained on."""
+def _open_sources(section: DumpSection, loss: LossSection, train: TrainSection) -> tuple[Source, ...]:
+    """The dumps that are trained on, refused if they cannot serve this loss, or not together."""
+    weights = [(one.weight, one.alpha) for one in train.dumps] or [(1.0, None)]
+    sections = sections_of(section, train)
+    names = [place.url.rstrip("/").rpartition("/")[2] for place in sections]
+    sources: list[Source] = []
+    for place, name, (weight, alpha) in zip(sections, names, weights, strict=True):
+        own = loss if alpha is None else loss.model_copy(update={"alpha": alpha})
+        dump = _open_dump(place, train)
+        sources.append(Source(name=name if names.count(name) == 1 else place.url, dump=dump, weight=weight, loss=own))
+        if train.distils:
+            dump.provenance.temperature_index(loss.temperature)
+            if dump.provenance.estimator.draws:
+                refuse_biased(loss.divergence)
+        for before in sources[:-1]:
+            refuse_unlike(before.dump, dump)
+        dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
+    return tuple(sources)
+
+
+def _open_dump(section: DumpSection, train: TrainSection) -> Dump:
     cache = train.cache_dir or train.output / "cache"
-    found = Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
-    if found.fingerprint == dump.fingerprint:
+    return Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
+
+
+def refuse_unlike(first: Dump, other: Dump) -> None:
+    """Raise MismatchError unless two dumps can be trained on together: other targets, on ids that mean the same."""
+    if first.fingerprint == other.fingerprint:
         raise MismatchError(
-            "the held-out dump is of the very samples that are trained on",
-            got=f"fingerprint {found.fingerprint} at {section.url} and at {dump.store.url}",
-            expected="a dump of other samples",
-            fix="correct heldout.url, or heldout.sources and dump again",
+            f"train.dumps names one dump twice, {first.store.url} and {other.store.url}",
+            got=f"fingerprint {first.fingerprint} at both",
+            expected="dumps that differ",
+            fix="name it once, and say with `weight` how often its samples are seen",
         )
+    here, there = (
+        {"tokenizer": dump.provenance.tokenizer.model_dump(), "lm_head_rows": dump.provenance.teacher.lm_head_rows}
+        for dump in (first, other)
+    )
+    if found := differences(here, there):
+        raise MismatchError(
+            f"the dump {other.store.url} cannot be mixed with {first.store.url}: {', '.join(found.keys)}",
+            got=found.there,
+            expected=found.here,
+            fix="train on dumps of one tokenizer, whose teachers' heads have as many rows; or one run after the other, "
+            "with student.adapter",
+        )
+
+
+def _order_of(source: Source, train: TrainSection, *, budget: int) -> Order:
+    """The order of a dump; over all of it, with as much open at a time as fits into `budget` bytes, or in windows."""
+    run, whole = source.dump.provenance, train.shuffle == "epoch"
+    return Order(
+        samples=run.corpus.samples,
+        samples_per_unit=run.samples_per_unit,
+        window_units=run.units if whole else train.shuffle_window_units,
+        block_units=units_within(source.dump, budget) if whole else train.shuffle_block_units,
+        seed=train.seed,
+    )
+
+
+def _open_heldout(section: DumpSection, sources: Sequence[Source], loss: LossSection, train: TrainSection) -> Heldout:
+    """The held-out dump, which is of the same tokenizer and none of the dumps that are trained on."""
+    found = _open_dump(section, train)
+    for dump in (source.dump for source in sources):
+        if found.fingerprint == dump.fingerprint:
+            raise MismatchError(
+                "the held-out dump is of the very samples that are trained on",
+                got=f"fingerprint {found.fingerprint} at {section.url} and at {dump.store.url}",
+                expected="a dump of other samples",
+                fix="correct heldout.url, or heldout.sources and dump again",
+            )
     if found.provenance.tokenizer != dump.provenance.tokenizer:
         raise MismatchError(
             "the held-out dump was made with another tokenizer than the dump",
@@ -279,12 +414,28 @@ def _open_heldout(section: DumpSection, dump: Dump, loss: LossSection, train: Tr
     return Heldout(found, temperature=temperature, micro_batch_size=train.micro_batch_size)
 
 
+def trained_on(run: TrainingRun, step: int, event: Event) -> dict[str, TrainedOn]:
+    """What the summary says of the dumps after so many steps, if there are several."""
+    return {
+        source.name: TrainedOn(
+            url=source.dump.store.url,
+            fingerprint=source.dump.fingerprint,
+            weight=source.weight,
+            alpha=source.loss.alpha if run.train.distils else 0.0,
+            samples=samples,
+            losses=(event.dumps or {}).get(source.name),
+        )
+        for source, samples in zip(run.mixed, run.mix.taken(step), strict=False)
+    }
+
+
 def stored_rows(run: TrainingRun) -> list[Row]:
     """The first usable sample that was trained on, and then the others of its unit."""
     for step in range(run.steps):
-        for sample in run.order.step_samples(step):
-            unit, place = divmod(int(sample), run.dump.provenance.samples_per_unit)
-            rows = run.dump.read_unit(unit)
+        for sample in run.mix.step_samples(step).tolist():
+            dump, index = run.mix.locate(sample)
+            unit, place = divmod(index, run.mix.orders[dump].samples_per_unit)
+            rows = run.dumps[dump].read_unit(unit)
             if rows.status[place] == OK:
                 return [rows.row(i) for i in (place, *range(len(rows))) if rows.status[i] == OK]
     return []

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_validator, model_validator
 
+from storage_schemas.common.dtypes import Spelling, dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Estimator
 from storage_schemas.stores.address import Located
@@ -37,16 +38,24 @@ class TeacherSection(FrozenModel):
     """Directory or hub id of the teacher."""
     revision: str | None = None
     """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Compute dtype of the forward pass. Statistics are always taken in float32 or better."""
+    trust_remote_code: bool = False
+    """Run the code of Python that the teacher brings with it, as you: read it first. For a directory, or a commit on
+    the hub, given as `revision` with all its 40 digits; the code is part of the dump's identity. With the backend
+    `transformers` alone, and never for the tokenizer, which stage two must be able to load."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        BeforeValidator(dtype_name, json_schema_input_type=Spelling),
+    ] = "bfloat16"
+    """Compute dtype of the forward pass; `bf16`, `fp16` and `fp32` mean the same. Statistics are always taken in
+    float32 or better."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """Which engine runs the teacher. `vllm` needs the extra of that name and makes only `topk` targets at T = 1."""
     attn_implementation: str | None = None
     """transformers' name of its attention: `sdpa`, `eager`, `flash_attention_2`, ... Null: the model's own default. If
     set, it is part of the dump's identity, as vLLM's choice is."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile): about a fifth faster on GPUs, after a minute or so at the start. What
-    is dumped differs by rounding."""
+    """Compile each decoder layer (torch.compile): its body is a quarter faster on a GPU, after a minute at the start;
+    needs a C++ compiler. What is dumped differs by rounding."""
     vllm: dict[str, Any] = {}
     """More arguments of vLLM's engine, e.g. `{tensor_parallel_size: 4, gpu_memory_utilization: 0.8}`."""
     vllm_check_samples: int = Field(8, ge=0)
@@ -82,6 +91,8 @@ class TeacherSection(FrozenModel):
 
     @model_validator(mode="after")
     def _backend_takes_them(self) -> "TeacherSection":
+        if self.trust_remote_code and self.backend != "transformers":
+            raise ValueError(f"trust_remote_code is for the backend transformers, but backend is {self.backend}")
         if self.vllm and self.backend != "vllm":
             raise ValueError(f"`vllm` holds arguments for vLLM's engine, but backend is {self.backend}")
         if self.backend == "vllm" and self.attn_implementation is not None:

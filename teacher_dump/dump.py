@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _LOADED_HOW = ("local_files_only", "is_local")
 """What transformers writes among a tokenizer's settings and changes with HF_HUB_OFFLINE: workers would disagree."""
+_OF_OTHERS = {"adapter_config.json", "checkpoints", "config.json", "events.jsonl", "final", "summary.json"}
+"""Names in directories of runs and models."""
 _LOOK_SECONDS = 10.0
 """A worker looks again what others have committed so long after it has seen the last answer."""
 
@@ -122,10 +124,8 @@ def run_dump(
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
         refuse_wider_than_vocabulary(estimator, teacher)
         # What can be refused is refused before hours go by, and before anything is written.
-        begun = Store(dump.url, options=dump.storage_options).get_if_present(RUN)
+        refuse_unusable(dump)
         teacher.refuse_unloadable()
-        if begun is None:
-            refuse_unusable(dump)
         samples = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
         refuse_too_long(samples, teacher)
         if apart_from is not None:
@@ -146,8 +146,10 @@ def run_dump(
 
 
 def refuse_unusable(dump: DumpSection) -> None:
-    """Raise MismatchError if no dump can be begun at the URL. Of a local directory nothing is created."""
+    """Raise MismatchError if there is no dump at the URL and none can be begun. No local directory is created."""
     store = Store(dump.url, options=dump.storage_options)
+    if store.get_if_present(RUN) is not None:
+        return
     if store.root is None:
         store.probe()
         return
@@ -158,6 +160,13 @@ def refuse_unusable(dump: DumpSection) -> None:
             got=f"{there} is {'read-only' if there.is_dir() else 'no directory'}",
             expected="a directory, or a place where one can be made",
             fix="correct dump.url, or the permissions",
+        )
+    if there == store.root.absolute() and (marks := sorted(_OF_OTHERS & {path.name for path in there.iterdir()})):
+        raise MismatchError(
+            f"{dump.url} holds something else: a run or a model",
+            got=f"{', '.join(marks)} in it",
+            expected="a new or empty directory, or a dump",
+            fix="choose another dump.url (or heldout.url), such as a new directory in there",
         )
 
 

@@ -116,7 +116,7 @@ class DumpProgress:
         if eta is not None:
             text += f", {timedelta(seconds=round(eta))} left"
         if density is not None:
-            text += f", {density:.1f} bytes/supervised token, kept mass {mass:.4f}"
+            text += f", {density:.1f} bytes/supervised token, coverage {mass:.4f}"
         if self._bar is None:
             log.info("dump: %d/%d units, %s", len(done), units, text)
         else:

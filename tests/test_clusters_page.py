@@ -60,7 +60,19 @@ def test_every_command_is_one() -> None:
             (file,) = (word for word in words if word.endswith(".yaml"))
             assert (ROOT / file).is_file()
             seen.add(words[0])
-    assert seen == {"preview", "plan", "status", "verify", "evaluate", "merge", "doctor", "sbatch", "kubectl", "sky"}
+    assert seen == {
+        "init",
+        "preview",
+        "plan",
+        "status",
+        "verify",
+        "evaluate",
+        "merge",
+        "doctor",
+        "sbatch",
+        "kubectl",
+        "sky",
+    }
 
 
 def test_an_option_that_does_not_exist_would_be_noticed() -> None:

@@ -278,7 +278,8 @@ def header_lines(view: Header) -> list[tuple[str, str]]:
         *lines,
         ("bytes", f"{view.bytes:,}, {view.bytes_per_supervised_token:.1f} per supervised token"),
         ("stored entries", f"{view.entries_per_supervised_token:.1f} per supervised token"),
-        ("head mass", f"{view.mean_kept_mass:.4f} on average; the teacher's entropy is {view.mean_entropy:.3f} nats"),
+        ("coverage", f"{view.mean_kept_mass:.4f} of the probability is stored exactly, on average"),
+        ("entropy", f"{view.mean_entropy:.3f} nats, of the teacher's distribution"),
         ("fidelity", f"KL(exact || stored) at most {worst} in any unit"),
     ]
 

@@ -84,7 +84,7 @@ table { border-collapse: collapse; } th, td { padding: .2rem .6rem; vertical-ali
 {% if supervised %}
 <table class="tokens">
 <thead><tr><th class="n">position</th><th>context</th><th>next token</th><th class="n">rank</th><th class="n">p</th>
-<th>top {{ top }}</th><th class="n">mass</th><th class="n">entropy</th></tr></thead>
+<th>top {{ top }}</th><th class="n">coverage</th><th class="n">entropy</th></tr></thead>
 <tbody>
 {% for token in row.supervised %}
 <tr id="row{{ row.sample_index }}-{{ token.position }}"><td class="n">{{ token.position }}</td>

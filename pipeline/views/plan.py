@@ -14,8 +14,8 @@ from pipeline.views.terminal import facts_table
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what `teacher_dump.plan.Plan` holds, given as plain values."""
     console.print(_corpus(plan))
-    for table in (_estimators(plan), _masses(plan), _durations(plan)):
-        console.print("", table)
+    for title, table in (_estimators(plan), _masses(plan), _durations(plan)):
+        console.print("", Text(title, style="italic"), table)
 
 
 def _corpus(plan: dict[str, Any]) -> Table:
@@ -25,38 +25,37 @@ def _corpus(plan: dict[str, Any]) -> Table:
     return facts_table([("samples", samples), ("tokens", tokens), ("pilot", pilot)])
 
 
-def _estimators(plan: dict[str, Any]) -> Table:
-    table = Table(title="Bytes: all columns and files, within about 10 %", title_justify="left")
-    for name in ("estimator", "entries", "mass", "bytes per token", "bytes"):
+def _estimators(plan: dict[str, Any]) -> tuple[str, Table]:
+    table = Table()
+    for name in ("estimator", "entries", "coverage", "bytes per supervised token", "bytes"):
         table.add_column(name, justify="left" if name == "estimator" else "right")
     for each in plan["estimators"]:
         table.add_row(
             Text(each["estimator"], style="bold" if each["configured"] else ""),
             f"{each['entries_per_supervised_token']:.1f}",
-            f"{each['kept_mass']:.4f}",
+            f"{each['kept_mass']:.4f}" if each["kept_mass"] else "none",
             f"{each['bytes_per_supervised_token']:.1f}",
             decimal(each["bytes"]),
         )
-    return table
+    return "Bytes: all columns and files, within about 10 %; coverage is the probability that is stored exactly", table
 
 
-def _masses(plan: dict[str, Any]) -> Table:
-    table = Table(title="Probability of the k most likely tokens", title_justify="left")
+def _masses(plan: dict[str, Any]) -> tuple[str, Table]:
+    table = Table()
     for k in plan["mass_at_k"]:
         table.add_column(f"k={k}", justify="right")
     table.add_row(*(f"{mass:.4f}" for mass in plan["mass_at_k"].values()))
-    return table
+    return "Coverage by the k most likely tokens", table
 
 
-def _durations(plan: dict[str, Any]) -> Table:
+def _durations(plan: dict[str, Any]) -> tuple[str, Table]:
     how = "measured here" if plan["measured"] else "as given"
     held = plan["devices_per_worker"]
     worker = "device" if held == 1 else f"{held} devices, which hold it together"
     title = f"Time of the teacher at {plan['tokens_per_second']:,.0f} tokens/s per {worker}, {how}; without loading it"
-    table = Table(title=title, title_justify="left")
-    for name in ("devices", "hours", "money"):
+    table, priced = Table(), plan["durations"][0]["money"] is not None
+    for name in ("devices", "hours", *(["money"] if priced else [])):
         table.add_column(name, justify="right")
     for each in plan["durations"]:
-        money = "-" if each["money"] is None else f"{each['money']:,.2f}"
-        table.add_row(str(each["devices"]), f"{each['hours']:,.2f}", money)
-    return table
+        table.add_row(str(each["devices"]), f"{each['hours']:,.2f}", *([f"{each['money']:,.2f}"] if priced else []))
+    return title, table

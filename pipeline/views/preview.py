@@ -46,7 +46,7 @@ def _totals(found: Preview) -> Table:
     rows = {
         "samples": f"{found.samples:,} ({counts(found.statuses)}), {found.duplicates:,} duplicates",
         "mask": f"{found.mask}: {how[found.template]}",
-        "begin of text": f"{found.begins_with_bos:,} samples begin with it, {found.doubled_bos:,} of them twice",
+        "BOS token": f"{found.begins_with_bos:,} of {found.samples:,} samples have it, {found.doubled_bos:,} doubled",
         "end of turn": "supervised text ends with "
         + (", ".join(f"{end!r} {count:,} times" for end, count in found.ends.items()) or "nothing"),
         "empty": ", ".join(f"{count:,} {reason}" for reason, count in found.empty.items()) or "no sample",

@@ -2,10 +2,12 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from student_train.config import METHODS
 from student_train.metrics import HeldoutResult
 from student_train.results.model_card import package_version
 from student_train.summary import Summary
@@ -18,7 +20,7 @@ PACKAGES = ("llm-neo", "torch", "transformers", "peft", "deepspeed", "pyarrow", 
 def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
     """The report as Markdown, from what summary.json holds and the summary of stage one."""
     lines = [
-        f"# {summary['arm']}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
+        f"# {METHODS[summary['arm']]}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
         "",
         *_quality(summary, tokens=summary["heldout_supervised_tokens"]),
         *[line for remark in remarks(config, summary) for line in (f"**{remark}**", "")],
@@ -28,7 +30,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "|---|---|",
         f"| teacher, tokens per second | {_number(summary['dump_tokens_per_second'])} |",
         f"| dump, bytes per supervised token | {summary['bytes_per_supervised_token']:.1f} |",
-        f"| dump, mean probability in the stored heads | {dumped['mean_kept_mass']:.4f} |",
+        f"| dump, mean coverage (probability that is stored exactly) | {dumped['mean_kept_mass']:.4f} |",
         f"| training, tokens per second | {_number(summary['train_tokens_per_second'])} |",
         f"| training, steps | {summary['train_steps']} |",
         f"| training, peak memory of a rank | {summary['peak_rss_bytes'] / 2**30:.2f} GiB |",
@@ -38,7 +40,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "| | |",
         "|---|---|",
         *[f"| {name} | `{summary[name]}` |" for name in ("teacher", "student", "adapter", "merged") if summary[name]],
-        f"| dump | `{config.dump.url}`, fingerprint `{summary['fingerprint']}` |",
+        *_dumps(config, summary["fingerprint"], summary["dumps"]),
         f"| held-out dump | `{dumped['heldout']['url']}`, fingerprint `{dumped['heldout']['fingerprint']}` |",
         "",
         *_made_with(config),
@@ -55,7 +57,7 @@ def training_report(config: Config, summary: Summary) -> str:
     seconds = summary.seconds + summary.heldout_seconds
     assert config.heldout is not None
     lines = [
-        f"# {summary.arm}: {Path(summary.student).name}",
+        f"# {METHODS[summary.arm]}: {Path(summary.student).name}",
         "",
         *_quality(quality, tokens=last.supervised_tokens),
         *[line for remark in _no_closer(first.kl, last.kl, steps=last.step) for line in (f"**{remark}**", "")],
@@ -80,12 +82,23 @@ def training_report(config: Config, summary: Summary) -> str:
         "|---|---|",
         f"| student | `{summary.student}` |",
         f"| result | `{summary.final}` |",
-        f"| dump | `{config.dump.url}`, fingerprint `{summary.fingerprint}` |",
+        *_dumps(config, summary.fingerprint, summary.model_dump()["dumps"]),
         f"| held-out dump | `{config.heldout.url}`, fingerprint `{last.dump}` |",
         "",
         *_made_with(config),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _dumps(config: Config, fingerprint: str, mixed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was trained on: the one dump, or those of `train.dumps` as the summary has them."""
+    if not mixed:
+        return [f"| dump | `{config.dump.url}`, fingerprint `{fingerprint}` |"]
+    return [
+        f"| dump | `{one['url']}`, fingerprint `{one['fingerprint']}`, weight {one['weight']:g}, alpha "
+        f"{one['alpha']:g}, {one['samples']:,} samples |"
+        for one in mixed.values()
+    ]
 
 
 def _evaluation(result: HeldoutResult) -> str:

@@ -50,6 +50,8 @@ def watch(look: Callable[[], Status], console: Console, *, seconds: float, as_js
 def tables(status: Status) -> RenderableType:
     """For people who read."""
     parts: list[RenderableType] = [_table("dump", status.dump.url, dump_lines(status.dump))]
+    for other in status.others:
+        parts += ["", _table("dump", other.url, dump_lines(other))]
     if status.heldout is not None:
         parts += ["", _table("held-out dump", status.heldout.url, dump_lines(status.heldout))]
     if status.run is not None:
@@ -64,6 +66,7 @@ def _table(title: str, place: str, lines: list[tuple[str, str]]) -> RenderableTy
 def line(status: Status) -> str:
     """All of it in one line."""
     parts = [f"dump: {_dump_state(status.dump)}{_rest(status.dump)}"]
+    parts += [f"dump {other.url}: {_dump_state(other)}{_rest(other)}" for other in status.others]
     if status.heldout is not None:
         parts.append(f"held-out dump: {_dump_state(status.heldout)}{_rest(status.heldout)}")
     if (run := status.run) is not None:
@@ -110,6 +113,8 @@ def run_lines(run: RunStatus) -> list[tuple[str, str]]:
     lines = [("state", _run_state(run))]
     if run.loss is not None:
         lines.append(("loss", f"{run.loss:.4f}, cross-entropy {run.ce:.4f}, divergence {run.kl:.4f}"))
+        for name, of in (run.dumps or {}).items():
+            lines.append((f"  {name}", f"{of.loss:.4f}, cross-entropy {of.ce:.4f}, divergence {of.kl:.4f}"))
         left = "" if run.finished or run.eta_seconds is None else f", {duration(run.eta_seconds)} left"
         lines.append(("speed", f"{run.tokens_per_second:,.0f} tokens/s{left}"))
     if run.seconds_since_last_step is not None:

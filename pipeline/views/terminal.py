@@ -76,8 +76,8 @@ def coloured_text(view: RowView) -> Text:
 def token_table(view: RowView) -> Table:
     """The supervised tokens, one line each."""
     table = Table()
-    for name in ("position", "context", "next token", "rank", "p", f"top {TOP}", "mass", "entropy"):
-        table.add_column(name, justify="right" if name in ("position", "rank", "p", "mass", "entropy") else "left")
+    for name in ("position", "context", "next token", "rank", "p", f"top {TOP}", "coverage", "entropy"):
+        table.add_column(name, justify="right" if name in ("position", "rank", "p", "coverage", "entropy") else "left")
     for token in view.supervised:
         top = "  ".join(f"{quoted(text)}:{p:.3f}" for text, p in token.top)
         context = quoted(token.context)

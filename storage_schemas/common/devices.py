@@ -124,3 +124,16 @@ def no_such_device(name: str, error: Exception, *, setting: str) -> MismatchErro
 def usable_cores() -> int:
     """Cores that this process may run on, which a scheduler may have made fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_no_compiler(setting: str, env: Mapping[str, str]) -> None:
+    """Raise MismatchError if what `setting` asks torch to compile could not be: what it writes in C++ needs a compiler,
+    on a GPU too."""
+    names = (env.get("CXX"), "g++", "clang++", "c++")
+    if not any(shutil.which(name, path=env.get("PATH")) for name in names if name):
+        raise MismatchError(
+            f"{setting} needs a C++ compiler",
+            got="none of CXX, g++, clang++ and c++ is there",
+            expected="one on the PATH",
+            fix=f"install one, such as g++, or set {setting}: false",
+        )

@@ -25,12 +25,19 @@ _PATTERNS = (
                 re.I), rf"<\1>{_MASK}"),
     (re.compile(r"(x-amz-security-token[\"']?\s*:\s*)[^\s<]+", re.I), rf"\1{_MASK}"),
 )  # fmt: skip
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bA[KS]IA[A-Z0-9]{16}\b")
+"""What can be nothing but a token of the Hugging Face hub or an access key of AWS."""
 _known: set[str] = set()
 
 
 def is_secret(name: str) -> bool:
     """Whether a setting or an environment variable of this name holds a secret."""
     return bool(_SECRET.search(name)) and not _PLACE.search(name)
+
+
+def has_token(text: str) -> bool:
+    """Whether there is a token in it that is known by its look."""
+    return bool(_TOKEN.search(text))
 
 
 def remember_secrets(settings: Mapping[str, str]) -> None:
@@ -42,14 +49,14 @@ def masked(text: str) -> str:
     """`text` without secrets.
 
     What goes: values of secret settings (`remember_secrets`) and environment variables wherever they stand, userinfo in
-    URLs, and what signs a request (tokens, signatures, `Authorization`).
+    URLs, what signs a request (tokens, signatures, `Authorization`), and what looks like a token.
     """
     for value in sorted(_known | _secrets_of(os.environ), key=len, reverse=True):
         for form in {value, quote(value, safe="")}:
             text = text.replace(form, _MASK)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
-    return text
+    return _TOKEN.sub(_MASK, text)
 
 
 def _secrets_of(settings: Mapping[str, str]) -> set[str]:

@@ -18,7 +18,7 @@ _T = TypeVar("_T", bound="_Tensors")
 
 
 class _Tensors:
-    """A dataclass of tensors, of other such dataclasses and of plain values."""
+    """A dataclass of tensors, of other such dataclasses, of tuples of these, and of plain values."""
 
     __slots__ = ()
 
@@ -38,6 +38,8 @@ class _Tensors:
                 changed[field.name] = apply(value)
             elif isinstance(value, _Tensors):
                 changed[field.name] = value._each(apply)
+            elif isinstance(value, tuple):
+                changed[field.name] = tuple(part._each(apply) for part in value)
         return replace(self, **changed)  # type: ignore[type-var]
 
 
@@ -82,12 +84,23 @@ class TrainBatch(_Tensors):
     """Place of each token in its sample."""
     positions: Int64[Tensor, " n"]
     """Flat index, row * seq + column, of the hidden states whose logits predict the supervised tokens."""
-    targets: SparseTargets
-    """Of the supervised tokens, sample by sample."""
+    parts: tuple[SparseTargets, ...]
+    """Of the supervised tokens, dump by dump, and in each sample by sample."""
     tokens: int
     """Tokens in `input_ids` that are not padding."""
     lengths: Int64[Tensor, " batch"]
     """Tokens of each row that are not padding; 1 for a filler."""
+
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens."""
+        return len(self.positions)
+
+    @property
+    def targets(self) -> SparseTargets:
+        """Of a batch of one dump."""
+        (only,) = self.parts
+        return only
 
     def select(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "n hidden"]:
         """Hidden states of the supervised tokens, in the targets' order."""
@@ -98,21 +111,26 @@ class TrainBatch(_Tensors):
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
-def collate(
-    rows: Sequence[Row],
+def collate(rows: Sequence[Row], *, temperature_index: int, temperature: float, **more: Any) -> TrainBatch:
+    """Rows of one dump as one micro-batch, see `collate_mixed`."""
+    return collate_mixed([rows], temperature_indices=[temperature_index], temperature=temperature, **more)
+
+
+def collate_mixed(
+    dumps: Sequence[Sequence[Row]],
     *,
-    temperature_index: int,
+    temperature_indices: Sequence[int],
     temperature: float,
     entries: bool = True,
     vocab_size: int | None = None,
     packed: bool = False,
 ) -> TrainBatch:
-    """Rows of the dump as one micro-batch.
+    """Rows of several dumps as one micro-batch.
 
     Args:
-        rows: samples; none, or none with targets, makes a filler: one token 0 without targets, so that every rank
-            does the same number of forward passes.
-        temperature_index: column of the stored tail masses that belongs to `temperature`.
+        dumps: samples of each; none, or none with targets, makes a filler: one token 0 without targets, so that every
+            rank does the same number of forward passes.
+        temperature_indices: of each dump, the column of the stored tail masses that belongs to `temperature`.
         temperature: T that targets are decoded at.
         entries: False leaves the entries undecoded (K = 0), for training on CE alone.
         vocab_size: every id must lie below it, if given: the columns of the student's head that are in use.
@@ -121,7 +139,8 @@ def collate(
     Raises:
         DataError: an id is out of range.
     """
-    used = [row for row in rows if row.targets is not None]
+    by_dump = [[row for row in rows if row.targets is not None] for rows in dumps]
+    used = [row for rows in by_dump for row in rows]
     lengths = np.array([len(row.input_ids) for row in used], np.int64)
     tokens = int(lengths.sum())
     # Flat index of each sample's first token.
@@ -140,18 +159,21 @@ def collate(
     if vocab_size is not None:
         _refuse_out_of_range(input_ids, vocab_size)
     at = supervised_positions(loss_mask, starts=starts)
-    targets = _sparse_targets(
-        [row.targets for row in used if row.targets is not None and entries],
-        input_ids[at.tokens],
-        temperature_index=temperature_index,
-        temperature=temperature,
-        vocab_size=vocab_size,
-    )
+    labels, parts, first = input_ids[at.tokens], [], 0
+    for rows, index in zip(by_dump, temperature_indices, strict=True):
+        targets = [row.targets for row in rows if row.targets is not None]
+        mine = labels[first : first + sum(map(len, targets))]
+        first += len(mine)
+        if not entries:
+            targets = []
+        parts.append(
+            _sparse_targets(targets, mine, temperature_index=index, temperature=temperature, vocab_size=vocab_size)
+        )
     return TrainBatch(
         input_ids=torch.from_numpy(input_ids).view(batch, seq),
         position_ids=torch.from_numpy(position_ids).view(batch, seq),
         positions=torch.from_numpy(at.logits),
-        targets=targets,
+        parts=tuple(parts),
         tokens=tokens,
         lengths=torch.from_numpy(np.full(1, seq) if packed or not used else lengths),
     )

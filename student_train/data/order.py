@@ -1,4 +1,5 @@
-"""Which samples a step trains on: a pure function of (seed, step), and how a step is dealt to ranks. No state, no I/O.
+"""The order in which a dump is read, a pure function of (seed, position), and how a step is dealt to ranks. No state,
+no I/O. Which positions a step owns, of one dump or of several, says `mix.py`.
 
 Windows of `window_units` consecutive units follow each other. Inside a window the units are shuffled and cut into
 blocks of `block_units`, and the rows of a block are shuffled together: a reader has one block open at a time, and who
@@ -20,7 +21,7 @@ U64 = npt.NDArray[np.uint64]
 
 _ROUNDS = 8
 _TOGETHER = 1024
-"""Samples that are permuted at a time, if a step has fewer."""
+"""Samples that are permuted at a time, if fewer are asked for."""
 _PERSON = b"llm-neo order 1"
 """Part of every key: a change of this file that changes the order must change this too."""
 
@@ -35,12 +36,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """The order of a run.
-
-    Position p of an epoch is one sample, and each of the N samples has one position. Step s of an epoch owns positions
-    [s * G, (s + 1) * G); an epoch has ceil(N / G) steps, so its last step is short where G does not divide N, and no
-    step mixes two epochs.
-    """
+    """The order of a dump: position p of an epoch is one sample, and each of the N samples has one position."""
 
     samples: int
     """N, samples of the dump."""
@@ -50,14 +46,11 @@ class Order:
     """Units per window."""
     block_units: int
     """Units per block."""
-    global_batch_size: int
-    """G, samples per optimizer step."""
     seed: int
     """Of all permutations."""
 
     def __post_init__(self) -> None:
-        sizes = self.samples, self.samples_per_unit, self.window_units, self.block_units, self.global_batch_size
-        assert min(sizes) >= 1
+        assert min(self.samples, self.samples_per_unit, self.window_units, self.block_units) >= 1
 
     @property
     def units(self) -> int:
@@ -69,23 +62,25 @@ class Order:
         """Windows of an epoch."""
         return -(-self.units // self.window_units)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """ceil(N / G)."""
-        return -(-self.samples // self.global_batch_size)
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """Positions start:stop, counted on over all epochs."""
+        cuts = [start, *range((start // self.samples + 1) * self.samples, stop, self.samples), stop]
+        epochs = [cut // self.samples for cut in cuts]
+        return [
+            Span(epoch, first - epoch * self.samples, last - epoch * self.samples)
+            for epoch, first, last in zip(epochs, cuts, cuts[1:], strict=False)
+            if first < last
+        ]
 
-    def span_of_step(self, step: int) -> Span:
-        """Epoch and positions of an optimizer step, counted from 0 over all epochs."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self.global_batch_size
-        return Span(epoch, start, min(start + self.global_batch_size, self.samples))
-
-    def step_samples(self, step: int) -> I64:
-        """Sample indices of a step's global batch: G of them, fewer in the last step of an epoch."""
-        span = self.span_of_step(step)
-        steps = max(1, _TOGETHER // self.global_batch_size)
-        first, place = divmod(span.start, steps * self.global_batch_size)
-        return _samples(self, span.epoch, first * steps, steps)[place : place + span.stop - span.start]
+    def samples_of(self, span: Span) -> I64:
+        """Sample indices of a span, as `samples_at`; its neighbours are remembered, since a permutation takes as long
+        for a few as for many."""
+        if span.stop - span.start > _TOGETHER:
+            return self.samples_at(*span)
+        first = span.start // _TOGETHER
+        near = [_samples(self, span.epoch, piece) for piece in range(first, -(-span.stop // _TOGETHER))]
+        start = span.start - first * _TOGETHER
+        return np.concatenate(near)[start : start + span.stop - span.start]
 
     def samples_at(self, epoch: int, start: int, stop: int) -> I64:
         """Sample indices at positions start:stop of an epoch."""
@@ -117,27 +112,19 @@ class Order:
         """Units that must all be committed before any position of the window can be read, in every epoch."""
         return range(window * self.window_units, min((window + 1) * self.window_units, self.units))
 
-    def windows_of_step(self, step: int) -> range:
-        """Windows that a step reads from."""
-        _, start, stop = self.span_of_step(step)
-        return range(self.window_of_position(start), self.window_of_position(stop - 1) + 1)
-
     def _key(self, epoch: int, purpose: str, index: int) -> U64:
         """(_ROUNDS,) round keys of one permutation."""
         name = f"{self.seed}/{epoch}/{purpose}/{index}".encode()
         return np.frombuffer(hashlib.blake2b(name, digest_size=8 * _ROUNDS, person=_PERSON).digest(), "<u8")
 
 
-@lru_cache(maxsize=4)
-def _samples(order: Order, epoch: int, first: int, steps: int) -> I64:
-    """Sample indices of some steps of an epoch; cached, since a permutation takes as long for one step as for all."""
-    start, stop = (step * order.global_batch_size for step in (first, first + steps))
-    samples = order.samples_at(epoch, start, min(stop, order.samples))
-    samples.setflags(write=False)
-    return samples
+@lru_cache(maxsize=64)
+def _samples(order: Order, epoch: int, piece: int) -> I64:
+    """Sample indices of one of the pieces that an epoch is cut into."""
+    return order.samples_at(epoch, piece * _TOGETHER, min((piece + 1) * _TOGETHER, order.samples))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _block(order: Order, epoch: int, number: int, block: int) -> tuple[Span, I64]:
     """Positions and units of a block, counted within a window; cached, since each step of it asks."""
     window = order.units_of_window(number)

@@ -1,23 +1,24 @@
 """A rank's micro-batches, step by step, decoded ahead of their use by a thread.
 
 The only state is the number of the step: what a step holds is a function of the order, and prefetching is forgotten
-when a run ends. Units are fetched and decoded whole. At most two blocks of units are in memory: the one that is read
-and the next one.
+when a run ends. Units are fetched and decoded whole; which of them are in memory says `blocks.py`.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
+
+import numpy as np
 
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK, Row, UnitRows
+from storage_schemas.rows import Row
 from student_train.data.batch import TrainBatch
-from student_train.data.order import Order, rank_slice
+from student_train.data.blocks import READERS, Blocks, Held, Sample
+from student_train.data.mix import Mix
+from student_train.data.order import rank_slice
 
-READERS = 2
-"""Threads that fetch and decode units."""
 AHEAD = 4
 """Steps that are ready before they are due, at most."""
 
@@ -30,32 +31,41 @@ class Stream:
 
     def __init__(
         self,
-        dump: Dump,
-        order: Order,
-        collate: Callable[[Sequence[Row]], TrainBatch],
+        dumps: Sequence[Dump],
+        mix: Mix,
+        collate: Callable[[Sequence[Sequence[Row]]], TrainBatch],
         *,
         rank: int,
         world_size: int,
         micro_batch_size: int,
         start: int,
         stop: int,
-        windows: int,
+        allowed: int,
+        dealt: bool = False,
     ) -> None:
         """Start reading the steps `start` to `stop` - 1.
 
         Args:
-            collate: makes a micro-batch of rows; of none, a filler.
+            dumps: that the orders of `mix` are of.
+            collate: makes a micro-batch of the rows of each dump; of none, a filler.
             micro_batch_size: samples per micro-batch, at most.
-            windows: how many windows may be read by now, see `allow`.
+            allowed: how many steps of the run may be read by now, see `allow`.
+            dealt: whether samples are dealt to ranks as they stand in a step, so that a rank keeps its own alone; else
+                by their lengths, which balances ranks better and needs all rows of a step on each.
         """
-        self._dump, self._order, self._collate = dump, order, collate
+        self._mix, self._collate = mix, collate
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
-        self._start, self._stop, self._windows = start, stop, windows
-        self._units: dict[int, Future[UnitRows]] = {}
+        self._start, self._stop, self._allowed = start, stop, allowed
         self._ready: deque[tuple[int, list[TrainBatch] | BaseException]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="unit-reader")
+        self._dealt = dealt
+        self.blocks = []
+        for i, (dump, order) in enumerate(zip(dumps, mix.orders, strict=True)):
+            own = partial(mix.dealt, i, rank=rank, world_size=world_size) if dealt else None
+            self.blocks.append(Blocks(dump, order, self._readers, own))
+        """What is open of each dump."""
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
 
@@ -77,10 +87,10 @@ class Stream:
             self._changed.notify_all()
             return result
 
-    def allow(self, windows: int) -> None:
-        """Say how many windows of the dump may be read; it never falls."""
+    def allow(self, steps: int) -> None:
+        """Say how many steps of the run may be read; it never falls."""
         with self._changed:
-            self._windows = max(windows, self._windows)
+            self._allowed = max(steps, self._allowed)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -99,7 +109,7 @@ class Stream:
 
     def _run(self) -> None:
         for step in range(self._start, self._stop):
-            if not self._wait_for(lambda step=step: self._order.windows_of_step(step).stop <= self._windows):  # type: ignore[misc]
+            if not self._wait_for(lambda step=step: step < self._allowed):  # type: ignore[misc]
                 return
             result: list[TrainBatch] | BaseException
             try:
@@ -121,78 +131,37 @@ class Stream:
             return not self._closed
 
     def _prepare(self, step: int) -> list[TrainBatch]:
-        samples = self._order.step_samples(step)
-        self._open(step)
-        places = {sample: self._place(sample) for sample in samples.tolist()}
-        # Rows that are not used cost nothing; the others are sorted by what they cost.
-        lengths = [unit.tokens(i) if unit.status[i] == OK else 0 for unit, i in places.values()]
-        shares = rank_slice(samples, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
-        mine = [[places[sample] for sample in share.tolist()] for share in shares]
-        return [self._collate([unit.row(i) for unit, i in share]) for share in mine]
+        taken = self._take(step)
+        lengths = [sample.tokens for _, sample in taken]
+        numbers = np.arange(len(taken))
+        if self._dealt:
+            shares = rank_slice(numbers, 0, 1, self._micro_batch_size, lengths=lengths)
+            # As many as other ranks may have.
+            shares += [numbers[:0]] * (
+                self._mix.micro_batches(step, self._world_size, self._micro_batch_size) - len(shares)
+            )
+        else:
+            shares = rank_slice(numbers, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
+        return [self._collate(self._by_dump([taken[i] for i in share.tolist()])) for share in shares]
 
-    def _open(self, step: int) -> None:
-        """Ask for the units of this step's blocks and of the next block, and let go of all others."""
-        span = self._order.span_of_step(step)
-        wanted: dict[int, None] = {}
-        position = span.start
-        while position < span.stop:
-            block, units = self._order.block_at(span.epoch, position)
-            wanted |= dict.fromkeys(map(int, units))
-            position = block.stop
-        wanted |= dict.fromkeys(self._next_block(span.epoch, position))
-        for unit in [unit for unit in self._units if unit not in wanted]:
-            self._units.pop(unit).cancel()
-        for unit in wanted:
-            if unit not in self._units and not self._closed:
-                self._units[unit] = self._readers.submit(self._dump.read_unit, unit)
+    def _by_dump(self, samples: Sequence[tuple[int, Sample]]) -> list[list[Row]]:
+        return [[sample.row() for of, sample in samples if of == dump] for dump in range(len(self.blocks))]
 
-    def _next_block(self, epoch: int, position: int) -> list[int]:
-        """Units of the block that begins at `position`, if there is one and it may be read already."""
-        if position >= self._order.samples:
-            epoch, position = epoch + 1, 0
-        if self._order.window_of_position(position) >= self._windows:
-            return []
-        if epoch * self._order.steps_per_epoch >= self._stop:
-            return []
-        return [int(unit) for unit in self._order.block_at(epoch, position)[1]]
+    def _take(self, step: int) -> list[tuple[int, Sample]]:
+        """(dump, sample) of a step, all or the rank's own; one may be there twice, if its dump is small."""
+        spans = list(zip(self.blocks, self._mix.taken(step), self._mix.taken(step + 1), strict=True))
+        # What the step itself waits for comes before what is read ahead.
+        for blocks, start, stop in spans:
+            blocks.open(start, stop)
+        limits = zip(self._mix.taken(self._stop), self._mix.windows(self._allowed), strict=True)
+        for (blocks, _, stop), (end, windows) in zip(spans, limits, strict=True):
+            blocks.read_ahead(stop, end=end, windows=windows)
+        taken = [blocks.take(start, stop, self._result) for blocks, start, stop in spans]
+        return [(dump, sample) for dump, samples in enumerate(taken) for sample in samples]
 
-    def _place(self, sample: int) -> tuple[UnitRows, int]:
-        """The unit that holds a sample, and the sample's row in it."""
-        unit, place = divmod(sample, self._order.samples_per_unit)
-        future = self._units[unit]
-        # A store may take its time to answer; closing does not wait for it.
+    def _result(self, future: Future[Held]) -> Held:
+        """A unit's samples. A store may take its time to answer; closing does not wait for it."""
         while not (future.done() or wait([future], timeout=0.5).done):
             if self._closed:
                 raise CancelledError
-        return future.result(), place
-
-
-class Follower:
-    """Looks how far a dump has come. One rank looks; the others are told."""
-
-    def __init__(self, dump: Dump, order: Order, *, interval: float = 2.0) -> None:
-        """Nothing is read yet. `interval` is the time between two looks, in seconds."""
-        self._dump, self._order, self._interval = dump, order, interval
-        self._windows, self._next_look = 0, 0.0
-        self._missing: list[int] = []
-
-    def windows(self) -> int:
-        """Windows, counted from the first, whose units are all committed.
-
-        Raises:
-            NeoError: the store is away, or a record is damaged.
-        """
-        if self._windows == self._order.windows or time.monotonic() < self._next_look:
-            return self._windows
-        if self._dump.sealed():
-            self._windows = self._order.windows
-        while self._windows < self._order.windows:
-            self._missing = self._missing or list(self._order.units_of_window(self._windows))
-            # One that is not there is reason enough to wait: a look costs one request, and one per new unit.
-            while self._missing and self._dump.record(self._missing[0]) is not None:
-                self._missing.pop(0)
-            if self._missing:
-                break
-            self._windows += 1
-        self._next_look = time.monotonic() + self._interval
-        return self._windows
+        return future.result()

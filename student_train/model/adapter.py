@@ -1,12 +1,13 @@
 """The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
@@ -33,6 +34,7 @@ OWNED = {
     "lora_alpha": "student.lora.alpha",
     "lora_dropout": "student.lora.dropout",
     "target_modules": "student.lora.target_modules",
+    "modules_to_save": "student.lora.modules_to_save",
     "use_rslora": "student.lora.variant: rslora",
     "use_dora": "student.lora.variant: dora",
     "base_model_name_or_path": "student.model",
@@ -89,6 +91,7 @@ def lora_config(lora: LoraSection) -> LoraConfig:
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": lora.dropout,
         "target_modules": lora.target_modules,
+        "modules_to_save": list(lora.modules_to_save) or None,
         "task_type": TaskType.CAUSAL_LM,
     }
     try:
@@ -98,7 +101,8 @@ def lora_config(lora: LoraSection) -> LoraConfig:
 
 
 def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None) -> PeftModel:
-    """Put the adapter on the student; everything else is frozen. fp32 adapters, whatever the base's dtype.
+    """Put the adapter on the student; everything else is frozen but for `lora.modules_to_save`. fp32 adapters, whatever
+    the base's dtype.
 
     Args:
         base: the student; its weights are changed by `pissa`, and by nothing else.
@@ -108,17 +112,20 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
             a decomposition would come out on this machine.
 
     Raises:
-        MismatchError: no such target modules, the head is among them, or `extra` does not go with the variant.
+        MismatchError: no such modules, the head is among those to adapt, or `extra` does not go with the variant.
         DataError: `initial` is not that of this adapter.
     """
     config = lora_config(lora)
     torch.manual_seed(seed)
     try:
         _leave_out_routers(base, lora, config)
+        # Else peft would give a head that shares the embeddings' weight one of its own.
+        config.ensure_weight_tying = _is_shared(base, _saved(base, lora.modules_to_save))
         model = get_peft_model(base, config)
     except _NOT_TAKEN as error:
         raise _not_taken(error) from error
     _refuse_head(model)
+    _refuse_adapted_twice(model)
     if lora.variant == "pissa":
         _refuse_experts(model)
         shapes = {name: p.shape for name, p in _factors(model)}
@@ -190,8 +197,13 @@ def plain_adapter(
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
         config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
         config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
-    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=ADAPTER, save_embedding_layers=False)
-    return config, {name: tensor.contiguous() for name, tensor in state.items()}
+    # A weight that two modules share has one name in training, and both of them in the files.
+    first = {p: name for name, p in model.named_parameters()}
+    both = {
+        name: weights[first[p]] for name, p in model.named_parameters(remove_duplicate=False) if first[p] in weights
+    }
+    state = get_peft_model_state_dict(model, state_dict=both, adapter_name=ADAPTER, save_embedding_layers=False)
+    return config, {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -259,12 +271,64 @@ def _not_taken(error: Exception) -> MismatchError:
 def _refuse_head(model: PeftModel) -> None:
     base = model.get_base_model()
     for module in (base.get_output_embeddings(), base.get_input_embeddings()):
-        if isinstance(module, LoraLayer) or any(p.requires_grad for p in module.parameters()):
+        saved = isinstance(module, ModulesToSaveWrapper)
+        if isinstance(module, LoraLayer) or (not saved and any(p.requires_grad for p in module.parameters())):
             raise MismatchError(
                 "the adapter would train the head or the embeddings",
                 got=type(module).__name__,
                 expected="adapters on the layers in between",
-                fix="take them out of student.lora.target_modules: fused head and plain adapter rest on frozen ones",
+                fix="take them out of student.lora.target_modules: fused head and plain adapter rest on frozen ones; "
+                "student.lora.modules_to_save trains them in full",
+            )
+
+
+def _saved(base: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules that peft takes for `modules_to_save`. Raises MismatchError where it would pass over a name."""
+    found: list[nn.Module] = []
+    for wanted in names:
+        of_name = [m for name, m in base.named_modules() if name.endswith(wanted) and any(True for _ in m.parameters())]
+        if not of_name:
+            raise MismatchError(
+                "student.lora.modules_to_save names no module of the student that has weights",
+                got=wanted,
+                expected="the end of a module's name, such as norm, embed_tokens or lm_head",
+                fix="correct or remove it",
+            )
+        if any(not p.is_floating_point() for module in of_name for p in module.parameters()):
+            raise MismatchError(
+                "student.lora.modules_to_save names a module that student.quantization has quantised",
+                got=wanted,
+                expected="norms, embeddings or head",
+                fix="take it out, or remove student.quantization",
+            )
+        found += of_name
+    return found
+
+
+def _is_shared(base: Any, modules: Sequence[nn.Module]) -> bool:
+    """Whether the head or the embeddings are among them, and have one weight. Raises MismatchError if peft would then
+    lose the head's bias."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    shared = head.weight is embeddings.weight and any(module in (head, embeddings) for module in modules)
+    if shared and getattr(head, "bias", None) is not None:
+        raise MismatchError(
+            f"student.lora.modules_to_save cannot train the head of {type(base).__name__}",
+            got="a bias, and the weight of the embeddings",
+            expected="a head without a bias, or with a weight of its own",
+            fix="remove head and embeddings from it",
+        )
+    return shared
+
+
+def _refuse_adapted_twice(model: PeftModel) -> None:
+    """Raise MismatchError where a module that is trained in full holds an adapter too."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(isinstance(m, LoraLayer) for m in module.modules()):
+            raise MismatchError(
+                "student.lora.modules_to_save and target_modules meet in one module",
+                got=name,
+                expected="modules that are adapted, and others that are trained in full",
+                fix="name whole modules, such as o_proj, in one of the two",
             )
 
 

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from storage_schemas.common.errors import MismatchError, first_line
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
@@ -21,9 +20,11 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
+from student_train.model.load import load_model
+from student_train.model.mapped import in_usable_dtype, reads_mapped
+from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
-from student_train.model.student_files import refuse_attention, weight_files
 from student_train.model.tokenizers import refuse_tokenizer
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FILES, START = "student.files", "student.adapter"
-"""Keys of a checkpoint's identity: the student's `student_files.identity`, and the hash of the adapter at its start."""
+"""Keys of a checkpoint's identity: the student's `student_files.identity`, and what it began from."""
 PROBE_TOLERANCE = 0.02
 """Of the largest logit: what bf16 may differ by between two ways to the same number."""
 
@@ -46,9 +47,9 @@ class Head(nn.Module):
     the function alone: as a parameter it would be gathered once more in every backward pass, which does not read it.
     """
 
-    def __init__(self, embeddings: nn.Module, *, loss: LossSection, spec: HeadSpec) -> None:
+    def __init__(self, embeddings: nn.Module, *, losses: tuple[LossSection, ...], spec: HeadSpec) -> None:
         super().__init__()
-        self.loss, self.spec = loss, spec
+        self.losses, self.spec = losses, spec
         self.gather: Gather = lambda _: nullcontext()
         weight: nn.Parameter = embeddings.weight  # type: ignore[assignment]
         bias: nn.Parameter | None = getattr(embeddings, "bias", None)
@@ -59,16 +60,20 @@ class Head(nn.Module):
             self._frozen = (weight, bias)
 
     def forward(self, hidden: Tensor, batch: TrainBatch | None) -> tuple[Tensor, Tensor]:
-        """Loss sum, and the sums of `HeadLoss`; without a batch, logits twice."""
+        """Loss sum, and of each dump the sums of `HeadLoss`; without a batch, logits twice."""
         weight, bias = (self.weight, self.bias) if self.trained else self._frozen
         whole = nullcontext() if self.trained else self.gather([p for p in (weight, bias) if p is not None])
         with whole:
             if batch is None:
                 logits = self._logits(hidden, weight, bias)
                 return logits, logits
-            sums = fused_head_loss(hidden, weight, batch.targets, loss=self.loss, head=self.spec, bias=bias)
-        parts = torch.stack([x.detach().double() for x in sums])
-        return sums.loss, parts
+            pieces = torch.split(hidden, [len(targets) for targets in batch.parts])
+            each = [
+                fused_head_loss(piece, weight, targets, loss=loss, head=self.spec, bias=bias)
+                for piece, targets, loss in zip(pieces, batch.parts, self.losses, strict=True)
+            ]
+        parts = torch.stack([torch.stack([x.detach().double() for x in sums]) for sums in each])
+        return torch.stack([sums.loss for sums in each]).sum(), parts
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = nn.functional.linear(hidden, weight, bias).float()
@@ -79,31 +84,31 @@ class Head(nn.Module):
 class Distilled(nn.Module):
     """Student and loss: what DeepSpeed trains. Logits exist for chunks of supervised tokens only."""
 
-    def __init__(self, student: nn.Module, *, loss: LossSection, head: HeadSpec) -> None:
-        """Wrap a causal language model of transformers, or a PeftModel around one."""
+    def __init__(self, student: nn.Module, *, losses: tuple[LossSection, ...], head: HeadSpec) -> None:
+        """Wrap a causal language model of transformers, or a PeftModel around one. `losses` are those of each dump."""
         super().__init__()
         self.student = student
         # In a list, since the student already owns it.
         self._causal = [causal_of(student)]
-        self.head = Head(self._causal[0].get_output_embeddings(), loss=loss, spec=head)
+        self.head = Head(self._causal[0].get_output_embeddings(), losses=losses, spec=head)
         self.router_loss: RouterLoss | None = None
 
     def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
-        """Sums over the micro-batch: the loss to differentiate, and the sums of `HeadLoss` as float64.
+        """Sums over the micro-batch: the loss to differentiate, and of each dump the sums of `HeadLoss` as float64.
 
-        While training, the loss of a mixture of experts holds that of its routers, see `RouterLoss`; what this was,
-        without its coefficient, stands behind the other sums, and is 0 for other models.
+        While training, the loss of a mixture of experts holds that of its routers, see `RouterLoss`. This loss, and
+        what its routers add without their coefficient, 0 for other models, then stand behind the other sums.
         """
         states = self._states(batch.input_ids, batch.position_ids)
         loss, parts = self.head(batch.select(states.last_hidden_state), batch)
         if not self.training:
-            return loss, parts
+            return loss, parts.flatten()
         routers = loss.new_zeros(())
         # On a filler too, with weight 0: ZeRO-3 hangs unless all ranks do the same backward pass.
         if self.router_loss is not None:
-            routers = self.router_loss(states.router_logits, batch.mask()) * len(batch.targets)
+            routers = self.router_loss(states.router_logits, batch.mask()) * batch.supervised
             loss = loss + self.router_loss.coefficient * routers
-        return loss, torch.cat([loss.detach().double()[None], parts[1:], routers.detach().double()[None]])
+        return loss, torch.cat([parts.flatten(), torch.stack([loss, routers]).detach().double()])
 
     @torch.no_grad()
     def logits(
@@ -133,19 +138,19 @@ class Student:
     module: Distilled
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
-    adapter: str | None = None
-    """Hash of the weights of the adapter that it began from; on the main rank alone."""
+    start: str | None = None
+    """Hash of the weights of the adapter, or the checkpoint, that it began from; on the main rank alone."""
     files: dict[str, str] = field(default_factory=dict)
     """Identity of the files it came from, see `student_files.identity`; on the main rank alone."""
 
     def identified(self) -> dict[str, Any]:
         """What identifies it in a checkpoint's identity."""
-        return {FILES: self.files, START: self.adapter}
+        return {FILES: self.files, START: self.start}
 
 
 def load_student(
     student: StudentSection,
-    loss: LossSection,
+    losses: Sequence[LossSection],
     train: TrainSection,
     provenance: Provenance,
     *,
@@ -153,13 +158,20 @@ def load_student(
 ) -> Student:
     """Load the student and make it ready for its arm.
 
-    The arms `sft` and `lora` use the cross-entropy alone, as with alpha 0. For `initial` see `adapter.attach`.
+    `losses` are those of each dump, and `provenance` is what these agree on. The arms `sft` and `lora` use the
+    cross-entropy alone, as with alpha 0. For `initial` see `adapter.attach`.
 
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
-    dtype, attention = DTYPES[train.precision], student.attn_implementation
-    base = load_model(student.model, student.revision, dtype=dtype, attention=attention)
+    dtype, attention, mapped = DTYPES[train.precision], student.attn_implementation, reads_mapped(student, train)
+    refuse_unfit_quantisation(student, train)
+    base = load_model(
+        student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention,
+        trust=student.trust_remote_code, quantisation=quantisation(student, dtype),
+    )  # fmt: skip
+    keep_numbers(base)
+    base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base
     start: dict[str, Tensor] = {}
@@ -174,7 +186,7 @@ def load_student(
         base.enable_input_require_grads()
     if train.neftune_noise_alpha is not None:
         add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
-    minimised = loss if train.distils else loss.model_copy(update={"alpha": 0.0})
+    minimised = losses if train.distils else [loss.model_copy(update={"alpha": 0.0}) for loss in losses]
     module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens)
     module.router_loss = RouterLoss.of(base)
     if train.packing:
@@ -182,11 +194,13 @@ def load_student(
     return Student(module=module, initial=start)
 
 
-def distilled(student: nn.Module, loss: LossSection, provenance: Provenance, *, chunk_tokens: int = 512) -> Distilled:
-    """A student with the loss on a dump's targets. Raises MismatchError if its head is not understood."""
+def distilled(
+    student: nn.Module, losses: Sequence[LossSection], provenance: Provenance, *, chunk_tokens: int = 512
+) -> Distilled:
+    """A student with the losses on the dumps' targets. Raises MismatchError if its head is not understood."""
     valid_vocab = min(vocab_rows(student), provenance.teacher.lm_head_rows)
     head = HeadSpec.of(causal_of(student).config, valid_vocab=valid_vocab, chunk_tokens=chunk_tokens)
-    module = Distilled(student, loss=loss, head=head)
+    module = Distilled(student, losses=tuple(losses), head=head)
     refuse_unknown_head(module)
     return module
 
@@ -204,54 +218,6 @@ def add_noise(embeddings: nn.Module, alpha: float) -> None:
     embeddings.register_forward_hook(noisy)
 
 
-def load_model(
-    name: str, revision: str | None, *, dtype: torch.dtype | str, attention: str | None = None
-) -> PreTrainedModel:
-    """A causal language model, from safetensors alone.
-
-    `attention` is an `attn_implementation` of transformers; None is the model's default.
-
-    Raises:
-        MismatchError: there is no such model, it is quantised, needs code of its own, or cannot run that attention.
-        DataError: a file of it is torn.
-    """
-    with _loading(name):
-        refuse_unloadable(name, revision, attention)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            attn_implementation=attention,
-        )  # fmt: skip
-
-
-def refuse_unloadable(name: str, revision: str | None, attention: str | None = None) -> None:
-    """Raise what `load_model` would, as far as it can be known without loading; files are fetched if need be."""
-    with _loading(name):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise MismatchError(
-                f"{name} is quantised",
-                got=str(config.quantization_config)[:200],
-                expected="weights in bf16 or fp32",
-                fix="use the unquantised model: sharding and merging quantised weights is not supported yet",
-            )
-        weight_files(name, revision)
-        if attention is not None:
-            refuse_attention(name, config, attention)
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise MismatchError(
-            f"the model {name} cannot be loaded",
-            got=first_line(error),
-            expected="a directory or hub id with config.json and *.safetensors",
-            fix="correct student.model; convert other weight formats to safetensors first",
-        ) from error
-
-
 def causal_of(student: nn.Module) -> Any:
     """The causal language model of transformers inside."""
     return student.get_base_model() if isinstance(student, PeftModel) else student
@@ -263,10 +229,11 @@ def vocab_rows(student: nn.Module) -> int:
     return rows
 
 
-def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> None:
-    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids."""
+def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> list[str]:
+    """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids; the
+    tokens that are new to it."""
     refuse_long_rows(student, dump.provenance.corpus.max_length)
-    refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
+    return refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
 
 
 def refuse_long_rows(student: nn.Module, longest: int) -> None:

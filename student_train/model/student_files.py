@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from storage_schemas.canonical import digest, parse_json
+from storage_schemas.common.code import Code, code_sha256
 from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.common.hashes import file_state
 
@@ -53,15 +55,27 @@ def refuse_torn(file: Path) -> None:
         ) from error
 
 
-def identity(model: str, revision: str | None) -> dict[str, str]:
-    """What decides how a model computes: hashes of its configuration and of its weight files. Free of its path."""
+def config_file(model: str, revision: str | None) -> dict[str, Any]:
+    """Content of its config.json."""
     file = Path(str(cached_file(model, "config.json", revision=revision)))
-    config = parse_json(file.read_bytes(), name="config.json")
-    told = {key: value for key, value in config.items() if key not in UNTOLD}
+    return parse_json(file.read_bytes(), name="config.json")
+
+
+def identity(model: str, revision: str | None, *, code: bool = False) -> dict[str, str]:
+    """What decides how a model computes: hashes of its configuration and of its weight files, and with `code` of all
+    code that it brings. Free of its path."""
+    told = {key: value for key, value in config_file(model, revision).items() if key not in UNTOLD}
     weights = weight_files(model, revision)
     with ThreadPoolExecutor(4) as pool:
         hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
-    return {"config": digest(told), "weights": digest(hashes)}
+    found = {"config": digest(told), "weights": digest(hashes)}
+    return found | {"code": digest(code_sha256(code_folder(model, revision)))} if code else found
+
+
+def code_folder(model: str, revision: str | None) -> Path:
+    """The directory that its code lies in, fetched if need be."""
+    folder = Path(model)
+    return folder if folder.is_dir() else Path(snapshot_download(model, revision=revision, allow_patterns=["*.py"]))
 
 
 def sha256(path: Path) -> str:
@@ -100,11 +114,11 @@ def _weight_map(index: str) -> dict[str, str]:
     return names
 
 
-def refuse_attention(name: str, config: Any, attention: str) -> None:
+def refuse_attention(name: str, config: Any, attention: str, code: Code) -> None:
     """Raise MismatchError if transformers has no such attention for this model, or what it needs is not installed."""
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=code)
     except (ValueError, ImportError) as error:
         raise MismatchError(
             f"{name} cannot be run with student.attn_implementation: {attention}",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from storage_schemas.common.errors import MismatchError
-from storage_schemas.tokenizer import refuse_other_tokenizer
+from storage_schemas.common.errors import MismatchError, first_line
+from storage_schemas.tokenizer import new_tokens, refuse_other_tokenizer
 from student_train.model.student_files import find_file
 
 log = logging.getLogger(__name__)
@@ -18,6 +18,12 @@ FILES = (
     "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json",
 )  # fmt: skip
 """Names of a tokenizer's files."""
+
+NEW_TOKENS = (
+    "%d tokens of the dump are new to the student's tokenizer, such as %s; its rows for them are padding, and stay "
+    "what they are unless student.lora.modules_to_save trains embeddings and head"
+)
+"""What to warn of."""
 
 
 def has_tokenizer(model: str, revision: str | None) -> bool:
@@ -29,10 +35,13 @@ def has_tokenizer(model: str, revision: str | None) -> bool:
     return any(find_file(model, name, revision) for name in on_hub)
 
 
-def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> None:
+def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes], *, head_rows: int) -> list[str]:
     """Raise MismatchError unless every id means the same to the student's tokenizer and to the dump's, made of `files`.
 
     A student without tokenizer files of its own is accepted, with a warning.
+
+    Returns:
+        The dump's tokens that are new to the student's tokenizer: behind its last one.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files)
@@ -40,9 +49,10 @@ def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes
         theirs = load_tokenizer(folder, None, fix=fix).get_vocab()
     if not has_tokenizer(model, revision):
         log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
-        return
+        return []
     ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
+    return new_tokens(theirs, max(ours.values()) + 1)
 
 
 def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedTokenizerBase:
@@ -56,7 +66,7 @@ def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedT
     except Exception as error:  # The tokenizers library raises nothing more exact.
         raise MismatchError(
             f"the tokenizer in {model} cannot be loaded",
-            got=f"{type(error).__name__}: {str(error).strip()[:300]}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="a tokenizer of transformers, without code of its own",
             fix=fix,
         ) from error

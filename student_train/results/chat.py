@@ -19,20 +19,23 @@ Messages = Sequence[Mapping[str, str]]
 class Chat:
     """A model that answers."""
 
-    def __init__(self, model: str | Path, *, base: Path | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, model: str | Path, *, base: Path | None = None, device: str = "auto", trust: bool = False
+    ) -> None:
         """Load it.
 
         Args:
             model: directory or hub id of a model, or directory of a peft adapter.
             base: where an adapter's base model lies, if not where the adapter says.
             device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+            trust: run the code that the model brings.
 
         Raises:
             MismatchError: no such model or device, or it has no tokenizer.
             DataError: a file of it is torn or was changed.
         """
         self._device = device_named(device)
-        loaded, source, revision = load_ready(model, base, device=self._device)
+        loaded, source, revision = load_ready(model, base, device=self._device, trust=trust)
         self._model = loaded.to(self._device)
         fix = "give a model that was saved with its tokenizer"
         own = tokenizer_in(Path(model))

@@ -14,7 +14,8 @@ from storage_schemas.rows import OK, Row
 from student_train.config import LossSection
 from student_train.data.batch import collate
 from student_train.model.head import SUMS
-from student_train.model.student import distilled, load_model, refuse_other_dump
+from student_train.model.load import load_model
+from student_train.model.student import distilled, refuse_other_dump
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
 
@@ -51,6 +52,8 @@ def evaluate(
     limit: int | None = None,
     partial: bool = False,
     base: Path | None = None,
+    revision: str | None = None,
+    trust: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Compare a model with the teacher's stored targets.
@@ -64,6 +67,8 @@ def evaluate(
         limit: evaluate no more than the first samples.
         partial: leave out units that are not committed yet.
         base: where an adapter's base model lies, if not where the adapter says.
+        revision: of `model`, on the hub.
+        trust: run the code that the model brings.
         progress: called with (samples done, samples in all).
 
     Raises:
@@ -88,9 +93,9 @@ def evaluate(
             fix="let stage one finish, or give --partial (in Python `partial=True`) to evaluate on what there is",
         )
     where = device_named(device)
-    student, source, revision = load_ready(model, base, device=where)
+    student, source, revision = load_ready(model, base, device=where, revision=revision, trust=trust)
     refuse_other_dump(student, source, revision, dump)
-    module = distilled(student, LossSection(temperature=temperature), dump.provenance).eval()
+    module = distilled(student, [LossSection(temperature=temperature)], dump.provenance).eval()
     valid = module.head.spec.valid_vocab
     module.to(where)
 
@@ -126,19 +131,25 @@ def evaluate(
     )
 
 
-def load_ready(model: str | Path, base: Path | None, *, device: torch.device) -> tuple[Any, str, str | None]:
+def load_ready(
+    model: str | Path, base: Path | None, *, device: torch.device, revision: str | None = None, trust: bool = False
+) -> tuple[Any, str, str | None]:
     """A model, or an adapter on its base, to be run on a device: in fp32 on a CPU, else as it is stored.
 
     Args:
         model: directory or hub id of a model, or directory of a peft adapter.
         base: where an adapter's base model lies, if not where the adapter says.
         device: where it shall run; it is not moved there.
+        revision: of a model on the hub; an adapter names that of its base.
+        trust: run the code that the model brings.
 
     Returns:
         It, and name and revision of the model itself.
     """
-    source, revision = source_of(model, base)
-    loaded: Any = load_model(source, revision, dtype=torch.float32 if device.type == "cpu" else "auto")
+    source, pinned = source_of(model, base)
+    revision = pinned or revision
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    loaded: Any = load_model(source, revision, dtype=dtype, trust=trust)
     ready = load_adapter(loaded, Path(model)) if is_adapter(model) else loaded.eval()
     return ready, source, revision
 

@@ -14,8 +14,9 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.common.publish import publishing
 from student_train.config import StudentSection, TrainSection
 from student_train.model.adapter import attach, plain_adapter
+from student_train.model.load import load_model
 from student_train.model.scaling import scale_between
-from student_train.model.student import DTYPES, Student, load_model, relative_difference
+from student_train.model.student import DTYPES, Student, relative_difference
 from student_train.model.tokenizers import tokenizer_in, write_files
 from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.model_card import CARD
@@ -62,16 +63,17 @@ def write_final(
         if train.lora:
             _save_adapter(staged, student, section, weights)
             expected = _trained_logits(student, section, train, weights, input_ids)
-            base = load_model(section.model, section.revision, dtype=torch.float32)
+            base = load_model(section.model, section.revision, dtype=torch.float32, trust=section.trust_remote_code)
             generation_of(base, tokenizer_in(staged), ends).to_json_file(str(staged / GENERATION))
             found = load_adapter(base, staged)(input_ids=input_ids, use_cache=False).logits
             refuse_other_logits(staged, found, expected)
         else:
-            model = load_model(section.model, section.revision, dtype=torch.float32)
+            model = load_model(section.model, section.revision, dtype=torch.float32, trust=section.trust_remote_code)
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
             generation = generation_of(model, tokenizer_in(staged), ends)
-            save_model(staged, model, DTYPES[train.precision], input_ids, generation)
+            trust = section.trust_remote_code
+            save_model(staged, model, DTYPES[train.precision], input_ids, generation, trust=trust)
         (staged / CARD).write_text(card, encoding="utf-8")
         return write_record(staged, (student.files or None) if train.lora else None)
 
@@ -85,7 +87,13 @@ def refuse_other_logits(what: Path, found: Tensor, expected: Tensor) -> None:
 
 @torch.no_grad()
 def save_model(
-    folder: Path, model: Any, dtype: torch.dtype, input_ids: Int64[Tensor, "1 seq"], generation: GenerationConfig
+    folder: Path,
+    model: Any,
+    dtype: torch.dtype,
+    input_ids: Int64[Tensor, "1 seq"],
+    generation: GenerationConfig,
+    *,
+    trust: bool = False,
 ) -> None:
     """Save a model, and prove that what was saved has its weights, rounded once, and with these its logits.
 
@@ -95,6 +103,7 @@ def save_model(
         dtype: of the files.
         input_ids: tokens to compare the logits on, in fp32.
         generation: how it is used; the config's special tokens become the same.
+        trust: it brings code, which is saved beside it and may be run.
 
     Raises:
         DataError: a weight differs in one bit, or a setting was lost.
@@ -106,7 +115,7 @@ def save_model(
     model.generation_config = GenerationConfig()  # transformers does not save all that it loads.
     model.to(dtype).save_pretrained(str(folder), safe_serialization=True)
     generation.to_json_file(str(folder / GENERATION))
-    again = load_model(str(folder), None, dtype=torch.float32).eval()
+    again = load_model(str(folder), None, dtype=torch.float32, trust=trust).eval()
     own, found = model.state_dict(), again.state_dict()
     different = [name for name in sorted({*own, *found}) if not _equal(own.get(name), found.get(name))]
     if different:
@@ -136,7 +145,7 @@ def _trained_logits(
     input_ids: Int64[Tensor, "1 seq"],
 ) -> Float[Tensor, "1 seq vocab"]:
     """Of what was trained, made anew in fp32: the model as training builds it, with the trained weights in it."""
-    base = load_model(section.model, section.revision, dtype=torch.float32)
+    base = load_model(section.model, section.revision, dtype=torch.float32, trust=section.trust_remote_code)
     model = attach(base, section.lora, seed=train.seed, initial=student.initial)
     scale_between(model)
     parameters = dict(model.named_parameters())

@@ -9,12 +9,12 @@ from transformers import GenerationConfig
 
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.publish import publishing
-from student_train.model.student import load_model
+from student_train.model.load import load_model
 from student_train.model.tokenizers import FILES, tokenizer_in
 from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.final import refuse_other_logits, save_model
 from student_train.results.model_card import CARD, merged_card
-from student_train.results.saved import is_adapter, load_adapter, source_of
+from student_train.results.saved import is_adapter, lacks, load_adapter, source_of
 
 PROBE_TOKENS = 16
 """Tokens that adapter and merged model are compared on."""
@@ -22,7 +22,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @torch.no_grad()
-def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path | None = None) -> str:
+def merge(
+    adapter_dir: Path, output: Path, dtype: str | None = None, base: Path | None = None, *, trust: bool = False
+) -> str:
     """Fold an adapter into its base model, prove it, and save it with tokenizer and generation config.
 
     The sum is made in fp32, must give the adapter's logits there, and is rounded once. What was saved is loaded again
@@ -33,6 +35,7 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
         output: directory of the model; it must not exist, or be empty.
         dtype: `bfloat16`, `float16` or `float32`; None: as the base model is stored.
         base: where the base model lies, if not where the adapter says.
+        trust: run the code that the base model brings.
 
     Returns:
         The dtype that it was saved in, as above.
@@ -45,18 +48,14 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError("no such dtype", got=dtype, expected=f"one of {', '.join(DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(
-            f"{output} is not empty", got="a file, or a directory with content", expected="a new directory",
-            fix="choose another output, or remove it",
-        )  # fmt: skip
+    refuse_used(output)
     if not is_adapter(adapter_dir):
         raise MismatchError(
-            f"{adapter_dir} is not an adapter", got="no adapter_config.json", expected="the `final/` of an adapter run",
-            fix="give the directory of a peft adapter; the arms sft and kd save whole models",
+            f"{adapter_dir} is not an adapter", got=lacks(adapter_dir), expected="the `final/` of an adapter run",
+            fix="give the directory of a peft adapter; the methods full_sft and full_kd save whole models",
         )  # fmt: skip
     source, revision = source_of(adapter_dir, base)
-    whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32)
+    whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32, trust=trust)
     wanted = whole.dtype if dtype is None else getattr(torch, dtype)
     adapted = load_adapter(whole.float(), adapter_dir)
     probe = torch.arange(PROBE_TOKENS)[None] * 7 % whole.get_input_embeddings().weight.shape[0]
@@ -74,12 +73,22 @@ def merge(adapter_dir: Path, output: Path, dtype: str | None = None, base: Path 
         _copy_tokenizer(adapter_dir, source, revision, staged)
         if (adapter_dir / GENERATION).is_file():
             merged.generation_config = GenerationConfig.from_pretrained(str(adapter_dir))
-        save_model(staged, merged, wanted, probe, generation_of(merged, tokenizer_in(staged), {}))
+        generation = generation_of(merged, tokenizer_in(staged), {})
+        save_model(staged, merged, wanted, probe, generation, trust=trust)
         own_card = adapter_dir / CARD
         card = merged_card(own_card.read_text(encoding="utf-8"), output) if own_card.is_file() else None
         if card is not None:
             (staged / CARD).write_text(card, encoding="utf-8")
     return str(wanted).removeprefix("torch.")
+
+
+def refuse_used(output: Path) -> None:
+    """Raise UsageError unless this is a new directory, or an empty one."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(
+            f"{output} is not empty", got="a file, or a directory with content", expected="a new directory",
+            fix="choose another output, or remove it",
+        )  # fmt: skip
 
 
 def _copy_tokenizer(adapter_dir: Path, source: str, revision: str | None, folder: Path) -> None:

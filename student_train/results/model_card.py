@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def model_card(
-    dump: Dump,
+    dumps: Sequence[Dump],
     student: StudentSection,
     loss: LossSection,
     train: TrainSection,
@@ -54,13 +54,14 @@ def model_card(
 ) -> str:
     """The card of a run's adapter, or of its model for the full arms, with front matter for the hub.
 
-    `events` are all of the run, at least one; `folder` is where the adapter or model lies.
+    `dumps` are all that it was trained on, in the order of `train.dumps` if there are several; `events` are all of the
+    run, at least one; `folder` is where the adapter or model lies.
     """
     return _render(
         "model_card.md.jinja",
         front=_front(student, train),
-        dump=dump,
-        run=dump.provenance,
+        dumps=dumps,
+        mixed=[{"weight": one.weight, "alpha": loss.alpha if one.alpha is None else one.alpha} for one in train.dumps],
         student=student,
         loss=loss,
         train=train,

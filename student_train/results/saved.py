@@ -1,5 +1,6 @@
 """Adapters and models on disk: the record of what a run has left in `final/`, and whether it still is that."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,20 @@ def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | N
             expected="the model that the adapter was trained on",
             fix="say where it lies now: --base DIR",
         )
-    if record is not None and record.base is not None and (found := _identity(source, revision)) != record.base:
+    trained_on = record.base if record is not None else None
+    if trained_on is not None and (found := _identity(source, revision, trained_on)) != trained_on:
         raise MismatchError(
             f"{source} is not the model that the adapter in {model} was trained on",
             got=found,
-            expected=record.base,
+            expected=trained_on,
             fix="say where that model lies: --base DIR",
         )
     return source, revision
+
+
+def lacks(folder: Path) -> str:
+    """What a directory that is no adapter lacks."""
+    return f"no {ADAPTER_CONFIG}" if folder.is_dir() else "no such directory"
 
 
 def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
@@ -123,17 +130,18 @@ def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
     if not is_adapter(adapter):
         raise MismatchError(
             f"{adapter} is not an adapter",
-            got=f"no {ADAPTER_CONFIG}",
+            got=lacks(adapter),
             expected="the directory of a peft adapter",
             fix="correct student.adapter; a whole model belongs in student.model",
         )
     _refuse_unreadable(adapter)
     record = read_record(adapter)
-    if record is not None and record.base is not None and (found := _identity(model, revision)) != record.base:
+    trained_on = record.base if record is not None else None
+    if trained_on is not None and (found := _identity(model, revision, trained_on)) != trained_on:
         raise MismatchError(
             f"the adapter in {adapter} was trained on another model than {model}",
             got=found,
-            expected=record.base,
+            expected=trained_on,
             fix="set student.model to the model that it was trained on",
         )
 
@@ -151,7 +159,7 @@ def begin_from(model: PeftModel, folder: Path) -> None:
         name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     if not different and {name: tensor.shape for name, tensor in state.items()} != shapes:
-        different = ["target_modules"]
+        different = ["target_modules", "modules_to_save"]
     if different:
         raise MismatchError(
             f"the adapter in {folder} is another one than student.lora describes: {', '.join(different)}",
@@ -190,9 +198,10 @@ def _refuse_unreadable(folder: Path) -> None:
     refuse_torn(folder / ADAPTER_WEIGHTS)
 
 
-def _identity(model: str, revision: str | None) -> dict[str, str] | None:
+def _identity(model: str, revision: str | None, base: Mapping[str, str]) -> dict[str, str] | None:
+    """As told in a record, with the code where that has it."""
     try:
-        return identity(model, revision)
+        return identity(model, revision, code="code" in base)
     except OSError:  # No such model: whoever loads it says so.
         return None
 

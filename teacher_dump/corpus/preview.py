@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
+from storage_schemas.common.code import runs_code
 from storage_schemas.common.errors import MismatchError, UsageError, first_line
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
@@ -108,9 +109,10 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
         MismatchError: there is no such teacher.
     """
     place = {} if Path(teacher.model).is_dir() else {"revision": teacher.revision}
+    code = runs_code(teacher.trust_remote_code, teacher.model, teacher.revision, setting="teacher.trust_remote_code")
     try:
         tokenizer = AutoTokenizer.from_pretrained(teacher.model, trust_remote_code=False, **place)
-        head = AutoConfig.from_pretrained(teacher.model, trust_remote_code=False, **place).get_text_config().vocab_size
+        head = AutoConfig.from_pretrained(teacher.model, trust_remote_code=code, **place).get_text_config().vocab_size
     except (OSError, ValueError, KeyError) as error:
         raise MismatchError(
             f"the tokenizer of the teacher {teacher.model} cannot be loaded",

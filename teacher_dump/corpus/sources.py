@@ -82,7 +82,7 @@ def find_source(source: SourceSection) -> Found:
             "a source of the corpus is missing",
             got=f"no file {source.path}",
             expected="a file (docs/data_formats.md has the kinds), a glob, a directory, or a dataset id",
-            fix="correct corpus.sources[].path",
+            fix="correct corpus.sources[].path; a relative path begins where the command is run",
         )
     return Found(None, source.path)
 
@@ -302,5 +302,5 @@ def _unreadable(source: SourceSection, error: BaseException) -> DataError:
         f"a source of the corpus cannot be read: {source.path}",
         got=f"{type(error).__name__}: {str(error)[:300]}",
         expected="a file (docs/data_formats.md has the kinds), a directory or a dataset id, with the configured split",
-        fix="correct the file, or corpus.sources[] (path, name, split)",
+        fix="correct the file, or corpus.sources[] (path, name, split); without network, download it first",
     )

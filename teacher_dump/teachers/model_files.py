@@ -11,8 +11,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from storage_schemas.common.errors import DataError, MismatchError, first_line
+from storage_schemas.common.code import NO_CODE, Code, code_sha256, refuse_foreign_code
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.hashes import file_sha256
+from storage_schemas.common.models import absent, is_hub_id
 from teacher_dump.corpus.cache import cache_folder
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -47,6 +49,10 @@ class ModelFiles:
         with ThreadPoolExecutor(4) as pool:
             return dict(zip((path.name for path in self.weights), pool.map(_sha256, self.weights), strict=True))
 
+    def code_sha256(self) -> dict[str, str]:
+        """Hash of each file of its code, by name."""
+        return code_sha256(self.folder)
+
     def refuse_torn(self) -> None:
         """Raise DataError if a weight file is not whole: its header says how long it is."""
         for path in self.weights:
@@ -57,28 +63,22 @@ class ModelFiles:
                 raise _damaged(path, error, "a whole safetensors file") from error
 
 
-def find_model(name: str, revision: str | None) -> ModelFiles:
-    """The files of a directory or of a hub model, fetched if need be.
+def find_model(name: str, revision: str | None, code: Code = NO_CODE) -> ModelFiles:
+    """The files of a directory or of a hub model, fetched if need be; with `code` those of its code, too.
 
     Raises:
-        MismatchError: no such model, or one without safetensors.
+        MismatchError: no such model, one without safetensors, or whose code is another model's.
         DataError: its index of weight files is damaged.
     """
     folder, commit = Path(name), None
     if not folder.is_dir():
-        tried = f"{folder.absolute()} is no directory"
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-            fix = "correct teacher.model; a relative path begins where the command is run"
-            raise _no_model(name, f"{tried}, and this is no hub id", fix=fix)
+        if not is_hub_id(name):
+            raise _no_model(name, *absent(name, None, setting="teacher.model"))
         try:
-            found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            wanted = [*_WANTED, "*.py"] if code else _WANTED
+            found = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         except (OSError, ValueError) as error:
-            why = first_line(error)
-            fix = (
-                "correct the path or hub id, or teacher.revision; without network, download it first "
-                f"(`hf download {name}`) and set HF_HOME to where it lies"
-            )
-            raise _no_model(name, f"{tried}; from the hub: {why}", fix=fix) from error
+            raise _no_model(name, *absent(name, error, setting="teacher.model")) from error
         folder = Path(found)
         commit = folder.name
     elif revision is not None:
@@ -90,6 +90,8 @@ def find_model(name: str, revision: str | None) -> ModelFiles:
         )
     if not (folder / "config.json").is_file():
         raise _no_model(name, "no config.json")
+    if code:
+        refuse_foreign_code(json.loads((folder / "config.json").read_bytes()), name)
     return ModelFiles(folder=folder, revision=commit, weights=_weight_files(folder, name))
 
 
@@ -132,7 +134,7 @@ def _damaged(path: Path, error: Exception, expected: str) -> DataError:
     )
 
 
-def _no_model(name: str, got: str, *, fix: str | None = None) -> MismatchError:
+def _no_model(name: str, got: str, fix: str | None = None) -> MismatchError:
     return MismatchError(
         f"the teacher {name} cannot be loaded",
         got=got,

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from storage_schemas.common.devices import no_such_device, refuse_idle_gpus
+from storage_schemas.common.code import NO_CODE, Code, importing, runs_code
+from storage_schemas.common.devices import no_such_device, refuse_idle_gpus, refuse_no_compiler
 from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.config import Estimator
 from storage_schemas.logits import LogitTransform, body_of, compile_layers, finish_logits
@@ -30,6 +32,9 @@ from teacher_dump.teachers.model_files import ModelFiles, find_model
 from teacher_dump.teachers.products import Float32Results, linear
 
 log = logging.getLogger(__name__)
+
+TRUST = "teacher.trust_remote_code"
+"""Where the user says that code may be run."""
 
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits that exist at a time: little memory, and enough to keep the matrix product busy."""
@@ -59,12 +64,27 @@ class Teacher:
     @cached_property
     def files(self) -> ModelFiles:
         """Its files, fetched from the hub if need be."""
-        return find_model(self.section.model, self.section.revision)
+        return find_model(self.section.model, self.section.revision, self.code)
+
+    @property
+    def code(self) -> Code:
+        """Whether code that it brings is run."""
+        section = self.section
+        return runs_code(section.trust_remote_code, section.model, section.revision, setting=TRUST)
 
     @cached_property
     def config(self) -> Any:
         """Its transformers config."""
-        return self.from_pretrained(AutoConfig)
+        if not self.code:
+            return self.from_pretrained(AutoConfig)
+        with importing(HF_MODULES_CACHE):
+            found = self.from_pretrained(AutoConfig)
+            if place := (getattr(found, "auto_map", None) or {}).get("AutoModelForCausalLM"):
+                try:
+                    get_class_from_dynamic_module(place, str(self.files.folder))
+                except Exception as error:  # Of somebody else's code.
+                    raise self._unloadable(error) from error
+        return found
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -148,7 +168,8 @@ class Teacher:
             DataError: a file is torn.
         """
         self.files.refuse_torn()
-        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        brought = self.code and "AutoModelForCausalLM" in (getattr(self.config, "auto_map", None) or {})
+        if not brought and type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise self._unloadable(ValueError(f"{type(self.config).__name__} belongs to no causal language model"))
         if (quantised := getattr(self.config, "quantization_config", None)) is not None:
             try:
@@ -158,6 +179,8 @@ class Teacher:
             except (ValueError, RuntimeError) as error:  # May depend on where the weights will be.
                 log.debug("%s", error)
         self._refuse_attention()
+        if self.section.compile:
+            refuse_no_compiler("teacher.compile", os.environ)
         _ = self.device
 
     def _refuse_attention(self) -> None:
@@ -166,7 +189,8 @@ class Teacher:
             return
         try:
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(self.config, attn_implementation=attention, trust_remote_code=False)
+                code = self.code
+                AutoModelForCausalLM.from_config(self.config, attn_implementation=attention, trust_remote_code=code)
         except (ValueError, ImportError) as error:
             raise MismatchError(
                 f"{self.section.model} cannot be run with teacher.attn_implementation: {attention}",
@@ -269,12 +293,15 @@ class Teacher:
             weights_sha256=self.files.weights_sha256(),
             dtype=self.section.dtype,
             lm_head_rows=self.lm_head_rows,
+            # Left out, and not null, where there is none: as in dumps of before.
+            **({"code_sha256": self.files.code_sha256()} if self.code else {}),
         )
 
     def from_pretrained(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained` on its files, none of whose code is run; what fails is a NeoError."""
+        """`kind.from_pretrained` on its files, whose code is run if `code` says so; what fails is a NeoError."""
+        code = NO_CODE if kind is AutoTokenizer else self.code
         try:
-            return kind.from_pretrained(self.files.folder, trust_remote_code=False, **options)
+            return kind.from_pretrained(self.files.folder, trust_remote_code=code, **options)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError) as error:
             raise explained(error, memory=_MEMORY_ADVICE) or self._unloadable(error) from error
 

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_lines import Call
 from support.dumps import some_provenance, unit_rows
 from support.tiny_student import save_student
 from support.tiny_teachers import save_teacher, tiny_tokenizer
@@ -25,6 +25,7 @@ from storage_schemas.provenance import Provenance
 from storage_schemas.writer import DumpWriter
 
 COMMANDS = [
+    "init",
     "dump",
     "preview",
     "train",
@@ -38,24 +39,9 @@ COMMANDS = [
     "status",
     "doctor",
     "prune",
+    "resize",
+    "config",
 ]
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """`llm-neo` in this process: exit code, standard output, standard error."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
-        printed = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, printed.out, printed.err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def write_dump(folder: Path, provenance: Provenance, *, seal: bool = True) -> Path:
@@ -147,6 +133,7 @@ def test_version(call: Call) -> None:
         ["inspect", "DUMP", "--row", "-1"],
         ["inspect", "DUMP", "--row", "10"],
         ["prune", "m"],
+        ["resize", "m", "out"],
     ],
 )
 def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, arguments: list[str]) -> None:
@@ -414,3 +401,12 @@ def test_chat_answers_each_line_of_a_pipe(call: Call, tmp_path: Path, monkeypatc
     code, once, _ = call("chat", str(model), *settings, "--prompt", "w9 w8")
     assert (code, once) == (0, f"{first}\n")
     assert call("chat", str(tmp_path / "nowhere"))[0] == Exit.MISMATCH
+
+
+def test_what_a_command_found_is_printed_for_people() -> None:
+    found = {"ok": True, "errors": [], "bytes": 12345, "share": 0.9468815487278982, "statuses": {"ok": 3}, "none": None}
+    lines = dict(cli._plain(found | {"heldout": {"url": "h", "errors": ["a", "b"]}}))
+    assert lines == {
+        "ok": "true", "errors": "none", "bytes": "12,345", "share": "0.946882", "statuses.ok": "3", "none": "null",
+        "heldout.url": "h", "heldout.errors": "b",
+    }  # fmt: skip

@@ -74,7 +74,7 @@ def test_every_problem_is_listed_where_it_stands_with_a_suggestion(file: Path) -
     message = problems(file, "train.zero_stage=7", "student.lora.rnk=8", "learning_rate=1")
     assert "5 problems" in message
     assert f"{file}: dump.sample_per_unit -> unknown key; did you mean dump.samples_per_unit?" in message
-    assert f"{file}: train.arm -> must be 'sft', 'lora', 'kd' or 'neo', got 'noe'; did you mean neo?" in message
+    assert f"{file}: train.arm -> must be 'full_sft', 'lora_sft', 'full_kd' or 'lora_kd', got 'noe'" in message
     assert "--set: train.zero_stage -> must be 0, 1, 2 or 3, got 7" in message
     assert "--set: student.lora.rnk -> unknown key; known here: r, alpha" in message
     assert "--set: learning_rate -> unknown key; did you mean train.learning_rate?" in message
@@ -161,6 +161,15 @@ BOUNDS = [
     ("train.adam_beta2", 1.0),
     ("train.adam_epsilon", 0),
     ("train.max_grad_norm", -1),
+    ("train.dumps", [{"url": "s3://bucket/run-a"}]),
+    ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": "s3://bucket/run-a/"}]),
+    ("train.dumps", [{"url": "s3://bucket/run-b"}, {"url": "s3://bucket/run-c"}]),
+    ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": "s3://bucket/run-b", "weight": 0}]),
+    ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": "s3://bucket/run-b", "weight": 1e4}]),
+    ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": "s3://bucket/run-b", "alpha": 1.1}]),
+    ("train.dumps", [{"url": "s3://bucket/run-a"}, {"url": None}]),
+    ("train.shuffle", "all"),
+    ("train.shuffle_bytes", 2**20 - 1),
     ("train.shuffle_window_units", 0),
     ("train.shuffle_block_units", 0),
     ("train.head_chunk_tokens", 0),

@@ -180,7 +180,7 @@ def test_the_terminal_shows_text_legend_and_table(dump):
     screen = StringIO()
     terminal.show(dump, [0, 1, 3], Console(file=screen, force_terminal=True, color_system="truecolor", width=240))
     shown = screen.getvalue()
-    for name in ("position", "context", "next token", "rank", "top 5", "mass", "entropy", "p at least 0.9"):
+    for name in ("position", "context", "next token", "rank", "top 5", "coverage", "entropy", "p at least 0.9"):
         assert name in shown
     assert "nonfinite" in shown
     # Markup of rich is text here, and neither the terminal nor the reader's eye is turned around.

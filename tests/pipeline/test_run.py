@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
+from support.own_code import bring_code
 from support.tiny_teachers import save_teacher
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +26,7 @@ from pipeline.config import load_config
 from pipeline.prune import prune
 from pipeline.run import Steps, _dump_inputs
 from pipeline.views.report import remarks
+from storage_schemas.reader import Dump
 from student_train.metrics import read_events
 
 TESTS = Path(__file__).parents[1]
@@ -209,6 +211,7 @@ def test_the_students_cluster_reports_without_the_teacher(finished: Path) -> Non
     assert first["kl"] == pytest.approx(with_teacher["kl_before"], rel=1e-4)
     assert last["kl"] == pytest.approx(with_teacher["kl_after"], rel=1e-4)
     report = (finished / "alone/report.md").read_text()
+    assert report.startswith("# lora_kd: student\n")
     assert f"| {first['kl']:.4f} | {last['kl']:.4f} | " in report
     assert "share of the time" in report
     assert "teacher, tokens per second" not in report
@@ -232,6 +235,7 @@ def test_the_summary_has_the_documented_names_and_the_student_improves(finished:
 @pytest.mark.slow
 def test_the_report_tells_results_configuration_and_versions(finished: Path) -> None:
     report = (finished / "run/report.md").read_text()
+    assert report.startswith("# lora_kd: student from teacher\n")
     summary = json.loads((finished / "run/summary.json").read_text())
     assert f"{summary['kl_before']:.4f} | {summary['kl_after']:.4f}" in report
     assert summary["fingerprint"] in report
@@ -360,3 +364,23 @@ def test_two_nodes_meet_at_an_address_and_train_the_same(finished: Path, tmp_pat
         read_events(folder / "run/events.jsonl"), read_events(finished / "run/events.jsonl"), strict=True
     ):
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_models_with_code_of_their_own(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages, the evaluations and the merge run it where that is asked for, and nothing does where it is not."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in ("teacher", "student"):
+        bring_code(shutil.copytree(project / name, project / f"own-{name}"))
+    sets = ["dump.url=own-dump", "heldout.url=own-heldout", "train.output=own-run", "train.max_steps=4"]
+    sets += ["teacher.model=own-teacher", "student.model=own-student"]
+    command = ["run", "config.yaml", "--nproc", "2", *(word for value in sets for word in ("--set", value))]
+    llm_neo(project, *command, code=78)
+    llm_neo(project, *command, "--set", "teacher.trust_remote_code=true", code=78)
+    assert not (project / "own-run" / "checkpoints").exists()
+    asked = [f"--set={name}.trust_remote_code=true" for name in ("teacher", "student")]
+    llm_neo(project, *command, *asked)
+    assert (project / "own-run" / "merged" / "modeling_own.py").is_file()
+    assert set(Dump.open(str(project / "own-dump")).provenance.teacher.code_sha256 or {}) == {
+        "configuration_own.py", "modeling_own.py",
+    }  # fmt: skip

@@ -40,6 +40,9 @@ PLACES = [{"dump": {"url": S3, "storage_options": {name: CANARY}}} for name in O
     {"dump": {"url": S3}, "heldout": {"url": "h", "sources": [{"path": "a", "storage_options": {"sas_key": CANARY}}]}},
     {"dump": {"url": S3, "samples_per_unit": "x", "storage_options": {"secret_access_key": CANARY}}, "loss": 3},
     {"dump": {"url": S3}, "train": {"output": "run", "deepspeed": {"wandb": {"api_key": CANARY}}}},
+    # By its look.
+    {"dump": {"url": S3}, "train": {"output": "run", "tags": [f"hf_{CANARY}{CANARY}"]}},
+    {"dump": {"url": S3}, "train": {"output": "run", "run_name": "AKIACANARY0CANARY012"}},
     # In a URL.
     {"dump": {"url": f"s3://key:{CANARY}@bucket/dump"}},
     {"dump": {"url": f"s3://key:{CANARY}/x@bucket/dump"}},
@@ -122,7 +125,7 @@ def test_from_the_environment_a_secret_comes_out_nowhere(tmp_path: Path) -> None
         job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
         seen: set[bytes] = set()
         deadline = time.monotonic() + 60
-        while not any(b"student_train.worker" in line for line in seen):
+        while not any(b"student_train.worker" in line and bytes(tmp_path) in line for line in seen):
             assert time.monotonic() < deadline
             assert job.poll() is None, (tmp_path / "output").read_text()
             for file in Path("/proc").glob("[0-9]*/cmdline"):

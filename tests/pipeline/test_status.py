@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
+from support.engine_jobs import some_event
 from support.s3_servers import BUCKET, READER, TinyS3, options, seaweedfs
 
 from pipeline import cli
-from pipeline.status import FEWEST_UNITS, READ_RECORDS, WINDOW_SECONDS, folder_clock, recent_pace, run_status
+from pipeline.status import FEWEST_UNITS, READ_RECORDS, WINDOW_SECONDS, Watcher, folder_clock, recent_pace, run_status
 from storage_schemas.common.exits import Exit
+from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
 from storage_schemas.records import CommitRecord, data_key, record_key
 from storage_schemas.stores.store import Store
@@ -37,7 +39,7 @@ DUMP_KEYS = {
 }  # fmt: skip
 RUN_KEYS = {
     "output", "begun", "finished", "step", "steps", "epoch", "loss", "ce", "kl", "learning_rate", "tokens_per_second",
-    "eta_seconds", "seconds_since_last_step", "checkpoint_step", "seconds_since_checkpoint",
+    "eta_seconds", "seconds_since_last_step", "checkpoint_step", "seconds_since_checkpoint", "dumps",
 }  # fmt: skip
 HOUR = 3600.0
 PROVENANCE = some_provenance(samples=80, samples_per_unit=4)
@@ -62,7 +64,7 @@ def look(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, An
     code, out, err = call(capsys, *arguments, "--json")
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
-    assert set(found) == {"dump", "heldout", "run"}
+    assert set(found) == {"dump", "others", "heldout", "run"}
     assert set(found["dump"]) == DUMP_KEYS
     return found
 
@@ -316,6 +318,30 @@ def test_a_configuration_names_both_dumps_and_the_run(tmp_path: Path, capsys: py
     code, out, _ = call(capsys, tmp_path / "c.yaml", "--watch")
     assert code == 0
     assert out == "dump: sealed, 3 of 3 units; held-out dump: sealed, 3 of 3 units; run: not begun\n"
+
+
+def test_a_configuration_names_all_dumps_that_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its state, and with its losses where the run has told them; nothing is done before all are sealed."""
+    make_dump(tmp_path / "dump")
+    text = f"""
+    dump: {{url: {tmp_path}/dump}}
+    train: {{output: {tmp_path}/run, dumps: [{{url: {tmp_path}/dump/}}, {{url: {tmp_path}/other, weight: 2}}]}}
+    """
+    (tmp_path / "c.yaml").write_text(text)
+    found = look(capsys, tmp_path / "c.yaml")
+    assert [(of["url"], of["begun"]) for of in found["others"]] == [(f"{tmp_path}/other", False)]
+    (tmp_path / "run").mkdir()
+    losses = {"loss": 3.5, "ce": 4.5, "kl": 2.5, "supervised_tokens": 8}
+    event = some_event(7, dumps={"dump": losses | {"loss": 1.5}, "other": losses})
+    (tmp_path / "run" / "events.jsonl").write_text(event.model_dump_json() + "\n")
+    assert look(capsys, tmp_path / "c.yaml")["run"]["dumps"]["other"] == losses
+    told = call(capsys, tmp_path / "c.yaml")[1]
+    assert re.search(r"other +3\.5000, cross-entropy 4\.5000, divergence 2\.5000", told)
+    assert told.count("not begun") == 1
+    make_dump(tmp_path / "other", seal=False)
+    status = Watcher(str(tmp_path / "dump"), options={}, others=[DumpSection(url=str(tmp_path / "other"))]).look()
+    assert status.dump.sealed
+    assert not status.done
 
 
 def test_a_run_is_read_from_its_end(tmp_path: Path) -> None:

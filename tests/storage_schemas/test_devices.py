@@ -10,6 +10,7 @@ from storage_schemas.common.devices import (
     gpu_variable,
     own_gpus,
     refuse_idle_gpus,
+    refuse_no_compiler,
     take_own_gpus,
     usable_cores,
     visible_gpus,
@@ -127,3 +128,11 @@ def test_cores_that_a_scheduler_keeps_back_are_not_used() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert usable_cores() == len(before)
+
+
+def test_without_a_compiler_nothing_is_promised(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"train\.compile needs a C\+\+ compiler"):
+        refuse_no_compiler("train.compile", {"PATH": str(tmp_path)})
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    refuse_no_compiler("train.compile", {"PATH": str(tmp_path)})

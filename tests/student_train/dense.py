@@ -12,7 +12,7 @@ from storage_schemas.rows import Row
 from storage_schemas.targets import decode
 from student_train.config import LoraSection
 from student_train.model.adapter import attach
-from student_train.model.student import load_model
+from student_train.model.load import load_model
 
 
 @dataclass(kw_only=True)
@@ -25,10 +25,10 @@ class Trace:
     last: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plain_student(model: str, *, lora: bool, r: int = 4, seed: int = 0) -> Any:
+def plain_student(model: str, *, lora: bool, r: int = 4, seed: int = 0, **more: Any) -> Any:
     """The student before training, with all of its weights trainable or an adapter on it."""
     base = load_model(model, None, dtype=torch.float32)
-    return attach(base, LoraSection(r=r), seed=seed) if lora else base.requires_grad_(True)
+    return attach(base, LoraSection(r=r, **more), seed=seed) if lora else base.requires_grad_(True)
 
 
 def rows_of(dump: Dump, samples: Sequence[int]) -> list[Row]:
@@ -60,10 +60,19 @@ def loss_sum(model: Any, row: Row, *, alpha: float, temperature: float = 1.0, in
 
 
 def train_plainly(
-    dump: Dump, model: str, *, arm: str, steps: int, batch: int, rate: float, clip: float, alpha: float = 0.5
+    dump: Dump,
+    model: str,
+    *,
+    arm: str,
+    steps: int,
+    batch: int,
+    rate: float,
+    clip: float,
+    alpha: float = 0.5,
+    **more: Any,
 ) -> Trace:
-    """Train for some steps on the samples as they come."""
-    student = plain_student(model, lora=arm in ("lora", "neo")).train()
+    """Train for some steps on the samples as they come; `more` is of `student.lora`."""
+    student = plain_student(model, lora=arm in ("lora", "neo"), **more).train()
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=rate, weight_decay=0.0)
     trace = Trace()

@@ -284,7 +284,7 @@ def test_other_arguments_pass_through() -> None:
     [
         ({"rank_patern": {}}, "did you mean rank_pattern?"),
         ({"zzzz": 1}, "one of alpha_pattern, "),
-        ({"modules_to_save": ["lm_head"]}, "one of alpha_pattern, "),
+        ({"modules_to_save": ["lm_head"]}, "student.lora.modules_to_save instead"),
         ({"loftq_config": {}}, "one of alpha_pattern, "),
         ({"kasa_config": {}}, "one of alpha_pattern, "),
         ({"init_lora_weights": "pissa_niter_4"}, "leave the base model as it is"),

@@ -221,6 +221,59 @@ def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> N
     assert "student.adapter" in other["message"]
 
 
+@pytest.mark.parametrize("lora", [{}, {"variant": "pissa"}], ids=["lora", "pissa"])
+def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lora: dict[str, Any]) -> None:
+    """Of another run: its weights to the bit, its moments, at another stage and rate; and what differs is said."""
+    name = f"cold {lora.get('variant', 'lora')}"
+    first = training(name, train=EVALUATED, lora=lora)
+    warm = {"warm_start": folder / name, "learning_rate": 2e-3, "max_steps": 3, "zero_stage": 3}
+    again = training(f"warm after {name}", train=EVALUATED | warm, lora=lora, ranks=2)
+    assert results_of(again)[0].kl == pytest.approx(results_of(first)[-1].kl, rel=1e-6)
+    # Without moments the first step of Adam would move each weight by the learning rate; with them by less.
+    moved, cold = again["state"], training(name, train=EVALUATED, lora=lora)["state"]
+    key = next(k for k in cold if k.startswith("exp_avg_sq/") and "lora_B" in k)
+    assert float(moved[key].max()) > 0.9 * 0.999**3 * float(cold[key].max())
+    # It is resumed from its own checkpoints, even if the other run is gone.
+    half = training(f"warm halved after {name}", train=EVALUATED | warm, lora=lora, stop_after=2)
+    assert half["code"] == 75
+    (folder / name).rename(folder / f"{name} moved")
+    rest = training(f"warm halved after {name}", train=EVALUATED | warm, lora=lora)
+    (folder / f"{name} moved").rename(folder / name)
+    for here, there in zip(rest["events"], again["events"], strict=True):
+        assert here.loss == pytest.approx(there.loss, rel=1e-5)
+    plain = training(f"warm halved after {name}", train=EVALUATED | warm | {"warm_start": None, "max_steps": 4,
+                     "extend": True}, lora=lora)  # fmt: skip
+    assert plain["code"] == 78
+    assert "student.adapter" in plain["message"]
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        ({"train": {"warm_start": "no-run"}}, "no checkpoint to begin from"),
+        ({"train": {"warm_start": "warm refused"}}, "the directory of this run"),
+        ({"lora": {"r": 8}}, "has trained other weights: student.lora.alpha, student.lora.r"),
+        ({"train": {"arm": "kd"}}, "has trained other weights: student.lora"),
+        ({"model": "other"}, "of another student"),
+        ({"adapter": "plain/final"}, "both say what training begins from"),
+    ],
+    ids=["nothing", "itself", "rank", "arm", "student", "adapter"],
+)
+def test_checkpoints_that_do_not_fit_are_refused(
+    training: Trainings, folder: Path, job: dict[str, Any], says: str
+) -> None:
+    training("plain", train=EVALUATED)
+    if not (folder / "other").exists():
+        save_student(folder / "other", seed=5)
+    given = {"warm_start": "plain"} | job.get("train", {})
+    given["warm_start"] = folder / given["warm_start"]
+    job = job | ({"adapter": str(folder / job["adapter"])} if "adapter" in job else {})
+    refused = training("warm refused", **job | {"train": EVALUATED | given})
+    assert refused["code"] == 78, refused["message"]
+    assert says in refused["message"]
+    assert refused["events"] == []
+
+
 def test_a_run_may_end_without_evaluating_its_last_step(training: Trainings, folder: Path) -> None:
     """With evaluations switched off on the way: done, and nothing is said of a quality that nobody has measured."""
     assert training("switched off", train=EVALUATED, stop_after=3)["code"] == 75
@@ -253,7 +306,7 @@ def test_a_model_that_has_diverged_is_told(training: Trainings) -> None:
     [
         ({"lora": {"r": 8}}, "another one than student.lora describes: r, lora_alpha"),
         ({"lora": {"target_modules": ["q_proj"]}}, "target_modules"),
-        ({"train": {"arm": "kd"}}, "the arm kd trains all weights"),
+        ({"train": {"arm": "kd"}}, "the method full_kd trains all weights"),
         ({"model": "other"}, "was trained on another model"),
         ({"adapter": "student"}, "is not an adapter"),
     ],

@@ -17,7 +17,8 @@ from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.config import DumpSection
 from student_train.checkpoint import TrainState
 from student_train.config import LoraSection, LossSection, StudentSection
-from student_train.model.student import causal_of, load_model
+from student_train.model.load import load_model
+from student_train.model.student import causal_of
 from student_train.resume import FILES, consumed_root, identity_of, open_checkpoint
 from student_train.train import _student
 from student_train.training_run import TrainingRun, open_run, refuse_early
@@ -33,7 +34,7 @@ def run_of(folder: Path, **lora: Any) -> TrainingRun:
 def test_alpha_counts_by_its_value(first: float | None, then: float | None, folder: Path) -> None:
     """Null is 2 * r: a checkpoint of the one is resumed by the other, and by nothing else."""
     run = run_of(folder, alpha=first)
-    state = TrainState(step=1, updates=1, consumed=consumed_root(run.dump, run.order, 1), identity=identity_of(run))
+    state = TrainState(step=1, updates=1, consumed=consumed_root(run.dumps, run.mix, 1), identity=identity_of(run))
     run.checkpoints.save(state, [], keep=1)
     assert open_checkpoint(run_of(folder, alpha=then), 1, verify=True).step == 1
     with pytest.raises(MismatchError, match=r"student\.lora\.alpha"):

@@ -20,6 +20,7 @@ from student_train.metrics import (
     EVENTS,
     Event,
     Meter,
+    Part,
     Step,
     bar,
     event_log,
@@ -33,7 +34,7 @@ from student_train.metrics import (
 
 def step(**changes: Any) -> Step:
     """A step without anything in it."""
-    values = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "supervised": 0, "tokens": 0, "wait": 0.0}
+    values = {"loss": 0.0, "parts": [], "supervised": 0, "tokens": 0, "wait": 0.0}
     return Step(**(values | {"learning_rate": 0.0, "grad_norm": 0.0} | changes))
 
 
@@ -50,9 +51,19 @@ def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     meter = Meter(start=4, stop=10, steps_per_epoch=8)
     assert meter.empty
-    meter.add(step(loss=10.0, ce=20.0, kl=5.0, supervised=10, tokens=50, wait=0.5, learning_rate=9.0, grad_norm=9.0))
+    meter.add(
+        step(
+            loss=10.0,
+            parts=[Part(10, 10.0, 20.0, 5.0)],
+            supervised=10,
+            tokens=50,
+            wait=0.5,
+            learning_rate=9.0,
+            grad_norm=9.0,
+        )
+    )
     last = {"learning_rate": 1e-3, "grad_norm": 2.0}
-    meter.add(step(loss=90.0, ce=60.0, kl=15.0, supervised=30, tokens=150, wait=0.25, **last))
+    meter.add(step(loss=90.0, parts=[Part(30, 90.0, 60.0, 15.0)], supervised=30, tokens=150, wait=0.25, **last))
     now[0] += 4.0
     found = meter.event(6)
     assert (found.loss, found.ce, found.kl) == (2.5, 2.0, 0.5)
@@ -64,6 +75,29 @@ def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.eta_seconds == 8.0, "4 of 10 steps are left, 2 s each"
     assert meter.empty
     assert (meter.total_tokens, meter.total_wait) == (200, 0.75)
+
+
+def test_means_of_several_dumps(tmp_path: Path) -> None:
+    """Each by its own tokens, in the line and in what trackers get; a dump that had none is 0 and not left out."""
+    meter = Meter(start=0, stop=10, steps_per_epoch=5, dumps=["a", "b", "c"])
+    none = Part(0, 0.0, 0.0, 0.0)
+    meter.add(step(parts=[Part(10, 10.0, 20.0, 5.0), Part(2, 8.0, 6.0, 4.0), none], loss=18.0, supervised=12))
+    meter.add(step(parts=[Part(30, 50.0, 60.0, 15.0), none, none], loss=50.0, supervised=30))
+    meter.add(step())
+    found = meter.event(3)
+    assert found.dumps is not None
+    assert {name: tuple(of.model_dump().values()) for name, of in found.dumps.items()} == {
+        "a": (1.5, 2.0, 0.5, 40), "b": (4.0, 3.0, 2.0, 2), "c": (0.0, 0.0, 0.0, 0),
+    }  # fmt: skip
+    assert (found.loss, found.ce) == (68 / 42, 86 / 42)
+    log_events(tmp_path / EVENTS, found, some_event(4))
+    assert read_events(tmp_path / EVENTS) == [found, some_event(4)]
+    taken: list[dict[str, float]] = []
+    with tracker("t", lambda: (lambda values, step: taken.append(values), lambda: None)) as write:
+        write(found)
+    assert taken[0]["train/b/kl"] == 2.0
+    assert taken[0]["train/loss"] == 68 / 42
+    assert all(isinstance(value, float | int) for value in taken[0].values())
 
 
 def test_a_step_without_supervised_tokens_is_no_division_by_zero() -> None:
@@ -198,7 +232,7 @@ def lost_and_found(output: Path, kind: str) -> None:
 def test_tensorboard_gets_every_field_of_every_step_once(tmp_path: Path) -> None:
     lost_and_found(tmp_path, "tensorboard")
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    names = [f"train/{name}" for name in Event.model_fields if name != "step"]
+    names = [f"train/{name}" for name in Event.model_fields if name not in ("step", "dumps")]
     assert found.Tags()["scalars"] == names
     for name in names:
         assert [point.step for point in found.Scalars(name)] == [1, 2, 3, 4], name
@@ -242,7 +276,7 @@ def test_wandb_gets_every_field_of_one_run(tmp_path: Path, monkeypatch: pytest.M
                 runs.add((record.run.run_id, config["alpha"]))
             elif record.HasField("history"):
                 values = {"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in record.history.item}
-                assert {f"train/{name}" for name in Event.model_fields if name != "step"} <= set(values)
+                assert {f"train/{name}" for name in Event.model_fields if name not in ("step", "dumps")} <= set(values)
                 steps.append((values["_step"], values["train/loss"]))
     assert runs == {("one-run", 0.9)}
     assert steps == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 3.2), (4, 4.2)]

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from support.engine_jobs import some_event, train_section
+from support.tiny_student import write_dump
 
+from storage_schemas.config import Sampled
 from storage_schemas.reader import Dump
-from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.config import METHODS, LoraSection, LossSection, StudentSection
 from student_train.metrics import Event
 from student_train.results.model_card import CURVE_POINTS, Evaluation, merged_card, model_card
 
@@ -36,7 +38,7 @@ def card(dump: Dump, count: int = 3, **changes: Any) -> str:
     loss, evaluation = LossSection(**changes.pop("loss", {})), changes.pop("evaluation", None)
     train = train_section(Path("runs/a"), **changes)
     return model_card(
-        dump, student, loss, train, events(count), folder=Path("runs/a/final"), evaluation=evaluation
+        [dump], student, loss, train, events(count), folder=Path("runs/a/final"), evaluation=evaluation
     )  # fmt: skip
 
 
@@ -51,11 +53,30 @@ def card(dump: Dump, count: int = 3, **changes: Any) -> str:
 )
 def test_front_matter(arm: str, library: str, relation: str, tags: list[str], dump: Dump) -> None:
     """As the hub parses it."""
-    data = ModelCard(card(dump, arm=arm, variant="moslora")).data.to_dict()
+    text = card(dump, arm=arm, variant="moslora")
+    assert f"# student: {METHODS[arm]} from teacher\n" in text
+    data = ModelCard(text).data.to_dict()
     assert data == {
         "base_model": "org/student", "base_model_relation": relation, "library_name": library,
         "pipeline_tag": "text-generation", "tags": tags,
     }  # fmt: skip
+
+
+def test_it_names_every_dump_that_was_mixed(dump: Dump, tmp_path: Path) -> None:
+    """With its teacher, fingerprint, weight, targets and alpha."""
+    write_dump(tmp_path / "other", first=50, estimator=Sampled(kind="sampled"))
+    other = Dump.open(str(tmp_path / "other"))
+    train = train_section(
+        Path("runs/a"), dumps=[{"url": dump.store.url}, {"url": other.store.url, "weight": 0.5, "alpha": 0.25}]
+    )
+    text = model_card(
+        [dump, other], StudentSection(model="org/student"), LossSection(), train, events(3), folder=Path("final")
+    )
+    assert f"| dump 1 | `{dump.store.url}`, fingerprint `{dump.fingerprint}`, weight 1, alpha = 0.5 |" in text
+    assert f"| dump 2 | `{other.store.url}`, fingerprint `{other.fingerprint}`, weight 0.5, alpha = 0.25 |" in text
+    assert "| targets 2 | kind sampled, draws 50" in text
+    assert "# student: neo from teacher\n" in text
+    assert "alpha that of each dump, D" in text
 
 
 @pytest.mark.parametrize("model", ["/models/student", "../student", "a/b/c", "existing"])

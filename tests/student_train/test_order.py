@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from student_train.data.mix import Mix
 from student_train.data.order import Order, Span, rank_slice
 
 SHAPES = [  # samples, samples per unit, window units, block units, global batch
@@ -22,8 +23,13 @@ SHAPES = [  # samples, samples per unit, window units, block units, global batch
 
 
 def order(shape: tuple[int, ...], seed: int = 0) -> Order:
-    names = "samples", "samples_per_unit", "window_units", "block_units", "global_batch_size"
-    return Order(**dict(zip(names, shape, strict=True)), seed=seed)
+    names = "samples", "samples_per_unit", "window_units", "block_units"
+    return Order(**dict(zip(names, shape[:4], strict=True)), seed=seed)
+
+
+def mix(shape: tuple[int, ...], seed: int = 0) -> Mix:
+    """Of one dump."""
+    return Mix(orders=(order(shape, seed),), shares=(shape[0],), global_batch_size=shape[4])
 
 
 def epoch_samples(o: Order, epoch: int = 0) -> np.ndarray:
@@ -37,12 +43,12 @@ def spearman(a: np.ndarray) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_epoch_has_each_sample_once(shape: tuple[int, ...]) -> None:
-    o = order(shape)
+    o, m = order(shape), mix(shape)
     for epoch in range(3):
-        first = epoch * o.steps_per_epoch
-        steps = [o.step_samples(step) for step in range(first, first + o.steps_per_epoch)]
-        assert all(len(step) == o.global_batch_size for step in steps[:-1])
-        assert 1 <= len(steps[-1]) <= o.global_batch_size
+        first = epoch * m.steps_per_epoch
+        steps = [m.step_samples(step) for step in range(first, first + m.steps_per_epoch)]
+        assert all(len(step) == m.global_batch_size for step in steps[:-1])
+        assert 1 <= len(steps[-1]) <= m.global_batch_size
         assert np.array_equal(np.sort(np.concatenate(steps)), np.arange(o.samples))
         assert np.array_equal(np.concatenate(steps), epoch_samples(o, epoch))
 
@@ -57,8 +63,9 @@ def test_every_epoch_has_each_sample_once(shape: tuple[int, ...]) -> None:
     seed=st.integers(0, 2**64),
 )
 def test_any_shape_is_a_bijection(samples: int, per_unit: int, window: int, block: int, batch: int, seed: int) -> None:
-    o = order((samples, per_unit, window, block, batch), seed)
-    steps = [o.step_samples(step) for step in range(o.steps_per_epoch)]
+    shape = samples, per_unit, window, block, batch
+    o, m = order(shape, seed), mix(shape, seed)
+    steps = [m.step_samples(step) for step in range(m.steps_per_epoch)]
     assert np.array_equal(np.sort(np.concatenate(steps)), np.arange(samples))
     for start in range(0, samples, 29):  # any piece is what a walk from 0 gives
         assert np.array_equal(o.samples_at(0, start, samples), epoch_samples(o)[start:])
@@ -66,9 +73,9 @@ def test_any_shape_is_a_bijection(samples: int, per_unit: int, window: int, bloc
 
 def test_the_order_is_fixed_for_ever() -> None:
     # A resumed run relies on these numbers: if they must change, change the version in the key as well.
-    o = order((1000, 7, 5, 3, 8), seed=1)
-    assert o.step_samples(0).tolist() == [9, 11, 25, 20, 14, 27, 12, 18]
-    assert o.step_samples(200).tolist() == [625, 595, 624, 627, 622, 619, 596, 601]  # of the second epoch
+    m = mix((1000, 7, 5, 3, 8), seed=1)
+    assert m.step_samples(0).tolist() == [9, 11, 25, 20, 14, 27, 12, 18]
+    assert m.step_samples(200).tolist() == [625, 595, 624, 627, 622, 619, 596, 601]  # of the second epoch
 
 
 def test_seed_and_epoch_change_the_order() -> None:
@@ -82,10 +89,10 @@ def test_seed_and_epoch_change_the_order() -> None:
 
 @pytest.mark.parametrize("world_size", range(1, 33))
 def test_any_world_size_trains_on_the_same_samples(world_size: int) -> None:
-    o = order((333, 7, 5, 3, 32))
+    m = mix((333, 7, 5, 3, 32))
     lengths = np.random.default_rng(0).integers(1, 500, 333)
-    for step in (0, 4, o.steps_per_epoch - 1):
-        samples = o.step_samples(step)
+    for step in (0, 4, m.steps_per_epoch - 1):
+        samples = m.step_samples(step)
         for micro_batch_size in (1, 3, 4, 64):
             for given_lengths in (None, lengths[samples]):
                 ranks = [
@@ -135,16 +142,16 @@ def test_a_reader_has_one_block_open(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_windows_say_what_a_follower_waits_for(shape: tuple[int, ...]) -> None:
-    o = order(shape)
+    o, m = order(shape), mix(shape)
     assert [unit for w in range(o.windows) for unit in o.units_of_window(w)] == list(range(o.units))
-    for epoch in range(2):
-        for step in range(epoch * o.steps_per_epoch, (epoch + 1) * o.steps_per_epoch):
-            windows = o.windows_of_step(step)
-            allowed = {unit for w in windows for unit in o.units_of_window(w)}
-            touched = set((o.step_samples(step) // o.samples_per_unit).tolist())
-            assert touched <= allowed
-            for w in windows:  # and nothing is waited for in vain
-                assert touched & set(o.units_of_window(w))
+    touched: set[int] = set()
+    for step in range(2 * m.steps_per_epoch):
+        touched |= set((m.step_samples(step) // o.samples_per_unit).tolist())
+        (windows,) = m.windows(step + 1)
+        assert touched <= {unit for w in range(windows) for unit in o.units_of_window(w)}
+        assert touched & set(o.units_of_window(windows - 1))  # and nothing is waited for in vain
+        assert m.steps_within([windows], step + 1) == step + 1
+        assert m.windows(m.steps_within([windows - 1], step + 1))[0] <= windows - 1
 
 
 def test_samples_are_well_shuffled() -> None:
@@ -163,18 +170,18 @@ def test_samples_are_well_shuffled() -> None:
 
 
 def test_every_sample_may_come_first() -> None:
-    first = [order((8, 2, 4, 4, 1), seed).step_samples(0)[0] for seed in range(800)]
+    first = [mix((8, 2, 4, 4, 1), seed).step_samples(0)[0] for seed in range(800)]
     assert np.bincount(first, minlength=8).min() > 60
 
 
 def test_seek_is_immediate_at_any_size() -> None:
-    o = order((10**9, 10_000, 1024, 8, 32))
-    assert o.units == 100_000
-    o.step_samples(0)
-    for step in (1, 15_000_000, o.steps_per_epoch - 1, 7 * o.steps_per_epoch + 3):
+    m = mix((10**9, 10_000, 1024, 8, 32))
+    assert m.orders[0].units == 100_000
+    m.step_samples(0)
+    for step in (1, 15_000_000, m.steps_per_epoch - 1, 7 * m.steps_per_epoch + 3):
         times = []
         for repeat in range(5):
             start = time.perf_counter()
-            o.step_samples(step + repeat)
+            m.step_samples(step + repeat)
             times.append(time.perf_counter() - start)
         assert min(times) < 5e-3  # 0.5 ms on an idle machine

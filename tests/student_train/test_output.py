@@ -11,7 +11,7 @@ from support.tiny_student import write_dump
 from storage_schemas.config import DumpSection
 from storage_schemas.stores.store import Store
 from student_train.config import LossSection, StudentSection
-from student_train.data.stream import Follower
+from student_train.data.follower import Follower
 from student_train.resume import consumed_root
 from student_train.training_run import TrainingRun, open_run, weigh
 
@@ -32,9 +32,9 @@ def test_a_resume_asks_for_the_manifest_and_not_for_each_record(
         Store, "get_if_present", lambda self, key, **more: [asked.append(key), get(self, key, **more)][1]
     )
     run = opened(tmp_path / "dump", tmp_path / "run")
-    consumed_root(run.dump, run.order, run.steps)
+    consumed_root(run.dumps, run.mix, run.steps)
     weigh(run)
-    assert Follower(run.dump, run.order).windows() == run.order.windows
+    assert Follower(run.dump, run.mix.orders[0]).windows() == run.mix.orders[0].windows
     assert len(asked) == 3, asked[:10]
 
 

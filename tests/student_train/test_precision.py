@@ -11,7 +11,7 @@ from support.engine_jobs import gradients, norm
 from support.tiny_student import save_student
 
 from storage_schemas.common.errors import MismatchError
-from student_train.model.student import load_model
+from student_train.model.load import load_model
 
 FUNCTION = "support.engine_jobs:run_cases"
 DRIFT = 2e-2

@@ -37,7 +37,8 @@ from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.model.adapter import MIXER, plain_adapter
-from student_train.model.student import load_model, load_student, refuse_long_rows, relative_difference
+from student_train.model.load import load_model
+from student_train.model.student import load_student, refuse_long_rows, relative_difference
 from student_train.model.student_files import identity
 from student_train.results import final
 from student_train.results.end_of_turn import span_ends
@@ -82,7 +83,7 @@ def _write_adapter(
     dump = Dump.open(str(folder / "top8"))
     section = StudentSection(model=str(folder / name), lora=LoraSection(r=4, variant=variant, extra=extra))
     train, output = train_section(folder, precision=precision), folder / f"final-{name_of_final or name}"
-    student = load_student(section, LossSection(), train, dump.provenance)
+    student = load_student(section, [LossSection()], train, dump.provenance)
     if files:
         student = dataclasses.replace(student, files=identity(section.model, None))
     torch.manual_seed(3)
@@ -93,7 +94,7 @@ def _write_adapter(
     write_final(
         output, student, section, train,
         weights=weights, tokenizer=tokenizer or dump.tokenizer_files(), ends=ends or {}, input_ids=IDS,
-        card=model_card(dump, section, LossSection(), train, [some_event(1)], folder=output),
+        card=model_card([dump], section, LossSection(), train, [some_event(1)], folder=output),
     )  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row, UnitRows
 from student_train.data import stream as streams
+from student_train.data.follower import Follower
+from student_train.data.mix import Mix
 from student_train.data.order import Order
-from student_train.data.stream import Follower, Stream
+from student_train.data.stream import Stream
 from student_train.resume import consumed_root
 
 SAMPLES, PER_UNIT = 46, 4
@@ -57,23 +59,27 @@ class Counting(Dump):
         return super().read_unit(unit)
 
 
-def order(**changes: int) -> Order:
+def mix(*, samples: int = SAMPLES, batch: int = 6, **changes: int) -> Mix:
     """Three windows of four units, blocks of two."""
-    defaults = {"window_units": 4, "block_units": 2, "global_batch_size": 6, "seed": 3}
-    return Order(samples=SAMPLES, samples_per_unit=PER_UNIT, **(defaults | changes))
+    defaults = {"window_units": 4, "block_units": 2, "seed": 3}
+    order = Order(samples=samples, samples_per_unit=PER_UNIT, **(defaults | changes))
+    return Mix(orders=(order,), shares=(samples,), global_batch_size=batch)
 
 
 def open_stream(
-    dump: Dump, what: Order, *, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = 16, windows: int = 9
+    dump: Dump, what: Mix, *, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = 16, allowed: int = 99
 ) -> Stream:
     """A stream whose micro-batches are the rows themselves."""
+    return streaming([dump], what, rank=rank, world_size=world_size, start=start, stop=stop, allowed=allowed)
 
-    def rows(found: Sequence[Row]) -> Any:
-        return list(found)
 
-    return Stream(
-        dump, what, rows, rank=rank, world_size=world_size, micro_batch_size=2, start=start, stop=stop, windows=windows
-    )
+def streaming(dumps: Sequence[Dump], what: Mix, **more: int) -> Stream:
+    """The same over several dumps."""
+
+    def rows(found: Sequence[Sequence[Row]]) -> Any:
+        return [row for dump in found for row in dump]
+
+    return Stream(dumps, what, rows, micro_batch_size=2, **more)
 
 
 def indices(batches: Any) -> list[int]:
@@ -84,7 +90,7 @@ def indices(batches: Any) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_every_world_size_trains_on_the_same_samples(url: Path, world_size: int) -> None:
     """Two epochs: the ranks' shares make up the step, each sample once, in equally many micro-batches."""
-    what = order()
+    what = mix()
     ranks = [open_stream(Dump.open(str(url)), what, rank=r, world_size=world_size) for r in range(world_size)]
     for step in range(2 * what.steps_per_epoch):
         shares = [rank.get(step, timeout=20) for rank in ranks]
@@ -96,7 +102,7 @@ def test_every_world_size_trains_on_the_same_samples(url: Path, world_size: int)
 
 def test_micro_batches_hold_similar_lengths(url: Path) -> None:
     """They are cut from the step's rows by length; rows that are not used count as empty."""
-    stream = open_stream(Dump.open(str(url)), order(global_batch_size=20))
+    stream = open_stream(Dump.open(str(url)), mix(batch=20))
     batches: Any = stream.get(0, timeout=20)
     stream.close()
     lengths = [len(row.input_ids) if row.status == OK else 0 for batch in batches for row in batch]
@@ -106,7 +112,7 @@ def test_micro_batches_hold_similar_lengths(url: Path) -> None:
 
 def test_state_is_the_step_alone(url: Path) -> None:
     """A stream that begins at step s gives what the one from the beginning gives there."""
-    dump, what = Dump.open(str(url)), order()
+    dump, what = Dump.open(str(url)), mix()
     whole = open_stream(dump, what)
     expected = [indices(whole.get(step, timeout=20)) for step in range(16)]
     whole.close()
@@ -118,34 +124,34 @@ def test_state_is_the_step_alone(url: Path) -> None:
 
 def test_each_unit_is_read_once_per_epoch(url: Path) -> None:
     """Also those whose block ends in the middle of a step."""
-    dump, what = Counting.at(url), order()
+    dump, what = Counting.at(url), mix()
     stream = open_stream(dump, what, stop=what.steps_per_epoch)
     for step in range(what.steps_per_epoch):
         stream.get(step, timeout=20)
     stream.close()
-    assert dump.reads == Counter(range(what.units))
+    assert dump.reads == Counter(range(what.orders[0].units))
 
 
 def test_memory_is_two_blocks_and_a_few_steps(url: Path) -> None:
     """Whatever the size of the dump, and also if nobody takes what is ready."""
-    dump, what = Counting.at(url), order()
+    dump, what = Counting.at(url), mix()
     stream = open_stream(dump, what)
     time.sleep(1.0)
     assert len(stream._ready) == streams.AHEAD
     # Steps 0 ... 4 are made of positions 0 ... 29, that is of blocks 0 ... 3; block 4 is asked for.
-    assert set(dump.reads) <= {int(u) for p in range(0, 40, 8) for u in what.block_at(0, p)[1]}
+    assert set(dump.reads) <= {int(u) for p in range(0, 40, 8) for u in what.orders[0].block_at(0, p)[1]}
     largest = 0
     for step in range(16):
         assert stream.get(step, timeout=20) is not None
-        largest = max(largest, len(stream._units))
+        largest = max(largest, len(stream.blocks[0].units))
     stream.close()
     assert largest <= 3 * 2, "a step may touch two blocks, and the next one is read ahead"
 
 
 def test_an_error_is_raised_at_its_step(url: Path) -> None:
     """Not when it happens, which is steps earlier; and again, if one asks again."""
-    what = order()
-    bad = int(what.block_at(0, 24)[1][0])
+    what = mix()
+    bad = int(what.orders[0].block_at(0, 24)[1][0])
     first = min(s for s in range(what.steps_per_epoch) if bad in what.step_samples(s) // PER_UNIT)
     assert first > 2
     stream = open_stream(Counting.at(url, bad=bad), what)
@@ -159,14 +165,14 @@ def test_an_error_is_raised_at_its_step(url: Path) -> None:
 
 def test_nothing_is_read_beyond_what_is_allowed(url: Path) -> None:
     """A window waits until it may be read; until then there is nothing to get, and no error."""
-    dump, what = Counting.at(url), order()
-    stream = open_stream(dump, what, windows=1)
-    inside = [s for s in range(what.steps_per_epoch) if what.windows_of_step(s).stop <= 1]
+    dump, what = Counting.at(url), mix()
+    inside = range(what.steps_within([1], 16))
+    stream = open_stream(dump, what, allowed=len(inside))
     for step in inside:
         assert stream.get(step, timeout=20) is not None
     assert stream.get(len(inside), timeout=0.3) is None
-    assert set(dump.reads) == set(what.units_of_window(0))
-    stream.allow(2)
+    assert set(dump.reads) == set(what.orders[0].units_of_window(0))
+    stream.allow(what.steps_within([2], 16))
     assert stream.get(len(inside), timeout=20) is not None
     stream.allow(1)  # It never falls.
     assert stream.get(len(inside) + 1, timeout=20) is not None
@@ -176,7 +182,7 @@ def test_nothing_is_read_beyond_what_is_allowed(url: Path) -> None:
 def test_close_does_not_wait_for_a_store_that_hangs(url: Path) -> None:
     """A stop request must not take as long as the store does."""
     hold = threading.Event()
-    stream = open_stream(Counting.at(url, hold=hold), order())
+    stream = open_stream(Counting.at(url, hold=hold), mix())
     assert stream.get(0, timeout=0.2) is None
     began = time.monotonic()
     stream.close()
@@ -187,10 +193,10 @@ def test_close_does_not_wait_for_a_store_that_hangs(url: Path) -> None:
 
 def test_follower_counts_complete_windows(tmp_path: Path) -> None:
     """From the first on: a later one is of no use before the earlier ones are there."""
-    what = order()
+    what = mix()
 
     def windows() -> int:
-        return Follower(Dump.open(str(tmp_path / "dump")), what).windows()
+        return Follower(Dump.open(str(tmp_path / "dump")), what.orders[0]).windows()
 
     def write(units: range) -> None:
         write_dump(tmp_path / "dump", samples=SAMPLES, samples_per_unit=PER_UNIT, units=units, seal=False)
@@ -217,7 +223,7 @@ def test_follower_looks_seldom_and_asks_little(tmp_path: Path) -> None:
         return record(unit)
 
     dump.record = counted  # type: ignore[method-assign]
-    follower = Follower(dump, order(), interval=0.2)
+    follower = Follower(dump, mix().orders[0], interval=0.2)
     for _ in range(5):
         assert follower.windows() == 0
     assert asked == [0, 1, 2]
@@ -228,20 +234,20 @@ def test_follower_looks_seldom_and_asks_little(tmp_path: Path) -> None:
 
 def test_consumed_root(tmp_path: Path, url: Path) -> None:
     """It covers the windows that were read, sealed or not, and changes with their data."""
-    what = order()
+    what = mix()
     shutil.copytree(url, tmp_path / "growing")
     (tmp_path / "growing" / "SEALED.json").unlink()
     for unit in range(8, 12):
         (tmp_path / "growing" / "commits" / f"unit-{unit:08d}.json").unlink()
     growing, sealed = Dump.open(str(tmp_path / "growing")), Dump.open(str(url))
-    roots = [consumed_root(sealed, what, step) for step in range(17)]
+    roots = [consumed_root([sealed], what, step) for step in range(17)]
     changes = [step for step in range(1, 17) if roots[step] != roots[step - 1]]
-    assert len(changes) == what.windows
+    assert len(changes) == what.orders[0].windows
     assert changes[0] == 1
     assert roots[8] == roots[16], "the second epoch reads nothing new"
-    assert consumed_root(growing, what, changes[2] - 1) == roots[changes[2] - 1]
+    assert consumed_root([growing], what, changes[2] - 1) == roots[changes[2] - 1]
     with pytest.raises(DataError, match="not committed any more"):
-        consumed_root(growing, what, changes[2])
+        consumed_root([growing], what, changes[2])
     rewritten = tmp_path / "rewritten"
     write_dump(rewritten, samples=SAMPLES, samples_per_unit=PER_UNIT, bad_samples=False)
-    assert consumed_root(Dump.open(str(rewritten)), what, 1) != roots[1]
+    assert consumed_root([Dump.open(str(rewritten))], what, 1) != roots[1]

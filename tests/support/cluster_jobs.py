@@ -17,6 +17,7 @@ from support.tiny_teachers import save_teacher
 from storage_schemas.reader import Dump
 from storage_schemas.records import unit_of_record
 from storage_schemas.stores.requests import object_store
+from student_train.data.mix import Mix
 from student_train.data.order import Order
 
 DUMP, TRAIN = ROOT / "examples/slurm/dump.sbatch", ROOT / "examples/slurm/train.sbatch"
@@ -148,15 +149,15 @@ def _supervised(url: str, train: Mapping[str, Any]) -> list[int]:
         samples_per_unit=run.samples_per_unit,
         window_units=window,
         block_units=block,
-        global_batch_size=batch,
         seed=0,
     )
+    mix = Mix(orders=(order,), shares=(order.samples,), global_batch_size=batch)
     units = [dump.read_unit(unit) for unit in range(run.units)]
     counts = [int(rows.row(place).loss_mask.sum()) for rows in units for place in range(len(rows))]
-    epoch = [order.step_samples(step).tolist() for step in range(order.steps_per_epoch)]
+    epoch = [mix.step_samples(step).tolist() for step in range(mix.steps_per_epoch)]
     assert sorted(sample for samples in epoch for sample in samples) == list(range(len(counts)))
-    steps = range(order.steps_per_epoch * train["epochs"])
-    return [sum(counts[sample] for sample in order.step_samples(step)) for step in steps]
+    steps = range(mix.steps_per_epoch * train["epochs"])
+    return [sum(counts[sample] for sample in mix.step_samples(step)) for step in steps]
 
 
 def _objects(url: str) -> dict[str, str]:

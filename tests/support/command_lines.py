@@ -1,6 +1,6 @@
 """Command lines as `llm-neo` reads them, without running anything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -9,6 +9,9 @@ from pipeline.cli import app
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 """Name -> command."""
+
+Call = Callable[..., tuple[int, str, str]]
+"""`llm-neo` with these arguments: exit code, standard output, standard error."""
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:

@@ -51,10 +51,11 @@ def student_of(
     *,
     lora: Mapping[str, Any] | None = None,
     loss: Mapping[str, Any] | None = None,
+    **student: Any,
 ) -> Distilled:
     """A student and its loss, by default with an adapter of rank 4."""
-    section = StudentSection(model=str(model), lora=LoraSection(**{"r": 4, **(lora or {})}))
-    return load_student(section, LossSection(**(loss or {})), train, dump.provenance).module
+    section = StudentSection(model=str(model), lora=LoraSection(**{"r": 4, **(lora or {})}), **student)
+    return load_student(section, [LossSection(**(loss or {}))], train, dump.provenance).module
 
 
 def leave_start(module: torch.nn.Module, *, std: float = 0.1) -> None:
@@ -98,9 +99,10 @@ def make_engine(
     loss: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
     updates: int = 0,
+    **student: Any,
 ) -> Engine:
     """A student under DeepSpeed, from the start or from an exported state."""
-    module = student_of(model, dump, train, lora=lora, loss=loss)
+    module = student_of(model, dump, train, lora=lora, loss=loss, **student)
     if state:
         load_weights(module, state.items())
     engine = Engine(module, train, world)
@@ -122,6 +124,7 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
         loss=case.get("loss"),
         state=case.get("state"),
         updates=case.get("first", 0),
+        quantization=case.get("quantization"),
     )
     steps, first_state = [], None
     first = case.get("first", 0)
@@ -130,7 +133,8 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
             dump, train, step, rank=world.rank, world_size=world.world_size, temperature=temperature
         )
         result = engine.step(batches, tokens=tokens, learning_rate=train.learning_rate)
-        steps.append((result.loss / tokens, result.ce / tokens, result.divergence / tokens, result.grad_norm))
+        (part,) = result.parts
+        steps.append((result.loss / tokens, part.ce / tokens, part.divergence / tokens, result.grad_norm))
         if step == first:
             first_state = dict(engine.export())
     probe = engine.module.eval().logits(torch.arange(6, device=world.device)[None]).float().cpu()

@@ -52,7 +52,8 @@ def run_incident(world: World, dump: Dump, case: Mapping[str, Any]) -> dict[str,
             found |= {"code": int(error.exit_code), "message": str(error)}
         found["after"] = everything(engine)
     result = step(2)
-    found["last"] = (result.loss, result.ce, result.divergence, result.grad_norm)
+    (part,) = result.parts
+    found["last"] = (result.loss, part.ce, part.divergence, result.grad_norm)
     found["state"] = everything(engine)
     engine.close()
     return found
@@ -70,7 +71,7 @@ def spoiled(batches: Sequence[TrainBatch], value: float) -> list[TrainBatch]:
     at = next(i for i, batch in enumerate(found) if len(batch.targets))
     targets = found[at].targets
     logprobs = torch.where(targets.in_head, value, targets.logprobs)
-    found[at] = replace(found[at], targets=replace(targets, logprobs=logprobs))
+    found[at] = replace(found[at], parts=(replace(targets, logprobs=logprobs),))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,8 @@ def write_dump(
     bad_samples: bool = True,
     none_usable: bool = False,
     seal: bool = True,
+    first: int = 0,
+    **changes: object,
 ) -> Provenance:
     """A dump of a tiny teacher's targets on random ids, with a sample without supervised tokens and a non-finite one.
 
@@ -82,18 +85,28 @@ def write_dump(
         bad_samples: whether samples 3 and 7 are empty and non-finite.
         none_usable: whether all samples are empty.
         seal: seal it, if it is complete.
+        first: ids and content are those of the samples from this one on.
+        changes: of the provenance.
     """
     tokenizer = tiny_tokenizer()
+    settings: dict[str, Any] = {
+        "lm_head_rows": VOCAB,
+        "vocab_sha256": vocab_sha256(tokenizer.get_vocab()),
+        "logprob_step": 0.0 if exact else 0.0625,
+    }
     provenance = some_provenance(
         samples=samples,
         samples_per_unit=samples_per_unit,
-        lm_head_rows=VOCAB,
         max_length=64,
-        vocab_sha256=vocab_sha256(tokenizer.get_vocab()),
         estimator=estimator or TopK(k=8, mass=1.0),
         temperatures=temperatures,
-        logprob_step=0.0 if exact else 0.0625,
+        **settings | changes,
     )
+    if first:
+        fingerprint = f"{first:064d}"
+        provenance = provenance.model_copy(
+            update={"corpus": provenance.corpus.model_copy(update={"fingerprint": fingerprint})}
+        )
     writer = DumpWriter.open(str(url), provenance)
     folder = url.parent / f"{url.name}-tokenizer"
     tokenizer.save_pretrained(folder)
@@ -102,9 +115,8 @@ def write_dump(
     bad = (3, 7) if bad_samples else ()
     empty = range(samples) if none_usable else bad[:1]
     for unit in units or range(provenance.units):
-        writer.commit_unit(
-            unit, [_row(i, teacher, provenance, empty=empty, nonfinite=bad[1:]) for i in provenance.unit_range(unit)]
-        )
+        rows = [_row(i, teacher, provenance, first, empty, bad[1:]) for i in provenance.unit_range(unit)]
+        writer.commit_unit(unit, rows)
     if seal:
         writer.seal()
     return provenance
@@ -118,9 +130,14 @@ def teacher_logits(input_ids: np.ndarray) -> torch.Tensor:
 
 
 def _row(
-    index: int, teacher: LlamaForCausalLM, provenance: Provenance, *, empty: Container[int], nonfinite: Container[int]
+    index: int,
+    teacher: LlamaForCausalLM,
+    provenance: Provenance,
+    first: int,
+    empty: Container[int],
+    nonfinite: Container[int],
 ) -> Row:
-    rng = np.random.default_rng([7, index])
+    rng = np.random.default_rng([7, first + index])
     length = int(rng.integers(3, 28))
     ids = rng.integers(0, VOCAB, length).astype(np.int32)
     mask = rng.random(length) < 0.6
@@ -136,4 +153,6 @@ def _row(
             logits = teacher(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
         chosen = logits[supervised_positions(mask).logits].numpy()
         targets = random_targets(provenance, chosen, seed=index)
-    return Row(sample_index=index, sample_id=f"s{index}", status=status, input_ids=ids, loss_mask=mask, targets=targets)
+    return Row(
+        sample_index=index, sample_id=f"s{first + index}", status=status, input_ids=ids, loss_mask=mask, targets=targets
+    )

@@ -31,8 +31,10 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
     so many steps, on the last rank; `stated` are settings of stage one; `grow` writes these units while it trains;
+    `grows` and `shape` say which dump grows, if not `dump`, and how it is written;
     `arrive` is a dump that is copied to `dump` while it waits; `heldout` is the held-out dump, and `stop_evaluating`
-    asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from.
+    asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from; `trust`
+    runs the student's code; `quantization` is the student's.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -53,7 +55,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         return asked is not None and last and len(read_events(output / EVENTS)) >= asked
 
     if world.main and job.get("grow"):
-        threading.Thread(target=_grow, args=(Path(job["dump"]), job["grow"]), daemon=True).start()
+        grown = Path(job.get("grows", job["dump"])), job["grow"], job.get("shape", {})
+        threading.Thread(target=_grow, args=grown, daemon=True).start()
     if world.main and job.get("arrive"):
         threading.Thread(target=_arrive, args=(job["arrive"], Path(job["dump"])), daemon=True).start()
     result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
@@ -68,6 +71,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
                     model=job["model"],
                     lora=LoraSection(**{"r": 4, **job.get("lora", {})}),
                     adapter=job.get("adapter"),
+                    trust_remote_code=job.get("trust", False),
+                    quantization=job.get("quantization"),
                 ),
                 LossSection(**job.get("loss", {})),
                 settings,
@@ -137,7 +142,7 @@ def _arrive(source: str, url: Path) -> None:
     staged.rename(url)
 
 
-def _grow(url: Path, units: tuple[range, ...]) -> None:
+def _grow(url: Path, units: tuple[range, ...], shape: Mapping[str, Any]) -> None:
     for part in units:
         time.sleep(1.5)
-        write_dump(url, units=part)
+        write_dump(url, units=part, **shape)

@@ -464,7 +464,7 @@ def test_progress_is_a_line_or_a_bar_and_events_are_json(
     with caplog.at_level(logging.INFO, logger="teacher_dump"):
         run_dump(**job, events=tmp_path / "log" / "events.jsonl", console=Console(file=StringIO()))
     line = caplog.messages[-1]
-    for part in (f"{UNITS}/{UNITS} units", "tokens/s", "left", "bytes/supervised token", "kept mass"):
+    for part in (f"{UNITS}/{UNITS} units", "tokens/s", "left", "bytes/supervised token", "coverage"):
         assert part in line
     events = [json.loads(line) for line in (tmp_path / "log" / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in (events[0], events[-1])] == ["start", "end"]

@@ -1,0 +1,169 @@
+"""The units of a dump that are open while its order is read, and their rows until each is used.
+
+One block is read, and of the next one as many units are fetched as this one has used up. If a rank knows which rows
+will be its own, it keeps these alone, in memory of their own, which costs a copy of each: both blocks together then
+hold little more than the rank's share of one. Else a unit is kept whole until all of its rows are used, which in a
+shuffled block is at its end, and there are two blocks at most.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from storage_schemas.provenance import Provenance
+from storage_schemas.reader import Dump
+from storage_schemas.records import CommitRecord
+from storage_schemas.rows import OK, Row
+from student_train.data.order import I64, Order, Span
+
+READERS = 2
+"""Threads that fetch and decode units."""
+SPARE = 4
+"""Units that are fetched before the block that is read has made room for them."""
+_ROW_BYTES = 2048
+"""Of a row as objects of Python and numpy, beside what it holds."""
+
+
+class Sample(NamedTuple):
+    """A sample in memory."""
+
+    tokens: int
+    """What it costs; 0 if it is not used."""
+    row: Callable[[], Row]
+
+
+Held = list[Sample | None]
+"""Samples of a unit; None for one that is used, or not the rank's."""
+
+
+class Block(NamedTuple):
+    """A block of the order, its positions counted on over all epochs."""
+
+    first: int
+    last: int
+    """The position behind it."""
+    units: I64
+
+
+class Blocks:
+    """Reads one dump in its order, forward only."""
+
+    def __init__(
+        self, dump: Dump, order: Order, readers: ThreadPoolExecutor, own: Callable[[int, int], I64] | None
+    ) -> None:
+        """Nothing is asked for yet. `own` tells which positions of a range are the rank's; None: all may be."""
+        self._dump, self._order, self._readers, self._own = dump, order, readers, own
+        self._rest: dict[int, set[int] | None] = {}
+        """Of the blocks that are open, by their beginning, the samples that are kept; None: all."""
+        self._current: list[Block] = []
+        self.units: dict[tuple[int, int], Future[Held]] = {}
+        """Those that are open, by the beginning of their block and their number: one may be in the next epoch's too."""
+
+    def open(self, start: int, stop: int) -> None:
+        """Ask for all units that positions start:stop come from, and let go of the blocks before."""
+        here = self._block(start)
+        # A block that was begun stays, even if nothing is taken of it this time.
+        self._current = list(self._blocks(start, stop)) or ([here] if here.first < start else [])
+        for key in [key for key in self.units if key[0] < here.first]:
+            self.units.pop(key).cancel()
+        self._rest = {first: samples for first, samples in self._rest.items() if first >= here.first}
+        for block in self._current:
+            self._ask(block, block.units, after=start)
+
+    def read_ahead(self, stop: int, *, end: int, windows: int) -> None:
+        """Ask for some units of the next block, if it begins before the position `end` and in the first windows.
+
+        Args:
+            stop: as in the last `open`.
+            end: where the run ends.
+            windows: that may be read.
+        """
+        position, used, of = stop, 1, 1
+        if self._current:
+            first, position, _ = self._current[-1]
+            used, of = min(stop, position) - first, position - first
+        if position >= end or self._order.window_of_position(position % self._order.samples) >= windows:
+            return
+        block = self._block(position)
+        self._ask(block, block.units[: len(block.units) * used // of + SPARE])
+
+    def take(self, start: int, stop: int, result: Callable[[Future[Held]], Held]) -> list[Sample]:
+        """The rank's samples at positions start:stop, once. `result` waits for a unit.
+
+        Raises:
+            NeoError: a unit is missing, torn or out of range, or the store is away.
+        """
+        taken = []
+        for block in self._current:
+            for sample in self._samples(block, max(start, block.first), min(stop, block.last)).tolist():
+                unit, place = divmod(sample, self._order.samples_per_unit)
+                held = result(self.units[block.first, unit])
+                found, held[place] = held[place], None
+                assert found is not None
+                taken.append(found)
+        return taken
+
+    def _block(self, position: int) -> Block:
+        """The one that a position lies in."""
+        epoch, within = divmod(position, self._order.samples)
+        span, units = self._order.block_at(epoch, within)
+        first = position - within + span.start
+        return Block(first, first + span.stop - span.start, units)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[Block]:
+        while start < stop:
+            yield (block := self._block(start))
+            start = block.last
+
+    def _samples(self, block: Block, start: int, stop: int) -> I64:
+        """Of the positions start:stop of a block that are the rank's."""
+        before = block.first // self._order.samples * self._order.samples
+        samples = self._order.samples_of(Span(before // self._order.samples, start - before, stop - before))
+        return samples if self._own is None else samples[self._own(start, stop) - start]
+
+    def _ask(self, block: Block, units: I64, *, after: int = 0) -> None:
+        """For some units of a block; of one that others have begun before, for what comes after a position."""
+        missing = [unit for unit in units.tolist() if (block.first, unit) not in self.units]
+        if missing and block.first not in self._rest:
+            rest = None
+            if self._own is not None or after > block.first:
+                rest = set(self._samples(block, max(after, block.first), block.last).tolist())
+            self._rest[block.first] = rest
+        for unit in missing:
+            self.units[block.first, unit] = self._readers.submit(self._load, unit, self._rest[block.first])
+
+    def _load(self, unit: int, samples: Collection[int] | None) -> Held:
+        """The rows of a unit that are among some samples of the dump; None: all of them."""
+        rows, first, held = self._dump.read_unit(unit), unit * self._order.samples_per_unit, Held()
+        lengths = np.diff(rows.token_offsets).tolist()
+        for i, (status, tokens) in enumerate(zip(rows.status, lengths, strict=True)):
+            if samples is not None and first + i not in samples:
+                held.append(None)
+                continue
+            # Where it may be another rank's, it is made a row only when it is used.
+            row = partial(rows.row, i) if self._own is None else partial(_itself, rows.row(i, own=True))
+            held.append(Sample(tokens if status == OK else 0, row))
+        return held
+
+
+def _itself(row: Row) -> Row:
+    return row
+
+
+def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:
+    """Memory that the rows of a unit take, decoded."""
+    draws, values = provenance.estimator.draws > 0, len(provenance.temperatures) * (1 + provenance.logsumexp)
+    targets = record.entries * (12 if draws else 8) + record.supervised_tokens * (12 + 4 * values)
+    return targets + record.tokens * 5 + record.rows * _ROW_BYTES
+
+
+def units_within(dump: Dump, budget: int) -> int:
+    """Units of a block whose rows, with all that is fetched beside it, take no more memory than `budget` bytes over all
+    ranks; one at least. The dump is sealed."""
+    assert dump.sealed()
+    largest = max(decoded_bytes(record, dump.provenance) for record in dump.records().values())
+    # Of those that are decoded right now there is a second copy.
+    return max(1, min(dump.provenance.units, budget // largest - SPARE - READERS))
