@@ -154,7 +154,7 @@ def detect_format(columns: Collection[str], *, where: str) -> str:
         f"{where}: no known record format fits",
         got=f"columns {', '.join(sorted(columns)) or '(none)'}",
         expected="; ".join(f"{name}: {' + '.join(needed)}" for name, needed in FORMATS.items()),
-        fix="rename the columns, or convert the file to `messages`",
+        fix="say what they are called in corpus.sources[].columns, or convert the file to `messages`",
     )
 
 

@@ -75,7 +75,7 @@ def test_it_names_every_dump_that_was_mixed(dump: Dump, tmp_path: Path) -> None:
     assert f"| dump 1 | `{dump.store.url}`, fingerprint `{dump.fingerprint}`, weight 1, alpha = 0.5 |" in text
     assert f"| dump 2 | `{other.store.url}`, fingerprint `{other.fingerprint}`, weight 0.5, alpha = 0.25 |" in text
     assert "| targets 2 | kind sampled, draws 50" in text
-    assert "# student: neo from teacher\n" in text
+    assert "# student: lora_kd from teacher\n" in text
     assert "alpha that of each dump, D" in text
 
 

@@ -49,6 +49,7 @@ FILES = {
     "none.jsonl": "",
     "columns.jsonl": '{"foo": 1}\n' * 3,
     "a.csv": "a,b\n1,2\n",
+    "a.pdf": "no text",
 }
 
 

@@ -461,7 +461,7 @@ def test_the_template_goes_with_the_dump_to_who_is_trained_on_it(tmp_path: Path)
     head = "{% if enable_thinking is not defined %}{% set enable_thinking = False %}{% endif %}\n"
     assert kept.chat_template == head + THINKING
     told = model_card(
-        dump, StudentSection(model="org/x"), LossSection(), train_section(final), [some_event(1)], folder=final
+        [dump], StudentSection(model="org/x"), LossSection(), train_section(final), [some_event(1)], folder=final
     )
     assert f"sha256 `{hashlib.sha256((head + THINKING).encode()).hexdigest()}`" in told
     run_dump(**job)
