@@ -120,7 +120,9 @@ def train(
         engine.close()
 
 
-def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None, *, main: bool) -> Student:
+def _student(
+    run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None = None, *, main: bool
+) -> Student:
     """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
     main rank with all that identifies it, and proven to fit the dump."""
     model, revision = run.student.model, run.student.revision
