@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import body_of, finish_logits
+from storage_schemas.logits import body_of, finish_logits, input_device
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from student_train.config import LossSection, StudentSection, TrainSection
@@ -264,7 +265,7 @@ def refuse_long_rows(student: nn.Module, longest: int) -> None:
 def refuse_unknown_head(module: Distilled) -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""
     causal = causal_of(module.student)
-    ids = torch.arange(4)[None] % vocab_rows(causal)
+    ids = torch.arange(4, device=input_device(causal))[None] % vocab_rows(causal)
     try:
         with _evaluating(module):
             off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
@@ -288,9 +289,9 @@ def refuse_unknown_head(module: Distilled) -> None:
 def refuse_mixed_samples(module: Distilled) -> None:
     """Raise MismatchError if this model lets packed samples see each other."""
     causal = causal_of(module.student)
-    rows = vocab_rows(causal)
-    first, second = torch.arange(5)[None] % rows, torch.arange(11, 18)[None] % rows
-    position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    numbers = partial(torch.arange, device=input_device(causal))
+    first, second = (ids[None] % vocab_rows(causal) for ids in (numbers(5), numbers(11, 18)))
+    position_ids = torch.cat([numbers(5), numbers(7)])[None]
     with _evaluating(module):
         packed = module.logits(torch.cat([first, second], 1), position_ids)
         off = relative_difference(packed, torch.cat([module.logits(first), module.logits(second)], 1))

@@ -68,7 +68,7 @@ def test_code_of_another_model_and_failing_code_are_refused(tmp_path: Path) -> N
         Teacher(TeacherSection(model=str(own), trust_remote_code=True)).refuse_unloadable()
 
 
-@pytest.mark.parametrize(("line", "says"), [("", "takes its code from another"), ("raise RuntimeError('mine')", "mine")])
+@pytest.mark.parametrize(("line", "says"), [("", "code from another model"), ("raise RuntimeError('mine')", "mine")])
 def test_a_preview_runs_the_code_of_the_teacher_alone(
     line: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
