@@ -23,7 +23,7 @@ from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
-from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation
+from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation, refuse_unquantised
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
 from student_train.model.tokenizers import refuse_tokenizer
@@ -171,7 +171,9 @@ def load_student(
         student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention,
         trust=student.trust_remote_code, quantisation=quantisation(student, dtype),
     )  # fmt: skip
-    keep_numbers(base)
+    if student.quantization is not None:
+        refuse_unquantised(base)
+        keep_numbers(base)
     base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base
