@@ -49,7 +49,11 @@ GroupSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share one sharded teacher; default: one per GPU.")
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that the model brings: a directory, or one commit.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that the model brings: a directory, or one commit. Of an adapter, with --base.",
+    ),
 ]
 Base = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where an adapter's base model lies, if not where the adapter says.")

@@ -31,7 +31,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.records import count_statuses
 from storage_schemas.rows import OK
 from storage_schemas.verify import verify
-from student_train.config import sections_of
+from student_train.config import StudentSection, sections_of
 from student_train.metrics import EVENTS, read_events
 from student_train.results.model_card import CARD, Evaluation, model_card
 from student_train.summary import read_summary, write_summary
@@ -84,7 +84,7 @@ def run_pipeline(
     steps.do("verify-heldout", lambda: _verify(config, heldout.url), against)
     trust = ["--trust-remote-code"] if student.trust_remote_code else []
     pinned = ["--revision", student.revision] if student.revision else []
-    before_inputs = against | {"student": _state(student.model), "revision": student.revision}
+    before_inputs = against | {"student": _state(student.model), "revision": student.revision, "trust": trust}
     before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url, trust, pinned), before_inputs)
 
     # Whether training is done, its workers know best: they compare the checkpoint with the dump and the configuration.
@@ -92,7 +92,9 @@ def run_pipeline(
     publish(train.output / "config.yaml", config.to_yaml(), private=True)
 
     trained_inputs = before_inputs | {"final": _state(str(final))}
-    after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url, trust), trained_inputs)
+    # An adapter does not say whose code is run.
+    named = [*trust, "--base", _folder(student)] if trust and train.lora else trust
+    after = steps.do("after", lambda: _evaluate(config, str(final), heldout.url, named), trained_inputs)
     events = read_events(train.output / EVENTS)
     evaluated = Evaluation(url=heldout.url, before=before, after=after)
     places = sections_of(config.dump, train)
@@ -102,7 +104,7 @@ def run_pipeline(
         publish(final / CARD, card)
     if train.lora:
         there = (merged / "config.json").is_file()
-        steps.do("merge", lambda: _merge(final, merged, trust), trained_inputs, redo=not there)
+        steps.do("merge", lambda: _merge(final, merged, named), trained_inputs, redo=not there)
 
     trained = read_summary(train.output)
     assert trained is not None
@@ -195,13 +197,22 @@ def _dump_inputs(config: Config) -> dict[str, Any]:
 
 
 def _state(path: str) -> Any:
-    """Sizes and times of a file, or of the files of a directory; null for what is not here, such as a hub id.
+    """Sizes and times of a file, or of all files in a directory; null for what is not here, such as a hub id.
 
     A card decides nothing: it is written again once there is an evaluation to tell of.
     """
     here = Path(path)
-    files = sorted(file for file in here.iterdir() if file.is_file() and file.name != CARD) if here.is_dir() else [here]
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()] or None
+    files = sorted(file for file in here.rglob("*") if file != here / CARD) if here.is_dir() else [here]
+    return [
+        [str(file.relative_to(here)), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
+    ] or None
+
+
+def _folder(student: StudentSection) -> str:
+    """Where its files lie: a student on the hub was fetched to be trained."""
+    from transformers.utils import cached_file
+
+    return str(Path(str(cached_file(student.model, "config.json", revision=student.revision))).parent)
 
 
 def _dump(

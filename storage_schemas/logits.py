@@ -79,6 +79,11 @@ def finish_logits(x: Any, *, scale: float, softcap: float | None, slope: bool = 
     return found
 
 
+def input_device(causal: Any) -> Any:
+    """Where a model takes its token ids: bitsandbytes puts one on the GPU as it is loaded."""
+    return causal.get_input_embeddings().weight.device
+
+
 def body_of(model: Any, *, role: str) -> Any:
     """The part of a causal language model of transformers that gives the hidden states its head is applied to.
 

@@ -104,16 +104,18 @@ class StudentSection(FrozenModel):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
-    """Run the code of Python that the model brings with it, as you: read it first. For a directory, whose code is then
-    part of what identifies the student, or a commit on the hub, given as `revision` with all its 40 digits. Code of
-    tokenizers is never run."""
+    """Run the code of Python that the model brings with it, as you: read it first. For a directory, or a commit on the
+    hub, given as `revision` with all its 40 digits; the code is part of what identifies the student: its `*.py`, not
+    what these load. Code of tokenizers is never run."""
     attn_implementation: str | None = None
     """transformers' name of the attention that training runs with: `sdpa`, `eager`, `flash_attention_2`, ... Null: the
     model's own default. It changes speed, memory and rounding only, and may change between two starts of a run."""
     quantization: Literal["nf4"] | None = None
     """QLoRA (arXiv 2305.14314): hold the frozen linear layers in 4-bit NormalFloat while an adapter is trained, about a
-    quarter of bf16's memory. Head and embeddings stay as they are. The adapter that is left belongs to the unquantised
-    model, where it is evaluated and merged. For ZeRO stages 0 to 2 and plain LoRA; needs the extra `qlora`."""
+    quarter of bf16's memory. Head and embeddings stay as they are. A student of whose other weights less than half are
+    in linear layers, such as a mixture with all experts in one parameter, is refused. The adapter that is left belongs
+    to the unquantised model, where it is evaluated and merged. For ZeRO stages 0 to 2 and plain LoRA; needs the extra
+    `qlora`."""
     lora: LoraSection = LoraSection()
     """Used by the methods `lora_sft` and `lora_kd`."""
     adapter: LocalFolder | None = None

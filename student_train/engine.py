@@ -288,7 +288,8 @@ def load_weights(module: Distilled, tensors: Iterable[tuple[str, Tensor]]) -> No
 
 
 def _partition(module: nn.Module, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Cast and spread one weight after the other: DeepSpeed would have the whole module on each device first."""
+    """Cast and spread one weight after the other: DeepSpeed would have the whole module on each device first. What is
+    spread already it does not move, so buffers are moved here."""
 
     class OneByOne(nn.Module):
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -297,6 +298,9 @@ def _partition(module: nn.Module, config: Mapping[str, Any], device: torch.devic
                 yield parameter
 
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=deepcopy(config), dtype=dtype)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
 
 
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

@@ -149,7 +149,9 @@ def _student(
     new: dict[str, None] = {}
     for dump in run.dumps:
         new |= dict.fromkeys(refuse_other_dump(learner.module.student, model, revision, dump))
-    if new and not causal_of(learner.module.student).get_input_embeddings().weight.requires_grad:
+    causal = causal_of(learner.module.student)
+    ends = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if new and not all(module.weight.requires_grad for module in ends):
         log.warning(NEW_TOKENS, len(new), ", ".join(list(new)[:3]))
     return learner
 

@@ -40,8 +40,9 @@ class TeacherSection(FrozenModel):
     """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
     trust_remote_code: bool = False
     """Run the code of Python that the teacher brings with it, as you: read it first. For a directory, or a commit on
-    the hub, given as `revision` with all its 40 digits; the code is part of the dump's identity. With the backend
-    `transformers` alone, and never for the tokenizer, which stage two must be able to load."""
+    the hub, given as `revision` with all its 40 digits; the code is part of the dump's identity: its `*.py`, not what
+    these load. With the backend `transformers` alone, and never for the tokenizer, which stage two must be able to
+    load."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
         BeforeValidator(dtype_name, json_schema_input_type=Spelling),

@@ -283,7 +283,8 @@ def _refuse_head(model: PeftModel) -> None:
 
 
 def _saved(base: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules that peft takes for `modules_to_save`. Raises MismatchError where it would pass over a name."""
+    """The modules that peft takes for `modules_to_save`. Raises MismatchError where it would pass over a name, or would
+    train what is not used."""
     found: list[nn.Module] = []
     for wanted in names:
         of_name = [m for name, m in base.named_modules() if name.endswith(wanted) and any(True for _ in m.parameters())]
@@ -302,6 +303,14 @@ def _saved(base: nn.Module, names: Sequence[str]) -> list[nn.Module]:
                 fix="take it out, or remove student.quantization",
             )
         found += of_name
+    held = {m for module in found for m in module.modules() if m is not module}
+    if inner := next((name for name, module in base.named_modules() if module in held and module in found), None):
+        raise MismatchError(
+            "student.lora.modules_to_save names a module inside another",
+            got=inner,
+            expected="modules of which none holds another: the copy of the inner one would not be used",
+            fix="name the outer one alone, or the inner ones alone",
+        )
     return found
 
 

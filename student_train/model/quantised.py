@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import StudentSection, TrainSection
@@ -15,6 +15,8 @@ from student_train.config import StudentSection, TrainSection
 PACKAGE = "bitsandbytes"
 VARIANTS = ("lora", "rslora")
 """Those that take nothing from the base weights but their products."""
+LEAST_SHARE = 0.5
+"""Of the weights between embeddings and head that must become smaller."""
 
 
 def refuse_unfit_quantisation(student: StudentSection, train: TrainSection) -> None:
@@ -54,6 +56,24 @@ def quantisation(student: StudentSection, dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def refuse_unquantised(model: PreTrainedModel) -> None:
+    """Raise MismatchError if bitsandbytes, which knows linear layers, has left most weights between embeddings and head
+    as they were: those of a mixture whose experts are one parameter."""
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    between = {name: p for name, p in model.named_parameters() if id(p) not in ends}
+    quantised = sum(p.quant_state.shape.numel() for p in between.values() if hasattr(p, "quant_state"))
+    left = {name: p.numel() for name, p in between.items() if not hasattr(p, "quant_state")}
+    share = quantised / (quantised + sum(left.values()))
+    if share < LEAST_SHARE:
+        largest = max(left, key=lambda name: left[name])
+        raise MismatchError(
+            f"student.quantization would leave most of {type(model).__name__} as it is",
+            got=f"{share:.0%} of the weights between embeddings and head in 4 bits; not {largest}",
+            expected=f"at least {LEAST_SHARE:.0%}: {PACKAGE} takes linear layers, not experts that are one parameter",
+            fix="remove student.quantization (ZeRO-3 spreads such a student over GPUs), or choose another student",
+        )
 
 
 def keep_numbers(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import body_of
+from storage_schemas.logits import body_of, input_device
 
 _TOLERANCE = 0.02
 """What the loss of a probe may differ by in bf16, relative."""
@@ -69,7 +69,8 @@ class RouterLoss:
 
     @torch.no_grad()
     def _refuse_other_value(self, causal: Any) -> None:
-        ids, mask = torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.bool)
+        device = input_device(causal)
+        ids, mask = torch.arange(8, device=device).view(2, 4), torch.ones(2, 4, dtype=torch.bool, device=device)
         mask[1, 2:] = False
         expected = causal(input_ids=ids, attention_mask=mask.long(), use_cache=False).aux_loss
         body = body_of(causal, role="student")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import body_of, finish_logits
+from storage_schemas.logits import body_of, finish_logits, input_device
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from student_train.config import LossSection, StudentSection, TrainSection
@@ -22,7 +23,7 @@ from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
-from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation
+from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation, refuse_unquantised
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
 from student_train.model.tokenizers import refuse_tokenizer
@@ -170,7 +171,9 @@ def load_student(
         student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention,
         trust=student.trust_remote_code, quantisation=quantisation(student, dtype),
     )  # fmt: skip
-    keep_numbers(base)
+    if student.quantization is not None:
+        refuse_unquantised(base)
+        keep_numbers(base)
     base = in_usable_dtype(base, dtype)
     base.config.use_cache = False
     model: nn.Module = base
@@ -264,7 +267,7 @@ def refuse_long_rows(student: nn.Module, longest: int) -> None:
 def refuse_unknown_head(module: Distilled) -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""
     causal = causal_of(module.student)
-    ids = torch.arange(4)[None] % vocab_rows(causal)
+    ids = torch.arange(4, device=input_device(causal))[None] % vocab_rows(causal)
     try:
         with _evaluating(module):
             off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
@@ -288,9 +291,9 @@ def refuse_unknown_head(module: Distilled) -> None:
 def refuse_mixed_samples(module: Distilled) -> None:
     """Raise MismatchError if this model lets packed samples see each other."""
     causal = causal_of(module.student)
-    rows = vocab_rows(causal)
-    first, second = torch.arange(5)[None] % rows, torch.arange(11, 18)[None] % rows
-    position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    numbers = partial(torch.arange, device=input_device(causal))
+    first, second = (ids[None] % vocab_rows(causal) for ids in (numbers(5), numbers(11, 18)))
+    position_ids = torch.cat([numbers(5), numbers(7)])[None]
     with _evaluating(module):
         packed = module.logits(torch.cat([first, second], 1), position_ids)
         off = relative_difference(packed, torch.cat([module.logits(first), module.logits(second)], 1))

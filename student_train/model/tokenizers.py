@@ -21,7 +21,7 @@ FILES = (
 
 NEW_TOKENS = (
     "%d tokens of the dump are new to the student's tokenizer, such as %s; its rows for them are padding, and stay "
-    "what they are unless student.lora.modules_to_save trains embeddings and head"
+    "what they are unless student.lora.modules_to_save trains both embeddings and head"
 )
 """What to warn of."""
 

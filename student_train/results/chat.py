@@ -28,7 +28,7 @@ class Chat:
             model: directory or hub id of a model, or directory of a peft adapter.
             base: where an adapter's base model lies, if not where the adapter says.
             device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-            trust: run the code that the model brings.
+            trust: run the code that the model brings; that of an adapter's base if `base` names it.
 
         Raises:
             MismatchError: no such model or device, or it has no tokenizer.

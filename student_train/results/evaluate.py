@@ -68,7 +68,7 @@ def evaluate(
         partial: leave out units that are not committed yet.
         base: where an adapter's base model lies, if not where the adapter says.
         revision: of `model`, on the hub.
-        trust: run the code that the model brings.
+        trust: run the code that the model brings; that of an adapter's base if `base` names it.
         progress: called with (samples done, samples in all).
 
     Raises:
@@ -141,12 +141,12 @@ def load_ready(
         base: where an adapter's base model lies, if not where the adapter says.
         device: where it shall run; it is not moved there.
         revision: of a model on the hub; an adapter names that of its base.
-        trust: run the code that the model brings.
+        trust: run the code that the model brings; that of an adapter's base if `base` names it.
 
     Returns:
         It, and name and revision of the model itself.
     """
-    source, pinned = source_of(model, base)
+    source, pinned = source_of(model, base, trust=trust)
     revision = pinned or revision
     dtype = torch.float32 if device.type == "cpu" else "auto"
     loaded: Any = load_model(source, revision, dtype=dtype, trust=trust)

@@ -35,7 +35,7 @@ def merge(
         output: directory of the model; it must not exist, or be empty.
         dtype: `bfloat16`, `float16` or `float32`; None: as the base model is stored.
         base: where the base model lies, if not where the adapter says.
-        trust: run the code that the base model brings.
+        trust: run the code that the base model brings, which `base` must name then.
 
     Returns:
         The dtype that it was saved in, as above.
@@ -54,7 +54,7 @@ def merge(
             f"{adapter_dir} is not an adapter", got=lacks(adapter_dir), expected="the `final/` of an adapter run",
             fix="give the directory of a peft adapter; the methods full_sft and full_kd save whole models",
         )  # fmt: skip
-    source, revision = source_of(adapter_dir, base)
+    source, revision = source_of(adapter_dir, base, trust=trust)
     whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32, trust=trust)
     wanted = whole.dtype if dtype is None else getattr(torch, dtype)
     adapted = load_adapter(whole.float(), adapter_dir)

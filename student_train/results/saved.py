@@ -72,15 +72,17 @@ def is_adapter(model: str | Path) -> bool:
     return (Path(model) / ADAPTER_CONFIG).is_file()
 
 
-def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | None]:
+def source_of(model: str | Path, base: Path | None = None, *, trust: bool = False) -> tuple[str, str | None]:
     """(directory or hub id, revision) of the model itself, which for an adapter is its base.
 
     Args:
         model: what the user named; if a run has left it, its files are proven.
         base: where an adapter's base lies now, if not where the adapter says.
+        trust: code that the model itself brings shall be run.
 
     Raises:
-        MismatchError: the adapter does not say what it belongs to, its base is not there, or is another model.
+        MismatchError: the adapter does not say what it belongs to, its base is not there, or is another model; or the
+            adapter alone would say whose code is run.
         DataError: a file is torn, or is not what the run has written.
     """
     record = read_record(Path(model))
@@ -92,6 +94,13 @@ def source_of(model: str | Path, base: Path | None = None) -> tuple[str, str | N
     source, revision = config.base_model_name_or_path, config.revision
     if base is not None:
         source, revision = str(base), None
+    if trust and base is None:
+        raise MismatchError(
+            f"the adapter in {model} would say whose code is run",
+            got=f"{ADAPTER_CONFIG}: {source}",
+            expected="a base model that you name yourself, since whoever made the adapter chose this one",
+            fix="read the code of that model, download it if it is on the hub, and name its directory: --base DIR",
+        )
     if not source:
         raise MismatchError(
             f"the adapter in {model} does not name its base model",

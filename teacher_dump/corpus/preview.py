@@ -1,16 +1,20 @@
 """What a corpus becomes, before anything is spent: per source, in lengths, and sample by sample. Loads no weights."""
 
 import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
+from transformers.utils import cached_file
 
-from storage_schemas.common.code import runs_code
-from storage_schemas.common.errors import MismatchError, UsageError, first_line
+from storage_schemas.common.code import importing, refuse_foreign_code, runs_code
+from storage_schemas.common.errors import MismatchError, NeoError, UsageError, first_line
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
@@ -106,19 +110,28 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     """The teacher's tokenizer and the rows of its LM head; its weights are neither needed nor fetched.
 
     Raises:
-        MismatchError: there is no such teacher.
+        MismatchError: there is no such teacher, or code that it brings is another model's, or fails.
     """
     place = {} if Path(teacher.model).is_dir() else {"revision": teacher.revision}
     code = runs_code(teacher.trust_remote_code, teacher.model, teacher.revision, setting="teacher.trust_remote_code")
     try:
         tokenizer = AutoTokenizer.from_pretrained(teacher.model, trust_remote_code=False, **place)
-        head = AutoConfig.from_pretrained(teacher.model, trust_remote_code=code, **place).get_text_config().vocab_size
-    except (OSError, ValueError, KeyError) as error:
+        if code:
+            file = Path(str(cached_file(teacher.model, "config.json", **place)))
+            refuse_foreign_code(json.loads(file.read_bytes()), teacher.model)
+        with importing(HF_MODULES_CACHE) if code else nullcontext():
+            config = AutoConfig.from_pretrained(teacher.model, trust_remote_code=code, **place)
+        head = config.get_text_config().vocab_size
+    except NeoError:
+        raise
+    except Exception as error:
+        if not code and not isinstance(error, OSError | ValueError | KeyError):
+            raise
         raise MismatchError(
             f"the tokenizer of the teacher {teacher.model} cannot be loaded",
             got=first_line(error),
             expected="a directory or hub id with config.json and a tokenizer",
-            fix="correct teacher.model or teacher.revision",
+            fix="correct teacher.model or teacher.revision" + (", or the code that it brings" if code else ""),
         ) from error
     return tokenizer, int(head)
 

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import load_config
 from pipeline.prune import prune
-from pipeline.run import Steps, _dump_inputs
+from pipeline.run import Steps, _dump_inputs, _state
 from pipeline.views.report import remarks
 from storage_schemas.reader import Dump
 from student_train.metrics import read_events
+from student_train.results.model_card import CARD
 
 TESTS = Path(__file__).parents[1]
 SUMMARY = [
@@ -68,6 +69,20 @@ def test_a_chat_template_that_changes_is_another_dump(tmp_path: Path) -> None:
     assert _dump_inputs(config) == before
     template.write_text("{{ messages[0] }}")
     assert _dump_inputs(config) != before
+
+
+def test_the_state_of_a_model_is_that_of_all_its_files(tmp_path: Path) -> None:
+    """Code in folders of it too, but not its card."""
+    (tmp_path / "code").mkdir()
+    files = [tmp_path / "config.json", tmp_path / "code" / "modeling.py", tmp_path / CARD]
+    states = []
+    for file in [*files, *files]:
+        with file.open("a") as opened:
+            opened.write("x")
+        states.append(_state(str(tmp_path)))
+    assert len({json.dumps(state) for state in states}) == 4
+    assert states[1] == states[2]
+    assert states[4] == states[5]
 
 
 def corpus(path: Path, samples: range) -> Path:

@@ -102,3 +102,6 @@ def test_nothing_else_says_that_code_is_run() -> None:
             declared = re.findall(r"\bcode: ([\w.]+)", text)
             assert set(declared) <= {"Code", "bool"}, path
             assert "code: bool" not in text or path.name == "student_files.py", path
+        # Nor is another model's, which a config.json may name.
+        if re.search(r"from_pretrained\([^)]*trust_remote_code=code", text):
+            assert re.search(r"\b(refuse_foreign_code|find_model)\(", text), path

@@ -174,12 +174,16 @@ def test_an_adapter_begins_from_one_with_the_same_modules(training: Trainings) -
         (["rotary_emb"], "names no module of the student that has weights"),
         (["lp"], "meet in one module"),
         (["proj"], "PEFT rejected"),
+        (["mlp", "up_proj"], "got:      model.layers.0.mlp.up_proj"),
+        (["up_proj", "layers.1"], "got:      model.layers.1.mlp.up_proj"),
     ],
 )
 def test_modules_are_checked(names: list[str], says: str) -> None:
-    """peft passes over a name that nothing has, and trains an adapter's layer twice."""
+    """peft passes over a name that nothing has, trains an adapter's layer twice, and gives what is in a module that it
+    has copied a copy that is never used."""
+    targets = ["q_proj"] if len(names) > 1 else "all-linear"
     with pytest.raises(MismatchError) as error:
-        attach(tiny_llama(1), LoraSection(r=2, modules_to_save=names), seed=0)
+        attach(tiny_llama(1), LoraSection(r=2, modules_to_save=names, target_modules=targets), seed=0)
     assert says in str(error.value)
 
 

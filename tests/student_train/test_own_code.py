@@ -1,5 +1,6 @@
 """Code that a model brings is run if the user says so and it is known which code that is."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from storage_schemas.common.code import runs_code
 from storage_schemas.common.errors import MismatchError
+from student_train.config import LoraSection
+from student_train.model.adapter import attach
 from student_train.model.load import load_model, refuse_unloadable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -78,6 +81,28 @@ def test_code_that_fails_is_told(line: str, tmp_path: Path) -> None:
         refuse_unloadable(str(student), None, trust=True)
 
 
+def test_an_adapter_does_not_say_whose_code_is_run(folder: Path, tmp_path: Path) -> None:
+    """Neither by a directory nor by a commit; the code of a base that the user names is run."""
+    base = load_model(str(folder / "own"), None, dtype=torch.float32, trust=True)
+    model = attach(base, LoraSection(r=2, target_modules=["q_proj"]), seed=0)
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    told = json.loads(config.read_text())
+    for named in ({"base_model_name_or_path": str(folder / "own")},
+                  {"base_model_name_or_path": "good/repo", "revision": COMMIT}):  # fmt: skip
+        config.write_text(json.dumps(told | named))
+        adapter, out = str(tmp_path / "adapter"), str(tmp_path / "out")
+        for command in (
+            ["evaluate", "--model", adapter, "--dump", str(folder / "dump")],
+            ["merge", adapter, out],
+            ["chat", adapter, "--prompt", "w5", "--device", "cpu"],
+        ):
+            refused = CliRunner().invoke(app, [*command, "--trust-remote-code"])
+            assert "would say whose code is run" in str(refused.exception), (command, refused.output)
+    found = CliRunner().invoke(app, ["merge", adapter, out, "--trust-remote-code", "--base", str(folder / "own")])
+    assert found.exit_code == 0, found.exception
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two, that have one empty place for code between them."""
@@ -107,7 +132,7 @@ def test_it_is_trained_resumed_evaluated_and_merged(folder: Path, tmp_path: Path
     final = tmp_path / "run" / "final"
     assert "trust_remote_code=True)" in (final / "README.md").read_text().replace(', dtype="auto"', "")
     run = CliRunner().invoke
-    asked = ["--trust-remote-code"]
+    asked = ["--trust-remote-code", "--base", str(folder / "own")]
     for command in (
         ["evaluate", "--model", str(final), "--dump", str(folder / "dump"), "--json"],
         ["merge", str(final), str(tmp_path / "merged")],
@@ -117,7 +142,7 @@ def test_it_is_trained_resumed_evaluated_and_merged(folder: Path, tmp_path: Path
         assert isinstance(refused.exception, MismatchError), refused.output
         found = run(app, [*command, *asked])
         assert found.exit_code == 0, (command, found.output, found.exception)
-    other_base = run(app, ["merge", str(final), str(tmp_path / "again"), "--base", str(moved), *asked])
+    other_base = run(app, ["merge", str(final), str(tmp_path / "again"), *asked[:2], str(moved)])
     assert "is not the model that the adapter" in str(other_base.exception)
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(folder / "own", trust_remote_code=True)

@@ -9,6 +9,8 @@ from support.distributed import run_ranks
 from support.tiny_student import VOCAB, save_student, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from student_train import engine
+
 FUNCTION = "support.partition_jobs:weights"
 CASES: list[dict[str, Any]] = [
     {"model": "student", "train": {"precision": "fp32"}},
@@ -56,6 +58,16 @@ def test_weights_are_those_of_stage_2(case: int, found: dict[int, list[list[dict
                 assert torch.equal(spread[kind][name], weight), name
         for name, weight in expected["whole"].items():
             assert spread["held"][name] == (weight.numel() + 1) // 2, name
+
+
+def test_buffers_are_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that is not the CPU: DeepSpeed moves none of a module whose weights are spread already."""
+    monkeypatch.setattr(engine.deepspeed.zero, "Init", lambda **_: None)  # It would look for ranks.
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    engine._partition(model, {}, torch.device("meta"), torch.float32)
+    found = dict(model.named_buffers())
+    assert "model.rotary_emb.inv_freq" in found
+    assert {str(buffer.device) for buffer in found.values()} == {"meta"}
 
 
 @pytest.mark.slow

@@ -113,16 +113,25 @@ def test_what_needs_no_rows_is_refused(dump: Dump, tmp_path: Path) -> None:
         resize(str(small_student(tmp_path / "small")), tmp_path / "other", dump)
 
 
-@pytest.mark.parametrize(("names", "warned"), [([], True), (["embed_tokens"], False)])
+@pytest.mark.parametrize(
+    ("names", "tied", "warned"),
+    [
+        ([], False, True),
+        (["embed_tokens"], False, True),
+        (["lm_head"], False, True),
+        (["embed_tokens", "lm_head"], False, False),
+        (["embed_tokens"], True, False),
+    ],
+)
 def test_frozen_rows_of_new_tokens_are_warned_of(
-    names: list[str], warned: bool, dump: Dump, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    names: list[str], tied: bool, warned: bool, dump: Dump, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A head that is padded has rows for them, which stay noise."""
+    """A head that is padded has rows for them, as embeddings have: they stay noise unless they are trained."""
     student = tmp_path / "student"
-    tiny_llama(1).save_pretrained(student)
+    tiny_llama(1, tied=tied).save_pretrained(student)
     tiny_tokenizer(vocab=OLD).save_pretrained(student)
     section = StudentSection(model=str(student), lora=LoraSection(r=4, modules_to_save=names))
     run = open_run(DumpSection(url=dump.store.url), section, LossSection(), train_section(tmp_path / "run"), {})
     with caplog.at_level(logging.WARNING):
-        _student(run, None, main=True)
+        _student(run, None, None, main=True)
     assert ("26 tokens of the dump are new to the student's tokenizer, such as w70, w71, w72" in caplog.text) is warned

@@ -19,6 +19,8 @@ from storage_schemas.reader import Dump
 from student_train.config import LoraSection
 from student_train.data.batch import collate
 from student_train.model.adapter import attach, left_out
+from student_train.model.router import RouterLoss
+from student_train.model.student import refuse_mixed_samples, refuse_unknown_head
 
 COEFFICIENT = 0.3
 SMALL = {
@@ -202,3 +204,14 @@ def test_a_run_logs_it_apart(folder: Path, tmp_path: Path) -> None:
         assert event.loss == pytest.approx(0.5 * event.ce + 0.5 * event.kl + COEFFICIENT * event.router_aux, rel=1e-6)
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
     assert sorted(config["target_parameters"]) == ["down_proj", "gate_up_proj"]
+
+
+def test_probes_go_to_where_the_student_is(folder: Path) -> None:
+    """Those of head, packing and routers: a student in 4 bits is on the GPU when it is loaded. Here all tensors that do
+    not say where they belong land on another device than the student."""
+    dump = Dump.open(str(folder / "dump"))
+    module = student_of(folder / "mixtral", dump, train_section(folder / "run", packing=True))
+    with torch.device("meta"):
+        refuse_unknown_head(module)
+        refuse_mixed_samples(module)
+        assert RouterLoss.of(module._causal[0]) is not None

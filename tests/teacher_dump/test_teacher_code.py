@@ -68,6 +68,24 @@ def test_code_of_another_model_and_failing_code_are_refused(tmp_path: Path) -> N
         Teacher(TeacherSection(model=str(own), trust_remote_code=True)).refuse_unloadable()
 
 
+@pytest.mark.parametrize(("line", "says"), [("", "code from another model"), ("raise RuntimeError('mine')", "mine")])
+def test_a_preview_runs_the_code_of_the_teacher_alone(
+    line: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code of a model beside it, which transformers would take, leaves no marker; what its own code says is told."""
+    monkeypatch.chdir(tmp_path)
+    marker, other = tmp_path / "marker", bring_code(save_teacher(tmp_path / "other" / "model"))
+    with (other / "configuration_own.py").open("a") as file:
+        file.write(f"\nopen({str(marker)!r}, 'w').close()\n")
+    foreign = {"AutoConfig": "other/model--configuration_own.OwnConfig"} if not line else {}
+    own = bring_code(save_teacher(tmp_path / "own"), AUTO_MAP | foreign)
+    with (own / "configuration_own.py").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(MismatchError, match=says):
+        load_tokenizer(TeacherSection(model=str(own), trust_remote_code=True))
+    assert not marker.exists()
+
+
 def test_vllm_runs_none() -> None:
     with pytest.raises(ValidationError, match="backend is vllm"):
         TeacherSection(model="m", trust_remote_code=True, backend="vllm")
