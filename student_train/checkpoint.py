@@ -63,7 +63,7 @@ class TrainState(FrozenModel):
     step: int
     """Optimizer steps done; the position in the data is a function of it."""
     updates: int
-    """Adam's step count: steps whose global batch had supervised tokens."""
+    """Adam's step count: steps whose global batch had supervised tokens, and those before of `train.warm_start`."""
     consumed: str
     """Hash over the units that were trained on, see `resume.consumed_root`."""
     identity: dict[str, Any]

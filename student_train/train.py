@@ -440,7 +440,8 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
-        if not self._engine.updates:
+        # Checkpoints of before do not know how many tokens were trained on.
+        if not self._supervised and (run.train.warm_start is not None or not self._engine.updates):
             world.raise_on_all(nothing_usable(run))
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         stray = self._engine.stray()

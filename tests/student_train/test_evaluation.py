@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dump(folder / "heldout", samples=13)
     write_dump(folder / "unsealed", samples=13, seal=False)
     write_dump(folder / "empty", samples=13, none_usable=True)
+    write_dump(folder / "unsealed and empty", none_usable=True, seal=False)
     shutil.copytree(folder / "heldout", folder / "damaged")
     next((folder / "damaged" / "data").glob("unit-00000001-*")).unlink()
     save_student(folder / "student")
@@ -58,7 +59,7 @@ class Trainings:
         """What rank 0 says of a training in the directory `name`; run once for the same job."""
         key = f"{name} {ranks} {heldout} {job}"
         if key not in self._done:
-            job |= {"dump": str(self.folder / "dump"), "model": str(self.folder / job.get("model", "student"))}
+            job |= {"dump": str(self.folder / job.get("dump", "dump")), "model": str(self.folder / job.get("model", "student"))}
             job |= {"output": str(self.folder / name), "heldout": heldout and str(self.folder / heldout)}
             if ranks not in self._ranks:
                 self._ranks[ranks] = Ranks("support.train_jobs:trainer", ranks)
@@ -272,6 +273,16 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert refused["code"] == 78, refused["message"]
     assert says in refused["message"]
     assert refused["events"] == []
+
+
+def test_a_warm_start_is_no_training(training: Trainings, folder: Path) -> None:
+    """Where the dump has nothing to learn from, which nobody knows before the end, also in two starts."""
+    training("plain", train=EVALUATED)
+    settings = {"warm_start": folder / "plain", "max_steps": 2, "save_steps": 1}
+    for start in (1, 2):
+        run = training("warm, nothing", heldout=None, dump="unsealed and empty", train=settings, again=start)
+        assert run["code"] == 65, run["message"]
+        assert "nothing can be learned" in run["message"]
 
 
 def test_a_run_may_end_without_evaluating_its_last_step(training: Trainings, folder: Path) -> None:
