@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.distributed import Ranks
-from support.engine_jobs import some_result
+from support.engine_jobs import some_result, train_section
 from support.rounding import FORWARD
 from support.tiny_student import save_student, write_dump
 
@@ -222,6 +222,30 @@ def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> N
     assert "student.adapter" in other["message"]
 
 
+def updates_of(output: Path) -> int:
+    """Adam's step count in the newest checkpoint."""
+    newest = Checkpoints(str(output / "checkpoints")).newest()
+    assert newest is not None
+    return newest.state.updates
+
+
+def assert_next_step(before: dict[str, Any], after: dict[str, Any], train: TrainSection, *, updates: int) -> None:
+    """Whether a step of AdamW, by its definition in float64, lies between two states; its gradient is what has changed
+    the first moment."""
+    assert before.keys() == after.keys()
+    names = [key.removeprefix("master/") for key in before if key.startswith("master/")]
+    one, two, rate = train.adam_beta1, train.adam_beta2, train.learning_rate
+    for name in names:
+        weight, mean, square = (before[f"{kind}/{name}"].double() for kind in ("master", "exp_avg", "exp_avg_sq"))
+        found, next_mean, next_square = (after[f"{k}/{name}"].double() for k in ("master", "exp_avg", "exp_avg_sq"))
+        gradient = (next_mean - one * mean) / (1 - one)
+        expected = two * square + (1 - two) * gradient**2
+        assert torch.allclose(next_square, expected, rtol=1e-5, atol=1e-5 * float(expected.max())), name
+        scale = (next_square / (1 - two**updates)).sqrt() + train.adam_epsilon
+        moved = -rate * (train.weight_decay * weight + next_mean / (1 - one**updates) / scale)
+        assert torch.allclose(found - weight, moved, rtol=1e-3, atol=1e-3 * rate), name
+
+
 @pytest.mark.parametrize("lora", [{}, {"variant": "pissa"}], ids=["lora", "pissa"])
 def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lora: dict[str, Any]) -> None:
     """Of another run: its weights to the bit, its moments, at another stage and rate; and what differs is said."""
@@ -230,10 +254,12 @@ def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lo
     warm = {"warm_start": folder / name, "learning_rate": 2e-3, "max_steps": 3, "zero_stage": 3}
     again = training(f"warm after {name}", train=EVALUATED | warm, lora=lora, ranks=2)
     assert results_of(again)[0].kl == pytest.approx(results_of(first)[-1].kl, rel=1e-6)
-    # Without moments the first step of Adam would move each weight by the learning rate; with them by less.
-    moved, cold = again["state"], training(name, train=EVALUATED, lora=lora)["state"]
-    key = next(k for k in cold if k.startswith("exp_avg_sq/") and "lora_B" in k)
-    assert float(moved[key].max()) > 0.9 * 0.999**3 * float(cold[key].max())
+    constant = {"max_steps": 1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    for stage in (0, 2, 3):
+        there = f"one step after {name} at {stage}"
+        step = training(there, train=warm | constant | {"zero_stage": stage}, lora=lora, heldout=None)
+        assert updates_of(folder / there) == updates_of(folder / name) + 1 == 7
+        assert_next_step(first["state"], step["state"], train_section(folder, **warm), updates=7)
     # It is resumed from its own checkpoints, even if the other run is gone.
     half = training(f"warm halved after {name}", train=EVALUATED | warm, lora=lora, stop_after=2)
     assert half["code"] == 75
