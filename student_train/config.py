@@ -268,7 +268,8 @@ class TrainSection(FrozenModel):
     warm_start: LocalFolder | None = None
     """Directory of another run, from whose newest checkpoint this one begins: with its weights and Adam's moments, on
     any dump and under any settings but those of the adapter. Steps and schedule are counted anew; what differs is
-    logged. `student.adapter` begins from an adapter's weights alone."""
+    logged. A run that is resumed needs it no more, and keeps the name. Checkpoints of a `checkpoint_url` have to be
+    copied to `checkpoints/` in a directory first. `student.adapter` begins from an adapter's weights alone."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []

@@ -15,12 +15,17 @@ from support.rounding import FORWARD
 from support.tiny_student import save_student, write_dump
 
 from storage_schemas.canonical import canonical_json, with_checksum
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
+from student_train import warm_start
 from student_train.checkpoint import Checkpoints
-from student_train.config import TrainSection
+from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.heldout import best, stops_early
 from student_train.metrics import HeldoutResult, read_events
 from student_train.results.evaluate import evaluate
+from student_train.resume import LATER
+from student_train.training_run import open_run, refuse_early
 
 EVALUATED = {"eval_steps": 2, "max_steps": 6, "save_steps": 4}
 WORSE = EVALUATED | {
@@ -59,7 +64,10 @@ class Trainings:
         """What rank 0 says of a training in the directory `name`; run once for the same job."""
         key = f"{name} {ranks} {heldout} {job}"
         if key not in self._done:
-            job |= {"dump": str(self.folder / job.get("dump", "dump")), "model": str(self.folder / job.get("model", "student"))}
+            job |= {
+                "dump": str(self.folder / job.get("dump", "dump")),
+                "model": str(self.folder / job.get("model", "student")),
+            }
             job |= {"output": str(self.folder / name), "heldout": heldout and str(self.folder / heldout)}
             if ranks not in self._ranks:
                 self._ranks[ranks] = Ranks("support.train_jobs:trainer", ranks)
@@ -212,6 +220,12 @@ def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> N
         again = results_of(training(f"round two at {stage}", adapter=adapter, train=EVALUATED | {"zero_stage": stage}))
         assert again[0].kl == pytest.approx(first[-1].kl, rel=1e-5)
         assert again[-1].kl < again[0].kl
+    assert (
+        training("round two at 2", adapter=adapter, train=EVALUATED | {"zero_stage": 2})["summary"][
+            "began_from_adapter"
+        ]
+        == adapter
+    )
     half = training("round two, halved", adapter=adapter, train=EVALUATED, stop_after=3)
     assert half["code"] == 75
     rest = training("round two, halved", adapter=adapter, train=EVALUATED)
@@ -268,10 +282,10 @@ def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lo
     (folder / f"{name} moved").rename(folder / name)
     for here, there in zip(rest["events"], again["events"], strict=True):
         assert here.loss == pytest.approx(there.loss, rel=1e-5)
-    plain = training(f"warm halved after {name}", train=EVALUATED | warm | {"warm_start": None, "max_steps": 4,
-                     "extend": True}, lora=lora)  # fmt: skip
-    assert plain["code"] == 78
-    assert "student.adapter" in plain["message"]
+    began = rest["summary"]["began_from_checkpoint"]
+    assert (began["source"], began["step"]) == (str(folder / name), 6)
+    card = (folder / f"warm halved after {name}" / "final" / "README.md").read_text()
+    assert f"| begun from | weights and moments of the run `{folder / name}` |" in card
 
 
 @pytest.mark.parametrize(
@@ -299,6 +313,64 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert refused["code"] == 78, refused["message"]
     assert says in refused["message"]
     assert refused["events"] == []
+
+
+def test_a_run_that_goes_on_keeps_the_name_of_where_it_began(training: Trainings, folder: Path) -> None:
+    """Nothing need be there any more, and the same checkpoint may be elsewhere; a message names the right setting."""
+    training("plain", train=EVALUATED)
+    shutil.copytree(folder / "plain", folder / "plain copied")
+    save_student(folder / "third", seed=7)
+
+    def on(name: str, warm_start: str | None, steps: int, **job: Any) -> tuple[int, str]:
+        train = {"max_steps": steps, "extend": True, "warm_start": warm_start and folder / warm_start}
+        run = training(name, heldout=None, train=train, **job)
+        return run["code"], run["message"]
+
+    assert on("keeps", "plain copied", 1)[0] == on("keeps", "plain", 2)[0] == 0
+    shutil.rmtree(folder / "plain copied")
+    assert on("keeps", "plain copied", 3)[0] == 0
+    assert on("starts cold", None, 1)[0] == 0
+    for name, other, began in (
+        ("keeps", "nowhere", "plain copied"), ("keeps", None, "plain copied"), ("starts cold", "plain", None)
+    ):  # fmt: skip
+        for steps in (4, 3 if began else 1):  # It is asked of a finished run, too.
+            code, message = on(name, other, steps)
+            assert code == 78, message
+            assert "did not begin from train.warm_start" in message
+            assert f"train.warm_start: {folder / began if began else 'null'}" in message
+    code, message = on("keeps", "plain copied", 4, model="third")
+    assert code == 78
+    assert "the checkpoint is of another run: student.files" in message
+
+
+def test_what_checkpoints_of_before_do_not_know_is_no_difference(
+    training: Trainings, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training("plain", train=EVALUATED)
+    output, section = folder / "compared", StudentSection(model=str(folder / "student"), lora=LoraSection(r=4))
+    given = EVALUATED | {"epochs": 2, "warmup_ratio": 0.2}
+    run = open_run(DumpSection(url=str(folder / "dump")), section, LossSection(), train_section(output, **given), {})
+    newest = Checkpoints(str(folder / "plain" / "checkpoints")).newest()
+    assert newest is not None
+    older = {key: value for key, value in newest.state.identity.items() if key not in {f"train.{n}" for n in LATER}}
+    newest.state = newest.state.model_copy(update={"identity": older})
+    with caplog.at_level("INFO"):
+        warm_start._compare(newest, run, folder / "plain")
+    assert "training begins with" in caplog.text
+    assert "there: " not in caplog.text
+
+
+def test_a_warm_start_that_is_not_there_is_refused_before_a_dump_is_awaited(training: Trainings, folder: Path) -> None:
+    """Unless the run has begun."""
+    training("plain", train=EVALUATED)
+    student = StudentSection(model=str(folder / "student"), lora=LoraSection(r=4))
+    refuse_early(student, train_section(folder / "new", warm_start=folder / "plain"))
+    with pytest.raises(MismatchError, match="no checkpoint to begin from") as error:
+        refuse_early(student, train_section(folder / "new", warm_start=folder / "plian"))
+    assert "train.checkpoint_url" in str(error.value)
+    with pytest.raises(MismatchError, match="the directory of this run"):
+        refuse_early(student, train_section(folder / "plain", warm_start=folder / "plain"))
+    refuse_early(student, train_section(folder / "plain", warm_start=folder / "plian"))
 
 
 def test_a_warm_start_is_no_training(training: Trainings, folder: Path) -> None:
