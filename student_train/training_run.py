@@ -189,8 +189,8 @@ def nothing_to_begin_from(folder: Path) -> MismatchError:
         f"there is no checkpoint to begin from in {folder}",
         got=f"no complete checkpoint of a step that was trained in {folder / 'checkpoints'}",
         expected="the directory of a run with `checkpoints/` on this machine",
-        fix="correct train.warm_start; where that run has a train.checkpoint_url, copy what is there to `checkpoints/` in "
-        "a directory, and name that",
+        fix="correct train.warm_start; where that run has a train.checkpoint_url, copy what is there to `checkpoints/` "
+        "in a directory, and name that",
     )
 
 

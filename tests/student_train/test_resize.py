@@ -124,5 +124,5 @@ def test_frozen_rows_of_new_tokens_are_warned_of(
     section = StudentSection(model=str(student), lora=LoraSection(r=4, modules_to_save=names))
     run = open_run(DumpSection(url=dump.store.url), section, LossSection(), train_section(tmp_path / "run"), {})
     with caplog.at_level(logging.WARNING):
-        _student(run, None, main=True)
+        _student(run, None, None, main=True)
     assert ("26 tokens of the dump are new to the student's tokenizer, such as w70, w71, w72" in caplog.text) is warned
