@@ -138,12 +138,12 @@ def student() -> None:
     scale_between(adapted)
     with pretended(), mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         onto_gpu(adapted, torch.bfloat16)
-        module = Distilled(adapted, loss=LossSection(alpha=0.5), head=HeadSpec()).train()
+        module = Distilled(adapted, losses=(LossSection(alpha=0.5),), head=HeadSpec()).train()
         batch = TrainBatch(
             input_ids=torch.randint(VOCAB, (3, 20), device=GPU),
             position_ids=torch.arange(20, device=GPU).expand(3, 20),
             positions=torch.arange(30, device=GPU),
-            targets=targets(30),
+            parts=(targets(30),),
             tokens=60,
             lengths=torch.full((3,), 20, device=GPU),
         )
@@ -192,6 +192,13 @@ def read() -> None:
         float(torch.randn(4, device=GPU).sum())
 
 
+def copied() -> None:
+    """A planted mistake: a result is copied to the host."""
+    with pretended(), Copies() as copies:
+        torch.randn(4, device=GPU).sum().cpu()
+    assert not copies.seen, copies.seen
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "topk": TopK(k=8, mass=0.9),
     "adaptive": Adaptive(kind="adaptive", mass=0.9, k_max=8, tail_draws=4),
@@ -208,6 +215,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"teacher, {name}": lambda e=e: dumped(e) for name, e in ESTIMATORS.items()},  # type: ignore[misc]
     "planted: two devices": mixed,
     "planted: a read": read,
+    "planted: a copy": copied,
 }
 
 
