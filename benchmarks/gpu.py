@@ -383,7 +383,7 @@ def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
 
 
 def neo(dump: Dump, batch: TrainBatch, *, compiled: bool = False) -> Callable[[], float]:
-    """Stored targets and the fused head; no teacher."""
+    """Stored targets and the fused head; no teacher. All in bfloat16, without masters in fp32, which `train` has."""
     given = sections(SCRATCH / "unused")
     module = load_student(given["student"], [given["loss"]], given["settings"], dump.provenance).module
     module.cuda().to(torch.bfloat16).train()

@@ -55,6 +55,17 @@ class Extension(FrozenModel):
     """Their values from then on."""
 
 
+class Beginning(FrozenModel):
+    """The checkpoint of another run that a run began from, see `train.warm_start`."""
+
+    source: str
+    """The directory of that run, as it was named."""
+    step: int
+    """Of the checkpoint."""
+    digest: str
+    """`Checkpoint.digest`."""
+
+
 class TrainState(FrozenModel):
     """All that is needed to go on, apart from tensors. The world size is not part of it."""
 
@@ -63,11 +74,13 @@ class TrainState(FrozenModel):
     step: int
     """Optimizer steps done; the position in the data is a function of it."""
     updates: int
-    """Adam's step count: steps whose global batch had supervised tokens."""
+    """Adam's step count: steps whose global batch had supervised tokens, and those before of `train.warm_start`."""
     consumed: str
     """Hash over the units that were trained on, see `resume.consumed_root`."""
     identity: dict[str, Any]
     """What must be equal for a resumed run to be the same run: dotted name -> value."""
+    began: Beginning | None = None
+    """Where the run began, if with the weights and moments of another one."""
     extended: tuple[Extension, ...] = ()
     """Where the run went on under other settings."""
     heldout: tuple[HeldoutResult, ...] = ()

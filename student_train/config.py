@@ -237,8 +237,9 @@ class TrainSection(FrozenModel):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile each decoder layer (torch.compile): a fifth more tokens per second on GPUs and less memory, after a first
-    minute; needs a C++ compiler. Results differ by rounding, and it may change between two starts of a run. Not with
-    stage 3, which gathers weights inside of the layers."""
+    minute; needs a C++ compiler. Results differ by rounding; with dropout in the adapter also by other masks, which
+    inductor draws in its own way at the same seed, and by the noise of NEFTune that is drawn after them. It may change
+    between two starts of a run. Not with stage 3, which gathers weights inside of the layers."""
     shuffle: Literal["windows", "epoch"] = "windows"
     """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
     written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
@@ -280,7 +281,8 @@ class TrainSection(FrozenModel):
     warm_start: LocalFolder | None = None
     """Directory of another run, from whose newest checkpoint this one begins: with its weights and Adam's moments, on
     any dump and under any settings but those of the adapter. Steps and schedule are counted anew; what differs is
-    logged. `student.adapter` begins from an adapter's weights alone."""
+    logged. A run that is resumed needs it no more, and keeps the name. Checkpoints of a `checkpoint_url` have to be
+    copied to `checkpoints/` in a directory first. `student.adapter` begins from an adapter's weights alone."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []

@@ -115,7 +115,7 @@ class Engine:
         if train.zero_stage == 3:
             module.head.gather = _gather
         self.updates = 0
-        """Optimizer updates so far; Adam's step count."""
+        """Optimizer updates of these weights so far, in other runs too; Adam's step count."""
 
     def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
         """One optimizer step over the global batch. Collective; every rank brings the same number of micro-batches.

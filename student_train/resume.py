@@ -149,9 +149,8 @@ def _chosen_step(run: TrainingRun) -> int:
 def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
     """The checkpoint, if it is of this run and the dump still holds what it was trained on."""
     checkpoint = run.checkpoints.at(step)
-    known = _known(checkpoint.state)
     changes = _extension(run, checkpoint.state)
-    refuse_other_run(known | (changes.after if changes else {}), identity_of(run))
+    refuse_other_run(known(checkpoint.state) | (changes.after if changes else {}), identity_of(run))
     if step > run.steps:
         raise MismatchError(
             f"training has done {step} steps already",
@@ -190,7 +189,7 @@ def as_configured(identity: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _known(state: TrainState) -> dict[str, Any]:
+def known(state: TrainState) -> dict[str, Any]:
     """A checkpoint's identity, but for what is compared once the student is loaded."""
     defaults = {f"train.{name}": TrainSection.model_fields[name].get_default() for name in LATER}
     return defaults | {key: value for key, value in state.identity.items() if key not in (FILES, START)}
@@ -198,12 +197,12 @@ def _known(state: TrainState) -> dict[str, Any]:
 
 def _extension(run: TrainingRun, state: TrainState) -> Extension | None:
     """What `train.extend` lets a run change on the way, where the configuration and the checkpoint differ in it."""
-    known = _known(state)
+    before = known(state)
     wanted = {k: v for k, v in identity_of(run).items() if k.startswith(("train.", "loss.")) and not _fixed(k)}
-    changed = {key: value for key, value in wanted.items() if key in known and known[key] != value}
+    changed = {key: value for key, value in wanted.items() if key in before and before[key] != value}
     if not changed or not run.train.extend:
         return None
-    return Extension(step=state.step, before={key: known[key] for key in changed}, after=changed)
+    return Extension(step=state.step, before={key: before[key] for key in changed}, after=changed)
 
 
 def _fixed(key: str) -> bool:

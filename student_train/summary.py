@@ -6,7 +6,7 @@ from typing import Any
 from storage_schemas.canonical import canonical_json, parse_json, validated
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
-from student_train.checkpoint import Extension
+from student_train.checkpoint import Beginning, Extension
 from student_train.config import Arm
 from student_train.metrics import DumpLosses, HeldoutResult
 
@@ -67,7 +67,11 @@ class Summary(FrozenModel):
     dumps: dict[str, TrainedOn] = {}
     """By name, if there are several."""
     student: str
-    """Where training began."""
+    """The model that was trained."""
+    began_from_adapter: str | None = None
+    """`student.adapter`."""
+    began_from_checkpoint: Beginning | None = None
+    """Of `train.warm_start`."""
     final: str
     """Path of the adapter, or of the model for the full arms."""
     final_record: str

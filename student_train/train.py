@@ -49,7 +49,7 @@ from student_train.training_run import (
     trained_on,
     weigh,
 )
-from student_train.warm_start import begun_from, refuse_other_student, warm_start
+from student_train.warm_start import begin, refuse_other_start, refuse_other_student
 from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)
@@ -103,10 +103,11 @@ def train(
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
     world.on_main(lambda: weigh(opened))
     run, checkpoint, done = decide(world, opened)
+    if checkpoint is not None:
+        world.on_main(partial(refuse_other_start, settings, checkpoint.state.began))
     if done is not None:
         return done
-    # At step 0 nothing has been trained.
-    trained = checkpoint if checkpoint is not None and checkpoint.step else warm_start(world, run)
+    run, trained = begin(world, run, checkpoint)
     learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main))
     if trained is not None:
         world.together(partial(load_weights, learner.module, trained.tensors((MASTER,))))
@@ -138,8 +139,7 @@ def _student(
     learner = replace(learner, files=identity(model, revision, code=run.student.trust_remote_code))
     if start is not None:
         learner = replace(learner, start=sha256(start / ADAPTER_WEIGHTS))
-    if run.train.warm_start is not None and trained is not None:
-        learner = replace(learner, start=begun_from(trained, own=trained is checkpoint))
+    if trained is not None and trained is not checkpoint:
         refuse_other_student(trained, learner.files, model)
     if run.train.lora and (left := left_out(causal_of(learner.module.student), run.student.lora)):
         log.info("student.lora.target_modules: all-linear leaves out the routers: %s", ", ".join(left))
@@ -371,6 +371,7 @@ class _Loop:
                     updates=self._engine.updates,
                     consumed=consumed_root(run.dumps, run.mix, done),
                     identity=identity_of(run) | learner.identified(),
+                    began=run.began,
                     extended=run.extended,
                     heldout=tuple(self._results),
                     supervised_tokens=self._supervised,
@@ -444,7 +445,8 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
-        if not self._engine.updates:
+        # Checkpoints of before do not know how many tokens were trained on.
+        if not self._supervised and (run.train.warm_start is not None or not self._engine.updates):
             world.raise_on_all(nothing_usable(run))
         peak = max(rss for (rss,) in world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         stray = self._engine.stray()
@@ -515,6 +517,8 @@ class _Loop:
             fingerprint=run.dump.fingerprint,
             dumps=trained_on(run, self._done, events[-1]),
             student=run.student.model,
+            began_from_adapter=str(run.student.adapter) if run.student.adapter else None,
+            began_from_checkpoint=run.began,
             final=str(final),
             final_record=record,
             extended=run.extended,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from storage_schemas.canonical import differences
@@ -17,7 +18,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, SEAL
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
-from student_train.checkpoint import Checkpoint, Checkpoints, Extension
+from student_train.checkpoint import Beginning, Checkpoint, Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection, sections_of
 from student_train.data.blocks import units_within
 from student_train.data.mix import Mix
@@ -69,6 +70,8 @@ class TrainingRun:
     train: TrainSection
     heldout: Heldout | None = None
     """What it is evaluated on meanwhile."""
+    began: Beginning | None = None
+    """Where it began, if with the weights and moments of another run."""
     extended: tuple[Extension, ...] = ()
     """Where it went on under other settings."""
 
@@ -119,6 +122,7 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     refuse_unloadable(student.model, student.revision, student.attn_implementation, student.trust_remote_code)
     refuse_unfit_quantisation(student, train)
     refuse_unfit_adapter(student, train)
+    refuse_unfit_start(train)
     refuse_unfit_schedule(train, train.max_steps or 1000)
 
 
@@ -160,6 +164,34 @@ def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
             fix="merge the adapter and set student.model to the result, or choose another method",
         )
     refuse_other_base(student.adapter, student.model, student.revision)
+
+
+def refuse_unfit_start(train: TrainSection) -> None:
+    """Raise MismatchError if `train.warm_start` has no checkpoint, or is the run's own directory. A run that has begun
+    goes on without it."""
+    if train.warm_start is None:
+        return
+    if train.warm_start.resolve() == train.output.resolve():
+        raise MismatchError(
+            "train.warm_start is the directory of this run",
+            got=train.warm_start,
+            expected="that of another run",
+            fix="choose another train.output; or train.extend: true without train.warm_start, to go on",
+        )
+    own, steps = (Checkpoints(str(run / "checkpoints")).steps() for run in (train.output, train.warm_start))
+    if not (any(steps) or any(own) or train.checkpoint_url):
+        raise nothing_to_begin_from(train.warm_start)
+
+
+def nothing_to_begin_from(folder: Path) -> MismatchError:
+    """What there is to say of a `train.warm_start` without a complete checkpoint."""
+    return MismatchError(
+        f"there is no checkpoint to begin from in {folder}",
+        got=f"no complete checkpoint of a step that was trained in {folder / 'checkpoints'}",
+        expected="the directory of a run with `checkpoints/` on this machine",
+        fix="correct train.warm_start; where that run has a train.checkpoint_url, copy what is there to `checkpoints/` "
+        "in a directory, and name that",
+    )
 
 
 def await_dump(

@@ -2,49 +2,62 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from storage_schemas.canonical import differences
-from storage_schemas.common.errors import MismatchError
-from student_train.checkpoint import Checkpoint, Checkpoints
-from student_train.model.student import FILES, START
-from student_train.resume import as_configured, identity_of
-from student_train.training_run import TrainingRun
+from storage_schemas.common.errors import MismatchError, NeoError
+from student_train.checkpoint import Beginning, Checkpoint, Checkpoints
+from student_train.config import TrainSection
+from student_train.model.student import FILES
+from student_train.resume import as_configured, identity_of, known
+from student_train.training_run import TrainingRun, nothing_to_begin_from, refuse_unfit_start
 from student_train.world import World
 
 log = logging.getLogger(__name__)
 
-_MARK = "checkpoint "
 
+def begin(world: World, run: TrainingRun, checkpoint: Checkpoint | None) -> tuple[TrainingRun, Checkpoint | None]:
+    """Where the weights come from, and the run with what it began from. Collective.
 
-def warm_start(world: World, run: TrainingRun) -> Checkpoint | None:
-    """The newest checkpoint of `train.warm_start`; None if that is not set. What differs is logged. Collective.
+    Args:
+        world: all ranks.
+        run: the run.
+        checkpoint: of this run, if there is one. At step 0 nothing has been trained.
+
+    Returns:
+        The checkpoint of this run, or the newest one of `train.warm_start`; None if that is not set. What differs there
+        is logged.
 
     Raises:
         MismatchError: there is none, or it is of other trained weights than this run's.
     """
+    if checkpoint is not None and checkpoint.step:
+        return replace(run, began=checkpoint.state.began), checkpoint
     folder = run.train.warm_start
     if folder is None:
-        return None
-    there = Checkpoints(str(folder / "checkpoints"))
-    step = int(world.told(lambda: _newest_step(there, folder, run)))
-    checkpoint = world.together(lambda: there.at(step))
-    world.on_main(lambda: _compare(checkpoint, run, folder))
-    return checkpoint
+        return run, None
+    step = int(world.told(lambda: _newest_step(run.train, folder)))
+    found = world.together(lambda: _checkpoints(folder).at(step))
+    world.on_main(lambda: _compare(found, run, folder))
+    return replace(run, began=Beginning(source=str(folder), step=step, digest=found.digest)), found
 
 
-def begun_from(trained: Checkpoint, *, own: bool) -> str | None:
-    """What a checkpoint's identity says that the run began from. A run that goes on needs the other one no more.
+def refuse_other_start(train: TrainSection, began: Beginning | None) -> None:
+    """Raise MismatchError if a run that goes on began elsewhere than `train.warm_start` says.
 
-    Args:
-        trained: where its weights come from.
-        own: whether that is a checkpoint of this run.
+    Where it began nothing need be there any more; another name is good if that very checkpoint is found there.
     """
-    if not own:
-        return f"{_MARK}{trained.digest}"
-    known = trained.state.identity.get(START)
-    return known if known and known.startswith(_MARK) else "train.warm_start"
+    folder, source = train.warm_start, began.source if began else None
+    if (str(folder) if folder else None) == source or (folder and began and _holds(folder, began)):
+        return
+    raise MismatchError(
+        "the run did not begin from train.warm_start",
+        got=f"train.warm_start: {folder or 'null'}",
+        expected=f"train.warm_start: {source or 'null'}",
+        fix="restore this setting, though nothing need be there any more; or choose another train.output",
+    )
 
 
 def refuse_other_student(checkpoint: Checkpoint, files: Mapping[str, str], model: str) -> None:
@@ -58,38 +71,37 @@ def refuse_other_student(checkpoint: Checkpoint, files: Mapping[str, str], model
         )
 
 
-def _newest_step(there: Checkpoints, folder: Path, run: TrainingRun) -> int:
-    if folder.resolve() == run.train.output.resolve():
-        raise MismatchError(
-            "train.warm_start is the directory of this run",
-            got=folder,
-            expected="that of another run",
-            fix="choose another train.output; or train.extend: true without train.warm_start, to go on",
-        )
-    found = there.newest()
+def _checkpoints(folder: Path) -> Checkpoints:
+    return Checkpoints(str(folder / "checkpoints"))
+
+
+def _holds(folder: Path, began: Beginning) -> bool:
+    try:
+        return _checkpoints(folder).at(began.step).digest == began.digest
+    except NeoError:
+        return False
+
+
+def _newest_step(train: TrainSection, folder: Path) -> int:
+    refuse_unfit_start(train)
+    found = _checkpoints(folder).newest()
     if found is None or not found.step:
-        raise MismatchError(
-            f"there is no checkpoint to begin from in {folder}",
-            got=f"{len(there.steps())} checkpoints, none of which is complete and of a step that was trained",
-            expected="the directory of a run with `checkpoints/`",
-            fix="correct train.warm_start",
-        )
+        raise nothing_to_begin_from(folder)
     return found.step
 
 
 def _compare(checkpoint: Checkpoint, run: TrainingRun, folder: Path) -> None:
     """Refuse other trained weights, and tell of what else differs."""
-    known = {key: value for key, value in checkpoint.state.identity.items() if key not in (FILES, START)}
-    wanted = identity_of(run)
-    shaping = {key for key in {*known, *wanted} if key.startswith("student.lora.") and key != "student.lora.dropout"}
-    if other := differences(_only(known, shaping), _only(wanted, shaping)):
+    there, here = known(checkpoint.state), identity_of(run)
+    shaping = {key for key in {*there, *here} if key.startswith("student.lora.") and key != "student.lora.dropout"}
+    if other := differences(_only(there, shaping), _only(here, shaping)):
         raise MismatchError(
             f"{folder} has trained other weights: {', '.join(other.keys)}",
             got=other.here,
             expected=other.there,
             fix="give this run the method and student.lora of that one, or choose another train.warm_start",
         )
-    changed = differences(as_configured(known), as_configured(wanted))
+    changed = differences(as_configured(there), as_configured(here))
     log.info("training begins with the weights and moments of step %d in %s", checkpoint.step, folder)
     if changed:
         log.info("there: %s; here: %s", changed.here, changed.there)

@@ -28,3 +28,4 @@ def test_nothing_waits_for_the_gpu(found: dict[str, str]) -> None:
 def test_planted_mistakes_are_found(found: dict[str, str]) -> None:
     assert "two devices, gpu:0 and cpu" in found["planted: two devices"]
     assert "_local_scalar_dense" in found["planted: a read"]
+    assert "gpu -> cpu" in found["planted: a copy"]

@@ -140,7 +140,7 @@ class Student:
     initial: dict[str, Tensor]
     """What the adapter's start has taken out of the base weights, see `adapter.initial_factors`."""
     start: str | None = None
-    """Hash of the weights of the adapter, or the checkpoint, that it began from; on the main rank alone."""
+    """Hash of the weights of the adapter that it began from; on the main rank alone."""
     files: dict[str, str] = field(default_factory=dict)
     """Identity of the files it came from, see `student_files.identity`; on the main rank alone."""
 

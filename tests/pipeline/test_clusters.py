@@ -32,7 +32,7 @@ from support.cluster_jobs import (
 )
 from support.s3_proxy import Request
 from support.s3_servers import Identities
-from support.slurm import KILL_WAIT, Cluster, Network, SharedStore, exit_of, need_slurm, two_clusters, until
+from support.slurm import GOING, KILL_WAIT, Cluster, Network, SharedStore, exit_of, need_slurm, two_clusters, until
 
 from storage_schemas.common.exits import Exit
 
@@ -152,17 +152,22 @@ def test_training_follows_a_dump_on_a_cluster_that_it_never_meets(clusters: Site
     began, before = time.monotonic(), restarts()
     teacher.warn_of_time_limit(dump)
 
+    def last_words() -> list[float]:
+        """When tasks have written to their logs for the last time, that say there that they have stopped."""
+        return [path.stat().st_mtime for path in teacher.log_files() if "stopped" in path.read_text()]
+
     def queued_again() -> bool:
         assert "TIMEOUT" not in teacher.states(dump), f"a task did not stop when it was warned: {teacher.logs()}"
-        stopped = [path.read_text().count("stopped") for path in teacher.log_files()]
-        return stopped == [1, 1] and all(count > before[task] for task, count in restarts().items())
+        return all(count > before[task] for task, count in restarts().items())
 
+    stopped = max(until(lambda: len(found := last_words()) == 2 and found, all_logs))
     until(queued_again, all_logs)
     teacher.set_time_limit(dump, 30)
     warned = min(datetime.fromisoformat(at) for at in re.findall(r"STEP .* CANCELLED AT (\S+) ", teacher.logs()))
-    assert datetime.now() - warned < KILL_WAIT, teacher.logs()
+    assert datetime.fromtimestamp(stopped) - warned < KILL_WAIT, teacher.logs()
     time.sleep(max(0, 30 - (time.monotonic() - began)))
-    assert student.states(training) == ["RUNNING"], "training did not wait for the store"
+    # A store that was away for longer than requests are repeated lets training leave, to be queued again.
+    assert set(student.states(training)) <= GOING, "training did not wait for the store"
     # It is switched off and on again, and both go on.
     assert len(events(student)) == 10
     store.kill()

@@ -69,7 +69,13 @@ def test_one_graph_serves_all_lengths(name: str, folder: Path) -> None:
         expected = eager(batch)[0]
         torch.manual_seed(0)
         found = module(batch)[0]
+        expected.backward()
         found.backward()
+        for (_, there), (key, here) in zip(eager.trained(), module.trained(), strict=True):
+            assert there.grad is not None
+            assert here.grad is not None
+            largest = float(there.grad.abs().max())
+            assert torch.allclose(here.grad, there.grad, rtol=GRADIENT, atol=GRADIENT * largest), key
         assert found.item() == pytest.approx(expected.item(), rel=FORWARD)
         frames.append(counter.frame_count)
     assert frames[0] > 0

@@ -10,17 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.distributed import Ranks
-from support.engine_jobs import some_result
+from support.engine_jobs import some_result, train_section
 from support.rounding import FORWARD
 from support.tiny_student import save_student, write_dump
 
 from storage_schemas.canonical import canonical_json, with_checksum
+from storage_schemas.common.errors import MismatchError
+from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
+from student_train import warm_start
 from student_train.checkpoint import Checkpoints
-from student_train.config import TrainSection
+from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.heldout import best, stops_early
 from student_train.metrics import HeldoutResult, read_events
 from student_train.results.evaluate import evaluate
+from student_train.resume import LATER
+from student_train.training_run import open_run, refuse_early
 
 EVALUATED = {"eval_steps": 2, "max_steps": 6, "save_steps": 4}
 WORSE = EVALUATED | {
@@ -41,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dump(folder / "heldout", samples=13)
     write_dump(folder / "unsealed", samples=13, seal=False)
     write_dump(folder / "empty", samples=13, none_usable=True)
+    write_dump(folder / "unsealed and empty", none_usable=True, seal=False)
     shutil.copytree(folder / "heldout", folder / "damaged")
     next((folder / "damaged" / "data").glob("unit-00000001-*")).unlink()
     save_student(folder / "student")
@@ -58,7 +64,10 @@ class Trainings:
         """What rank 0 says of a training in the directory `name`; run once for the same job."""
         key = f"{name} {ranks} {heldout} {job}"
         if key not in self._done:
-            job |= {"dump": str(self.folder / "dump"), "model": str(self.folder / job.get("model", "student"))}
+            job |= {
+                "dump": str(self.folder / job.get("dump", "dump")),
+                "model": str(self.folder / job.get("model", "student")),
+            }
             job |= {"output": str(self.folder / name), "heldout": heldout and str(self.folder / heldout)}
             if ranks not in self._ranks:
                 self._ranks[ranks] = Ranks("support.train_jobs:trainer", ranks)
@@ -211,6 +220,12 @@ def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> N
         again = results_of(training(f"round two at {stage}", adapter=adapter, train=EVALUATED | {"zero_stage": stage}))
         assert again[0].kl == pytest.approx(first[-1].kl, rel=1e-5)
         assert again[-1].kl < again[0].kl
+    assert (
+        training("round two at 2", adapter=adapter, train=EVALUATED | {"zero_stage": 2})["summary"][
+            "began_from_adapter"
+        ]
+        == adapter
+    )
     half = training("round two, halved", adapter=adapter, train=EVALUATED, stop_after=3)
     assert half["code"] == 75
     rest = training("round two, halved", adapter=adapter, train=EVALUATED)
@@ -221,6 +236,30 @@ def test_training_begins_from_an_adapter(training: Trainings, folder: Path) -> N
     assert "student.adapter" in other["message"]
 
 
+def updates_of(output: Path) -> int:
+    """Adam's step count in the newest checkpoint."""
+    newest = Checkpoints(str(output / "checkpoints")).newest()
+    assert newest is not None
+    return newest.state.updates
+
+
+def assert_next_step(before: dict[str, Any], after: dict[str, Any], train: TrainSection, *, updates: int) -> None:
+    """Whether a step of AdamW, by its definition in float64, lies between two states; its gradient is what has changed
+    the first moment."""
+    assert before.keys() == after.keys()
+    names = [key.removeprefix("master/") for key in before if key.startswith("master/")]
+    one, two, rate = train.adam_beta1, train.adam_beta2, train.learning_rate
+    for name in names:
+        weight, mean, square = (before[f"{kind}/{name}"].double() for kind in ("master", "exp_avg", "exp_avg_sq"))
+        found, next_mean, next_square = (after[f"{k}/{name}"].double() for k in ("master", "exp_avg", "exp_avg_sq"))
+        gradient = (next_mean - one * mean) / (1 - one)
+        expected = two * square + (1 - two) * gradient**2
+        assert torch.allclose(next_square, expected, rtol=1e-5, atol=1e-5 * float(expected.max())), name
+        scale = (next_square / (1 - two**updates)).sqrt() + train.adam_epsilon
+        moved = -rate * (train.weight_decay * weight + next_mean / (1 - one**updates) / scale)
+        assert torch.allclose(found - weight, moved, rtol=1e-3, atol=1e-3 * rate), name
+
+
 @pytest.mark.parametrize("lora", [{}, {"variant": "pissa"}], ids=["lora", "pissa"])
 def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lora: dict[str, Any]) -> None:
     """Of another run: its weights to the bit, its moments, at another stage and rate; and what differs is said."""
@@ -229,10 +268,12 @@ def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lo
     warm = {"warm_start": folder / name, "learning_rate": 2e-3, "max_steps": 3, "zero_stage": 3}
     again = training(f"warm after {name}", train=EVALUATED | warm, lora=lora, ranks=2)
     assert results_of(again)[0].kl == pytest.approx(results_of(first)[-1].kl, rel=1e-6)
-    # Without moments the first step of Adam would move each weight by the learning rate; with them by less.
-    moved, cold = again["state"], training(name, train=EVALUATED, lora=lora)["state"]
-    key = next(k for k in cold if k.startswith("exp_avg_sq/") and "lora_B" in k)
-    assert float(moved[key].max()) > 0.9 * 0.999**3 * float(cold[key].max())
+    constant = {"max_steps": 1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    for stage in (0, 2, 3):
+        there = f"one step after {name} at {stage}"
+        step = training(there, train=warm | constant | {"zero_stage": stage}, lora=lora, heldout=None)
+        assert updates_of(folder / there) == updates_of(folder / name) + 1 == 7
+        assert_next_step(first["state"], step["state"], train_section(folder, **warm), updates=7)
     # It is resumed from its own checkpoints, even if the other run is gone.
     half = training(f"warm halved after {name}", train=EVALUATED | warm, lora=lora, stop_after=2)
     assert half["code"] == 75
@@ -241,10 +282,10 @@ def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lo
     (folder / f"{name} moved").rename(folder / name)
     for here, there in zip(rest["events"], again["events"], strict=True):
         assert here.loss == pytest.approx(there.loss, rel=1e-5)
-    plain = training(f"warm halved after {name}", train=EVALUATED | warm | {"warm_start": None, "max_steps": 4,
-                     "extend": True}, lora=lora)  # fmt: skip
-    assert plain["code"] == 78
-    assert "student.adapter" in plain["message"]
+    began = rest["summary"]["began_from_checkpoint"]
+    assert (began["source"], began["step"]) == (str(folder / name), 6)
+    card = (folder / f"warm halved after {name}" / "final" / "README.md").read_text()
+    assert f"| begun from | weights and moments of the run `{folder / name}` |" in card
 
 
 @pytest.mark.parametrize(
@@ -272,6 +313,74 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert refused["code"] == 78, refused["message"]
     assert says in refused["message"]
     assert refused["events"] == []
+
+
+def test_a_run_that_goes_on_keeps_the_name_of_where_it_began(training: Trainings, folder: Path) -> None:
+    """Nothing need be there any more, and the same checkpoint may be elsewhere; a message names the right setting."""
+    training("plain", train=EVALUATED)
+    shutil.copytree(folder / "plain", folder / "plain copied")
+    save_student(folder / "third", seed=7)
+
+    def on(name: str, warm_start: str | None, steps: int, **job: Any) -> tuple[int, str]:
+        train = {"max_steps": steps, "extend": True, "warm_start": warm_start and folder / warm_start}
+        run = training(name, heldout=None, train=train, **job)
+        return run["code"], run["message"]
+
+    assert on("keeps", "plain copied", 1)[0] == on("keeps", "plain", 2)[0] == 0
+    shutil.rmtree(folder / "plain copied")
+    assert on("keeps", "plain copied", 3)[0] == 0
+    assert on("starts cold", None, 1)[0] == 0
+    for name, other, began in (
+        ("keeps", "nowhere", "plain copied"), ("keeps", None, "plain copied"), ("starts cold", "plain", None)
+    ):  # fmt: skip
+        for steps in (4, 3 if began else 1):  # It is asked of a finished run, too.
+            code, message = on(name, other, steps)
+            assert code == 78, message
+            assert "did not begin from train.warm_start" in message
+            assert f"train.warm_start: {folder / began if began else 'null'}" in message
+    code, message = on("keeps", "plain copied", 4, model="third")
+    assert code == 78
+    assert "the checkpoint is of another run: student.files" in message
+
+
+def test_what_checkpoints_of_before_do_not_know_is_no_difference(
+    training: Trainings, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training("plain", train=EVALUATED)
+    output, section = folder / "compared", StudentSection(model=str(folder / "student"), lora=LoraSection(r=4))
+    given = EVALUATED | {"epochs": 2, "warmup_ratio": 0.2}
+    run = open_run(DumpSection(url=str(folder / "dump")), section, LossSection(), train_section(output, **given), {})
+    newest = Checkpoints(str(folder / "plain" / "checkpoints")).newest()
+    assert newest is not None
+    older = {key: value for key, value in newest.state.identity.items() if key not in {f"train.{n}" for n in LATER}}
+    newest.state = newest.state.model_copy(update={"identity": older})
+    with caplog.at_level("INFO"):
+        warm_start._compare(newest, run, folder / "plain")
+    assert "training begins with" in caplog.text
+    assert "there: " not in caplog.text
+
+
+def test_a_warm_start_that_is_not_there_is_refused_before_a_dump_is_awaited(training: Trainings, folder: Path) -> None:
+    """Unless the run has begun."""
+    training("plain", train=EVALUATED)
+    student = StudentSection(model=str(folder / "student"), lora=LoraSection(r=4))
+    refuse_early(student, train_section(folder / "new", warm_start=folder / "plain"))
+    with pytest.raises(MismatchError, match="no checkpoint to begin from") as error:
+        refuse_early(student, train_section(folder / "new", warm_start=folder / "plian"))
+    assert "train.checkpoint_url" in str(error.value)
+    with pytest.raises(MismatchError, match="the directory of this run"):
+        refuse_early(student, train_section(folder / "plain", warm_start=folder / "plain"))
+    refuse_early(student, train_section(folder / "plain", warm_start=folder / "plian"))
+
+
+def test_a_warm_start_is_no_training(training: Trainings, folder: Path) -> None:
+    """Where the dump has nothing to learn from, which nobody knows before the end, also in two starts."""
+    training("plain", train=EVALUATED)
+    settings = {"warm_start": folder / "plain", "max_steps": 2, "save_steps": 1}
+    for start in (1, 2):
+        run = training("warm, nothing", heldout=None, dump="unsealed and empty", train=settings, again=start)
+        assert run["code"] == 65, run["message"]
+        assert "nothing can be learned" in run["message"]
 
 
 def test_a_run_may_end_without_evaluating_its_last_step(training: Trainings, folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_another_student_is_another_run(folder: Path, tmp_path: Path) -> None:
     first = save_student(tmp_path / "first")
     student = StudentSection(model=str(first), lora=LoraSection(r=4))
     run = open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"), {})
-    identity = identity_of(run) | {FILES: _student(run, None, main=True).files}
+    identity = identity_of(run) | {FILES: _student(run, None, None, main=True).files}
     state = TrainState(step=0, updates=0, consumed="", identity=identity)
     run.checkpoints.save(state, [], keep=1)
 
@@ -54,7 +54,7 @@ def test_another_student_is_another_run(folder: Path, tmp_path: Path) -> None:
         moved = shutil.copytree(first, tmp_path / f"moved-{len(list(tmp_path.iterdir()))}")
         change(moved)
         section = student.model_copy(update={"model": str(moved)})
-        _student(replace(run, student=section), run.checkpoints.at(0), main=True)
+        _student(replace(run, student=section), run.checkpoints.at(0), None, main=True)
 
     resume(lambda moved: with_config(moved, transformers_version="4.0.0", _name_or_path="elsewhere"))
     for change in (with_weight, lambda moved: with_config(moved, rms_norm_eps=0.01)):
@@ -99,7 +99,7 @@ def test_attention_is_passed_on_and_no_other_run(attention: str, folder: Path, t
         for student in (section, chosen)
     ]
     assert identity_of(runs[0]) == identity_of(runs[1])
-    assert causal_of(_student(runs[1], None, main=True).module.student).config._attn_implementation == attention
+    assert causal_of(_student(runs[1], None, None, main=True).module.student).config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("name", ["../mine.safetensors", "/etc/passwd", "a/b.safetensors", "pytorch_model.bin"])

@@ -427,7 +427,7 @@ def test_learned_positions_end_somewhere(folder: Path, tmp_path: Path, positions
         LossSection(), train_section(tmp_path / "run"), {},
     )  # fmt: skip
     with pytest.raises(MismatchError, match="learned positions"):
-        _student(run, None, main=True)
+        _student(run, None, None, main=True)
 
 
 def test_rotary_positions_are_warned_about(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

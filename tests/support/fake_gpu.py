@@ -192,6 +192,13 @@ def read() -> None:
         float(torch.randn(4, device=GPU).sum())
 
 
+def copied() -> None:
+    """A planted mistake: a result is copied to the host."""
+    with pretended(), Copies() as copies:
+        torch.randn(4, device=GPU).sum().cpu()
+    assert not copies.seen, copies.seen
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "topk": TopK(k=8, mass=0.9),
     "adaptive": Adaptive(kind="adaptive", mass=0.9, k_max=8, tail_draws=4),
@@ -208,6 +215,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"teacher, {name}": lambda e=e: dumped(e) for name, e in ESTIMATORS.items()},  # type: ignore[misc]
     "planted: two devices": mixed,
     "planted: a read": read,
+    "planted: a copy": copied,
 }
 
 

@@ -32,6 +32,8 @@ CONTROLLER, NODES, STORE = 10, 11, 1
 """Last number of an address: of the controller, the first node, and the store."""
 KILL_WAIT = timedelta(seconds=30)
 """Between the signal at a time limit and the end of who does not heed it: Slurm's default."""
+GOING = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED"}
+"""States of a job that has not ended, or is queued again."""
 S3_PORT, PROXY_PORT = 8333, 8334
 """Of the store, and of what may be asked instead of it."""
 
@@ -373,8 +375,7 @@ class Cluster:
 
     def ended(self, job: int, *, seconds: float = 400.0) -> list[dict[str, str]]:
         """Wait for the end of a job and of all tasks of an array."""
-        going = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED"}
-        until(lambda: not going & set(self.states(job)), lambda: f"{self.jobs(job)}\n{self.logs()}", seconds=seconds)
+        until(lambda: not GOING & set(self.states(job)), lambda: f"{self.jobs(job)}\n{self.logs()}", seconds=seconds)
         return self.jobs(job)
 
     def node_states(self) -> dict[str, str]:
