@@ -44,7 +44,9 @@ def test_steps_are_those_of_eager_layers(stage: int, folder: Path) -> None:
     assert update_excess(compiled["last"], eager["last"], first=eager["first"], rate=1e-2, steps=3) < 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("neo", "checkpointing") else pytest.mark.slow) for name in CASES]
+)
 def test_one_graph_serves_all_lengths(name: str, folder: Path) -> None:
     case, dump = CASES[name], Dump.open(str(folder / "dump"))
     train = train_section(Path("unused"), **case.get("train", {}))

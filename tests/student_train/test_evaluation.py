@@ -260,7 +260,9 @@ def assert_next_step(before: dict[str, Any], after: dict[str, Any], train: Train
         assert torch.allclose(found - weight, moved, rtol=1e-3, atol=1e-3 * rate), name
 
 
-@pytest.mark.parametrize("lora", [{}, {"variant": "pissa"}], ids=["lora", "pissa"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param({}, id="lora"), pytest.param({"variant": "pissa"}, id="pissa", marks=pytest.mark.slow)]
+)
 def test_training_begins_from_a_checkpoint(training: Trainings, folder: Path, lora: dict[str, Any]) -> None:
     """Of another run: its weights to the bit, its moments, at another stage and rate; and what differs is said."""
     name = f"cold {lora.get('variant', 'lora')}"

@@ -44,6 +44,7 @@ def test_bf16_state_is_restored_exactly_elsewhere(ranks: int, folder: Path) -> N
             assert loss == pytest.approx(reference, rel=DRIFT)
 
 
+@pytest.mark.slow
 def test_gradients_of_many_micro_batches_are_as_good_as_of_one(folder: Path) -> None:
     """256 micro-batches of one sample against 4 of 64, by their distance to fp32: what a bf16 sum would lose is kept.
 

@@ -114,7 +114,7 @@ def ranks(wide: Path) -> Iterator[Ranks]:
     found.close()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_resumed_saved_and_merged(precision: str, wide: Path, ranks: Ranks, tmp_path: Path) -> None:
     """The same bits after a stop; checkpoints hold the adapter alone; peft loads it on the unquantised base."""
 

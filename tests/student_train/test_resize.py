@@ -67,7 +67,7 @@ def test_old_rows_stay_and_new_ones_begin_at_the_mean(
     assert "26 new tokens" in (tmp_path / "one" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_new_rows_are_trained_saved_and_merged(tied: bool, dump: Dump, tmp_path: Path) -> None:
     """On two ranks at ZeRO-3; refused before."""
     student = small_student(tmp_path / "student", tied=tied)

@@ -23,7 +23,7 @@ from student_train.checkpoint import TrainState
 from student_train.config import LossSection, StudentSection
 from student_train.data.blocks import READERS, SPARE, decoded_bytes, units_within
 from student_train.data.mix import Mix
-from student_train.resume import _known, identity_of
+from student_train.resume import identity_of, known
 from student_train.training_run import TrainingRun, open_run
 
 PER_UNIT, BATCH = 512, 64
@@ -245,8 +245,8 @@ def test_runs_of_before_go_on_in_windows(folder: Path) -> None:
     run = opened(folder, {})
     before = {key: value for key, value in identity_of(run).items() if key != "train.shuffle"}
     state = TrainState(step=1, updates=1, consumed="", identity=before)
-    assert _known(state) == identity_of(run)
-    assert _known(state) != identity_of(opened(folder, {"shuffle": "epoch"}))
+    assert known(state) == identity_of(run)
+    assert known(state) != identity_of(opened(folder, {"shuffle": "epoch"}))
 
 
 def test_memory_is_shared_by_what_dumps_have_in_an_epoch(folder: Path) -> None:
