@@ -245,7 +245,7 @@ class TrainSection(FrozenModel):
     written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
     shuffle_bytes: int = Field(2 * 2**30, ge=2**20)
     """With `shuffle: epoch`: memory for decoded samples, over all ranks, which hold equal shares. The more units it has
-    room for, the more of the dump a step draws from."""
+    room for, the more of the dump a step draws from. With `windows`, a rank that may hold more is told at the start."""
     shuffle_window_units: int = Field(1024, ge=1)
     """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)

@@ -20,7 +20,7 @@ from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Beginning, Checkpoint, Checkpoints, Extension
 from student_train.config import LossSection, StudentSection, TrainSection, sections_of
-from student_train.data.blocks import units_within
+from student_train.data.blocks import block_bytes, units_within
 from student_train.data.mix import Mix
 from student_train.data.order import Order
 from student_train.heldout import Heldout, best
@@ -294,8 +294,15 @@ def weigh(run: TrainingRun) -> None:
 
 
 def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
-    """Say how well a complete dump is mixed, if it could be better."""
-    if train.shuffle == "windows" and order.windows > 1 and source.dump.sealed():
+    """Say how well a complete dump is mixed, if it could be better, and what its windows take of memory."""
+    sealed = source.dump.sealed()
+    if train.shuffle == "windows" and sealed and (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
+        log.warning(
+            "%s: each rank may hold %.1f GB of decoded samples, two blocks of %d units; train.shuffle: epoch bounds "
+            "X ranks hold, or lower train.shuffle_block_units",
+            source.name, held / 1e9, order.block_units,
+        )  # fmt: skip
+    if train.shuffle == "windows" and order.windows > 1 and sealed:
         log.info(
             "%s is complete, and is read in %d windows one after the other: train.shuffle: epoch would mix all of it",
             source.name, order.windows,

@@ -167,3 +167,9 @@ def units_within(dump: Dump, budget: int) -> int:
     largest = max(decoded_bytes(record, dump.provenance) for record in dump.records().values())
     # Of those that are decoded right now there is a second copy.
     return max(1, min(dump.provenance.units, budget // largest - SPARE - READERS))
+
+
+def block_bytes(dump: Dump, order: Order) -> int:
+    """Memory that the two blocks of whole units take that a rank may have open, at most. The dump is sealed."""
+    sizes = sorted((decoded_bytes(record, dump.provenance) for record in dump.records().values()), reverse=True)
+    return sum(sizes[: 2 * order.block_units])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from student_train.checkpoint import TrainState
 from student_train.config import LossSection, StudentSection
-from student_train.data.blocks import READERS, SPARE, decoded_bytes, units_within
+from student_train.data.blocks import READERS, SPARE, block_bytes, decoded_bytes, units_within
 from student_train.data.mix import Mix
 from student_train.resume import identity_of, known
-from student_train.training_run import TrainingRun, open_run
+from student_train.training_run import TrainingRun, open_run, weigh
 
 PER_UNIT, BATCH = 512, 64
 DEFAULT, WHOLE = (1024, 8), 10**6
@@ -106,6 +107,19 @@ def test_units_that_fit(tmp_path: Path) -> None:
     assert units_within(dump, (SPARE + READERS + 5) * largest) == 5
     assert units_within(dump, (SPARE + READERS + 5) * largest - 1) == 4
     assert (units_within(dump, 1), units_within(dump, 2**40)) == (1, 10)
+
+
+def test_windows_that_take_much_memory_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two blocks of the largest units, against the bound of `shuffle: epoch`."""
+    run = opened(folder, {"shuffle_block_units": 1})
+    dump = run.dump
+    sizes = sorted(decoded_bytes(record, dump.provenance) for record in dump.records().values())
+    held = block_bytes(dump, run.mix.orders[0])
+    assert held == sum(sizes[-2:])
+    for bound, told in ((held, 0), (held - 1, 1)):
+        caplog.clear()
+        weigh(replace(run, train=run.train.model_copy(update={"shuffle_bytes": bound})))
+        assert len([line for line in caplog.messages if "two blocks of 1 units" in line]) == told
 
 
 def test_rows_have_memory_of_their_own_only_if_asked(tmp_path: Path) -> None:
