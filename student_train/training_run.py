@@ -299,7 +299,7 @@ def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
     if train.shuffle == "windows" and sealed and (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
         log.warning(
             "%s: each rank may hold %.1f GB of decoded samples, two blocks of %d units; train.shuffle: epoch bounds "
-            "X ranks hold, or lower train.shuffle_block_units",
+            "what all ranks hold, or lower train.shuffle_block_units",
             source.name, held / 1e9, order.block_units,
         )  # fmt: skip
     if train.shuffle == "windows" and order.windows > 1 and sealed:
