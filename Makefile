@@ -7,6 +7,7 @@ SETUP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 VLLM   ?= .venv-vllm
 SKY    ?= .venv-skypilot
+QLORA  ?= .venv-qlora
 
 CONFIG ?=
 ARGS   ?=
@@ -17,7 +18,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-gpu bench-clusters
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-qlora test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-gpu bench-clusters
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -85,6 +86,15 @@ test-vllm: $(VLLM)/.installed  ## The vLLM backend on vLLM's real CPU engine, in
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR \
 	    $(VLLM)/bin/python -m pytest -s -m vllm tests/teacher_dump/test_vllm_engine.py $(PYTEST_ARGS)
 
+$(QLORA)/.installed: pyproject.toml constraints.txt
+	test -x $(QLORA)/bin/python || $(PYTHON) -m venv $(QLORA)
+	$(QLORA)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,qlora]'
+	touch $@
+
+test-qlora: $(QLORA)/.installed  ## 4-bit students, in an environment of its own: peft imports bitsandbytes wherever it is, 2 s
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	    $(QLORA)/bin/python -m pytest tests/student_train/test_quantised.py $(PYTEST_ARGS)
+
 $(SKY)/.installed: pyproject.toml
 	test -x $(SKY)/bin/python || $(PYTHON) -m venv $(SKY)
 	$(SKY)/bin/python -m pip install --quiet skypilot==0.14.1 pytest pytest-timeout
@@ -110,4 +120,4 @@ bench-clusters: $(DEV)  ## Training that follows the dump against training after
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -not -path './$(QLORA)/*' -exec rm -rf {} +

@@ -15,7 +15,7 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.config import DumpSection
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import RUN, SEAL
+from storage_schemas.records import RUN, SEAL, TOKENIZER
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Beginning, Checkpoint, Checkpoints, Extension
@@ -229,18 +229,22 @@ def await_dump(
 
 
 def _is_there(store: Store, began: float, deadline: float, *, what: str, file: str) -> bool:
-    """Whether stage one has written a file. Raises TemporaryError if it has not by the deadline."""
+    """Whether stage one has written a file, and its tokenizer, which it writes between run.json and the first unit.
+
+    Raises TemporaryError if it has not by the deadline.
+    """
+    missing: str | None = file
     if store.get_if_present(file) is not None:
-        return True
-    if time.monotonic() > deadline:
+        missing = None if any(store.get_if_present(name) is not None for name in (TOKENIZER, SEAL)) else TOKENIZER
+    if missing is not None and time.monotonic() > deadline:
         raise TemporaryError(
             f"there is no {what} at {store.url}",
-            got=f"no {file} after {time.monotonic() - began:.0f} s",
+            got=f"no {missing} after {time.monotonic() - began:.0f} s",
             expected="what `llm-neo dump` writes there",
             fix="start stage one or correct the URL, then run the same command again; "
             "train.data_wait_seconds says how long to wait",
         )
-    return False
+    return missing is None
 
 
 def refuse_contradicted(run: Provenance, stated: Mapping[str, Any]) -> None:

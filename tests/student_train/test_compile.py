@@ -31,7 +31,7 @@ BROKEN = ("checkpointing", "dora")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_steps_are_those_of_eager_layers(stage: int, folder: Path) -> None:
     """By inductor, on two ranks."""
     common = {"zero_stage": stage, "max_grad_norm": 0.3, "global_batch_size": 6, "learning_rate": 1e-2}

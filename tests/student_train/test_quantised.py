@@ -1,6 +1,6 @@
 """QLoRA: an adapter on a base in 4 bits, under DeepSpeed, equals plain torch on the rounded weights.
 
-What needs bitsandbytes is skipped where the extra `qlora` is not installed.
+What needs bitsandbytes is skipped where the extra `qlora` is not installed: `make test-qlora` does it.
 """
 
 import importlib
