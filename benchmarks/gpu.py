@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from train_workload import plain_inputs
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
@@ -382,6 +383,20 @@ def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
 
 
+def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
+    """Forward, backward and update; the loss before it."""
+    optimizer = adam(model.parameters())
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(value)
+
+    return step
+
+
 def neo(dump: Dump, batch: TrainBatch, *, compiled: bool = False) -> Callable[[], float]:
     """Stored targets and the fused head; no teacher. All in bfloat16, without masters in fp32, which `train` has."""
     given = sections(SCRATCH / "unused")
@@ -389,16 +404,7 @@ def neo(dump: Dump, batch: TrainBatch, *, compiled: bool = False) -> Callable[[]
     module.cuda().to(torch.bfloat16).train()
     if compiled:
         compile_layers(causal_of(module.student), partial(torch.compile, dynamic=True), role="train")
-    optimizer = adam(module.parameters())
-
-    def step() -> float:
-        loss = module(batch)[0] / len(batch.targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss)
-
-    return step
+    return stepper(module, lambda: module(batch)[0] / len(batch.targets))
 
 
 def neo_compiled(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
@@ -413,28 +419,15 @@ def plain_student() -> Any:
     return get_peft_model(base, config).train()
 
 
-def plain_inputs(batch: TrainBatch) -> dict[str, Tensor]:
-    """The batch as transformers takes it: labels are -100 where nothing is supervised."""
-    labels = torch.full_like(batch.input_ids, -100).flatten()
-    labels[batch.positions + 1] = batch.targets.labels
-    mask = torch.ones_like(batch.input_ids)
-    return {"input_ids": batch.input_ids, "attention_mask": mask, "labels": labels.view_as(batch.input_ids)}
-
-
 def sft(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
     """LoRA fine-tuning on labels."""
     model, inputs = plain_student(), plain_inputs(batch)
-    optimizer = adam(model.parameters())
 
-    def step() -> float:
+    def loss() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss)
+            return model(**inputs, use_cache=False).loss  # type: ignore[no-any-return]
 
-    return step
+    return stepper(model, loss)
 
 
 def online_kd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
@@ -445,11 +438,10 @@ def online_kd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
         plain_inputs(batch),
     )
     labels = inputs.pop("labels")
-    optimizer = adam(model.parameters())
     supervised = labels[:, 1:] != -100
     wanted = labels[:, 1:][supervised]
 
-    def step() -> float:
+    def loss() -> Tensor:
         with torch.no_grad():
             theirs = teacher(**inputs, use_cache=False).logits[:, :-1][supervised].float().log_softmax(-1)
         with torch.autocast("cuda", torch.bfloat16):
@@ -457,13 +449,9 @@ def online_kd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:
         ours = logits.float().log_softmax(-1)
         ce = nn.functional.nll_loss(ours, wanted)
         kl = nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        loss = (1 - ALPHA) * ce + ALPHA * kl
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss)
+        return (1 - ALPHA) * ce + ALPHA * kl
 
-    return step
+    return stepper(model, loss)
 
 
 def trl_gkd(dump: Dump, batch: TrainBatch) -> Callable[[], float]:

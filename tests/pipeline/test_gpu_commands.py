@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.corpora import write_jsonl
+from support.corpora import write_questions
 from support.gpus import need_gpus
 from support.tiny_teachers import save_teacher
 
@@ -47,15 +47,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     save_teacher(folder / "teacher", num_hidden_layers=4)
     prune(str(folder / "teacher"), folder / "student", layers=2)
-    for name, samples in (("train", range(24)), ("heldout", range(100, 108))):
-        turns = [
-            [
-                {"role": "user", "content": f"what is the answer to question {i}"},
-                {"role": "assistant", "content": f"the answer is {i * 7} and how is the other one {i}"},
-            ]
-            for i in samples
-        ]
-        write_jsonl(folder / f"{name}.jsonl", [{"messages": messages} for messages in turns])
+    write_questions(folder / "train.jsonl", range(24))
+    write_questions(folder / "heldout.jsonl", range(100, 108))
     (folder / "config.yaml").write_text(
         """
         dump: {url: dump, samples_per_unit: 8}

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
+from support.corpora import write_questions
 from support.own_code import bring_code
 from support.tiny_teachers import save_teacher
 from transformers import AutoModelForCausalLM
@@ -85,18 +86,6 @@ def test_the_state_of_a_model_is_that_of_all_its_files(tmp_path: Path) -> None:
     assert states[4] == states[5]
 
 
-def corpus(path: Path, samples: range) -> Path:
-    turns = (
-        [
-            {"role": "user", "content": f"what is the answer to question {i}"},
-            {"role": "assistant", "content": f"the answer is {i * 7} and how is the other one {i}"},
-        ]
-        for i in samples
-    )
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-    return path
-
-
 AUDIT = "audit.log"
 
 
@@ -149,8 +138,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune(str(folder / "teacher"), folder / "student", layers=2)
     # Processes of ours must not import what a user has in the working directory.
     (folder / "pipeline.py").write_text("raise ImportError('the file of the user')\n")
-    corpus(folder / "train.jsonl", range(24))
-    corpus(folder / "heldout.jsonl", range(100, 108))
+    write_questions(folder / "train.jsonl", range(24))
+    write_questions(folder / "heldout.jsonl", range(100, 108))
     (folder / "config.yaml").write_text(
         """
         dump: {url: dump, samples_per_unit: 8}

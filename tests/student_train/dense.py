@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from support.rounding import FORWARD, GRADIENT, update_excess
 from torch import Tensor
 
 from storage_schemas.reader import Dump
@@ -112,3 +114,16 @@ def _state(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
         for kind in ("exp_avg", "exp_avg_sq"):
             found[f"{kind}/{name}"] = optimizer.state[p][kind].clone()
     return found
+
+
+def assert_same_steps(found: Mapping[str, Any], expected: Trace, *, rate: float) -> None:
+    """What `engine_jobs.run_case` gave is what plain torch did: losses, norms, the gradient of the first step, and the
+    weights after the last."""
+    assert len(found["steps"]) == len(expected.losses)
+    for (loss, _, _, norm), wanted, wanted_norm in zip(found["steps"], expected.losses, expected.norms, strict=True):
+        assert loss == pytest.approx(wanted, rel=FORWARD)
+        assert norm == pytest.approx(wanted_norm, rel=GRADIENT)
+    # Adam's first moment after one step is a tenth of the clipped gradient.
+    assert relative(found["first"], expected.first, "exp_avg") < GRADIENT
+    steps = len(expected.losses)
+    assert update_excess(found["last"], expected.last, first=expected.first, rate=rate, steps=steps) < 1

@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "heldout", folder / "damaged")
     next((folder / "damaged" / "data").glob("unit-00000001-*")).unlink()
     save_student(folder / "student")
+    save_student(folder / "other", seed=5)
     return folder
 
 
@@ -306,8 +307,6 @@ def test_checkpoints_that_do_not_fit_are_refused(
     training: Trainings, folder: Path, job: dict[str, Any], says: str
 ) -> None:
     training("plain", train=EVALUATED)
-    if not (folder / "other").exists():
-        save_student(folder / "other", seed=5)
     given = {"warm_start": "plain"} | job.get("train", {})
     given["warm_start"] = folder / given["warm_start"]
     job = job | ({"adapter": str(folder / job["adapter"])} if "adapter" in job else {})
@@ -428,8 +427,6 @@ def test_adapters_that_do_not_fit_are_refused(
 ) -> None:
     """Before the first step, with what differs."""
     training("plain", train=EVALUATED)
-    if not (folder / "other").exists():
-        save_student(folder / "other", seed=5)
     found = {"adapter": "plain/final"} | job
     found["adapter"] = str(folder / found["adapter"])
     name = f"refused adapter {said[:9]}"

@@ -1,16 +1,15 @@
 """Stage two on a GPU: head and training steps against references on the CPU, and what the host waits for."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dense import relative, train_plainly
+from dense import assert_same_steps, train_plainly
 from reference import DIVERGENCES, drawn_targets, head_targets, unfused_loss
 from support.distributed import run_ranks
 from support.gpus import close, need_gpus
-from support.rounding import FORWARD, GRADIENT, update_excess
+from support.rounding import GRADIENT, update_excess
 from torch import Tensor
 
 from storage_schemas.reader import Dump
@@ -121,12 +120,7 @@ def test_steps_equal_plain_torch_on_the_cpu(case: int, results: list[dict[str, A
     model = str(folder / ("tied" if tied else "student"))
     dump = Dump.open(str(folder / "dump"))
     expected = train_plainly(dump, model, arm=arm, steps=STEPS, batch=BATCH, rate=RATE, clip=CLIP)
-    found = results[case]
-    for step, (loss, _, _, norm) in enumerate(found["steps"]):
-        assert loss == pytest.approx(expected.losses[step], rel=FORWARD)
-        assert norm == pytest.approx(expected.norms[step], rel=GRADIENT)
-    assert relative(found["first"], expected.first, "exp_avg") < GRADIENT
-    assert update_excess(found["last"], expected.last, first=expected.first, rate=RATE, steps=STEPS) < 1
+    assert_same_steps(results[case], expected, rate=RATE)
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"packing": True}], ids=str)
@@ -158,7 +152,6 @@ def test_what_the_host_waits_for_in_a_step(folder: Path) -> None:
     few, many = run_ranks(
         "support.gpu_jobs:host_reads", 1, dump=str(folder / "dump"), model=job["model"], micro_batch_sizes=[8, 2]
     )[0]
-    warnings.warn(f"host reads of a step: {few} with one micro-batch, {many} with four", stacklevel=1)
     assert few <= 12
     assert (many - few) / 3 <= 1
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from dense import Trace, relative, train_plainly
+from dense import Trace, assert_same_steps, train_plainly
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.distributed import Ranks, run_ranks
-from support.rounding import FORWARD, GRADIENT, update_excess
+from support.rounding import FORWARD, update_excess
 from support.tiny_student import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -70,12 +70,7 @@ def test_equals_plain_torch(case: int, steps: list[dict[str, Any]], plain: dict[
     saved = {key for key in expected.first if key.startswith("exp_avg/") and "modules_to_save" in key}
     assert len(saved) == {"norm": 5, "head": 1, "ends": 1 if model == "tied" else 2}[names]
     assert all(float(expected.first[key].abs().max()) > 0 for key in saved)
-    for step in range(STEPS):
-        loss, _, _, norm = found["steps"][step]
-        assert loss == pytest.approx(expected.losses[step], rel=FORWARD)
-        assert norm == pytest.approx(expected.norms[step], rel=GRADIENT)
-    assert relative(found["first"], expected.first, "exp_avg") < GRADIENT
-    assert update_excess(found["last"], expected.last, first=expected.first, rate=RATE, steps=STEPS) < 1
+    assert_same_steps(found, expected, rate=RATE)
 
 
 class Trainings:

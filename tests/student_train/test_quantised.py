@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from dense import Trace, relative, train_plainly
+from dense import Trace, assert_same_steps, train_plainly
 from peft import PeftModel
 from safetensors import safe_open
 from support.distributed import Ranks, run_ranks
 from support.engine_jobs import student_of, train_section
-from support.rounding import FORWARD, GRADIENT, update_excess
+from support.rounding import FORWARD
 from support.tiny_student import VOCAB, tiny_tokenizer, write_dump
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3MoeConfig
 
@@ -97,13 +97,7 @@ def test_equals_plain_torch_on_the_rounded_weights(case: int, wide: Path, steps:
     """Losses, gradients, their norm and, after some clipped steps, the weights."""
     options = {"steps": STEPS, "batch": BATCH, "rate": RATE, "clip": CLIP, **CASES[case][1]}
     expected: Trace = train_plainly(Dump.open(str(wide / "dump")), str(wide / "rounded"), arm="neo", **options)
-    found = steps[case]
-    for step in range(STEPS):
-        loss, _, _, norm = found["steps"][step]
-        assert loss == pytest.approx(expected.losses[step], rel=FORWARD)
-        assert norm == pytest.approx(expected.norms[step], rel=GRADIENT)
-    assert relative(found["first"], expected.first, "exp_avg") < GRADIENT
-    assert update_excess(found["last"], expected.last, first=expected.first, rate=RATE, steps=STEPS) < 1
+    assert_same_steps(steps[case], expected, rate=RATE)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,18 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
     return path
 
 
+def write_questions(path: Path, samples: range) -> Path:
+    """A conversation about each number."""
+    turns = (
+        [
+            {"role": "user", "content": f"what is the answer to question {i}"},
+            {"role": "assistant", "content": f"the answer is {i * 7} and how is the other one {i}"},
+        ]
+        for i in samples
+    )
+    return write_jsonl(path, ({"messages": messages} for messages in turns))
+
+
 def freeze(
     *sources: Path | SourceSection, tokenizer: Any = None, lm_head_rows: int = VOCABULARY, **options: Any
 ) -> Corpus:

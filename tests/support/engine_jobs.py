@@ -1,9 +1,9 @@
 """What the engine tests run on every rank."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from student_train.model.student import Distilled, load_student
 from student_train.world import World
 
 Result = dict[str, Any]
+T = TypeVar("T")
 
 
 def train_section(folder: Path, **changes: Any) -> TrainSection:
@@ -145,11 +146,16 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
 
 def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]) -> list[Result]:
     """Several cases one after the other, in one process."""
+    return on_rank(rank, world_size, rendezvous, lambda world: [run_case(world, Dump.open(dump), c) for c in cases])
+
+
+def on_rank(rank: int, world_size: int, rendezvous: str, work: Callable[[World], T]) -> T:
+    """What `work` gives on a rank that has met the others."""
     torch.manual_seed(1234 + rank)  # Nothing may depend on a rank's own random state.
     world = join(rank, world_size, rank, rendezvous=rendezvous)
-    results = [run_case(world, Dump.open(dump), case) for case in cases]
+    result = work(world)
     world.close()
-    return results
+    return result
 
 
 def gradients(first: Mapping[str, Tensor], beta1: float = 0.9) -> dict[str, Tensor]:

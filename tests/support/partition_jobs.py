@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
-from support.engine_jobs import make_engine, train_section
+from support.engine_jobs import make_engine, on_rank, train_section
 
 from storage_schemas.reader import Dump
-from student_train.engine import join
 from student_train.world import World
 
 SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -62,8 +60,4 @@ def weights_of(world: World, dump: Dump, case: Mapping[str, Any]) -> dict[str, A
 
 def weights(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]) -> list[Any]:
     """Several students, one after the other."""
-    torch.manual_seed(4321 + rank)  # Nothing may depend on a rank's own random state.
-    world = join(rank, world_size, rank, rendezvous=rendezvous)
-    results = [weights_of(world, Dump.open(dump), case) for case in cases]
-    world.close()
-    return results
+    return on_rank(rank, world_size, rendezvous, lambda world: [weights_of(world, Dump.open(dump), c) for c in cases])
