@@ -127,8 +127,8 @@ def _student(
     """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
     main rank with all that identifies it, and proven to fit the dump."""
     model, revision = run.student.model, run.student.revision
-    source = trained or checkpoint
-    initial = None if source is None else source.by_name(INITIAL)
+    begun = trained or checkpoint
+    initial = None if begun is None else begun.by_name(INITIAL)
     losses = [source.loss for source in run.sources]
     learner = load_student(run.student, losses, run.train, run.dump.provenance, initial=initial)
     start = run.student.adapter

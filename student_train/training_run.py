@@ -299,23 +299,25 @@ def weigh(run: TrainingRun) -> None:
 
 def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
     """Say how well a complete dump is mixed, if it could be better, and what its windows take of memory."""
-    sealed = source.dump.sealed()
-    if train.shuffle == "windows" and sealed and (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
-        log.warning(
-            "%s: each rank may hold %.1f GB of decoded samples, two blocks of %d units; train.shuffle: epoch bounds "
-            "what all ranks hold, or lower train.shuffle_block_units",
-            source.name, held / 1e9, order.block_units,
-        )  # fmt: skip
-    if train.shuffle == "windows" and order.windows > 1 and sealed:
-        log.info(
-            "%s is complete, and is read in %d windows one after the other: train.shuffle: epoch would mix all of it",
-            source.name, order.windows,
-        )  # fmt: skip
     if train.shuffle == "epoch":
         tell = log.warning if order.block_units < min(FEW_UNITS, order.units) else log.info
         tell(
             "%s: samples of %d of its %d units are mixed at a time; train.shuffle_bytes (%d) decides it",
             source.name, order.block_units, order.units, train.shuffle_bytes,
+        )  # fmt: skip
+        return
+    if not source.dump.sealed():
+        return
+    if (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
+        log.warning(
+            "%s: each rank may hold %.1f GB of decoded samples, two blocks of %d units; train.shuffle: epoch bounds "
+            "what all ranks hold, or lower train.shuffle_block_units",
+            source.name, held / 1e9, order.block_units,
+        )  # fmt: skip
+    if order.windows > 1:
+        log.info(
+            "%s is complete, and is read in %d windows one after the other: train.shuffle: epoch would mix all of it",
+            source.name, order.windows,
         )  # fmt: skip
 
 
