@@ -215,7 +215,10 @@ def run(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(metavar="DIR", help="A model, or a peft adapter.")],
+    model: Annotated[
+        list[str],
+        typer.Option(metavar="DIR", help="A model, or a peft adapter; a second one is compared with the first."),
+    ],
     dump: Annotated[str, typer.Option(metavar="URL", help="The dump to compare with, of held-out samples.")],
     store: StoreOptions = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, padding included.")] = 4096,
@@ -226,31 +229,46 @@ def evaluate(
         bool, typer.Option("--partial", help="Evaluate on what an unfinished dump already holds.")
     ] = False,
     base: Base = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of a model on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a model on the hub; of the first one.")] = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
     result: Result = None,
 ) -> None:
-    """Compare a model with the teacher on a dump: KL, cross-entropy, top-1 agreement per supervised token."""
+    """Compare a model with the teacher on a dump, token by token: KL, cross-entropy, agreement, calibration."""
     from pipeline.commands import shown_progress
+    from pipeline.views.evaluation import print_evaluation
     from storage_schemas.reader import Dump
+    from student_train.results.evaluate import Evaluated
     from student_train.results.evaluate import evaluate as evaluate_model
 
-    with shown_progress(f"evaluating {model}") as progress:
-        found = evaluate_model(
-            model,
-            Dump.open(dump, options=_pairs(store)),
-            temperature=temperature,
-            batch_tokens=batch_tokens,
-            device=device,
-            limit=limit,
-            partial=partial,
-            base=base,
-            revision=revision,
-            trust=trust_remote_code,
-            progress=progress,
-        )
-    _print(found.model_dump(mode="json"), as_json, result)
+    if len(model) > 2 or len(set(model)) < len(model):
+        raise UsageError("one model is evaluated, or two", got=", ".join(model), expected="at most two, of other names")
+    found: dict[str, Evaluated] = {}
+    for name in model:
+        with shown_progress(f"evaluating {name}") as progress:
+            found[name] = evaluate_model(
+                name,
+                Dump.open(dump, options=_pairs(store)),
+                temperature=temperature,
+                batch_tokens=batch_tokens,
+                device=device,
+                limit=limit,
+                partial=partial,
+                base=base,
+                revision=revision if name == model[0] else None,
+                trust=trust_remote_code,
+                progress=progress,
+            )
+    results = {name: one.result().model_dump(mode="json") for name, one in found.items()}
+    differences = {}
+    if len(model) == 2:
+        less = found[model[1]].less(found[model[0]])
+        differences = {name: difference.model_dump(mode="json") for name, difference in less.items()}
+    if as_json or result is not None:
+        whole = {"models": results, "differences": differences} if differences else results[model[0]]
+        _print(whole, as_json, result)
+    else:
+        print_evaluation(results, differences, Console())
 
 
 @app.command()

@@ -120,6 +120,10 @@ class Distilled(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.head(self._hidden(input_ids, position_ids), None)[0]  # type: ignore[no-any-return]
 
+    def hidden(self, batch: TrainBatch) -> Float[Tensor, "n hidden"]:
+        """Last hidden states of a batch's supervised tokens, in the targets' order."""
+        return batch.select(self._hidden(batch.input_ids, batch.position_ids))
+
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters, by their name in the student."""
         return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]

@@ -1,9 +1,12 @@
-"""How far a student is from the teacher of a dump: in one process, through the same fused head, without gradients."""
+"""How far a student is from the teacher of a dump: in one process, token by token, without gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from storage_schemas.common.devices import no_such_device
@@ -12,23 +15,48 @@ from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.config import LossSection
-from student_train.data.batch import collate
-from student_train.model.head import SUMS
+from student_train.data.batch import TrainBatch, collate
 from student_train.model.load import load_model
-from student_train.model.student import distilled, refuse_other_dump
+from student_train.model.student import Distilled, distilled, refuse_other_dump
+from student_train.results.measures import (
+    ENTROPIES,
+    PLACES,
+    Difference,
+    TokenGroup,
+    TokenMeasures,
+    calibration_error,
+    groups,
+    measure,
+    paired,
+)
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
 
 class EvalResult(FrozenModel):
-    """Means over supervised tokens."""
+    """Means over supervised tokens, and what is behind them."""
 
     kl_mean: float
     """KL(teacher || student) at the temperature, nats: on the stored entries and one tail bucket, so a lower bound of
     the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
+    kl_p50: float | None
+    """Median over tokens; null, as the next three, with drawn targets, of which a single token says little."""
+    kl_p90: float | None
+    kl_p99: float | None
+    kl_max: float | None
     ce: float
     """Cross-entropy of the tokens themselves, nats, at temperature 1."""
+    teacher_ce_min: float | None
+    """The teacher's, or less: tokens that are not among the entries count with the least that they can be. Null at
+    other temperatures than 1."""
+    labels_stored: float
+    """Share of tokens that are among the entries."""
     top1_agreement: float | None
     """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    top5_overlap: float | None
+    """Share of the teacher's five most likely tokens that are the student's, too; of as many as the head has where it
+    has fewer. Null for dumps without an exact head."""
+    ece: float
+    """Expected calibration error of the student's most likely token, at temperature 1, see `calibration_error`."""
     acceptance_rate_min: float
     """sum min(p, q), what speculative sampling at the temperature would keep of the student's drafts: the least it can
     be given what is stored, see `losses.overlap`."""
@@ -40,6 +68,54 @@ class EvalResult(FrozenModel):
     """Samples that they are of, those without supervised tokens included."""
     dump_samples: int
     """Samples that the dump has or will have."""
+    by_position: tuple[TokenGroup, ...]
+    """Tokens by their place among the supervised ones of their sample, from 0."""
+    by_teacher_entropy: tuple[TokenGroup, ...]
+    """Tokens by the entropy of the teacher's distribution, nats, the tail as one outcome."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A model on a dump, token by token."""
+
+    tokens: TokenMeasures
+    sample: npt.NDArray[np.int64]
+    """(n,) index of each token's sample."""
+    place: npt.NDArray[np.int64]
+    """(n,) place of each token among the supervised ones of its sample."""
+    samples: int
+    dump: Dump
+    temperature: float
+
+    def result(self) -> EvalResult:
+        """What it comes to."""
+        tokens, exact_head = self.tokens, self.dump.provenance.estimator.kind != "sampled"
+
+        def mean(values: npt.NDArray[np.generic]) -> float:
+            return float(values.mean(dtype=np.float64))
+
+        p50, p90, p99, most = np.quantile(tokens.kl, [0.5, 0.9, 0.99, 1]).tolist() if exact_head else [None] * 4
+        return EvalResult(
+            kl_mean=mean(tokens.kl), kl_p50=p50, kl_p90=p90, kl_p99=p99, kl_max=most,
+            ce=mean(tokens.ce),
+            teacher_ce_min=mean(tokens.label_ce) if self.temperature == 1.0 else None,
+            labels_stored=mean(tokens.label_stored),
+            top1_agreement=mean(tokens.same_first) if exact_head else None,
+            top5_overlap=mean(tokens.top5) if exact_head else None,
+            ece=calibration_error(tokens.confidence, tokens.correct),
+            acceptance_rate_min=mean(tokens.overlap_least), acceptance_rate_max=mean(tokens.overlap_most),
+            supervised_tokens=len(tokens.kl), samples=self.samples, dump_samples=self.dump.provenance.corpus.samples,
+            by_position=groups(tokens, self.place, PLACES, exact_head=exact_head),
+            by_teacher_entropy=groups(tokens, tokens.entropy, ENTROPIES, exact_head=exact_head),
+        )  # fmt: skip
+
+    def less(self, other: "Evaluated") -> dict[str, Difference]:
+        """How far it differs from another model on the same tokens: KL, cross-entropy and acceptance rate."""
+        measures = {"kl_mean": "kl", "ce": "ce", "acceptance_rate_min": "overlap_least"}
+        return {
+            name: paired(getattr(other.tokens, field), getattr(self.tokens, field), self.sample)
+            for name, field in measures.items()
+        }
 
 
 def evaluate(
@@ -55,7 +131,7 @@ def evaluate(
     revision: str | None = None,
     trust: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> EvalResult:
+) -> Evaluated:
     """Compare a model with the teacher's stored targets.
 
     Args:
@@ -77,6 +153,47 @@ def evaluate(
         TemporaryError: not all of the samples are there yet, and `partial` is not set.
     """
     index = dump.provenance.temperature_index(temperature)
+    there, total = _units(dump, limit, partial=partial)
+    where = device_named(device)
+    student, source, revision = load_ready(model, base, device=where, revision=revision, trust=trust)
+    refuse_other_dump(student, source, revision, dump)
+    module = distilled(student, [LossSection(temperature=temperature)], dump.provenance).eval()
+    valid = module.head.spec.valid_vocab
+    module.to(where)
+
+    found: list[TokenMeasures] = []
+    sample: list[npt.NDArray[np.int64]] = []
+    place: list[npt.NDArray[np.int64]] = []
+    for unit, span in there.items():
+        stored = dump.read_unit(unit)
+        usable = [stored.row(i) for i in range(len(span)) if stored.status[i] == OK]
+        for batch_rows in _by_budget(sorted(usable, key=lambda row: -len(row.input_ids)), batch_tokens):
+            batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
+            found += _measures(module, batch.to(where), valid, temperature)
+            lengths = [len(row.positions.tokens) for row in batch_rows]
+            sample.append(np.repeat([row.sample_index for row in batch_rows], lengths))
+            place += map(np.arange, lengths)
+        if progress is not None:
+            progress(span.stop, total)
+    if not found:
+        raise DataError(
+            "the dump has no supervised tokens to evaluate on",
+            got=f"{len(dump.records())} committed units",
+            expected="at least one sample with the status `ok`",
+            fix="let stage one finish, or raise the limit",
+        )
+    return Evaluated(
+        tokens=TokenMeasures.joined(found), sample=np.concatenate(sample), place=np.concatenate(place),
+        samples=sum(map(len, there.values())), dump=dump, temperature=temperature,
+    )  # fmt: skip
+
+
+def _units(dump: Dump, limit: int | None, *, partial: bool) -> tuple[dict[int, range], int]:
+    """Samples to evaluate on in each unit that is there, and how many samples were asked for.
+
+    Raises:
+        TemporaryError: not all of them are there yet, and `partial` is not set.
+    """
     total = min(dump.provenance.corpus.samples, limit or dump.provenance.corpus.samples)
     spans = [dump.provenance.unit_range(unit) for unit in range(dump.provenance.units)]
     there = {
@@ -92,43 +209,16 @@ def evaluate(
             expected="all of them",
             fix="let stage one finish, or give --partial (in Python `partial=True`) to evaluate on what there is",
         )
-    where = device_named(device)
-    student, source, revision = load_ready(model, base, device=where, revision=revision, trust=trust)
-    refuse_other_dump(student, source, revision, dump)
-    module = distilled(student, [LossSection(temperature=temperature)], dump.provenance).eval()
-    valid = module.head.spec.valid_vocab
-    module.to(where)
+    return there, total
 
-    sums, tokens = torch.zeros(SUMS, dtype=torch.float64), 0
-    for unit, span in there.items():
-        stored = dump.read_unit(unit)
-        usable = [stored.row(i) for i in range(len(span)) if stored.status[i] == OK]
-        for batch_rows in _by_budget(sorted(usable, key=lambda row: -len(row.input_ids)), batch_tokens):
-            batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
-            with torch.no_grad():
-                sums += module(batch.to(where))[1].cpu()
-            tokens += len(batch.targets)
-        if progress is not None:
-            progress(span.stop, total)
-    if not tokens:
-        raise DataError(
-            "the dump has no supervised tokens to evaluate on",
-            got=f"{len(dump.records())} committed units",
-            expected="at least one sample with the status `ok`",
-            fix="let stage one finish, or raise the limit",
-        )
-    _, ce, divergence, agreement, least, most = (sums / tokens).tolist()
-    exact_head = dump.provenance.estimator.kind != "sampled"
-    return EvalResult(
-        kl_mean=divergence,
-        ce=ce,
-        top1_agreement=agreement if exact_head else None,
-        acceptance_rate_min=least,
-        acceptance_rate_max=most,
-        supervised_tokens=tokens,
-        samples=samples,
-        dump_samples=dump.provenance.corpus.samples,
-    )
+
+@torch.no_grad()
+def _measures(module: Distilled, batch: TrainBatch, valid: int | None, temperature: float) -> Iterator[TokenMeasures]:
+    """Of a batch's tokens, one chunk of logits at a time."""
+    hidden, targets, size = module.hidden(batch), batch.targets, module.head.spec.chunk_tokens
+    for start in range(0, len(targets), size):
+        chunk = slice(start, start + size)
+        yield measure(module.head(hidden[chunk], None)[0][:, :valid], targets[chunk], temperature=temperature)
 
 
 def load_ready(

@@ -109,7 +109,7 @@ def test_evaluations_are_those_of_the_command(training: Trainings, folder: Path)
     assert [result.step for result in results] == [0, 2, 4, 6]
     dump = Dump.open(str(folder / "heldout"))
     for result, model in ((results[0], folder / "student"), (results[-1], folder / "plain" / "final")):
-        again = evaluate(model, dump).model_dump()
+        again = evaluate(model, dump).result().model_dump()
         found = result.model_dump() | {"kl_mean": result.kl}
         shared = again.keys() & found.keys()
         assert shared >= {"kl_mean", "ce", "top1_agreement", "acceptance_rate_min", "acceptance_rate_max"}
@@ -188,7 +188,7 @@ def test_best_checkpoint_is_kept_and_exported(training: Trainings, folder: Path)
     assert results[1].kl < results[-1].kl
     stored = Checkpoints(str(folder / "best" / "checkpoints"))
     assert stored.steps() == [1, 4]
-    exported = evaluate(folder / "best" / "final", Dump.open(str(folder / "heldout")))
+    exported = evaluate(folder / "best" / "final", Dump.open(str(folder / "heldout"))).result()
     assert exported.kl_mean == pytest.approx(results[1].kl, rel=1e-4)
     saved = load_file(folder / "best" / "final" / "adapter_model.safetensors")
     masters = {key.split("/", 1)[1]: tensor for key, tensor in stored.at(1).tensors(("master",))}

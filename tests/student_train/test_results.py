@@ -101,42 +101,113 @@ def _write_adapter(
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_evaluation_is_the_dense_one(folder: Path, temperature: float) -> None:
-    """With k = V: KL over the whole vocabulary, CE at T = 1, and the share of equal first choices."""
+    """With k = V, each number is that of its definition on dense logits in float64."""
     dump = Dump.open(str(folder / "dump"))
     model = plain_student(str(folder / "student"), lora=False).eval()
-    kl, ce, overlap, same, tokens = 0.0, 0.0, 0.0, 0, 0
+    dense: list[dict[str, Any]] = []
     for row in rows_of(dump, range(24)):
         if row.targets is None:
             continue
         at, ids = supervised_positions(row.loss_mask), torch.from_numpy(row.input_ids.astype("int64"))
-        teacher = teacher_logits(row.input_ids)[at.logits]
-        student = model(input_ids=ids[None]).logits[0][at.logits].double()
-        log_p = (teacher / temperature).log_softmax(1)
-        kl += float((log_p.exp() * (log_p - (student / temperature).log_softmax(1))).sum())
-        overlap += float(torch.minimum(log_p.exp(), (student / temperature).softmax(1)).sum())
-        ce += float(torch.nn.functional.cross_entropy(student, ids[at.tokens], reduction="sum"))
-        same += int((teacher.argmax(1) == student.argmax(1)).sum())
-        tokens += len(at.tokens)
+        teachers = teacher_logits(row.input_ids)[at.logits].double()
+        students = model(input_ids=ids[None]).logits[0][at.logits].double()
+        for place, (z_p, z_q, label) in enumerate(zip(teachers, students, ids[at.tokens].tolist(), strict=True)):
+            log_p, log_q = (z_p / temperature).log_softmax(0), (z_q / temperature).log_softmax(0)
+            best = [set(z.topk(5).indices.tolist()) for z in (z_p, z_q)]
+            dense.append({
+                "kl": float((log_p.exp() * (log_p - log_q)).sum()),
+                "ce": -float(z_q.log_softmax(0)[label]),
+                "label_ce": -float(log_p[label]),
+                "overlap": float(torch.minimum(log_p.exp(), log_q.exp()).sum()),
+                "first": int(z_p.argmax()) == int(z_q.argmax()),
+                "top5": len(best[0] & best[1]) / 5,
+                "entropy": -float((log_p.exp() * log_p).sum()),
+                "confidence": float(z_q.softmax(0).max()),
+                "correct": int(z_q.argmax()) == label,
+                "place": place,
+            })  # fmt: skip
+    truth = {name: np.array([each[name] for each in dense]) for name in dense[0]}
     calls: list[tuple[int, int]] = []
     found = evaluate(
         folder / "student", dump, temperature=temperature, batch_tokens=40, progress=lambda *x: calls.append(x)
-    )
-    assert found.supervised_tokens == tokens
-    assert found.kl_mean == pytest.approx(kl / tokens, rel=FORWARD)
-    assert found.ce == pytest.approx(ce / tokens, rel=FORWARD)
-    assert found.top1_agreement == pytest.approx(same / tokens)
-    assert found.acceptance_rate_min == pytest.approx(overlap / tokens, rel=FORWARD)
-    assert found.acceptance_rate_max == pytest.approx(overlap / tokens, rel=FORWARD)
-    assert 0 < same < tokens
+    ).result()
     assert calls == [(5, 24), (10, 24), (15, 24), (20, 24), (24, 24)]
+    assert found.supervised_tokens == len(dense)
+    means = {
+        "kl_mean": "kl", "ce": "ce", "top1_agreement": "first", "top5_overlap": "top5",
+        "acceptance_rate_min": "overlap", "acceptance_rate_max": "overlap",
+    }  # fmt: skip
+    for name, measure in means.items():
+        assert getattr(found, name) == pytest.approx(truth[measure].mean(), rel=FORWARD), name
+    for name, share in {"kl_p50": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_max": 1.0}.items():
+        assert getattr(found, name) == pytest.approx(np.quantile(truth["kl"], share), rel=FORWARD), name
+    assert found.teacher_ce_min == (pytest.approx(truth["label_ce"].mean(), rel=FORWARD) if temperature == 1 else None)
+    assert found.labels_stored == 1
+    assert 0 < found.top1_agreement < 1  # type: ignore[operator]
+    bins = np.floor(truth["confidence"] * 15)
+    off = [abs((truth["correct"][bins == b] - truth["confidence"][bins == b]).sum()) for b in range(15)]
+    assert found.ece == pytest.approx(sum(off) / len(dense), rel=FORWARD)
+    for groups, values in ((found.by_position, truth["place"]), (found.by_teacher_entropy, truth["entropy"])):
+        assert len(groups) > (temperature == 1)
+        assert sum(group.tokens for group in groups) == len(dense)
+        for group, end in zip(groups, [*(group.least for group in groups[1:]), np.inf], strict=True):
+            mine = (values >= group.least) & (values < end)
+            assert group.tokens == mine.sum()
+            assert group.kl == pytest.approx(truth["kl"][mine].mean(), rel=10 * FORWARD)
+
+
+def test_evaluation_where_little_is_stored(folder: Path) -> None:
+    """The teacher's cross-entropy is bounded from below, tokens that are stored are told, the head may be short."""
+    full = evaluate(folder / "student", Dump.open(str(folder / "dump"))).result()
+    few = evaluate(folder / "student", Dump.open(str(folder / "top8"))).result()
+    assert 0 < few.labels_stored < 1
+    assert few.teacher_ce_min is not None
+    assert full.teacher_ce_min is not None
+    assert 0 < few.teacher_ce_min < full.teacher_ce_min
+    assert few.top5_overlap == pytest.approx(full.top5_overlap, abs=0.01)  # Rounding may make two entries equal.
+
+
+def test_two_models_are_compared_on_the_same_tokens(folder: Path) -> None:
+    """The interval is that of differences by sample, narrower than what either model's spread would give."""
+    dump = Dump.open(str(folder / "dump"))
+    first, second = (evaluate(folder / name, dump) for name in ("student", "final-student"))
+    found = second.less(first)["kl_mean"]
+    assert found.difference == pytest.approx(second.result().kl_mean - first.result().kl_mean, rel=1e-6)
+    assert found.interval is not None
+    # By the jackknife over samples, which knows nothing of the formula.
+    by_token = second.tokens.kl.astype(float) - first.tokens.kl
+    left = np.array([by_token[first.sample != sample].mean() for sample in np.unique(first.sample)])
+    error = 1.96 * np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
+    assert found.interval == pytest.approx((found.difference - error, found.difference + error), rel=0.1)
+    same = first.less(first)["kl_mean"]
+    assert (same.difference, same.interval) == (0, (0, 0))
+
+
+def test_the_command_compares_two_models(folder: Path) -> None:
+    """As a table for people, whole as JSON; a third one, or one twice, is refused."""
+    words = ["evaluate", "--dump", str(folder / "dump"), "--limit", "6"]
+    names = [str(folder / name) for name in ("student", "teacher")]
+    told = CliRunner().invoke(app, [*words, "--model", names[0], "--model", names[1], "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert list(found["models"]) == sorted(names)
+    assert found["differences"]["kl_mean"]["difference"] == pytest.approx(-found["models"][names[0]]["kl_mean"])
+    told = CliRunner().invoke(app, [*words, "--model", names[0], "--model", names[1]], env={"COLUMNS": "200"})
+    assert f"{found['differences']['kl_mean']['difference']:+.4f}" in told.output
+    assert "place in the answer" in told.output
+    for wrong in ([names[0]] * 2, [*names, "other"]):
+        told = CliRunner().invoke(app, [*words, *(word for name in wrong for word in ("--model", name))])
+        assert isinstance(told.exception, UsageError)
 
 
 def test_evaluation_does_not_depend_on_batches(folder: Path) -> None:
     """One sample at a time, or all at once; a bucketed KL is below the full one."""
     dump = Dump.open(str(folder / "top8"))
-    one, many = (evaluate(folder / "student", dump, batch_tokens=size) for size in (1, 100_000))
-    assert one.model_dump() == pytest.approx(many.model_dump(), rel=FORWARD)
-    full = evaluate(folder / "student", Dump.open(str(folder / "dump")))
+    one, many = (evaluate(folder / "student", dump, batch_tokens=size).result() for size in (1, 100_000))
+    apart = {"by_position", "by_teacher_entropy"}
+    assert one.model_dump(exclude=apart) == pytest.approx(many.model_dump(exclude=apart), rel=FORWARD)
+    assert [group.tokens for group in one.by_position] == [group.tokens for group in many.by_position]
+    full = evaluate(folder / "student", Dump.open(str(folder / "dump"))).result()
     assert 0 < one.kl_mean < full.kl_mean
     assert one.acceptance_rate_min < full.acceptance_rate_min <= full.acceptance_rate_max < one.acceptance_rate_max
     assert one.ce == pytest.approx(full.ce, rel=FORWARD)
@@ -145,7 +216,7 @@ def test_evaluation_does_not_depend_on_batches(folder: Path) -> None:
 def test_evaluation_of_the_teacher(folder: Path) -> None:
     """Nothing between it and itself, within the fidelity gate."""
     dump = Dump.open(str(folder / "top8"))
-    found = evaluate(folder / "teacher", dump)
+    found = evaluate(folder / "teacher", dump).result()
     assert abs(found.kl_mean) <= dump.provenance.max_kl
     # Rounding may make two entries equal.
     assert found.top1_agreement is not None
@@ -155,7 +226,7 @@ def test_evaluation_of_the_teacher(folder: Path) -> None:
 def test_evaluation_of_an_adapter(folder: Path) -> None:
     """The adapter's directory is enough: it names its base."""
     dump = Dump.open(str(folder / "top8"))
-    base, adapted = evaluate(folder / "student", dump), evaluate(folder / "final-student", dump)
+    base, adapted = (evaluate(folder / name, dump).result() for name in ("student", "final-student"))
     assert adapted.supervised_tokens == base.supervised_tokens
     assert abs(adapted.kl_mean - base.kl_mean) > 1e-2
 
@@ -164,7 +235,7 @@ def test_limit_and_drawn_targets(folder: Path) -> None:
     """The first samples only; no agreement without an exact head."""
     dump = Dump.open(str(folder / "top8"))
     rows = rows_of(dump, range(7))
-    found = evaluate(folder / "student", dump, limit=7)
+    found = evaluate(folder / "student", dump, limit=7).result()
     assert found.supervised_tokens == sum(len(row.targets) for row in rows if row.targets is not None)
     dump.provenance = dump.provenance.model_copy(update={"estimator": Sampled(kind="sampled")})
     assert dump.provenance.temperature_index(1.0) == 0
@@ -401,7 +472,7 @@ def test_base_that_moved(folder: Path, tmp_path: Path) -> None:
     dump, final = Dump.open(str(folder / "top8")), tmp_path / "final-student"
     with pytest.raises(MismatchError, match="--base DIR"):
         evaluate(final, dump)
-    assert evaluate(final, dump, base=tmp_path / "moved", limit=3).supervised_tokens
+    assert evaluate(final, dump, base=tmp_path / "moved", limit=3).result().supervised_tokens
     done = CliRunner().invoke(app, ["merge", str(final), str(tmp_path / "out"), "--base", str(tmp_path / "moved")])
     assert done.exit_code == 0, done.output
     with pytest.raises(MismatchError, match="is not the model that the adapter"):
@@ -418,7 +489,7 @@ def test_learned_positions_end_somewhere(folder: Path, tmp_path: Path, positions
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
     dump = Dump.open(str(folder / "top8"))
     if not refused:
-        assert evaluate(tmp_path / "gpt2", dump, limit=2).supervised_tokens
+        assert evaluate(tmp_path / "gpt2", dump, limit=2).result().supervised_tokens
         return
     with pytest.raises(MismatchError, match=r"rows of up to 64 tokens[^$]*at most 63"):
         evaluate(tmp_path / "gpt2", dump)
@@ -445,9 +516,9 @@ def test_growing_dump_is_evaluated_on_request_only(folder: Path, tmp_path: Path)
     dump = Dump.open(str(tmp_path / "growing"))
     with pytest.raises(TemporaryError, match="10 of 24 samples"):
         evaluate(folder / "student", dump)
-    found = evaluate(folder / "student", dump, partial=True)
+    found = evaluate(folder / "student", dump, partial=True).result()
     assert (found.samples, found.dump_samples) == (10, 24)
-    assert evaluate(folder / "student", dump, limit=10) == found
+    assert evaluate(folder / "student", dump, limit=10).result() == found
 
 
 @pytest.mark.parametrize(
