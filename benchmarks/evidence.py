@@ -1,0 +1,204 @@
+"""What `reproduce.py` and `frontier.py` are made of: dumps, trainings and evaluations by the commands that users type.
+
+Each is done once: its result is a file that names what it was made from, and another start goes on after it.
+"""
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage import find_teacher
+
+from pipeline.prune import prune
+from storage_schemas.common.publish import publish
+from storage_schemas.config import DumpSection, Estimator
+from storage_schemas.reader import Dump
+from student_train.checkpoint import Checkpoints
+from student_train.results.evaluate import evaluate
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
+from teacher_dump.dump import run_dump
+
+EVALUATION = 20.0
+"""Training steps that an evaluation takes as long as."""
+BATCH, MICRO_BATCH, WARMUP = 8, 4, 0.1
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""Quantile 0.975 of Student's t by degrees of freedom."""
+Result = dict[str, Any]
+
+
+class Lab:
+    """A directory of results, what they are made of, and how far the work is."""
+
+    def __init__(self, folder: Path, *, teacher: Path, layers: int) -> None:
+        """Make teacher and student, unless they are there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.teacher, self.student = folder, find_teacher(teacher), folder / "student"
+        prune(str(self.teacher), self.student, layers=layers)
+        self._planned, self._done, self._measured, self._seconds = 0.0, 0.0, 0.0, 0.0
+
+    def plan(self, cost: float) -> None:
+        """Announce work, in training steps or what takes as long."""
+        self._planned += cost
+
+    def dump(
+        self, name: str, data: Path, estimator: Estimator, *, temperatures: Sequence[float] = (1.0,), **dump: Any
+    ) -> Path:
+        """The teacher's targets of a file of conversations; `dump` are settings of that section."""
+        url = self.folder / name
+        if not (url / "SEALED.json").is_file():
+            self._say(f"dump {name}")
+        run_dump(
+            dump=DumpSection(url=str(url), samples_per_unit=40, **dump),
+            teacher=TeacherSection(model=str(self.teacher), dtype="float32", device="cpu"),
+            corpus=CorpusSection(sources=[SourceSection(path=str(data))], max_length=512),
+            estimator=estimator,
+            temperatures=temperatures,
+        )
+        return url
+
+    def train(
+        self,
+        name: str,
+        dump: Path,
+        *,
+        student: Mapping[str, Any] = {"lora": {"r": 16}},
+        loss: Mapping[str, Any] = {"alpha": 0.5},
+        **train: Any,
+    ) -> Result:
+        """Train once; `student`, `loss` and `train` are sections of the configuration.
+
+        Returns:
+            The summary, sizes, and the directory of what came out.
+        """
+        output = self.folder / name
+        config = {
+            "dump": {"url": str(dump)},
+            "student": {"model": str(self.student), **student},
+            "loss": dict(loss),
+            "train": {
+                "output": str(output), "precision": "fp32", "global_batch_size": BATCH, "micro_batch_size": MICRO_BATCH,
+                "warmup_ratio": WARMUP, "save_steps": 50, "save_total_limit": 1, **train,
+            },
+        }  # fmt: skip
+
+        def work() -> Result:
+            file = self.folder / "configs" / f"{name}.json"
+            if not file.is_file() or json.loads(file.read_text()) != config:
+                shutil.rmtree(output, ignore_errors=True)
+            self._command("train", str(self._config(name, config)), "--nproc", "1", log=name)
+            found: Result = json.loads((output / "summary.json").read_text())
+            newest = Checkpoints(str(output / "checkpoints")).newest()
+            assert newest is not None
+            found["trained_parameters"] = sum(t.numel() for _, t in newest.tensors(("master",)))
+            found["state_bytes"] = sum(
+                t.numel() * t.element_size() for _, t in newest.tensors(("master", "exp_avg", "exp_avg_sq"))
+            )
+            # A gigabyte where all weights are trained.
+            shutil.rmtree(output / "checkpoints")
+            return found
+
+        made_from = {"config": config, "dump": Dump.open(str(dump)).fingerprint}
+        found = self._once(name, made_from, cost=float(train["max_steps"]), work=work)
+        return found | {"directory": str(output / "final")}
+
+    def evaluate(self, name: str, models: Sequence[str], heldout: Path) -> Result:
+        """What `llm-neo evaluate` says of one model; of two, how far the second one differs on the same tokens."""
+
+        def work() -> Result:
+            found = [evaluate(model, Dump.open(str(heldout)), batch_tokens=4096) for model in models]
+            if len(found) == 1:
+                return found[0].result().model_dump(mode="json")
+            first, second = found
+            return {measure: each.model_dump(mode="json") for measure, each in second.less(first).items()}
+
+        made_from = {"models": list(models), "heldout": Dump.open(str(heldout)).fingerprint}
+        return self._once(f"{name}-on-{heldout.name}", made_from, cost=EVALUATION * len(models), work=work)
+
+    def forget(self, name: str) -> None:
+        """Remove the weights of a training whose result is known."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _once(self, name: str, made_from: Mapping[str, Any], *, cost: float, work: Any) -> Result:
+        file = self.folder / "results" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        known = json.loads(file.read_text()) if file.is_file() else None
+        if known is None or known["made_from"] != json.loads(json.dumps(made_from)):
+            self._say(name)
+            began = time.monotonic()
+            known = {"made_from": made_from, "result": work()}
+            publish(file, json.dumps(known, indent=1))
+            self._measured += cost
+            self._seconds += time.monotonic() - began
+        self._done += cost
+        found: Result = known["result"]
+        return found
+
+    def _say(self, what: str) -> None:
+        left = max(0.0, self._planned - self._done)
+        eta = ""
+        if self._measured:
+            minutes = left * self._seconds / self._measured / 60
+            eta = f", about {minutes:.0f} min left"
+        share = self._done / self._planned if self._planned else 0.0
+        print(f"{time.strftime('%H:%M:%S')} {share:4.0%}  {what}{eta}", flush=True)
+
+    def _config(self, name: str, config: Mapping[str, Any]) -> Path:
+        file = self.folder / "configs" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        # JSON is YAML.
+        publish(file, json.dumps(config, indent=1))
+        return file
+
+    def _command(self, *words: str, log: str) -> None:
+        file = self.folder / "logs" / f"{log}.log"
+        file.parent.mkdir(exist_ok=True)
+        threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+        with file.open("w") as out:
+            argv = [sys.executable, "-P", "-m", "pipeline.entry", *words]
+            code = subprocess.run(argv, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
+        if code:
+            sys.stderr.write("".join(file.read_text().splitlines(keepends=True)[-25:]))
+            raise SystemExit(code)
+
+
+def split(file: Path, folder: Path, *, held: int, limit: int | None = None) -> tuple[Path, Path]:
+    """Conversations to train on, and the last `held` of them, on which settings are chosen."""
+    lines = file.read_text().splitlines(keepends=True)[:limit]
+    assert len(lines) > held, f"{file} has {len(lines)} conversations"
+    parts = {"train": lines[: len(lines) - held], "tuning": lines[len(lines) - held :]}
+    for name, part in parts.items():
+        target = folder / f"{name}.jsonl"
+        if not target.is_file() or target.read_text() != "".join(part):
+            publish(target, "".join(part))
+    return folder / "train.jsonl", folder / "tuning.jsonl"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    return f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}"
+
+
+def by_seed(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean of second - first over seeds, and its 95 % interval by Student's t; none for one seed."""
+    off = [b - a for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(off)
+    if len(off) < 2:
+        return mean, None
+    wide = T_95[len(off) - 1] * statistics.stdev(off) / math.sqrt(len(off))
+    return mean, (mean - wide, mean + wide)
+
+
+def interval(found: tuple[float, tuple[float, float] | None]) -> str:
+    """A difference with its interval, in words."""
+    mean, ends = found
+    return f"{mean:+.4f}" + (f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if ends else "")

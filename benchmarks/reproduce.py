@@ -1,0 +1,247 @@
+"""`make reproduce`: the paper's four methods on one corpus, as docs/design/evidence.md lays down.
+
+Two hours on two cores; what is done stays done, so it may be stopped and started at will. Ends with `reproduce.md` in
+its directory: every number, and of each claim whether it holds here.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evidence import EVALUATION, Lab, Result, by_seed, interval, split, spread
+
+from storage_schemas.common.publish import publish
+from storage_schemas.config import TopK
+
+METHODS = {"full_sft": 2e-5, "lora_sft": 2e-4, "full_kd": 2e-5, "lora_kd": 2e-4}
+"""Method -> least learning rate of its grid."""
+NAMES = {"full_sft": "SFT", "lora_sft": "LoRA", "full_kd": "KD", "lora_kd": "Neo"}
+CHOSEN_BY = {"full_sft": "ce", "lora_sft": "ce", "full_kd": "kl_mean", "lora_kd": "kl_mean"}
+FACTOR = 3.0
+QUALITY = {"kl_mean": "KL", "ce": "CE", "top1_agreement": "top-1", "ece": "ECE"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much is run."""
+
+    steps: int = 150
+    tuning_steps: int = 50
+    rates: int = 3
+    extensions: int = 2
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_samples: int = 200
+    conversations: int | None = None
+    k: int = 64
+
+
+SMOKE = Budget(
+    steps=4, tuning_steps=2, rates=1, extensions=0, seeds=(0,), tuning_samples=8, conversations=48, k=8,
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the table."""
+    parser = argparse.ArgumentParser(prog="make reproduce", description=__doc__)
+    parser.add_argument("--train", type=Path, help="conversations to train on, JSONL; default: the demo's")
+    parser.add_argument("--heldout", type=Path, help="conversations to evaluate on")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="directory of everything")
+    parser.add_argument("--teacher", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--layers", type=int, default=15, help="layers of the student")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in two minutes")
+    chosen = parser.parse_args(argv)
+    if (chosen.train is None) != (chosen.heldout is None):
+        parser.error("--train and --heldout go together")
+    train, heldout = chosen.train, chosen.heldout
+    if train is None:
+        sys.path.insert(0, "examples/demo")
+        import demo
+
+        demo.prepare()
+        train, heldout = demo.DATA / "train.jsonl", demo.DATA / "heldout.jsonl"
+    budget = SMOKE if chosen.smoke else Budget()
+    lab = Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers)
+    print(Study(lab, train, heldout, budget).run())
+
+
+class Study:
+    """The four methods: learning rates, seeds, table."""
+
+    def __init__(self, lab: Lab, train: Path, heldout: Path, budget: Budget) -> None:
+        """Make the dumps."""
+        self.lab, self.budget = lab, budget
+        mine, tuning = split(train, lab.folder, held=budget.tuning_samples, limit=budget.conversations)
+        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 3
+        lab.plan(len(METHODS) * (budget.rates * budget.tuning_steps + len(budget.seeds) * budget.steps))
+        lab.plan(EVALUATION * evaluations)
+        self.dump = lab.dump("dump", mine, TopK(k=budget.k, mass=1.0))
+        self.tuning = lab.dump("dump-tuning", tuning, TopK(k=4 * budget.k, mass=1.0))
+        self.heldout = lab.dump("dump-heldout", heldout, TopK(k=4 * budget.k, mass=1.0))
+
+    def run(self) -> str:
+        """All of it; returns the report, which lies beside the results."""
+        before = self.lab.evaluate("before", [str(self.lab.student)], self.heldout)
+        rates = {method: self.rate(method) for method in METHODS}
+        runs = {method: [self.trained(method, rates[method], seed) for seed in self.budget.seeds] for method in METHODS}
+        found = {
+            method: [self.lab.evaluate(f"{method}-{seed}", [run["directory"]], self.heldout)
+                     for seed, run in zip(self.budget.seeds, runs[method], strict=True)]
+            for method in METHODS
+        }  # fmt: skip
+        pairs = {
+            other: self.lab.evaluate(
+                f"{other}-and-neo", [runs[other][0]["directory"], runs["lora_kd"][0]["directory"]], self.heldout
+            )
+            for other in ("lora_sft", "full_kd")
+        }
+        text = report(before, rates, runs, found, pairs)
+        publish(self.lab.folder / "reproduce.md", text)
+        return text
+
+    def trained(self, method: str, rate: float, seed: int, *, steps: int | None = None, name: str = "") -> Result:
+        """One training."""
+        return self.lab.train(
+            name or f"{method}-{seed}",
+            self.dump,
+            student={"lora": {"r": 16}} if method.startswith("lora") else {},
+            method=method,
+            learning_rate=rate,
+            seed=seed,
+            max_steps=steps or self.budget.steps,
+            # Every method sees the same conversations, each at most once.
+            epochs=1,
+        )
+
+    def rate(self, method: str) -> float:
+        """The best learning rate on the tuning set; an end of the grid is not the best one before the next is worse."""
+        if self.budget.rates == 1:
+            return METHODS[method]
+        scores: dict[float, float] = {}
+
+        def score(rate: float) -> None:
+            name = f"tune-{method}-{rate:.1e}"
+            run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name)
+            result = self.lab.evaluate(name, [run["directory"]], self.tuning)
+            self.lab.forget(name)
+            scores[rate] = result[CHOSEN_BY[method]]
+
+        for step in range(self.budget.rates):
+            score(METHODS[method] * FACTOR**step)
+        for _ in range(self.budget.extensions):
+            best = min(scores, key=lambda rate: scores[rate])
+            if best not in (min(scores), max(scores)):
+                break
+            self.lab.plan(self.budget.tuning_steps + EVALUATION)
+            score(best * FACTOR if best == max(scores) else best / FACTOR)
+        return min(scores, key=lambda rate: scores[rate])
+
+
+def report(
+    before: Result,
+    rates: dict[str, float],
+    runs: dict[str, list[Result]],
+    found: dict[str, list[Result]],
+    pairs: dict[str, Any],
+) -> str:
+    """The tables, and of each claim whether it holds here."""
+    seeds = len(found["lora_kd"])
+    lines = [
+        "| | learning rate | " + " | ".join(QUALITY.values()) + " |",
+        "|---|---:|" + "---:|" * len(QUALITY),
+        "| before | | " + " | ".join(f"{before[name]:.4f}" for name in QUALITY) + " |",
+    ]
+    for method, results in found.items():
+        cells = [spread([result[name] for result in results]) for name in QUALITY]
+        lines.append(f"| {NAMES[method]} | {rates[method]:.1e} | " + " | ".join(cells) + " |")
+    tokens = before["supervised_tokens"]
+    lines += [
+        "",
+        f"Mean and standard deviation of {seeds} seeds, on {tokens:,} held-out tokens; KL and CE in nats.",
+        "",
+        "| | seconds per step | peak memory, GiB | optimizer state, MB | trained parameters |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, results in runs.items():
+        lines.append(
+            f"| {NAMES[method]} | {_per_step(results):.2f} | {_memory(results):.2f} "
+            f"| {results[0]['state_bytes'] / 1e6:,.0f} | {results[0]['trained_parameters']:,} |"
+        )
+    lines += ["", "| difference | KL, by seed | CE, by seed | KL, by sample (seed 0) |", "|---|---:|---:|---:|"]
+    for other in ("full_sft", "lora_sft", "full_kd"):
+        by = [
+            interval(by_seed(*([r[name] for r in found[m]] for m in (other, "lora_kd")))) for name in ("kl_mean", "ce")
+        ]
+        sample = pairs[other]["kl_mean"] if other in pairs else None
+        told = interval((sample["difference"], sample["interval"])) if sample else ""
+        lines.append(f"| Neo - {NAMES[other]} | {by[0]} | {by[1]} | {told} |")
+    lines += [
+        "",
+        "| claim | here |",
+        "|---|---|",
+        *(f"| {claim} | {held} |" for claim, held in verdicts(rates, runs, found)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(
+    rates: dict[str, float], runs: dict[str, list[Result]], found: dict[str, list[Result]]
+) -> list[tuple[str, str]]:
+    """Each claim, and whether it holds by the rule of docs/design/evidence.md."""
+
+    def values(method: str, name: str) -> list[float]:
+        return [result[name] for result in found[method]]
+
+    def below(other: str, name: str) -> str:
+        _, ends = by_seed(values(other, name), values("lora_kd", name))
+        if ends is None:
+            return "one seed says nothing"
+        return "holds" if ends[1] < 0 else "contradicted" if ends[0] > 0 else "not shown: the interval contains 0"
+
+    mean = {method: statistics.fmean(values(method, "kl_mean")) for method in found}
+    gained, kept = mean["full_sft"] - mean["full_kd"], mean["full_sft"] - mean["lora_kd"]
+    share = f"{kept / gained:.0%} of KD's gain over SFT in KL" if gained > 0 else "KD gains nothing over SFT in KL"
+    cost = (
+        _per_step(runs["lora_kd"]) / _per_step(runs["lora_sft"]),
+        _memory(runs["lora_kd"]) / _memory(runs["lora_sft"]),
+    )
+    same_state = runs["lora_kd"][0]["state_bytes"] == runs["lora_sft"][0]["state_bytes"]
+    against_kd = [
+        _per_step(runs["lora_kd"]) / _per_step(runs["full_kd"]),
+        _memory(runs["lora_kd"]) / _memory(runs["full_kd"]),
+    ]
+    state = runs["lora_kd"][0]["state_bytes"] / runs["full_kd"][0]["state_bytes"]
+    tenfold = [rates[f"lora_{loss}"] / rates[f"full_{loss}"] for loss in ("sft", "kd")]
+    cheaper = against_kd[1] < 1 and state < 1
+    return [
+        ("Neo is closer to the teacher than LoRA (KL)", below("lora_sft", "kl_mean")),
+        ("Neo is closer to the teacher than SFT (KL)", below("full_sft", "kl_mean")),
+        ("Neo predicts held-out text better than LoRA (CE)", below("lora_sft", "ce")),
+        ("Neo has the quality of KD", f"{_held(gained > 0 and kept >= 0.9 * gained)}: {share}"),
+        ("Neo costs what LoRA costs", f"{_held(max(cost) <= 1.05 and same_state)}: {cost[0]:.2f} of the time, "
+                                      f"{cost[1]:.2f} of the memory, state {'the same' if same_state else 'another'}"),
+        ("Neo costs less than KD", f"{_held(cheaper)}: {against_kd[0]:.2f} of the time, {against_kd[1]:.2f} of the "
+                                   f"memory, {state:.3f} of the state"),
+        ("low rank wants ten times the learning rate", f"{_held(all(3 <= x <= 30 for x in tenfold))}: "
+                                                       f"{tenfold[0]:.0f} (CE), {tenfold[1]:.0f} (with KL)"),
+    ]  # fmt: skip
+
+
+def _held(whether: bool) -> str:
+    return "holds" if whether else "does not hold"
+
+
+def _per_step(results: Sequence[Result]) -> float:
+    """Seconds, median of the seeds."""
+    return statistics.median(result["seconds"] / result["steps"] for result in results)
+
+
+def _memory(results: Sequence[Result]) -> float:
+    return statistics.median(result["peak_rss_bytes"] for result in results) / 2**30
+
+
+if __name__ == "__main__":
+    main()

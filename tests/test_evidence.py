@@ -1,0 +1,120 @@
+"""What `make reproduce` and `make frontier` conclude from numbers, and the two of them as a whole on tiny models."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_student import VOCAB, tiny_llama, tiny_tokenizer, write_dump
+
+from storage_schemas.config import TopK
+from storage_schemas.reader import Dump
+from storage_schemas.targets import decode
+from storage_schemas.verify import verify
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RATES = {"full_sft": 2e-5, "lora_sft": 2e-4, "full_kd": 2e-5, "lora_kd": 6e-4}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def verdicts(**kl: tuple[float, ...]) -> dict[str, str]:
+    """Of made-up KLs by seed; the CE is one more."""
+    import reproduce
+
+    found = {method: [{"kl_mean": x, "ce": x + 1} for x in values] for method, values in kl.items()}
+    cost = {"seconds": 10.0, "steps": 5, "peak_rss_bytes": 2**30}
+    runs: dict[str, list[dict[str, Any]]] = {
+        method: [cost | {"state_bytes": 10 if method.startswith("lora") else 100}] for method in kl
+    }
+    return dict(reproduce.verdicts(RATES, runs, found))
+
+
+def test_a_claim_holds_only_where_seeds_agree() -> None:
+    """By Student's t interval of paired differences; the threshold on KD's gain is that of the protocol."""
+    told = verdicts(
+        full_sft=(3.0, 3.1, 2.9), lora_sft=(2.5, 2.6, 2.4), full_kd=(1.0, 1.1, 0.9), lora_kd=(1.1, 1.2, 1.0)
+    )
+    assert told["Neo is closer to the teacher than LoRA (KL)"] == "holds"
+    assert told["Neo has the quality of KD"].startswith("holds: 95% of")
+    assert told["Neo costs what LoRA costs"].startswith("holds")
+    assert told["Neo costs less than KD"].startswith("does not hold: 1.00 of the time, 1.00 of the memory")
+    assert told["low rank wants ten times the learning rate"].startswith("holds: 10 (CE), 30")
+    told = verdicts(
+        full_sft=(3.0, 3.1, 2.9), lora_sft=(1.0, 2.6, 1.4), full_kd=(1.0, 1.1, 0.9), lora_kd=(1.5, 1.2, 1.3)
+    )
+    assert told["Neo is closer to the teacher than LoRA (KL)"].startswith("not shown")
+    assert told["Neo has the quality of KD"].startswith("does not hold: 83% of")
+    told = verdicts(
+        full_sft=(1.0, 1.1, 0.9), lora_sft=(1.0, 1.1, 0.9), full_kd=(1.0, 1.1, 1.0), lora_kd=(1.3, 1.41, 1.2)
+    )
+    assert told["Neo is closer to the teacher than LoRA (KL)"] == "contradicted"
+    assert told["Neo has the quality of KD"].startswith("does not hold: KD gains nothing")
+    told = verdicts(full_sft=(1.0,), lora_sft=(1.0,), full_kd=(1.0,), lora_kd=(0.3,))
+    assert told["Neo is closer to the teacher than SFT (KL)"] == "one seed says nothing"
+
+
+def test_interval_by_seed_is_students() -> None:
+    from evidence import by_seed
+
+    mean, ends = by_seed([1.0, 2.0, 3.0], [1.1, 2.3, 3.2])
+    # t of 2 degrees of freedom, 4.303, times 0.1 / sqrt(3).
+    assert (mean, ends) == (pytest.approx(0.2), pytest.approx((0.2 - 0.24843, 0.2 + 0.24843), abs=1e-4))
+
+
+def test_contrast_holds_all_of_the_probability_in_its_entries(tmp_path: Path) -> None:
+    """At T it is the teacher's softmax over the entries alone; a dump like any other, of another fingerprint."""
+    from frontier import without_tail
+
+    source = tmp_path / "rounded"
+    write_dump(source, estimator=TopK(k=8, mass=1.0), temperatures=(1.0, 2.0))
+    url = without_tail(source, tmp_path / "alone")
+    assert verify(str(url)).ok
+    before, after = Dump.open(str(source)), Dump.open(str(url))
+    assert before.fingerprint != after.fingerprint
+    for index, temperature in enumerate((1.0, 2.0)):
+        a, b = (
+            decode(d.read_unit(0).targets, temperature_index=index, temperature=temperature) for d in (before, after)
+        )
+        np.testing.assert_array_equal(a.ids, b.ids)
+        expected = (
+            torch.from_numpy(before.read_unit(0).targets.logprobs.reshape(-1, 8) / temperature).double().softmax(1)
+        )
+        np.testing.assert_allclose(b.weights, expected, rtol=1e-5)
+        assert not np.isfinite(b.tail_logprob).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reproduce", "frontier"])
+def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it with a few steps, on tiny models; what is there already is not made again."""
+    import importlib
+
+    tiny_llama(0, layers=3).save_pretrained(tmp_path / "teacher")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m['content'] }} {% endgeneration %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    draw = random.Random(0)
+    for file, count in (("train", 60), ("heldout", 12)):
+        texts = [[" ".join(f"w{draw.randrange(VOCAB)}" for _ in range(8)) for _ in "ab"] for _ in range(count)]
+        lines = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in texts]
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--smoke", "--layers", "2", "--out", str(tmp_path / "out")]
+    for option in ("train", "heldout"):
+        words += [f"--{option}", str(tmp_path / f"{option}.jsonl")]
+    module = importlib.import_module(name)
+    module.main([*words, "--teacher", str(tmp_path / "teacher")])
+    report = (tmp_path / "out" / f"{name}.md").read_text()
+    assert {"reproduce": "| Neo - KD |", "frontier": "k = 4, renormalised |"}[name] in report
+    capsys.readouterr()
+    module.main([*words, "--teacher", str(tmp_path / "teacher")])
+    assert "%  " not in capsys.readouterr().out
+    assert (tmp_path / "out" / f"{name}.md").read_text() == report
