@@ -4,7 +4,6 @@ Each is done once: its result is a file that names what it was made from, and an
 """
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -29,8 +28,6 @@ from teacher_dump.dump import run_dump
 EVALUATION = 20.0
 """Training steps that an evaluation takes as long as."""
 BATCH, MICRO_BATCH, WARMUP = 8, 4, 0.1
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-"""Quantile 0.975 of Student's t by degrees of freedom."""
 Result = dict[str, Any]
 
 
@@ -186,16 +183,6 @@ def spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.4f}"
     return f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}"
-
-
-def by_seed(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean of second - first over seeds, and its 95 % interval by Student's t; none for one seed."""
-    off = [b - a for a, b in zip(first, second, strict=True)]
-    mean = statistics.fmean(off)
-    if len(off) < 2:
-        return mean, None
-    wide = T_95[len(off) - 1] * statistics.stdev(off) / math.sqrt(len(off))
-    return mean, (mean - wide, mean + wide)
 
 
 def interval(found: tuple[float, tuple[float, float] | None]) -> str:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from evidence import EVALUATION, Lab, Result, by_seed, interval, split, spread
+from evidence import EVALUATION, Lab, Result, interval, split, spread
 
 from storage_schemas.common.publish import publish
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.reader import Dump
 from storage_schemas.targets import Targets
 from storage_schemas.writer import DumpWriter
+from student_train.results.measures import by_seed
 
 FULL = "all of the vocabulary"
 TEMPERATURES = (1.0, 2.0, 4.0)

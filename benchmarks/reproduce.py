@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence import EVALUATION, Lab, Result, by_seed, interval, split, spread
+from evidence import EVALUATION, Lab, Result, interval, split, spread
 
 from storage_schemas.common.publish import publish
 from storage_schemas.config import TopK
+from student_train.results.measures import by_seed
 
 METHODS = {"full_sft": 2e-5, "lora_sft": 2e-4, "full_kd": 2e-5, "lora_kd": 2e-4}
 """Method -> least learning rate of its grid."""

@@ -272,6 +272,38 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs, such as runs/a.")],
+    html: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, metavar="FILE", help="Write a page with curves and held-out samples."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Held-out samples on the page, beside the first run's student; 0: load no model.")
+    ] = 3,
+    base: Base = None,
+) -> None:
+    """Put finished runs side by side: what they were, what came out, what it cost; what seeds say of differences."""
+    from pipeline.views.runs import markdown, read_run
+
+    found = [read_run(folder) for folder in dict.fromkeys(runs)]
+    if html is None:
+        typer.echo(markdown(found))
+        return
+    from pipeline.views.run_page import run_page, samples_of
+    from storage_schemas.reader import Dump
+    from student_train.results.evaluate import evaluate as evaluate_model
+
+    config, shown, heldout = found[0].config, [], None
+    if samples and config.heldout is not None:
+        heldout = config.heldout.url
+        dump = Dump.open(heldout, options=config.dump.storage_options)
+        shown = samples_of(evaluate_model(runs[0] / "final", dump, limit=samples, base=base))
+    _write_page(html, run_page(found, shown, heldout=heldout))
+    typer.echo(f"{html}: {', '.join(run.name for run in found)}")
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a peft adapter, such as runs/a/final.")],
     beside: Annotated[
@@ -420,19 +452,23 @@ def inspect(
 
     found, rows = Dump.open(url, options=_pairs(store)), list(dict.fromkeys(row or ()))
     if html is not None:
-        try:
-            html.parent.mkdir(parents=True, exist_ok=True)
-            publish(html, page.page(found, rows))
-        except OSError as error:
-            if isinstance(told := explained(error), TemporaryError):  # The disk is full.
-                raise told from error
-            raise UsageError(f"cannot write {html}", got=error.strerror, expected="a place to write to") from error
+        _write_page(html, page.page(found, rows))
     if as_json:
         _print(show.as_json(found, rows), as_json)
     elif html is not None:
         typer.echo(f"{html}: {url}, {len(rows)} rows")
     else:
         terminal.show(found, rows, Console())
+
+
+def _write_page(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        publish(file, text)
+    except OSError as error:
+        if isinstance(told := explained(error), TemporaryError):  # The disk is full.
+            raise told from error
+        raise UsageError(f"cannot write {file}", got=error.strerror, expected="a place to write to") from error
 
 
 class _Watching(TyperCommand):

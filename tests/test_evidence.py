@@ -14,6 +14,7 @@ from storage_schemas.config import TopK
 from storage_schemas.reader import Dump
 from storage_schemas.targets import decode
 from storage_schemas.verify import verify
+from student_train.results.measures import by_seed
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RATES = {"full_sft": 2e-5, "lora_sft": 2e-4, "full_kd": 2e-5, "lora_kd": 6e-4}
@@ -61,8 +62,6 @@ def test_a_claim_holds_only_where_seeds_agree() -> None:
 
 
 def test_interval_by_seed_is_students() -> None:
-    from evidence import by_seed
-
     mean, ends = by_seed([1.0, 2.0, 3.0], [1.1, 2.3, 3.2])
     # t of 2 degrees of freedom, 4.303, times 0.1 / sqrt(3).
     assert (mean, ends) == (pytest.approx(0.2), pytest.approx((0.2 - 0.24843, 0.2 + 0.24843), abs=1e-4))

@@ -18,7 +18,7 @@ from storage_schemas.common.publish import publish
 
 TEACHER, STUDENT = Path("models/SmolLM2-135M-Instruct"), Path("models/SmolLM2-135M-pruned")
 DATA = Path("data/docstrings")
-CONFIG = Path("examples/demo.yaml")
+CONFIG, RUN = Path("examples/demo.yaml"), Path("runs/demo")
 LAYERS = 20
 """Of the teacher's 30; the student keeps the first and the last ones."""
 TRAIN_SAMPLES, HELDOUT_SAMPLES = 256, 40
@@ -26,9 +26,14 @@ RANKS = 2
 
 
 def main() -> None:
-    """Prepare, then `llm-neo run examples/demo.yaml`; arguments are passed on."""
+    """Prepare, then `llm-neo run examples/demo.yaml`; arguments are passed on. Ends with a page of what came out."""
     prepare()
-    command(["run", str(CONFIG), "--workers", str(RANKS), "--nproc", str(RANKS), *sys.argv[1:]])
+    try:
+        command(["run", str(CONFIG), "--workers", str(RANKS), "--nproc", str(RANKS), *sys.argv[1:]])
+    except SystemExit as left:
+        if left.code or any("train.output" in word for word in sys.argv[1:]):
+            raise
+    command(["report", str(RUN), "--html", str(RUN / "report.html")])
 
 
 def prepare() -> None:

@@ -1,6 +1,7 @@
 """What each supervised token says of a student beside its teacher, and what that comes to over many of them."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ ENTROPIES = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)
 """Where groups of tokens by the teacher's entropy begin, nats."""
 Z_95 = 1.959964
 """Standard errors on either side of a 95 % interval."""
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The same of Student's t with 1, 2, ... degrees of freedom."""
 
 
 class TokenMeasures(NamedTuple):
@@ -46,10 +49,17 @@ class TokenMeasures(NamedTuple):
     """Share of the teacher's five most likely tokens, or as many as its head has, that are the student's, too."""
     entropy: npt.NDArray[np.float32]
     """The teacher's, nats, the tail as one outcome."""
+    first: npt.NDArray[np.int64]
+    """The student's most likely token."""
     confidence: npt.NDArray[np.float32]
-    """Probability of the student's most likely token, at temperature 1."""
+    """Probability of it, at temperature 1."""
     correct: npt.NDArray[np.bool_]
     """Whether that is the token itself."""
+
+    @property
+    def label_p(self) -> npt.NDArray[np.float32]:
+        """The student's probability of the token itself, at temperature 1."""
+        return np.exp(-self.ce)
 
     @staticmethod
     def joined(parts: Sequence["TokenMeasures"]) -> "TokenMeasures":
@@ -87,6 +97,7 @@ def measure(logits: Float[Tensor, "n vocab"], targets: SparseTargets, *, tempera
         ranks_first(logits.gather(1, ids), logits.amax(1), targets),
         _top5(logits, ids, targets),
         -(p * log_p).sum(1) - rest,
+        first,
         confidence.exp(),
         first == targets.labels,
     )
@@ -180,3 +191,13 @@ def paired(
         return Difference(difference=mean, interval=None)
     error = Z_95 * math.sqrt(len(off) / (len(off) - 1) * float((off**2).sum())) / len(by_token)
     return Difference(difference=mean, interval=(mean - error, mean + error))
+
+
+def by_seed(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean of second - first over seeds, and its 95 % interval by Student's t; none for one seed or over 10."""
+    off = [b - a for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(off)
+    if not 2 <= len(off) <= len(T_95) + 1:
+        return mean, None
+    wide = T_95[len(off) - 2] * statistics.stdev(off) / math.sqrt(len(off))
+    return mean, (mean - wide, mean + wide)

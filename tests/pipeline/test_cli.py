@@ -31,6 +31,7 @@ COMMANDS = [
     "train",
     "run",
     "evaluate",
+    "report",
     "chat",
     "merge",
     "plan",

@@ -1,0 +1,132 @@
+"""Finished runs as one HTML page that needs nothing else: table, curves, samples token by token, configurations."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from tokenizers import Tokenizer
+
+from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces, visible
+from pipeline.views.runs import Run, differences, facts
+from storage_schemas.common.errors import MismatchError
+from student_train.results.evaluate import Evaluated
+
+_INK = "#808080"
+"""Of axes and text of a figure: legible on white and on black."""
+
+
+class StudentToken(NamedTuple):
+    """What the student says of one supervised token."""
+
+    p: float
+    """Its probability of the token."""
+    first: str
+    """Its most likely token."""
+    first_p: float
+    kl: float
+    """KL(teacher || student), nats."""
+
+
+class Sample(NamedTuple):
+    """A held-out sample: the teacher's view of it, and the student's of each supervised token."""
+
+    row: RowView
+    student: Sequence[StudentToken]
+
+
+def samples_of(evaluated: Evaluated) -> list[Sample]:
+    """The samples of an evaluation that have supervised tokens, in the dump's order."""
+    dump, tokens = evaluated.dump, evaluated.tokens
+    indices = sorted(set(evaluated.sample.tolist()))
+    files = dump.tokenizer_files()
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
+    found = []
+    for row, index in zip(row_views(dump, indices), indices, strict=True):
+        mine = (evaluated.sample == index).nonzero()[0]
+        student = [
+            StudentToken(
+                p=float(tokens.label_p[i]),
+                first="".join(text_pieces(tokenizer, [int(tokens.first[i])])),
+                first_p=float(tokens.confidence[i]),
+                kl=float(tokens.kl[i]),
+            )
+            for i in mine[evaluated.place[mine].argsort()]
+        ]
+        found.append(Sample(row, student))
+    return found
+
+
+def run_page(runs: Sequence[Run], samples: Sequence[Sample], *, heldout: str | None) -> str:
+    """The page.
+
+    Args:
+        runs: one or more; the samples are of the first one.
+        samples: of held-out data, beside its student.
+        heldout: the dump that they are from.
+
+    Raises:
+        MismatchError: matplotlib is not installed.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    environment.filters |= {"quoted": quoted, "row_title": row_title, "shade": shade, "visible": visible}
+    return environment.get_template("run_page.html.jinja").render(
+        runs=runs,
+        facts=[facts(run) for run in runs],
+        differences=differences(runs),
+        figures=figures(runs),
+        samples=samples,
+        heldout=heldout,
+        shades=SHADES,
+    )
+
+
+def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """Title and SVG of each figure, one line per run; evaluations on held-out samples are dots.
+
+    Raises:
+        MismatchError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MismatchError(
+            "a page with figures needs matplotlib",
+            got="it is not installed",
+            fix="pip install 'llm-neo[report]', or leave out --html for the table alone",
+        ) from error
+    drawn: list[tuple[str, Callable[[Any], float], str | None]] = [
+        ("Divergence from the teacher, nats per token", lambda event: event.kl, "kl"),
+        ("Cross-entropy, nats per token", lambda event: event.ce, "ce"),
+        ("Tokens per second", lambda event: event.tokens_per_second, None),
+        ("Learning rate", lambda event: event.learning_rate, None),
+    ]
+    found = []
+    # Text stays text, and the same runs give the same bytes.
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "llm-neo", "text.color": _INK, "axes.labelcolor": _INK,
+                  "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 9}  # fmt: skip
+    with matplotlib.rc_context(style):
+        for title, of_event, of_evaluation in drawn:
+            figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+            axes = figure.add_subplot()
+            for run in runs:
+                steps = [event.step for event in run.events]
+                (line,) = axes.plot(steps, [of_event(event) for event in run.events], linewidth=1, label=run.name)
+                if of_evaluation is not None:
+                    held = run.evaluations()
+                    values = [getattr(result, of_evaluation) for result in held]
+                    axes.plot([result.step for result in held], values, "o", markersize=4, color=line.get_color())
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.2)
+            if len(runs) > 1:
+                axes.legend(frameon=False)
+            out = io.StringIO()
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+            svg = out.getvalue()
+            found.append((title, Markup(svg[svg.index("<svg") :])))
+    return found
