@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from storage_schemas.common.code import importing, refuse_foreign_code, runs_code
 from storage_schemas.common.errors import MismatchError, NeoError, UsageError, first_line
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.models import absent
 from storage_schemas.rows import INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.cache import cache_folder
@@ -127,11 +128,14 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     except Exception as error:
         if not code and not isinstance(error, OSError | ValueError | KeyError):
             raise
+        got, fix = first_line(error), "correct teacher.model or teacher.revision"
+        if not Path(teacher.model).is_dir():
+            got, fix = absent(teacher.model, error, setting="teacher.model")
         raise MismatchError(
             f"the tokenizer of the teacher {teacher.model} cannot be loaded",
-            got=first_line(error),
+            got=got,
             expected="a directory or hub id with config.json and a tokenizer",
-            fix="correct teacher.model or teacher.revision" + (", or the code that it brings" if code else ""),
+            fix=fix + (", or the code that it brings" if code else ""),
         ) from error
     return tokenizer, int(head)
 

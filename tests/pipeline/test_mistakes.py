@@ -133,6 +133,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("dump x.yaml --set dump.url=student --set train=null", 78, ["holds something else", "config.json in it"]),
     ("dump x.yaml --set dump.url=runs --set train.output=runs/a", 78, ["--set: train.output -> lies in the dump runs"]),
     ("dump placed.yaml --set dump.url=runs", 78, ["placed.yaml and --set dump.url: train.output -> lies in the dump"]),
+    ("preview x.yaml --set teacher.model=m/techer", 78, ["m/techer is no directory", "correct teacher.model"]),
     ("preview x.yaml --set corpus.sources.0.path=no.jsonl", 65, ["no file no.jsonl", "a relative path begins"]),
     ("preview x.yaml --set corpus.sources.0.path=data/*.jsonl", 65, ["no file data/*.jsonl"]),
     ("preview x.yaml --set corpus.sources.0.path=a.csv", 65, ["columns a, b", "corpus.sources[].columns"]),
