@@ -41,15 +41,19 @@ def entry(name: str, thing: Any) -> Iterator[str]:
         return
     node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     yield f"```python\n{_signature(node)}\n```\n"
-    yield prose(ast.get_docstring(node))
+    yield prose(ast.get_docstring(node)) + "\n"
     if not isinstance(node, ast.ClassDef):
         return
     for member, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(member, ast.AnnAssign) and not ast.unparse(member.target).startswith("_"):
-            yield f"\n- `{ast.unparse(member)}`{_below(after)}"
-        if isinstance(member, ast.FunctionDef) and (member.name == "__init__" or not member.name.startswith("_")):
+            yield f"- `{ast.unparse(member)}`{_below(after)}"
+        if isinstance(member, ast.FunctionDef) and _is_public(member):
             yield f"\n#### `{name}.{member.name}`\n\n```python\n{_signature(member)}\n```\n"
             yield prose(ast.get_docstring(member))
+
+
+def _is_public(member: ast.FunctionDef) -> bool:
+    return not member.name.startswith("_") or (member.name == "__init__" and ast.get_docstring(member) is not None)
 
 
 def _signature(node: ast.stmt) -> str:
