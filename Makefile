@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-qlora test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-gpu bench-clusters
+.PHONY: help setup demo dump-teacher train-student run docs check lint test test-full test-gpu test-qlora test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-gpu bench-clusters
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,11 @@ train-student: $(SETUP)  ## Stage two: make train-student CONFIG=x.yaml [NPROC=8
 run: $(SETUP)  ## Both stages, evaluation, merge and report: make run CONFIG=x.yaml
 	@test -n "$(CONFIG)" || { echo 'usage: make run CONFIG=x.yaml [ARGS="--set a.b=c"]'; exit 64; }
 	$(BIN)/llm-neo run $(CONFIG) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
+docs: $(SETUP)  ## Build the pages of docs/ as a site in build/site, with every warning an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(DEV)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Write docs/configuration.md and the JSON schema from the configuration models: `python docs/generate.py`.
+"""Write docs/configuration.md, docs/api.md and the JSON schema from the code: `python docs/generate.py`.
 
-A test keeps both current.
+A test keeps them current.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from api_page import api_page
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -17,7 +18,7 @@ from pipeline.config import Config
 from pipeline.init import FOLDER, SCHEMA
 from pipeline.settings import schema
 
-TARGET = Path(__file__).parent / "configuration.md"
+HERE = Path(__file__).parent
 HEAD = """# Configuration
 
 One YAML file configures both stages; a section that a command does not use may be absent. `--set section.field=VALUE`
@@ -95,8 +96,9 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    for target, text in ((TARGET, page()), (FOLDER / SCHEMA, schema())):
+    pages = {HERE / "configuration.md": page(), HERE / "api.md": api_page(), FOLDER / SCHEMA: schema()}
+    for target, text in pages.items():
         if sys.argv[1:] != ["--check"]:
             target.write_text(text)
-        elif target.read_text() != text:
+        elif not target.exists() or target.read_text() != text:
             sys.exit(f"{target} is not current: run `python docs/generate.py`")

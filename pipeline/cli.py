@@ -89,6 +89,8 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # What it cannot read as JSON is read line by line, and told with the line, by us.
+    logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
     # Deprecations inside torch and transformers are not the user's business, nor are their bars in a log file.
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
@@ -604,8 +606,10 @@ def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> 
     elif as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
     else:
-        for name, value in _plain(found):
-            typer.echo(f"{name:28} {value}")
+        lines = list(_plain(found))
+        width = max([28, *(len(name) for name, _ in lines)])
+        for name, value in lines:
+            typer.echo(f"{name:{width}} {value}")
 
 
 def _plain(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -150,11 +150,14 @@ def detect_format(columns: Collection[str], *, where: str) -> str:
     """
     if name := fitting_format(columns):
         return name
+    fix = "say what they are called, as in corpus.sources[].columns: {question: query}; or convert it to `messages`"
+    if len(columns) == 1 and re.search(r"[;,\t|]", next(iter(columns))):
+        fix = "separate the values by commas in a .csv, by tabs in a .tsv"
     raise DataError(
         f"{where}: no known record format fits",
         got=f"columns {', '.join(sorted(columns)) or '(none)'}",
         expected="; ".join(f"{name}: {' + '.join(needed)}" for name, needed in FORMATS.items()),
-        fix="say what they are called in corpus.sources[].columns, or convert the file to `messages`",
+        fix=fix,
     )
 
 
@@ -236,7 +239,7 @@ def _message(message: Mapping[str, Any]) -> Message:
             "a message has an unknown role",
             got=repr(role),
             expected=", ".join(sorted(_ROLES)),
-            fix="rename the role, or drop the record",
+            fix="say which of these it is in corpus.sources[].roles, as in {customer: user}; or drop the record",
         )
     for name in _WEIGHTS:
         weight = present.pop(name, None)

@@ -92,6 +92,16 @@ class Corpus:
         found = {status: int(np.count_nonzero(codes == code)) for code, status in enumerate(STATUSES)}
         return {status: n for status, n in sorted(found.items()) if n}
 
+    def why_empty(self) -> dict[str, int]:
+        """Why nothing of a sample is supervised, and of how many."""
+        empty, kept = self.have(EMPTY), np.diff(self.offsets)
+        found = {
+            "without content": int((empty & (self.lengths == 0)).sum()),
+            "cut before an answer begins": int((empty & (kept < self.lengths)).sum()),
+            "without an answer that is supervised": int((empty & (kept > 0) & (kept == self.lengths)).sum()),
+        }
+        return {reason: count for reason, count in found.items() if count}
+
     def tokens(self, samples: range) -> int:
         """Number of tokens of a range of samples."""
         return int(self.offsets[samples.stop] - self.offsets[samples.start])
@@ -246,9 +256,10 @@ def _refuse_useless(corpus: Corpus) -> None:
     if OK in counts:
         return
     found = ", ".join(f"{n} {status}" for status, n in counts.items()) or "no records"
+    why = [f"{n} {reason}" for reason, n in corpus.why_empty().items()]
     raise DataError(
         "no sample of the corpus can be used",
-        got="; ".join([found, *(problem for problems in corpus.problems for problem in problems)]),
+        got="; ".join([found, *why, *(problem for problems in corpus.problems for problem in problems[:1])]),
         expected="at least one sample with a supervised token",
         fix="correct corpus.sources, corpus.mask or corpus.max_length",
     )

@@ -16,7 +16,8 @@ from transformers.utils import cached_file
 from storage_schemas.common.code import importing, refuse_foreign_code, runs_code
 from storage_schemas.common.errors import MismatchError, NeoError, UsageError, first_line
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.rows import EMPTY, INVALID_TEXT, OK
+from storage_schemas.common.models import absent
+from storage_schemas.rows import INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.cache import cache_folder
 from teacher_dump.corpus.formats import Conversation, unread_columns
@@ -127,11 +128,14 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     except Exception as error:
         if not code and not isinstance(error, OSError | ValueError | KeyError):
             raise
+        got, fix = first_line(error), "correct teacher.model or teacher.revision"
+        if not Path(teacher.model).is_dir():
+            got, fix = absent(teacher.model, error, setting="teacher.model")
         raise MismatchError(
             f"the tokenizer of the teacher {teacher.model} cannot be loaded",
-            got=first_line(error),
+            got=got,
             expected="a directory or hub id with config.json and a tokenizer",
-            fix="correct teacher.model or teacher.revision" + (", or the code that it brings" if code else ""),
+            fix=fix + (", or the code that it brings" if code else ""),
         ) from error
     return tokenizer, int(head)
 
@@ -202,7 +206,7 @@ def _whole(
         doubled_bos=0 if bos is None else int(twice.sum()),
         ends_with_eos=0 if eos is None else int((corpus.input_ids[stops[filled] - 1] == eos).sum()),
         ends=_ends(corpus, tokenizer),
-        empty=_empty(corpus),
+        empty=corpus.why_empty(),
         tokens=int(tokens.sum()),
         supervised_tokens=int(supervised.sum()),
         supervised_share=float(supervised.sum() / tokens.sum()) if tokens.sum() else None,
@@ -220,18 +224,6 @@ def _ends(corpus: Corpus, tokenizer: Any) -> dict[str, int]:
     ids, counts = np.unique(corpus.input_ids[corpus.loss_mask & ~follows], return_counts=True)
     most = np.argsort(-counts, kind="stable")[:_ENDS].tolist()
     return {_decode(tokenizer, [int(ids[i])]): int(counts[i]) for i in most}
-
-
-def _empty(corpus: Corpus) -> dict[str, int]:
-    """Why nothing of a sample is supervised, where it can be told."""
-    empty = corpus.have(EMPTY)
-    kept = np.diff(corpus.offsets)
-    found = {
-        "without content": int((empty & (corpus.lengths == 0)).sum()),
-        "cut before an answer begins": int((empty & (kept < corpus.lengths)).sum()),
-        "without an answer that is supervised": int((empty & (kept > 0) & (kept == corpus.lengths)).sum()),
-    }
-    return {reason: count for reason, count in found.items() if count}
 
 
 def _body(corpus: Corpus, index: int) -> bytes:

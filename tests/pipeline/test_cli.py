@@ -404,10 +404,12 @@ def test_chat_answers_each_line_of_a_pipe(call: Call, tmp_path: Path, monkeypatc
     assert call("chat", str(tmp_path / "nowhere"))[0] == Exit.MISMATCH
 
 
-def test_what_a_command_found_is_printed_for_people() -> None:
+def test_what_a_command_found_is_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     found = {"ok": True, "errors": [], "bytes": 12345, "share": 0.9468815487278982, "statuses": {"ok": 3}, "none": None}
     lines = dict(cli._plain(found | {"heldout": {"url": "h", "errors": ["a", "b"]}}))
     assert lines == {
         "ok": "true", "errors": "none", "bytes": "12,345", "share": "0.946882", "statuses.ok": "3", "none": "null",
         "heldout.url": "h", "heldout.errors": "b",
     }  # fmt: skip
+    cli._print({"a": 1, "heldout": {"bytes_per_supervised_token": 2}}, False)
+    assert len({line.index(value) for line, value in zip(capsys.readouterr().out.splitlines(), "12", strict=True)}) == 1

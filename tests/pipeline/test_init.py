@@ -19,7 +19,7 @@ from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.exits import Exit
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["smollm2-demo", "llama-3.1-8b-to-3.2-1b", "qwen3"]
+NAMES = ["smollm2-demo", "llama-3.1-8b-to-3.2-1b", "own", "qwen3"]
 
 
 def test_without_a_recipe_they_are_listed(call: Call) -> None:

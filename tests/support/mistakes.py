@@ -49,6 +49,8 @@ FILES = {
     "none.jsonl": "",
     "columns.jsonl": '{"foo": 1}\n' * 3,
     "a.csv": "a,b\n1,2\n",
+    "semicolons.csv": "a;b\n1;2\n",
+    "roles.jsonl": '{"messages": [{"role": "agent", "content": "a"}]}\n',
     "a.pdf": "no text",
 }
 
