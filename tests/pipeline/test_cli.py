@@ -18,7 +18,7 @@ from support.dumps import some_provenance, unit_rows
 from support.tiny_student import save_student
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
-from pipeline import cli
+from pipeline import cli, cli_options
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError, TemporaryError, UsageError
 from storage_schemas.common.exits import Exit
 from storage_schemas.provenance import Provenance
@@ -40,6 +40,8 @@ COMMANDS = [
     "doctor",
     "prune",
     "resize",
+    "import",
+    "export",
     "config",
 ]
 
@@ -134,6 +136,11 @@ def test_version(call: Call) -> None:
         ["inspect", "DUMP", "--row", "10"],
         ["prune", "m"],
         ["resize", "m", "out"],
+        ["import", "axolotl", "x", "y"],
+        ["import", "other", "x", "y", "--teacher", "t"],
+        ["import", "lists", "x", "y", "--teacher", "t"],
+        ["import", "axolotl", "x", "y", "--teacher", "t", "--shift", "left"],
+        ["export", "axolotl", "DUMP", "out.json"],
     ],
 )
 def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, arguments: list[str]) -> None:
@@ -405,7 +412,7 @@ def test_chat_answers_each_line_of_a_pipe(call: Call, tmp_path: Path, monkeypatc
 
 def test_what_a_command_found_is_printed_for_people() -> None:
     found = {"ok": True, "errors": [], "bytes": 12345, "share": 0.9468815487278982, "statuses": {"ok": 3}, "none": None}
-    lines = dict(cli._plain(found | {"heldout": {"url": "h", "errors": ["a", "b"]}}))
+    lines = dict(cli_options._plain(found | {"heldout": {"url": "h", "errors": ["a", "b"]}}))
     assert lines == {
         "ok": "true", "errors": "none", "bytes": "12,345", "share": "0.946882", "statuses.ok": "3", "none": "null",
         "heldout.url": "h", "heldout.errors": "b",

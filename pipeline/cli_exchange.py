@@ -1,0 +1,100 @@
+"""The commands that exchange: `import` and `export`, with the stores of other projects."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli_config import AsJson
+from pipeline.cli_options import StoreOptions, Url, pairs, print_result
+
+
+def bring(
+    layout: Annotated[
+        Literal["distillkit", "axolotl", "lists", "megatron"],
+        typer.Argument(metavar="FORMAT", help="distillkit, axolotl, lists or megatron: docs/interoperability.md."),
+    ],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The store: a file, or a directory of files.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="The dump to write: a path, file://, s3://, gs:// or az://.")
+    ],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="The model behind the values: directory or hub id. Its config.json and tokenizer are read, no weight.",
+        ),
+    ],
+    revision: Annotated[str | None, typer.Option(help="Commit of MODEL on the hub.")] = None,
+    shift: Annotated[
+        Literal["next", "same"] | None,
+        typer.Option(help="Row j of a sample's targets describes token j + 1, or token j."),
+    ] = None,
+    values: Annotated[
+        Literal["logprobs", "probs", "logits"] | None, typer.Option(help="What a stored value is.")
+    ] = None,
+    tail: Annotated[
+        Literal["implied", "lost"] | None,
+        typer.Option(
+            help="implied: values are normalised over the vocabulary, the rest is what they lack of 1. lost: over the "
+            "stored entries, so nothing is known of the rest.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="At which the values were computed; only 1 can be imported.")
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|COLUMN", help="All tokens are supervised, or those of a column: 0 and 1, or labels with -100."
+        ),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For megatron: a row of `input_ids` per sequence that the teacher has seen."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN", help="For lists: the column that holds `ids` or `values`. Repeatable."),
+    ] = None,
+    samples_per_unit: Annotated[int, typer.Option(min=1, help="Samples per shard file.")] = 512,
+    store: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn targets that another project has stored into a dump. What its files do not say is asked for, not guessed."""
+    from pipeline.commands import shown_progress
+    from storage_schemas.config import DumpSection
+    from teacher_dump.config import TeacherSection
+    from teacher_dump.foreign.bring import bring as bring_store
+
+    claims = {"shift": shift, "values": values, "tail": tail, "temperature": temperature, "mask": mask}
+    with shown_progress(f"importing {source}") as progress:
+        found = bring_store(
+            layout,
+            source,
+            DumpSection(url=url, samples_per_unit=samples_per_unit, storage_options=pairs(store)),
+            teacher=TeacherSection(model=teacher, revision=revision),
+            claims=claims,
+            columns=pairs(column, option="--column"),
+            tokens=tokens,
+            progress=progress,
+        )
+    print_result(found.model_dump(mode="json"), as_json)
+
+
+def export(
+    layout: Annotated[Literal["axolotl"], typer.Argument(metavar="FORMAT", help="axolotl: its columns for KD.")],
+    url: Url,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write, NAME.parquet. Nothing is overwritten.")
+    ],
+    store: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a dump in the layout of another project, and say what of it that layout cannot hold."""
+    from pipeline.commands import shown_progress
+    from teacher_dump.foreign.export import export_axolotl
+
+    with shown_progress(f"exporting {url} to {layout}") as progress:
+        found = export_axolotl(url, out, options=pairs(store), progress=progress)
+    print_result(found.model_dump(mode="json"), as_json)
