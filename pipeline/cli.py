@@ -514,6 +514,8 @@ def resize(
 
 app.command("import")(cli_exchange.bring)
 app.command("export")(cli_exchange.export)
+app.command("push")(cli_exchange.push)
+app.command("pull")(cli_exchange.pull)
 app.add_typer(cli_config.app, name="config")
 
 

@@ -1,4 +1,4 @@
-"""The commands that exchange: `import` and `export`, with the stores of other projects."""
+"""The commands that exchange: `import` and `export` with other projects' stores, `push` and `pull` with the hub."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -97,4 +97,45 @@ def export(
 
     with shown_progress(f"exporting {url} to {layout}") as progress:
         found = export_axolotl(url, out, options=pairs(store), progress=progress)
+    print_result(found.model_dump(mode="json"), as_json)
+
+
+def push(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A sealed dump, a model or an adapter: a directory on this machine."),
+    ],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME for a dump, hf://USER/NAME for a model.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is new, make it a private one.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite files of another model there; never those of a dump.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a dump or a model to the Hugging Face hub, verified before and compared after. Again, it goes on."""
+    from pipeline.commands import shown_progress
+    from pipeline.hub import push as push_to_hub
+
+    with shown_progress(f"verifying {source}") as progress:
+        found = push_to_hub(source, url, private=private, replace=replace, progress=progress)
+    print_result(found.model_dump(mode="json"), as_json)
+
+
+def pull(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME or hf://USER/NAME, with @REVISION if need be.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write to. Nothing in it is overwritten.")],
+    as_json: AsJson = False,
+) -> None:
+    """Download a dump or a model from the Hugging Face hub, and verify it. Again, it goes on."""
+    from pipeline.commands import shown_progress
+    from pipeline.hub import pull as pull_from_hub
+
+    with shown_progress(f"verifying {out}") as progress:
+        found = pull_from_hub(url, out, progress=progress)
     print_result(found.model_dump(mode="json"), as_json)

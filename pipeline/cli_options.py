@@ -11,7 +11,10 @@ import typer
 from pipeline.credentials import has_secret, instead, is_secret_option
 from storage_schemas.common.publish import publish
 
-Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
+Url = Annotated[
+    str,
+    typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs://, az:// or hf://datasets/USER/NAME."),
+]
 StoreOptions = Annotated[
     list[str] | None,
     typer.Option(

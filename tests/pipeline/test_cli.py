@@ -42,6 +42,8 @@ COMMANDS = [
     "resize",
     "import",
     "export",
+    "push",
+    "pull",
     "config",
 ]
 

@@ -124,7 +124,8 @@ STORES: dict[str, tuple[Callable[[World, Path], Path], str, dict[str, Any], floa
     "lists": (lambda w, d: write_lists(w, d / "x.parquet"), "lists", TRUE, 1e-5),
     "lists of probabilities, row j of token j": (
         lambda w, d: write_lists(
-            w, d / "x.parquet", top_values=np.exp(np.roll(w.logprobs, 1, axis=1)), token_ids=np.roll(w.ids, 1, axis=1)
+            w, d / "x.parquet", top_values=np.exp(np.roll(w.logprobs, 1, axis=1)), token_ids=np.roll(w.ids, 1, axis=1),
+            loss_mask=(w.mask | (np.arange(TOKENS) == 0)).astype(int),  # Nothing precedes token 0.
         ),
         "lists", TRUE | {"values": "probs", "shift": "same"}, 1e-5,
     ),
