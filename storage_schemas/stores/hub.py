@@ -54,11 +54,15 @@ class HubFiles:
         self._url, self._place = url, hub_place(url)
 
     @cached_property
-    def _commit(self) -> str:
+    def _repository(self) -> Any:
         from huggingface_hub import HfApi
 
         place = self._place
-        return str(HfApi().repo_info(place.repo, repo_type=place.kind, revision=place.revision).sha)
+        return HfApi().repo_info(place.repo, repo_type=place.kind, revision=place.revision)
+
+    @property
+    def _commit(self) -> str:
+        return str(self._repository.sha)
 
     @cached_property
     def _files(self) -> Any:
@@ -79,7 +83,7 @@ class HubFiles:
                 return bytes(file.read())
 
     def head(self, key: str) -> dict[str, Any]:
-        """`path` and `size` of a file; errors as in `get`."""
+        """`path` and `size` of a file, and when the repository was last modified; errors as in `get`."""
         found = [each for each in self._info([self._path(key)]) if each["path"] == key]
         if not found:
             raise FileNotFoundError(key)
@@ -89,17 +93,15 @@ class HubFiles:
         """The same of all files under a folder."""
         from huggingface_hub import HfApi
 
-        place, path = self._place, self._path(folder)
-        with asking(self._url):
-            try:
-                tree = list(
-                    HfApi().list_repo_tree(
-                        place.repo, path or None, recursive=True, revision=self._commit, repo_type=place.kind
-                    )
+        place, path = self._place, self._path(folder) or None
+        try:
+            with asking(self._url):
+                listed = HfApi().list_repo_tree(
+                    place.repo, path, recursive=True, revision=self._commit, repo_type=place.kind
                 )
-            except FileNotFoundError:
-                return []
-        return self._heads(tree)
+                return self._heads(list(listed))
+        except FileNotFoundError:  # The hub has no empty folders.
+            return []
 
     def _info(self, paths: list[str]) -> list[dict[str, Any]]:
         from huggingface_hub import HfApi
@@ -110,7 +112,9 @@ class HubFiles:
 
     def _heads(self, tree: Sequence[Any]) -> list[dict[str, Any]]:
         cut = len(self._place.folder) + 1 if self._place.folder else 0
-        return [{"path": each.path[cut:], "size": each.size} for each in tree if hasattr(each, "size")]
+        when = self._repository.last_modified
+        files = (each for each in tree if hasattr(each, "size"))
+        return [{"path": each.path[cut:], "size": each.size, "last_modified": when} for each in files]
 
     def _path(self, key: str) -> str:
         return "/".join(part for part in (self._place.folder, key) if part)

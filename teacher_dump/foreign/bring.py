@@ -120,7 +120,8 @@ def bring(
     hashes = tables.hashes_of([*files, *codec, *texts])
     refuse_unusable(dump)
     tokenizer, lm_head_rows = load_tokenizer(teacher)
-    samples = partial(_samples, layout, source, files, texts, dict(columns or {}), told.mask)
+    named = {"axolotl": lists.AXOLOTL, "lists": lists.LISTS}.get(layout, {}) | dict(columns or {})
+    samples = partial(_samples, layout, source, files, texts, named, told.mask)
     with stoppable() as stop:
         survey, digest, count, longest, k = Survey(), hashlib.sha256(), 0, 1, 0
         for made in _made(samples(), told, lm_head_rows):
@@ -155,7 +156,8 @@ def bring(
             logprob_step=dump.logprob_step,
             max_kl=dump.max_kl,
             engine=EngineIdentity(
-                name=IMPORT, arguments={"layout": layout, **told.model_dump(mode="json"), "files": hashes}
+                name=IMPORT,
+                arguments={"layout": layout, **told.model_dump(mode="json"), "columns": named, "files": hashes},
             ),
             made_by=MadeBy(model=teacher.model, revision=teacher.revision),
         )
@@ -222,10 +224,8 @@ def _samples(
             from teacher_dump.foreign import megatron
 
             yield from megatron.read(files, texts, mask=mask)
-        case "axolotl":
-            yield from lists.read(files, lists.AXOLOTL, mask=mask)
-        case "lists":
-            yield from lists.read(files, lists.LISTS | columns, mask=mask)
+        case "axolotl" | "lists":
+            yield from lists.read(files, columns, mask=mask)
 
 
 def _made(samples: Iterator[ForeignSample], claims: Claims, lm_head_rows: int) -> Iterator[Made]:

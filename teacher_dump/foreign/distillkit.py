@@ -71,6 +71,9 @@ def read(source: Path, files: Sequence[Path], *, mask: str) -> Iterator[ForeignS
         packed, bits = (record.entries(name, empty=0) for name in ("compressed_logprobs", "bytepacked_indices"))
         if len(packed) != len(bits):
             raise record.unusable(f"{len(packed)} rows of log-probs for {len(bits)} of ids", "as many")
+        if not len(packed):  # Of a sample of one token.
+            yield sample_of(record, np.empty((0, config.k), np.int64), np.empty((0, config.k)), mask=mask)
+            continue
         try:
             values, ids = (
                 logprobs(packed.astype(np.uint8), config),

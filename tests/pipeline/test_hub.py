@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from storage_schemas.common.errors import DataError, MismatchError, TemporaryErr
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
+from storage_schemas.stores.hub import asking
 from storage_schemas.stores.store import Store
 from storage_schemas.verify import verify
 from teacher_dump.dump import refuse_unusable
 
 URL = "hf://datasets/me/dump"
+HTTPX = sys.modules[huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
+"""httpx, under the name that this huggingface_hub knows it by."""
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # Of huggingface_hub, which asks httpx so.
 
 
@@ -35,7 +39,7 @@ def server() -> Iterator[Hub]:
 @pytest.fixture
 def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """An empty hub, which huggingface_hub takes for the real one."""
-    for each in (server.repositories, server.large, server.asked, server.fail, server.damage):
+    for each in (server.repositories, server.large, server.asked, server.fail, server.damage, server.lose):
         each.clear()
     constants = huggingface_hub.constants
     changed = {
@@ -95,9 +99,17 @@ def test_a_dump_is_read_where_it_lies(hub: Hub, dump: Path, tmp_path: Path, call
     code, out, err = call("verify", URL, "--json")
     assert code == 0, err
     assert json.loads(out)["units"] == some_provenance().units
+    # At a commit, and in a folder of a repository.
+    commit = hub.repositories["datasets", "me/dump"].name(1)
+    assert not verify(f"{URL}@{commit}").sealed
+    files = hub.files("me/dump")
+    hub.repositories["datasets", "me/all"] = Repository([{f"a/b/{name}": data for name, data in files.items()}])
+    assert verify("hf://datasets/me/all/a/b").ok
     # A training keeps its shards on the node's disk, by their hash, as those of any store.
     found = Dump.open(URL, cache_dir=tmp_path / "cache")
     assert found.read_unit(0).row(0).sample_id == "sample-0"
+    with pytest.raises(DataError, match="larger than it can be"):
+        Store(URL).get("run.json", limit=10)
     hub.asked.clear()
     assert found.read_unit(0).row(1).sample_id == "sample-1"
     assert not hub.asked
@@ -120,12 +132,14 @@ def test_the_hub_is_not_written_to_as_a_store(hub: Hub, dump: Path) -> None:
             act()
 
 
-def test_a_push_that_was_stopped_goes_on(hub: Hub, dump: Path) -> None:
+def test_a_push_that_was_stopped_goes_on(hub: Hub, dump: Path, call: Call) -> None:
     hub.fail["PUT /lfs"] = 409
     with pytest.raises(TemporaryError) as failed:
         exchange.push(dump, URL)
     assert TOKEN not in str(failed.value)
     assert set(hub.files("me/dump")) == {".gitattributes", "run.json"}
+    code, out, err = call("status", URL, "--json")
+    assert (code, json.loads(out)["dump"]["begun"]) == (0, True), err
     with pytest.raises(DataError, match="no sealed dump"):
         exchange.pull(URL, dump.parent / "partial")
     hub.fail.clear()
@@ -143,6 +157,40 @@ def test_another_dump_is_never_overwritten(hub: Hub, dump: Path, tmp_path: Path)
     with pytest.raises(MismatchError, match="holds something else"):
         exchange.push(dump, "hf://datasets/me/data")
     assert hub.files("me/dump") == before
+
+
+def test_two_dumps_do_not_mix_where_pushes_meet(hub: Hub, dump: Path) -> None:
+    hub.meanwhile["run.json"] = b"{}"
+    with pytest.raises(TemporaryError, match="run the same command again"):
+        exchange.push(dump, URL)
+    with pytest.raises(MismatchError, match="holds another dump"):
+        exchange.push(dump, URL)
+    assert hub.files("me/dump")["run.json"] == b"{}"
+
+
+def test_a_push_ends_well_only_if_all_is_there(hub: Hub, dump: Path) -> None:
+    hub.lose.add("tokenizer/tokenizer.json")
+    with pytest.raises(TemporaryError, match=r"tokenizer.json missing or different"):
+        exchange.push(dump, URL)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (HTTPX.ConnectError("refused"), TemporaryError),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline"), MismatchError),
+        (RuntimeError("one of several"), TemporaryError),
+        # What a download that does not reach the hub ends as is a FileNotFoundError.
+        (huggingface_hub.errors.LocalEntryNotFoundError("not here"), TemporaryError),
+        (FileNotFoundError("no such file"), FileNotFoundError),
+        (KeyError("a bug"), KeyError),
+    ],
+)
+def test_errors_of_the_hub_are_told_by_what_can_mend(error: Exception, told: type[Exception]) -> None:
+    if isinstance(error, RuntimeError | huggingface_hub.errors.LocalEntryNotFoundError):
+        error.__cause__ = HTTPX.ReadTimeout("slow")
+    with pytest.raises(told), asking(URL):
+        raise error
 
 
 def test_what_is_damaged_is_neither_pushed_nor_pulled(hub: Hub, dump: Path, tmp_path: Path) -> None:

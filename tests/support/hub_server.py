@@ -53,6 +53,10 @@ class Hub:
     """Part of a request line -> status that such requests get."""
     damage: set[str] = field(default_factory=set)
     """Names of files that are sent with a byte changed."""
+    lose: set[str] = field(default_factory=set)
+    """Names of files that no commit keeps."""
+    meanwhile: dict[str, bytes] = field(default_factory=dict)
+    """What somebody else commits after the next question what is to be uploaded."""
 
     def files(self, repo: str, kind: str = "datasets") -> dict[str, bytes]:
         """The newest files of a repository."""
@@ -156,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         commit, files = found
         if what in ("", "revision"):
-            self._say({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            self._say({"id": repo, "sha": commit, "lastModified": "2026-11-30T00:00:00.000Z", "siblings": []})
         elif what == "tree":
             below = [name for name in sorted(files) if not path or name.startswith(f"{path}/")]
             if path and not below:
@@ -173,6 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
                 | ({"oid": entry(name, files[name])["oid"]} if name in files and not is_large(name) else {})
                 for name in wanted
             ]
+            if self.hub.meanwhile:
+                repository.commits.append(files | self.hub.meanwhile)
+                self.hub.meanwhile.clear()
             self._say({"files": modes})
         elif what == "commit":
             self._commit(repository, commit, files, [json.loads(line) for line in body.splitlines()])
@@ -188,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
                 changed[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 changed[value["path"]] = self.hub.large[value["oid"]]
-        repository.commits.append(changed)
+        repository.commits.append({name: data for name, data in changed.items() if name not in self.hub.lose})
         name = repository.at("main")
         assert name is not None
         self._say({"commitUrl": f"{self.hub.url}/me/it/commit/{name[0]}", "commitOid": name[0], "pullRequestUrl": None})
