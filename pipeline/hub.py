@@ -63,7 +63,7 @@ def push(
     """
     run = source / RUN
     place = _place(url, "dataset" if run.is_file() else "model")
-    ignored = [*_OF_THE_HUB, f"{_DOWNLOADS}/*"]
+    ignored = [*_OF_THE_HUB, f"{_DOWNLOADS}/*", ".git/*"]
     fingerprint = None
     if run.is_file():
         report = verify(str(source), progress=progress)

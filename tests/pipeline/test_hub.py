@@ -213,10 +213,13 @@ def test_a_model_there_and_back(hub: Hub, tmp_path: Path, call: Call) -> None:
     model, url = tmp_path / "final", "hf://me/adapter"
     model.mkdir()
     (model / "adapter_config.json").write_text("{}")
+    (model / ".git").mkdir()
+    (model / ".git" / "config").write_text("not the hub's")
     save_file({"w": np.ones(3, np.float32)}, model / "adapter_model.safetensors")
     assert call("push", str(model), url, "--private")[0] == 0
     assert hub.repositories["models", "me/adapter"].private
     assert call("pull", url, str(tmp_path / "back"))[0] == 0
+    shutil.rmtree(model / ".git")
     assert contents(tmp_path / "back") == contents(model)
     save_file({"w": np.zeros(3, np.float32)}, model / "adapter_model.safetensors")
     code, _, err = call("push", str(model), url)

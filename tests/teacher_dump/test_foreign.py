@@ -238,6 +238,9 @@ def test_axolotl_there_and_back(world: World, tmp_path: Path) -> None:
             total = np.log(sum(map(np.exp, x.values())))
             assert x.keys() == y.keys()
             assert max(abs(x[token] - total - y[token]) for token in x) < 1e-5
+    # A head m that takes all is at KL -log m from the teacher that it was cut from.
+    kl = evaluate(world.folder / "teacher", Dump.open(str(tmp_path / "back")), device="cpu").kl_mean
+    assert kl == pytest.approx(float(-np.log1p(-np.exp(tails)).mean()), rel=1e-3)
     with pytest.raises(UsageError, match="it is there"):
         export_axolotl(str(world.folder / "dump"), out)
 
