@@ -152,6 +152,25 @@ def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, argum
     assert "Traceback" not in err
 
 
+def test_a_dump_goes_to_axolotl_and_comes_back(call: Call, dump: Path, tmp_path: Path) -> None:
+    file, back, teacher = tmp_path / "x.parquet", tmp_path / "back", save_teacher(tmp_path / "teacher")
+    code, out, err = call("export", "axolotl", str(dump), str(file), "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 8
+    said = ["--teacher", str(teacher), "--shift", "next", "--tail", "lost", "--temperature", "1"]
+    code, out, err = call("import", "axolotl", str(file), str(back), *said, "--json")
+    assert code == 0, err
+    assert json.loads(out)["statuses"] == {"ok": 8}
+    assert call("verify", str(back))[0] == 0
+    code, _, err = call("verify", str(back), "--recompute", "1")
+    assert (code, "was imported (axolotl)" in err) == (Exit.MISMATCH, True)
+    # The same columns by their names, without what the layout itself says.
+    columns = ["--column", "ids=target_token_ids", "--column", "values=target_logprobs"]
+    more = ["--values", "logprobs", "--mask", "labels"]
+    code, out, err = call("import", "lists", str(file), str(tmp_path / "again"), *said, *columns, *more, "--json")
+    assert (code, json.loads(out)["statuses"]) == (0, {"ok": 8}), err
+
+
 def test_a_wrong_configuration_exits_78_with_all_its_problems(call: Call, config: Path) -> None:
     code, _, err = call("train", str(config), "--set", "train.outptu=x", "--set", "dump.urll=y")
     assert code == Exit.MISMATCH
