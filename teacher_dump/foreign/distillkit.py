@@ -35,7 +35,7 @@ class Bin(FrozenModel):
 class Compression(FrozenModel):
     """compression_config.yaml; a key that is not here would change what the bytes mean."""
 
-    d: int = Field(ge=1)
+    d: int = Field(ge=2)
     k: int = Field(ge=1)
     exact_k: int = Field(ge=0)
     exact_dtype: Dtype = "float32"

@@ -12,6 +12,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ _MEMBER = re.compile(r"(?P<first>\d+)(?:-\d+)?\.pt\.zst")
 _META = "_meta.json"
 _EMPTY = -999.0
 """Entries outside of the nucleus have a value of -1e3 or -1e4, and an id of -1 that has lost its higher bits."""
+_UNREADABLE = (
+    OSError, tarfile.TarError, zstandard.ZstdError, UnpicklingError, ValueError, RuntimeError, LookupError, TypeError,
+    AttributeError,
+)  # fmt: skip
+"""What reading a damaged or other file may raise."""
 _UNKNOWN = "a layout of Megatron-LM's cached logits that is not known here"
 
 
@@ -104,7 +110,7 @@ def _members(paths: Sequence[Path]) -> Iterator[tuple[int, list[tuple[I64, F64]]
                             raise _incomplete(f"iteration {number} after {before} in {path}", "no gap")
                         before, step = number, 0 if before is None else number - before
                         yield number, _micro_batches(data.read(), saver, path)
-        except (OSError, tarfile.TarError, zstandard.ZstdError, ValueError, RuntimeError, KeyError) as error:
+        except _UNREADABLE as error:
             raise DataError(
                 f"{path} cannot be read",
                 got=f"{type(error).__name__}: {str(error)[:300]}",

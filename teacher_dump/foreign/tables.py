@@ -30,15 +30,16 @@ class Record(NamedTuple):
 
     def tokens(self, name: str) -> npt.NDArray[Any]:
         """(tokens,) a column with one value per token."""
-        return np.asarray(self._list(name).to_numpy(zero_copy_only=False))
+        return self._numbers(name, self._list(name))
 
     def entries(self, name: str, *, empty: float) -> npt.NDArray[Any]:
         """(rows, k) a column with a list per row, filled up with `empty` to the longest."""
         rows = self._list(name)
-        if not pa.types.is_list(rows.type) and not pa.types.is_large_list(rows.type):
-            raise self.unusable(f"{name} is of type {rows.type}", "a list of lists")
-        lengths = np.diff(rows.offsets.to_numpy().astype(np.int64))
-        values = np.asarray(rows.flatten().to_numpy(zero_copy_only=False))
+        if not _is_list(rows.type):
+            raise self.unusable(f"{name} is a list of {rows.type}", "a list of lists")
+        rows = rows.cast(pa.large_list(rows.type.value_type))
+        lengths = np.diff(rows.offsets.to_numpy())
+        values = self._numbers(name, rows.flatten())
         found = np.full((len(rows), int(lengths.max(initial=0))), empty, values.dtype)
         found[np.arange(found.shape[1]) < lengths[:, None]] = values
         return found
@@ -58,10 +59,22 @@ class Record(NamedTuple):
     def _list(self, name: str) -> pa.Array:
         if name not in self.columns:
             raise self.unusable(f"no column {name}; there are {', '.join(sorted(self.columns))}", f"a column {name}")
-        rows = self.columns[name].values if self.columns[name].is_valid else None
-        if rows is None or rows.null_count:
+        column = self.columns[name]
+        if not _is_list(column.type):
+            raise self.unusable(f"{name} is of type {column.type}", "a list")
+        if not column.is_valid or column.values.null_count:
             raise self.unusable(f"null in {name}", "a list without nulls")
-        return rows
+        return column.values
+
+    def _numbers(self, name: str, values: pa.Array) -> npt.NDArray[Any]:
+        kind = values.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+            if len(values):
+                raise self.unusable(f"{name} holds values of type {kind}", "numbers")
+            return np.empty(0)
+        if values.null_count:
+            raise self.unusable(f"null in {name}", "numbers without nulls")
+        return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
 def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
@@ -142,6 +155,10 @@ def _batches(path: Path) -> Iterator[Any]:
                 yield from pa.ipc.open_stream(file)
         case _:
             yield from pyarrow.json.open_json(path)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _parts(name: str) -> list[str]:

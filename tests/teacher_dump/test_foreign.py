@@ -258,6 +258,12 @@ def spoiled(world: World, path: Path, how: str) -> Path:
     return write_lists(world, path, token_ids=ids, top_values=values)
 
 
+def torn(path: Path) -> Path:
+    """A file whose last bytes are missing."""
+    path.write_bytes(path.read_bytes()[:-9])
+    return path
+
+
 # What is wrong -> (store, layout, claims, error, what it says).
 REFUSED: dict[str, tuple[Callable[[World, Path], Path], str, dict[str, Any], type[NeoError], str]] = {
     "nothing said": (lambda w, d: write_lists(w, d), "lists", {}, UsageError, "--shift, --values, --tail, --temp"),
@@ -275,6 +281,14 @@ REFUSED: dict[str, tuple[Callable[[World, Path], Path], str, dict[str, Any], typ
     "an id twice": (lambda w, d: spoiled(w, d, "twice"), "lists", TRUE, DataError, "same id twice"),
     "no distribution": (lambda w, d: spoiled(w, d, "mass"), "lists", TRUE, DataError, "x.parquet, row 3 .*\n.*1\\.9"),
     "no such column": (lambda w, d: write_lists(w, d), "axolotl", TRUE, DataError, "no column target_token_ids"),
+    "a list of numbers": (
+        lambda w, d: write_lists(w, d, top_values=w.logprobs[..., 0]), "lists", TRUE, DataError, "a list of lists",
+    ),
+    "a null": (
+        lambda w, d: write_table(d, [w.records(token_ids=w.ids)[0] | {"top_values": [[None]] * TOKENS}]),
+        "lists", TRUE, DataError, "null|type null",
+    ),
+    "a torn file": (lambda w, d: torn(write_lists(w, d)), "lists", TRUE, DataError, "cannot be read"),
     "no such store": (lambda w, d: d, "lists", TRUE, MismatchError, "no store"),
     "no codec": (lambda w, d: write_lists(w, d), "distillkit", {"mask": "all"}, MismatchError, "compression_config"),
 }  # fmt: skip
@@ -298,6 +312,12 @@ def test_other_tokens_than_megatron_saw_are_refused(world: World, tmp_path: Path
     write_table(other, world.records()[:-1])
     with pytest.raises(DataError, match="fewer sequences of tokens"):
         world.bring("megatron", store, tmp_path / "dump", tokens=other, mask="all")
+    torn_tar = tmp_path / "torn"
+    torn_tar.mkdir()
+    data = (store / f"dp0__0-{SAMPLES}.tar").read_bytes()
+    (torn_tar / f"dp0__0-{SAMPLES}.tar").write_bytes(data[:1600] + bytes(100) + data[1700:])
+    with pytest.raises(DataError, match="cannot be read"):
+        world.bring("megatron", torn_tar, tmp_path / "dump", tokens=other, mask="all")
     (store / f"dp0__0-{SAMPLES}.tar").unlink()
     with pytest.raises(DataError, match="ranks \\[1\\]"):
         world.bring("megatron", store, tmp_path / "dump", tokens=other, mask="all")
