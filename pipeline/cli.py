@@ -78,7 +78,7 @@ def root(
 def quiet_libraries() -> None:
     """Our own messages on standard error, and of the libraries' only what matters."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec"):
+    for noisy in ("httpx", "httpx2", "datasets", "filelock", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Deprecations inside torch and transformers are not the user's business, nor are their bars in a log file.
     warnings.filterwarnings("ignore", category=FutureWarning)

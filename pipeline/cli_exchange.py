@@ -4,9 +4,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic import ValidationError
 
 from pipeline.cli_config import AsJson
 from pipeline.cli_options import StoreOptions, Url, pairs, print_result
+from storage_schemas.common.errors import UsageError
+from storage_schemas.common.secrets import masked
+from storage_schemas.config import DumpSection
+from storage_schemas.stores.store import Store
+from teacher_dump.config import TeacherSection
 
 
 def bring(
@@ -63,21 +69,20 @@ def bring(
 ) -> None:
     """Turn targets that another project has stored into a dump. What its files do not say is asked for, not guessed."""
     from pipeline.commands import shown_progress
-    from storage_schemas.config import DumpSection
-    from teacher_dump.config import TeacherSection
     from teacher_dump.foreign.bring import bring as bring_store
 
+    options, columns = pairs(store), pairs(column, option="--column")
+    Store(url, options=options, setting="URL or --store")
+    try:
+        place = DumpSection(url=url, samples_per_unit=samples_per_unit, storage_options=options)
+        model = TeacherSection(model=teacher, revision=revision)
+    except ValidationError as error:
+        told = error.errors()[0]
+        raise UsageError(f"{told['loc'][0]}: {told['msg']}", got=masked(str(told["input"]))) from error
     claims = {"shift": shift, "values": values, "tail": tail, "temperature": temperature, "mask": mask}
     with shown_progress(f"importing {source}") as progress:
         found = bring_store(
-            layout,
-            source,
-            DumpSection(url=url, samples_per_unit=samples_per_unit, storage_options=pairs(store)),
-            teacher=TeacherSection(model=teacher, revision=revision),
-            claims=claims,
-            columns=pairs(column, option="--column"),
-            tokens=tokens,
-            progress=progress,
+            layout, source, place, teacher=model, claims=claims, columns=columns, tokens=tokens, progress=progress
         )
     print_result(found.model_dump(mode="json"), as_json)
 

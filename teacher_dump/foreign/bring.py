@@ -119,7 +119,10 @@ def bring(
     codec = [distillkit.config_file(source)] if layout == "distillkit" else []
     hashes = tables.hashes_of([*files, *codec, *texts])
     refuse_unusable(dump)
-    tokenizer, lm_head_rows = load_tokenizer(teacher)
+    try:
+        tokenizer, lm_head_rows = load_tokenizer(teacher)
+    except MismatchError as error:
+        raise MismatchError(error.what, got=error.got, expected=error.expected, fix="correct --teacher") from error
     named = {"axolotl": lists.AXOLOTL, "lists": lists.LISTS}.get(layout, {}) | dict(columns or {})
     samples = partial(_samples, layout, source, files, texts, named, told.mask)
     with stoppable() as stop:

@@ -142,6 +142,7 @@ def test_version(call: Call) -> None:
         ["import", "other", "x", "y", "--teacher", "t"],
         ["import", "lists", "x", "y", "--teacher", "t"],
         ["import", "axolotl", "x", "y", "--teacher", "t", "--shift", "left"],
+        ["import", "lists", "x", "y", "--teacher", ""],
         ["export", "axolotl", "DUMP", "out.json"],
     ],
 )
@@ -164,6 +165,10 @@ def test_a_dump_goes_to_axolotl_and_comes_back(call: Call, dump: Path, tmp_path:
     assert call("verify", str(back))[0] == 0
     code, _, err = call("verify", str(back), "--recompute", "1")
     assert (code, "was imported (axolotl)" in err) == (Exit.MISMATCH, True)
+    for url in ("s3:/bucket/x", "hf://datasets/me/x"):
+        assert call("import", "axolotl", str(file), url, *said)[0] == Exit.MISMATCH
+    code, _, err = call("import", "axolotl", str(file), str(tmp_path / "no"), "--teacher", str(tmp_path), *said[2:])
+    assert (code, "correct --teacher" in err) == (Exit.MISMATCH, True)
     # The same columns by their names, without what the layout itself says.
     columns = ["--column", "ids=target_token_ids", "--column", "values=target_logprobs"]
     more = ["--values", "logprobs", "--mask", "labels"]

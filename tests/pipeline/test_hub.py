@@ -1,6 +1,7 @@
 """Dumps and models to the Hugging Face hub and back, against a stand-in for its HTTP API."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_dump_there_and_back(hub: Hub, dump: Path, tmp_path: Path, call: Call) -> None:
     code, out, err = call("push", str(dump), URL, "--json")
     assert (code, TOKEN in out + err) == (0, False), err
+    assert logging.getLogger(HTTPX.__name__).level == logging.WARNING  # Else there is a line per request.
     told = json.loads(out)
     assert told["fingerprint"] == some_provenance().fingerprint
     # A reader meanwhile: run.json first, the seal last.
