@@ -1,13 +1,11 @@
 """The command line. Heavy packages are imported by the command that needs them, so that `--help` is instant."""
 
-import json
 import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,10 +14,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from pipeline import cli_config
+from pipeline import cli_config, cli_exchange
 from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
+from pipeline.cli_options import StoreOptions, Url, pairs, print_result
 from pipeline.config import need
-from pipeline.credentials import has_secret, instead, is_secret_option
 from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
@@ -61,13 +59,6 @@ Base = Annotated[
 Result = Annotated[
     Path | None, typer.Option(hidden=True, help="Leave the result there, for the command that started this one.")
 ]
-Url = Annotated[str, typer.Argument(metavar="URL", help="The dump: a path, file://, s3://, gs:// or az://.")]
-StoreOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--store", metavar="KEY=VALUE", help="Setting of the object store, e.g. endpoint=http://HOST. Repeatable."
-    ),
-]
 _WATCH_SECONDS = 10
 
 
@@ -87,7 +78,7 @@ def root(
 def quiet_libraries() -> None:
     """Our own messages on standard error, and of the libraries' only what matters."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec"):
+    for noisy in ("httpx", "httpx2", "datasets", "filelock", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # What it cannot read as JSON is read line by line, and told with the line, by us.
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
@@ -138,7 +129,7 @@ def dump(
         summary = run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    _print(summary, as_json, result)
+    print_result(summary, as_json, result)
 
 
 @app.command()
@@ -161,7 +152,9 @@ def preview(
     tokenizer, lm_head_rows = load_tokenizer(teacher)
     whole, shown = view(corpus, tokenizer, lm_head_rows=lm_head_rows, row=row, samples=samples)
     if as_json:
-        _print(whole.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in shown]}, as_json)
+        print_result(
+            whole.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in shown]}, as_json
+        )
     else:
         show(whole, shown, Console())
 
@@ -212,7 +205,7 @@ def run(
         console = Console(stderr=as_json)
         summary = run_pipeline(found, config, overrides or (), workers=workers, nproc=_ranks(nproc), console=console)
     if as_json:
-        _print(summary, as_json)
+        print_result(summary, as_json)
 
 
 @app.command()
@@ -250,7 +243,7 @@ def evaluate(
         with shown_progress(f"evaluating {name}") as progress:
             found[name] = evaluate_model(
                 name,
-                Dump.open(dump, options=_pairs(store)),
+                Dump.open(dump, options=pairs(store)),
                 temperature=temperature,
                 batch_tokens=batch_tokens,
                 device=device,
@@ -268,7 +261,7 @@ def evaluate(
         differences = {name: difference.model_dump(mode="json") for name, difference in less.items()}
     if as_json or result is not None:
         whole = {"models": results, "differences": differences} if differences else results[model[0]]
-        _print(whole, as_json, result)
+        print_result(whole, as_json, result)
     else:
         print_evaluation(results, differences, Console())
 
@@ -392,7 +385,7 @@ def plan(
 
         found = run_plan(whole, pilot)
     if as_json:
-        _print(found, as_json)
+        print_result(found, as_json)
     else:
         print_plan(found, Console())
 
@@ -423,14 +416,14 @@ def verify(
     compare = None
     if recompute is not None:
         made_with = None if config is None else load_config(config)
-        compare = recomputing(url, _pairs(store), rows=recompute, seed=seed, config=made_with, model=model)
+        compare = recomputing(url, pairs(store), rows=recompute, seed=seed, config=made_with, model=model)
     with shown_progress(f"verifying {url}") as progress:
-        found = verify_dump(url, options=_pairs(store), progress=progress).model_dump(mode="json")
+        found = verify_dump(url, options=pairs(store), progress=progress).model_dump(mode="json")
     if compare is not None:
         again = compare()
         found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
         found["recompute"] = again
-    _print(found, as_json)
+    print_result(found, as_json)
     if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
@@ -452,11 +445,11 @@ def inspect(
     from pipeline.views import page, terminal
     from storage_schemas.reader import Dump
 
-    found, rows = Dump.open(url, options=_pairs(store)), list(dict.fromkeys(row or ()))
+    found, rows = Dump.open(url, options=pairs(store)), list(dict.fromkeys(row or ()))
     if html is not None:
         _write_page(html, page.page(found, rows))
     if as_json:
-        _print(show.as_json(found, rows), as_json)
+        print_result(show.as_json(found, rows), as_json)
     elif html is not None:
         typer.echo(f"{html}: {url}, {len(rows)} rows")
     else:
@@ -503,7 +496,7 @@ def status(
     from pipeline.status import Watcher
     from pipeline.views import status as views
 
-    options, heldout, checkpoints, given, others = _pairs(store), None, None, run is not None, []
+    options, heldout, checkpoints, given, others = pairs(store), None, None, run is not None, []
     if Path(place).is_file() or place.endswith((".yaml", ".yml")):
         if store:
             raise typer.BadParameter("the configuration says it: dump.storage_options", param_hint="--store")
@@ -542,7 +535,7 @@ def doctor(
             console.print(finding.line(), soft_wrap=True)
     code = exit_code(findings)
     if as_json:
-        _print({"ok": not code, "findings": [finding.model_dump(mode="json") for finding in findings]}, as_json)
+        print_result({"ok": not code, "findings": [finding.model_dump(mode="json") for finding in findings]}, as_json)
     raise typer.Exit(code)
 
 
@@ -571,10 +564,14 @@ def resize(
     from storage_schemas.reader import Dump
     from student_train.results.resize import resize as resize_model
 
-    before, after = resize_model(model, out, Dump.open(dump, options=_pairs(store)), revision=revision)
+    before, after = resize_model(model, out, Dump.open(dump, options=pairs(store)), revision=revision)
     typer.echo(f"{out}: {after} rows in place of {before}; train them with student.lora.modules_to_save")
 
 
+app.command("import")(cli_exchange.bring)
+app.command("export")(cli_exchange.export)
+app.command("push")(cli_exchange.push)
+app.command("pull")(cli_exchange.pull)
 app.add_typer(cli_config.app, name="config")
 
 
@@ -587,47 +584,6 @@ def _refuse_nproc(nproc: int | None, teacher: TeacherSection) -> None:
         raise typer.BadParameter(
             "is for teacher.sharding: tensor or zero3; did you mean --workers?", param_hint="--nproc"
         )
-
-
-def _pairs(texts: list[str] | None) -> dict[str, str]:
-    for number, text in enumerate(texts or (), 1):
-        key, equals, value = text.partition("=")
-        # Nothing of it is shown: it may be a secret.
-        if not equals or not re.fullmatch(r"\w+", key):
-            raise typer.BadParameter(f"the one with number {number} is not of the form KEY=VALUE", param_hint="--store")
-        if is_secret_option(key) or has_secret(value):
-            raise typer.BadParameter(f"{key} holds a secret; {instead(key)}", param_hint="--store")
-    return dict(text.split("=", 1) for text in texts or ())
-
-
-def _print(found: dict[str, Any], as_json: bool, result: Path | None = None) -> None:
-    if result is not None:
-        publish(result, json.dumps(found))
-    elif as_json:
-        typer.echo(json.dumps(found, indent=2, sort_keys=True))
-    else:
-        lines = list(_plain(found))
-        width = max([28, *(len(name) for name, _ in lines)])
-        for name, value in lines:
-            typer.echo(f"{name:{width}} {value}")
-
-
-def _plain(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted name and value of what is in there, for people; of a list one per element."""
-    for name, value in found.items():
-        match value:
-            case dict():
-                yield from _plain(value, f"{prefix}{name}.")
-            case list():
-                yield from ((prefix + name, each) for each in value or ["none"])
-            case bool() | None:
-                yield prefix + name, json.dumps(value)
-            case int():
-                yield prefix + name, f"{value:,}"
-            case float():
-                yield prefix + name, f"{value:.6g}"
-            case _:
-                yield prefix + name, value
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

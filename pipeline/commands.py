@@ -122,6 +122,13 @@ def recomputing(
 
     dump = Dump.open(url, options=options)
     named = dump.provenance.origin
+    if dump.provenance.imported:
+        raise MismatchError(
+            f"{url} was imported ({dump.provenance.imported}): run.json has no hash of the teacher that made it",
+            got="--recompute",
+            expected="a dump made by `llm-neo dump`",
+            fix="`llm-neo evaluate --model TEACHER --dump URL` compares it with a model: a KL near 0 proves the import",
+        )
     if config is not None:
         section = need(config.teacher, "teacher", "verify --config")
     else:

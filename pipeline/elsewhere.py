@@ -177,7 +177,6 @@ COMMANDS = {
     "precompute": "`llm-neo dump`",
     "logits": "`llm-neo dump`",
     "eval": "`llm-neo evaluate`",
-    "export": "`llm-neo merge`",
     "generate": "`llm-neo chat`",
     "inference": "`llm-neo chat`",
     "preprocess": "`llm-neo preview`",

@@ -12,7 +12,8 @@ class DumpSection(FrozenModel):
     """Where the dump lies and how it is cut."""
 
     url: DumpUrl
-    """Local path, `file://`, `s3://bucket/prefix`, `gs://` or `az://`: the only thing that the two stages share."""
+    """Local path, `file://`, `s3://bucket/prefix`, `gs://` or `az://`: the only thing that the two stages share.
+    Training reads `hf://datasets/USER/NAME` too, to which `llm-neo push` uploads a dump."""
     samples_per_unit: int = Field(512, ge=1)
     """Samples per shard file. A shard is one unit of work, and is fetched and decoded as a whole."""
     logprob_step: float = Field(0.0625, ge=0.0, le=1.0)

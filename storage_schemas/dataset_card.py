@@ -39,6 +39,11 @@ SELECT sample_index, list_transform(target_logprobs, lambda t: exp(list_max(t)))
 ```
 """
 
+_IMPORTED = """
+These distributions were imported from a store of the layout `{layout}`: run.json has what was claimed of its numbers
+(`engine.arguments`), and no hash of the teacher, which this project did not run.
+"""
+
 _PRECISION = """
 The teacher's weights and body computed in {dtype}. How far these distributions are from those of the same teacher in
 float32 is in no number of this dump: `fidelity` in the commit records is what storing added alone. Measured once, on
@@ -59,5 +64,12 @@ def dataset_card(provenance: Provenance, seal: Seal) -> str:
         supervised=seal.supervised_tokens,
         per_token=seal.bytes / max(seal.supervised_tokens, 1),
         fingerprint=provenance.fingerprint,
-        precision="" if provenance.teacher.dtype == "float32" else _PRECISION.format(dtype=provenance.teacher.dtype),
+        precision=_precision(provenance),
     )
+
+
+def _precision(provenance: Provenance) -> str:
+    if provenance.imported:
+        return _IMPORTED.format(layout=provenance.imported)
+    dtype = provenance.teacher.dtype
+    return "" if dtype == "float32" else _PRECISION.format(dtype=dtype)

@@ -12,6 +12,9 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK, retempered
 
+IMPORT = "import"
+"""Name of the engine of a dump that was imported from another project's store: nobody here has seen its teacher run."""
+
 
 class _Identity(FrozenModel):
     """A record whose absent fields are left out, not null: what the first writers had alone, and what they lacked."""
@@ -156,6 +159,11 @@ class Provenance(_Identity, ProvenJson):
             return self.made_by
         versions = {} if self.engine.version is None else {self.engine.name: self.engine.version}
         return MadeBy(model=str(self.teacher.model), revision=self.teacher.revision, versions=versions)
+
+    @property
+    def imported(self) -> str | None:
+        """The layout that it was imported from; None: this project ran the teacher."""
+        return str((self.engine.arguments or {}).get("layout")) if self.engine.name == IMPORT else None
 
     @property
     def content(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, 
 from storage_schemas.common.dtypes import Wide, dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import DumpSection
-from storage_schemas.stores.address import DumpUrl, LocalFolder
+from storage_schemas.stores.address import DumpUrl, LocalFolder, StoreUrl
 
 Metric = Literal["kl", "ce"]
 Schedule = Literal[
@@ -268,7 +268,7 @@ class TrainSection(FrozenModel):
     """Steps between two checkpoints."""
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints that are kept."""
-    checkpoint_url: DumpUrl | None = None
+    checkpoint_url: StoreUrl | None = None
     """Where checkpoints lie, if not in `checkpoints/` of the run directory: `s3://bucket/runs/a` and the like, with the
     settings of `dump.storage_options`, so that a run goes on where its disk is lost. For one training alone."""
     resume: Literal["auto", "must", "never"] = "auto"

@@ -288,12 +288,24 @@ def weigh(run: TrainingRun) -> None:
             source.dump.provenance.corpus.samples, source.loss.alpha,
         )  # fmt: skip
     for source, order in zip(run.sources, run.mix.orders, strict=True):
+        _tell_import(source)
         _tell_shuffle(source, order, run.train)
     if usable < wanted:
         log.warning(
             "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is "
             "%d optimizer steps, training is %d; lower train.global_batch_size or raise train.epochs",
             usable, run.mix.samples, wanted, run.mix.steps_per_epoch, run.steps,
+        )  # fmt: skip
+
+
+def _tell_import(source: Source) -> None:
+    """Say that this project did not run the teacher of a dump, and what it may lack."""
+    run = source.dump.provenance
+    if run.imported:
+        lost = (run.engine.arguments or {}).get("tail") == "lost"
+        log.info(
+            "%s was imported (%s); teacher: %s%s", source.name, run.imported, run.origin.model,
+            "; its tails are lost: the teacher gives all probability to the stored entries" if lost else "",
         )  # fmt: skip
 
 

@@ -148,6 +148,7 @@ def run_dump(
 def refuse_unusable(dump: DumpSection) -> None:
     """Raise MismatchError if there is no dump at the URL and none can be begun. No local directory is created."""
     store = Store(dump.url, options=dump.storage_options)
+    store.refuse_read_only()
     if store.get_if_present(RUN) is not None:
         return
     if store.root is None:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator
 
+from storage_schemas.stores.hub import READ_ONLY, hub_place
+
 STORES = ("s3", "gs", "az")
 """Schemes of object stores."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)")
@@ -16,7 +18,7 @@ _VARIABLE = re.compile(r"\$(\{|[A-Za-z_])")
 _SPELLINGS = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
 """Other names of the same stores: a place has one spelling, so that identities, caches and comparisons see one."""
 _HTTP = "write s3://bucket/prefix; the server's address is the storage option `endpoint`"
-_INSTEAD = {"http": _HTTP, "https": _HTTP, "hf": "download it first, then give the local path"}
+_INSTEAD = {"http": _HTTP, "https": _HTTP, "hf": "write hf://datasets/USER/NAME"}
 _ENDPOINTS = ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url", "aws_endpoint_url_s3")
 _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -47,7 +49,7 @@ def located(text: str) -> str:
 
 
 def dump_url(text: str) -> str:
-    """Where a dump may lie: `located`, and a local path, file:// or the URL of an object store.
+    """Where a dump may lie: `located`, and a local path, file://, the URL of an object store, or of the hub, to read.
 
     Raises:
         ValueError: it is something else, or carries credentials.
@@ -55,6 +57,10 @@ def dump_url(text: str) -> str:
     text = located(text)
     scheme, there, rest = text.partition("://")
     if not there:
+        return text
+    if scheme == "hf":
+        if hub_place(text).kind != "dataset":
+            raise ValueError("names a model's repository; a dump lies in hf://datasets/USER/NAME")
         return text
     if scheme not in (*STORES, "file"):
         fix = _INSTEAD.get(scheme.lower(), "write a local path, file://, s3://, gs:// or az://")
@@ -70,6 +76,13 @@ def dump_url(text: str) -> str:
     if scheme == "file" and not rest.startswith("/"):
         raise ValueError("names another host; write file:///path")
     return text
+
+
+def store_url(text: str) -> str:
+    """Where something may be written by many: as `dump_url`, but not the hub."""
+    if text.startswith("hf://"):
+        raise ValueError(f"lies on the hub, which has no put-if-absent; {READ_ONLY}")
+    return dump_url(text)
 
 
 def local_folder(given: Any) -> Any:
@@ -89,6 +102,8 @@ def local_folder(given: Any) -> Any:
 
 DumpUrl = Annotated[str, AfterValidator(dump_url)]
 """Field of a dump's URL."""
+StoreUrl = Annotated[str, AfterValidator(store_url)]
+"""Field of the URL of what is written."""
 Located = Annotated[str, AfterValidator(located)]
 """Field of a path, URL or id."""
 LocalFolder = Annotated[Path, BeforeValidator(local_folder)]

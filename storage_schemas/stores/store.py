@@ -24,6 +24,7 @@ from storage_schemas.common.errors import DataError, MismatchError, NeoError, ca
 from storage_schemas.common.publish import fsync_directory
 from storage_schemas.common.secrets import masked
 from storage_schemas.stores.address import dump_url, local_path
+from storage_schemas.stores.hub import READ_ONLY, HubFiles
 from storage_schemas.stores.requests import SETTING, WRITING, failure, object_store, persistently
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Store:
         """Open a store; nothing is created or contacted.
 
         Args:
-            url: local path, `file://`, `s3://`, `gs://` or `az://`.
+            url: local path, `file://`, `s3://`, `gs://` or `az://`; `hf://datasets/`, to read.
             options: settings of the object store, such as `endpoint`; credentials come from the environment.
             setting: where the user wrote both.
 
@@ -66,7 +67,8 @@ class Store:
         self._store: Any = None
         self._durable: set[Path] = set()
         self._answered = False
-        if self.root is None:
+        self._hub = HubFiles(self.url) if self.url.startswith("hf://") else None
+        if self.root is None and self._hub is None:
             self._store = object_store(self.url, options or {}, setting=setting)
             self._writing = object_store(self.url, options or {}, setting=setting, client=WRITING)
 
@@ -80,6 +82,7 @@ class Store:
             MismatchError: the store refuses access or lacks what the protocol needs.
         """
         _check(key)
+        self.refuse_read_only()
         kind = re.split("[/-]", key)[0]
         try:
             faults.point(f"put:{kind}:before")
@@ -88,6 +91,16 @@ class Store:
         except OSError as error:
             raise cannot_write(f"{self.url}/{key}", error, setting=self._setting) from error
         return won
+
+    def refuse_read_only(self) -> None:
+        """Raise MismatchError if nothing can be written here, whoever asks: a repository of the hub."""
+        if self._hub is not None:
+            raise MismatchError(
+                f"{self.url} cannot be written to",
+                got="the Hugging Face hub, which has no put-if-absent",
+                expected="a local path, file://, s3://, gs:// or az://",
+                fix=READ_ONLY,
+            ) from PermissionError("read-only")
 
     def get(self, key: str, *, limit: int | None = None) -> bytes:
         """All bytes of `key`.
@@ -111,15 +124,16 @@ class Store:
         def read() -> bytes:
             if self.root is not None:
                 self._refuse_device(key)
-            found = obstore.get(self._store, key)
-            if limit is not None and (size := int(found.meta["size"])) > limit:
+            found: Any = None if self._hub is not None else obstore.get(self._store, key)
+            meta = self._hub.head(key) if self._hub is not None else found.meta
+            if limit is not None and (size := int(meta["size"])) > limit:
                 raise DataError(
                     f"{self.url}/{key} is larger than it can be",
                     got=f"{size} bytes",
                     expected=f"at most {limit}",
                     fix="the file is damaged or was replaced: restore it; run `llm-neo verify`",
                 )
-            return bytes(found.bytes())
+            return self._hub.get(key) if self._hub is not None else bytes(found.bytes())
 
         try:
             return self._ask(read)
@@ -183,7 +197,7 @@ class Store:
         if self._absent():
             return None
         try:
-            return self._ask(lambda: obstore.head(self._store, key))
+            return self._ask(lambda: self._hub.head(key) if self._hub is not None else obstore.head(self._store, key))
         except FileNotFoundError:
             return None
 
@@ -196,6 +210,8 @@ class Store:
         """What `head` knows of all keys under a folder, whatever their names."""
         if self._absent():
             return []
+        if self._hub is not None:
+            return self._hub.heads(folder)
         # A listing that failed in its middle does not go on: it is made again.
         return self._ask(lambda: [e for batch in obstore.list(self._store, folder or None) for e in batch])
 
@@ -211,6 +227,7 @@ class Store:
     def delete(self, key: str) -> None:
         """Remove `key`; a key that is not there is no error."""
         _check(key)
+        self.refuse_read_only()
 
         def remove() -> None:
             faults.point(f"delete:{key.split('/')[0]}")
@@ -269,7 +286,7 @@ class Store:
         """Whether this is a local directory that does not exist yet; opens it once it does."""
         if self._store is None and self.root is not None and self.root.is_dir():
             self._store = LocalStore(prefix=self.root.absolute())
-        return self._store is None
+        return self._store is None and self._hub is None
 
     def _put_new_local(self, key: str, data: bytes) -> bool:
         """Staged file, fsync, hard link, fsync of the directory: a name is visible only with durable content."""

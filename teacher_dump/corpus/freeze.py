@@ -244,11 +244,15 @@ def _larger(parts: Iterator[Part], check: Callable[[], None]) -> Iterator[Part]:
 def _hash(digest: "hashlib._Hash", corpus: Corpus, *, first: int) -> None:
     """Go on with the fingerprint at sample `first`."""
     for i in range(first, len(corpus)):
-        sample = corpus.sample(i)
-        head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
-        digest.update(head.encode() + b"\n")
-        digest.update(sample.input_ids.astype("<i4").tobytes())
-        digest.update(sample.loss_mask.tobytes())
+        hash_sample(digest, corpus.sample(i))
+
+
+def hash_sample(digest: "hashlib._Hash", sample: Row) -> None:
+    """Go on with a corpus's fingerprint: its next sample."""
+    head = json.dumps([sample.sample_id, sample.status, len(sample.input_ids)])
+    digest.update(head.encode() + b"\n")
+    digest.update(sample.input_ids.astype("<i4").tobytes())
+    digest.update(sample.loss_mask.tobytes())
 
 
 def _refuse_useless(corpus: Corpus) -> None:

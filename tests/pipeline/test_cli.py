@@ -18,7 +18,7 @@ from support.dumps import some_provenance, unit_rows
 from support.tiny_student import save_student
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
-from pipeline import cli
+from pipeline import cli, cli_options
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError, TemporaryError, UsageError
 from storage_schemas.common.exits import Exit
 from storage_schemas.provenance import Provenance
@@ -41,6 +41,10 @@ COMMANDS = [
     "doctor",
     "prune",
     "resize",
+    "import",
+    "export",
+    "push",
+    "pull",
     "config",
 ]
 
@@ -135,6 +139,12 @@ def test_version(call: Call) -> None:
         ["inspect", "DUMP", "--row", "10"],
         ["prune", "m"],
         ["resize", "m", "out"],
+        ["import", "axolotl", "x", "y"],
+        ["import", "other", "x", "y", "--teacher", "t"],
+        ["import", "lists", "x", "y", "--teacher", "t"],
+        ["import", "axolotl", "x", "y", "--teacher", "t", "--shift", "left"],
+        ["import", "lists", "x", "y", "--teacher", ""],
+        ["export", "axolotl", "DUMP", "out.json"],
     ],
 )
 def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, arguments: list[str]) -> None:
@@ -142,6 +152,29 @@ def test_wrong_command_lines_exit_64(call: Call, config: Path, dump: Path, argum
     assert (code, out) == (Exit.USAGE, "")
     assert err
     assert "Traceback" not in err
+
+
+def test_a_dump_goes_to_axolotl_and_comes_back(call: Call, dump: Path, tmp_path: Path) -> None:
+    file, back, teacher = tmp_path / "x.parquet", tmp_path / "back", save_teacher(tmp_path / "teacher")
+    code, out, err = call("export", "axolotl", str(dump), str(file), "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 8
+    said = ["--teacher", str(teacher), "--shift", "next", "--tail", "lost", "--temperature", "1"]
+    code, out, err = call("import", "axolotl", str(file), str(back), *said, "--json")
+    assert code == 0, err
+    assert json.loads(out)["statuses"] == {"ok": 8}
+    assert call("verify", str(back))[0] == 0
+    code, _, err = call("verify", str(back), "--recompute", "1")
+    assert (code, "was imported (axolotl)" in err) == (Exit.MISMATCH, True)
+    for url in ("s3:/bucket/x", "hf://datasets/me/x"):
+        assert call("import", "axolotl", str(file), url, *said)[0] == Exit.MISMATCH
+    code, _, err = call("import", "axolotl", str(file), str(tmp_path / "no"), "--teacher", str(tmp_path), *said[2:])
+    assert (code, "correct --teacher" in err) == (Exit.MISMATCH, True)
+    # The same columns by their names, without what the layout itself says.
+    columns = ["--column", "ids=target_token_ids", "--column", "values=target_logprobs"]
+    more = ["--values", "logprobs", "--mask", "labels"]
+    code, out, err = call("import", "lists", str(file), str(tmp_path / "again"), *said, *columns, *more, "--json")
+    assert (code, json.loads(out)["statuses"]) == (0, {"ok": 8}), err
 
 
 def test_a_wrong_configuration_exits_78_with_all_its_problems(call: Call, config: Path) -> None:
@@ -406,10 +439,10 @@ def test_chat_answers_each_line_of_a_pipe(call: Call, tmp_path: Path, monkeypatc
 
 def test_what_a_command_found_is_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     found = {"ok": True, "errors": [], "bytes": 12345, "share": 0.9468815487278982, "statuses": {"ok": 3}, "none": None}
-    lines = dict(cli._plain(found | {"heldout": {"url": "h", "errors": ["a", "b"]}}))
+    lines = dict(cli_options._plain(found | {"heldout": {"url": "h", "errors": ["a", "b"]}}))
     assert lines == {
         "ok": "true", "errors": "none", "bytes": "12,345", "share": "0.946882", "statuses.ok": "3", "none": "null",
         "heldout.url": "h", "heldout.errors": "b",
     }  # fmt: skip
-    cli._print({"a": 1, "heldout": {"bytes_per_supervised_token": 2}}, False)
+    cli_options.print_result({"a": 1, "heldout": {"bytes_per_supervised_token": 2}}, False)
     assert len({line.index(value) for line, value in zip(capsys.readouterr().out.splitlines(), "12", strict=True)}) == 1

@@ -15,7 +15,8 @@ REFUSED = {
     "s3://b/x\ny": "line break", "s3:/bucket/x": "slashes", "s3:bucket/x": "slashes", "gs:/x": "slashes",
     "file:/x": "slashes", "weird:/x": "slashes", "${SCRATCH}/x": "not expanded", "$HOME/x": "not expanded",
     "s3://$BUCKET/x": "not expanded", "~nobody-of-this-name/x": "unknown user", "https://host/x": "endpoint",
-    "http://host/x": "endpoint", "hf://datasets/x": "download", "gcs:/x": "slashes", "s3a:x": "slashes",
+    "http://host/x": "endpoint", "hf://datasets/x": "no repository", "hf://u/m": "a model's", "gcs:/x": "slashes",
+    "s3a:x": "slashes",
     "gcs:///x": "no bucket",
     "weird://b/x": "holds no dumps", "S3://b/x": "holds no dumps", "s3:///x": "no bucket",
     "file://host/x": "another host",
@@ -48,7 +49,15 @@ def test_home_is_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     Store("~/dump").put_new("x", b"1")
     assert (tmp_path / "dump" / "x").is_file()
-    for url in ("s3://bucket/us$1", "dump", "./s3:/x", "/data/a:b", "file:///data", "az://container/x@y"):
+    for url in (
+        "s3://bucket/us$1",
+        "dump",
+        "./s3:/x",
+        "/data/a:b",
+        "file:///data",
+        "az://container/x@y",
+        "hf://datasets/u/n@v1/a",
+    ):
         assert dump_url(url) == url
 
 

@@ -1,0 +1,56 @@
+"""Top-k values as lists of numbers, one row per token: axolotl's KD columns, and sets like Arcee's of Llama 405B."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from teacher_dump.foreign.sample import ForeignSample
+from teacher_dump.foreign.tables import Record, floats, integers, records
+
+AXOLOTL = {"ids": "target_token_ids", "values": "target_logprobs", "slots": "target_mask"}
+"""What axolotl's collators read (`src/axolotl/integrations/kd`)."""
+LISTS = {"ids": "token_ids", "values": "top_values"}
+"""What DistillKit takes uncompressed, and `arcee-ai/LLama-405B-Logits` has, beside `normalized_logits`."""
+
+
+def read(files: Sequence[Path], columns: dict[str, str], *, mask: str) -> Iterator[ForeignSample]:
+    """The samples of a store of lists.
+
+    Args:
+        files: Parquet, Arrow or JSONL.
+        columns: names of the columns with `ids`, `values` and, where there is one, `slots`: which entries count.
+        mask: `all`, or the column that says which tokens are supervised.
+
+    Raises:
+        DataError: columns are missing, or disagree in length.
+    """
+    for record in records(files):
+        ids = integers(record.entries(columns["ids"], empty=0))
+        values = floats(record.entries(columns["values"], empty=-np.inf))
+        if ids.shape != values.shape:
+            raise record.unusable(f"{values.shape} values for {ids.shape} ids", "one value per id")
+        if "slots" in columns:
+            slots = record.entries(columns["slots"], empty=0)
+            if slots.shape != values.shape:
+                raise record.unusable(f"{slots.shape} mask entries for {ids.shape} ids", "one per id")
+            values = np.where(slots != 0, values, -np.inf)
+        yield sample_of(record, ids, values, mask=mask)
+
+
+def sample_of(record: Record, ids: np.ndarray, values: np.ndarray, *, mask: str) -> ForeignSample:
+    """A sample from the tokens of a record and its entries; padding, which `attention_mask` marks, is cut off."""
+    tokens = integers(record.tokens("input_ids"))
+    supervised = None if mask == "all" else record.supervised(mask)
+    if supervised is not None and len(supervised) != len(tokens):
+        raise record.unusable(f"{len(supervised)} values of {mask} for {len(tokens)} tokens", "one per token")
+    if len(values) not in (len(tokens), len(tokens) - 1):
+        raise record.unusable(f"{len(values)} rows of entries for {len(tokens)} tokens", "one row per token")
+    if "attention_mask" in record.columns:
+        kept = np.flatnonzero(record.tokens("attention_mask"))
+        first, stop = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
+        if stop - first != len(kept) or record.tokens("attention_mask").max(initial=0) > 1:
+            raise record.unusable("an attention_mask with holes, or of packed samples", "one sample a row")
+        tokens, ids, values = tokens[first:stop], ids[first:stop], values[first:stop]
+        supervised = None if supervised is None else supervised[first:stop]
+    return ForeignSample(place=record.place, input_ids=tokens, supervised=supervised, ids=ids, values=values)

@@ -1,0 +1,170 @@
+"""Rows of Parquet, Arrow and JSONL files, in order: how most projects store their samples."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from storage_schemas.common.errors import DataError, MismatchError
+from teacher_dump.foreign.sample import F64, I64, Bool
+
+SUFFIXES = (".parquet", ".arrow", ".jsonl")
+_ROWS = 64
+"""Rows of a file that are in memory at a time."""
+_IGNORED_LABEL = -100
+
+
+class Record(NamedTuple):
+    """One row of a file."""
+
+    place: str
+    """File and row, for messages."""
+    columns: dict[str, Any]
+    """Arrow scalars by name."""
+
+    def tokens(self, name: str) -> npt.NDArray[Any]:
+        """(tokens,) a column with one value per token."""
+        return self._numbers(name, self._list(name))
+
+    def entries(self, name: str, *, empty: float) -> npt.NDArray[Any]:
+        """(rows, k) a column with a list per row, filled up with `empty` to the longest."""
+        rows = self._list(name)
+        if not _is_list(rows.type):
+            raise self.unusable(f"{name} is a list of {rows.type}", "a list of lists")
+        rows = rows.cast(pa.large_list(rows.type.value_type))
+        lengths = np.diff(rows.offsets.to_numpy())
+        values = self._numbers(name, rows.flatten())
+        found = np.full((len(rows), int(lengths.max(initial=0))), empty, values.dtype)
+        found[np.arange(found.shape[1]) < lengths[:, None]] = values
+        return found
+
+    def supervised(self, name: str) -> Bool:
+        """(tokens,) a mask of zeros and ones, or labels, in which -100 is what no loss is computed on."""
+        found = self.tokens(name)
+        unknown = set(np.unique(found).tolist()) - {0, 1}
+        if unknown and _IGNORED_LABEL not in unknown and not np.array_equal(found, self.tokens("input_ids")):
+            raise self.unusable(f"{name} holds {sorted(unknown)[:3]}", "0 and 1, or labels with -100")
+        return np.asarray(found != _IGNORED_LABEL if unknown else found == 1)
+
+    def unusable(self, got: str, expected: str) -> DataError:
+        """What to raise."""
+        return DataError(f"{self.place} cannot be imported", got=got, expected=expected, fix="check FORMAT and SOURCE")
+
+    def _list(self, name: str) -> pa.Array:
+        if name not in self.columns:
+            raise self.unusable(f"no column {name}; there are {', '.join(sorted(self.columns))}", f"a column {name}")
+        column = self.columns[name]
+        if not _is_list(column.type):
+            raise self.unusable(f"{name} is of type {column.type}", "a list")
+        if not column.is_valid or column.values.null_count:
+            raise self.unusable(f"null in {name}", "a list without nulls")
+        return column.values
+
+    def _numbers(self, name: str, values: pa.Array) -> npt.NDArray[Any]:
+        kind = values.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+            if len(values):
+                raise self.unusable(f"{name} holds values of type {kind}", "numbers")
+            return np.empty(0)
+        if values.null_count:
+            raise self.unusable(f"null in {name}", "numbers without nulls")
+        return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of a store, in the order of their names; numbers in these count as numbers.
+
+    Raises:
+        MismatchError: there are none.
+    """
+    found = [source] if source.is_file() else [path for path in source.rglob("*") if path.suffix in suffixes]
+    if not found or any(path.suffix not in suffixes for path in found):
+        raise MismatchError(
+            f"{source} is no store that can be imported",
+            got="nothing" if not source.exists() else f"no file {' or '.join(f'*{suffix}' for suffix in suffixes)}",
+            expected="a file, or a directory of files",
+            fix="correct SOURCE; what lies on the hub is fetched by `hf download --repo-type dataset`",
+        )
+    return sorted(found, key=lambda path: (path.parent, [int(p) if p.isdigit() else p for p in _parts(path.name)]))
+
+
+def hashes_of(files: Sequence[Path]) -> dict[str, str]:
+    """sha256 of each file, by its name, and its folder's where two have the same.
+
+    Raises:
+        MismatchError: a file is not there.
+    """
+    names = [path.name for path in files]
+    found = {}
+    for path in files:
+        name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
+        try:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise MismatchError(
+                f"{path} cannot be read", got=error.strerror, expected="a file of the store", fix="copy it there"
+            ) from error
+    return found
+
+
+def records(files: Sequence[Path]) -> Iterator[Record]:
+    """All rows of all files, in order.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    for path in files:
+        row = 0
+        try:
+            for batch in _batches(path):
+                for i in range(batch.num_rows):
+                    yield Record(f"{path}, row {row}", {name: batch.column(name)[i] for name in batch.schema.names})
+                    row += 1
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{path} cannot be read",
+                got=f"{type(error).__name__}: {str(error)[:300]}",
+                expected="a whole file of its kind",
+                fix="fetch or copy the file again",
+            ) from error
+
+
+def integers(values: npt.NDArray[Any]) -> I64:
+    """Ids as int64."""
+    return np.asarray(values).astype(np.int64)
+
+
+def floats(values: npt.NDArray[Any]) -> F64:
+    """Values as float64."""
+    return np.asarray(values).astype(np.float64)
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    match path.suffix:
+        case ".parquet":
+            yield from pq.ParquetFile(path, page_checksum_verification=True).iter_batches(_ROWS)
+        case ".arrow":
+            with pa.memory_map(str(path)) as file:
+                yield from pa.ipc.open_stream(file)
+        case _:
+            yield from pyarrow.json.open_json(path)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _parts(name: str) -> list[str]:
+    digits = "".join(character if character.isdigit() else " " for character in name).split()
+    parts = []
+    for number in digits:
+        before, _, name = name.partition(number)
+        parts += [before, number]
+    return [*parts, name]
