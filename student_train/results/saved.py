@@ -162,7 +162,7 @@ def begin_from(model: PeftModel, folder: Path) -> None:
         MismatchError: they differ in rank, scaling or modules.
     """
     ours, theirs = model.peft_config[ADAPTER], _config(folder)
-    different = [name for name in _SHAPING if getattr(ours, name) != getattr(theirs, name)]
+    different = [name for name in _SHAPING if getattr(ours, name) != getattr(theirs, name, None)]
     state = load_file(folder / ADAPTER_WEIGHTS)
     shapes = {
         name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
@@ -172,7 +172,7 @@ def begin_from(model: PeftModel, folder: Path) -> None:
     if different:
         raise MismatchError(
             f"the adapter in {folder} is another one than student.lora describes: {', '.join(different)}",
-            got="; ".join(f"{name} = {getattr(theirs, name)}" for name in different),
+            got="; ".join(f"{name} = {getattr(theirs, name, None)}" for name in different),
             expected="; ".join(f"{name} = {getattr(ours, name)}" for name in different),
             fix=f"set student.lora to what {ADAPTER_CONFIG} says",
         )
@@ -217,7 +217,7 @@ def _identity(model: str, revision: str | None, base: Mapping[str, str]) -> dict
 
 def _config(folder: Path) -> Any:
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{folder / ADAPTER_CONFIG} is torn, or of a kind that peft does not know",
@@ -225,3 +225,12 @@ def _config(folder: Path) -> Any:
             expected="peft's configuration of an adapter",
             fix="restore the file",
         ) from error
+    # Prompts are no weights of the model's modules, and the experts of X-LoRA are other adapters that it names.
+    if config.is_prompt_learning or config.peft_type == "XLORA":
+        raise MismatchError(
+            f"the adapter in {folder} is not one that lies in the modules of its base model",
+            got=f"peft_type: {config.peft_type}",
+            expected="LORA, or another kind of peft whose weights are beside its adapter_config.json",
+            fix="use an adapter of such a kind",
+        )
+    return config
