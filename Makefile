@@ -36,9 +36,10 @@ help:  ## Show this list
 # wait for it, and a stamp says that all is there. The lock of flock(1) ends with its holder, a directory does not.
 define install
 	@mkdir -p $(@D)
-	@exec 9> $(@D)/.lock; flock 9 2> /dev/null || { \
+	@waiting() { echo "waiting for another make to install into $(@D)$$1" >&2; }; exec 9> $(@D)/.lock; \
+	command -v flock > /dev/null && { flock -n 9 || { waiting; flock 9; }; } || { \
 	    mkdir $(@D)/.locked 2> /dev/null || { \
-	        echo "waiting for another make to install; if there is none: rmdir $(@D)/.locked" >&2; \
+	        waiting '; if there is none: rmdir $(@D)/.locked'; \
 	        until mkdir $(@D)/.locked 2> /dev/null; do sleep 2; done; \
 	    }; \
 	    trap 'rmdir $(@D)/.locked' EXIT; trap 'exit 75' HUP INT TERM; \

@@ -198,13 +198,15 @@ def test_tasks_that_begin_at_once_install_once(lock: str, folder: Path) -> None:
         tools.mkdir()
         for name in ("sh", "mkdir", "rmdir", "touch", "mv", "cp", "find"):
             (tools / name).symlink_to(str(shutil.which(name)))
-        write(tools / "sleep", f"#!/bin/sh\nexec {shutil.which('sleep')} 0.1\n")
+        write(tools / "sleep", f"#!/bin/sh\ntest $1 = 2 && set -- 0.1\nexec {shutil.which('sleep')} $1\n")
         path = str(tools)
     for target, wanted in {"dump-teacher": STAGE_ONE, "train-student": STAGE_ONE + STAGE_TWO}.items():
         tasks = [made(folder, target, "CONFIG=x.yaml", path=path, venv="new") for _ in range(3)]
-        for task in tasks:
-            _, err = task.communicate(timeout=60)
-            assert task.returncode == 0, err
+        said = [task.communicate(timeout=60)[1] for task in tasks]
+        assert [task.returncode for task in tasks] == [0, 0, 0], said
+        waited = [err for err in said if "waiting for another make to install" in err]
+        assert waited
+        assert ("rmdir" in waited[0]) == (lock == "directory")
         assert tuple(lines(folder / "installed")) == wanted
         assert len(lines(folder / "calls")) == 3
         (folder / "calls").unlink()
