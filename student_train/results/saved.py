@@ -22,6 +22,8 @@ _RESTORE = (
 )
 _SHAPING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias")
 """Of peft's configuration, what decides what the weights mean."""
+_KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA")
+"""Kinds of adapters whose configuration names no other models or files, as those of X-LoRA, Shadow and prompts do."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -225,12 +227,11 @@ def _config(folder: Path) -> Any:
             expected="peft's configuration of an adapter",
             fix="restore the file",
         ) from error
-    # Prompts are no weights of the model's modules, and the experts of X-LoRA are other adapters that it names.
-    if config.is_prompt_learning or config.peft_type == "XLORA":
+    if config.peft_type not in _KINDS:
         raise MismatchError(
-            f"the adapter in {folder} is not one that lies in the modules of its base model",
+            f"the adapter in {folder} is of a kind that is not read",
             got=f"peft_type: {config.peft_type}",
-            expected="LORA, or another kind of peft whose weights are beside its adapter_config.json",
+            expected=f"one whose weights lie in the modules of its base model: {', '.join(_KINDS)}",
             fix="use an adapter of such a kind",
         )
     return config

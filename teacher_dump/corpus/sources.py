@@ -233,9 +233,10 @@ def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> A
         return datasets.load_dataset(found.builder, data_files=names, split=source.split)
     path = Path(found.path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(found.path)
+        saved = datasets.load_from_disk(str(path.resolve()))
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_split_name(source.split)]
+        refuse_elsewhere(found.path, [file["filename"] for file in saved.cache_files])
         return saved.select(range(*_split_range(source, len(saved))))
     chosen = datasets.load_dataset_builder(found.path, source.name).config.data_files or {}
     refuse_elsewhere(found.path, chain.from_iterable(chosen.values()))
@@ -247,7 +248,7 @@ def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> A
 
 
 def refuse_elsewhere(dataset: str, files: Iterable[str]) -> None:
-    """Raise DataError if the card of a dataset, a directory or one of the hub, names a file that is not in it."""
+    """Raise DataError if a dataset, a directory or one of the hub, names a file that is not in it."""
     folder = Path(dataset).resolve()
     for file in files:
         place = file.rpartition("::")[2]  # Of a file in an archive.
@@ -260,7 +261,7 @@ def refuse_elsewhere(dataset: str, files: Iterable[str]) -> None:
                 f"the dataset {dataset} names a file that is not its own",
                 got=ascii(file),
                 expected="files inside of it",
-                fix="look into its README.md; name that file in corpus.sources[].path if it is wanted",
+                fix="look into its README.md or state.json; name that file in corpus.sources[].path if it is wanted",
             )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 import obstore
@@ -376,6 +377,17 @@ def test_a_dataset_whose_card_names_files_outside_of_it_is_refused(place: str, t
         else:
             with pytest.raises(DataError, match="names a file that is not its own"):
                 freeze(tmp_path / "data")
+
+
+def test_a_saved_dataset_that_names_files_outside_of_it_is_refused(tmp_path: Path) -> None:
+    for name in ("mine", "data"):
+        datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / name)
+    assert len(ids_of(freeze(tmp_path / "data"))) == 10
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    state["_data_files"] = [{"filename": "../mine/data-00000-of-00001.arrow"}]
+    (tmp_path / "data" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="names a file that is not its own"):
+        freeze(tmp_path / "data")
 
 
 def test_files_of_a_hub_dataset_are_those_of_its_repository() -> None:
