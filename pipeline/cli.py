@@ -26,6 +26,7 @@ from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
+from storage_schemas.common.secrets import shown
 from storage_schemas.common.signals import interrupt
 from student_train.config import sections_of
 from teacher_dump.config import TeacherSection
@@ -604,14 +605,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BaseException as error:  # Rust's panics are no Exceptions.
         told = explained(error)
         if told is None:
-            traceback.print_exc()
+            sys.stderr.write(shown(traceback.format_exc()))
             told = NeoError("this is a bug in llm-neo; please report it with the lines above")
         code = _complain(told)
     sys.exit(int(code))
 
 
 def _complain(error: NeoError) -> int:
-    sys.stderr.write(f"llm-neo: {error}\n")
+    sys.stderr.write(f"llm-neo: {shown(str(error))}\n")
     return int(error.exit_code)
 
 

@@ -196,16 +196,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     for place, value in parsed:
         problems += _apply(data, place, value)
     # First, and alone: what is said about other faults may show what stands beside them.
-    if secrets := [*secrets_in(data, known), *secrets_in(set_values, known)]:
-        found = [Problem(dotted, "a secret must not stand here", UNSAID, fix) for dotted, fix in secrets]
-        raise report(path, set_values, found, written)
+    if secrets := [*_secrets(data, known), *_secrets(set_values, known)]:
+        raise report(path, set_values, secrets, written)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
         problems += [problem for details in error.errors() for problem in explain(details, data, Config)]
+    else:  # The content of a file that is named in there.
+        problems += _secrets(config.model_dump(mode="json"), known)
     if problems:
         raise report(path, set_values, problems, written)
     return Loaded(config, data, set_values)
+
+
+def _secrets(data: Any, known: Collection[str]) -> list[Problem]:
+    return [Problem(place, "a secret must not stand here", UNSAID, fix) for place, fix in secrets_in(data, known)]
 
 
 _YAML_HINTS = {

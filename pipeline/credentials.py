@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from storage_schemas.common.secrets import has_token, is_secret
+from storage_schemas.common.secrets import IN_QUERY, has_token, is_secret
 
 VARIABLES = {
     "secret_access_key": "AWS_SECRET_ACCESS_KEY",
@@ -28,7 +28,7 @@ _SURELY = re.compile(
     re.I,
 )
 """Outside of storage options, where `max_num_batched_tokens` and the like are no secrets."""
-_IN_VALUE = re.compile(r"\w://[^\s/]*@|\w://[^\s/:]+:[^\s]*@|[?&](sig|x-amz-\w+|access_token)=", re.I)
+_USERINFO = re.compile(r"\w://[^\s/]*@|\w://[^\s/:]+:[^\s]*@")
 _HARMLESS = re.compile(r"skip_signature$|_(id|file|path|uri|url|endpoint|dir)$", re.I)
 
 
@@ -39,7 +39,8 @@ def is_secret_option(name: str) -> bool:
 
 def has_secret(value: str) -> bool:
     """Whether a value carries credentials whatever it is called: a URL with a user in it, a signed one, or a token."""
-    return has_token(value[:8192]) or ("://" in value and bool(_IN_VALUE.search(value[:8192])))
+    start = value[:8192]
+    return has_token(start) or ("://" in start and bool(_USERINFO.search(start) or IN_QUERY.search(start)))
 
 
 def instead(name: str) -> str:

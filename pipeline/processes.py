@@ -44,6 +44,8 @@ PATIENCE_SECONDS = 45.0
 OWN_NAME_SECONDS, HOST_SECONDS = 10.0, 600.0
 """How long the name of the first node may stay unknown: to that node itself, and to others, where a cluster enters it
 into its DNS only once the node is up."""
+SAME_SECONDS = 1.0
+"""Within which signals are one: Slurm tells every process of a job, and `make` passes on what it was told."""
 TELL_SECONDS = 3.0
 """After which a wait is told."""
 _PR_SET_PDEATHSIG = 1
@@ -293,15 +295,15 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
 
     Args:
         commands: what to start.
-        patience: for ranks, which need each other: seconds for the others to end once one has failed. A second signal
-            then kills them. None: they are independent.
+        patience: for ranks, which need each other: seconds for the others to end once one has failed. A second signal,
+            later than `SAME_SECONDS`, then kills them. None: they are independent.
 
     Returns:
         Their exit codes; negative for a signal that ended one, 75 for one that was killed here.
     """
     started: list[subprocess.Popen[str]] = []
     killed: set[int] = set()
-    asked = 0
+    asked: float | None = None
 
     def kill() -> None:
         for number, process in enumerate(started):
@@ -309,10 +311,11 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
                 killed.add(number)
                 process.kill()
 
-    def forward(count: int) -> None:
+    def forward(_: int) -> None:
         nonlocal asked
-        asked = count
-        if count > 1 and patience is not None:
+        now = time.monotonic()
+        asked = now if asked is None else asked
+        if now - asked > SAME_SECONDS and patience is not None:
             kill()
         for process in started:
             process.terminate()
@@ -331,7 +334,7 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
                     preexec_fn=end_with_parent,
                 )
                 started.append(process)
-                if asked:
+                if asked is not None:
                     process.terminate()
             while None in (left := [process.poll() for process in started]):
                 if patience is not None and deadline is None and any(left):

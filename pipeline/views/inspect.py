@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from storage_schemas.common.errors import UsageError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.secrets import visible
 from storage_schemas.config import described
 from storage_schemas.reader import Dump
 from storage_schemas.records import count_statuses, mean_per_token, totals
@@ -292,14 +293,6 @@ def counts(statuses: dict[str, int]) -> str:
 def row_title(view: RowView) -> str:
     """One line about a row."""
     return f"row {view.sample_index}, id {view.sample_id}: {view.status}, {view.tokens} tokens"
-
-
-def visible(text: str) -> str:
-    """Text in which every character shows: control characters and their like are escaped, line ends are kept.
-
-    A sample may hold anything, terminal commands and changes of the writing direction included.
-    """
-    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def marked(text: str) -> str:

@@ -15,8 +15,8 @@ from pipeline.views.inspect import (
     row_title,
     row_views,
     shade,
-    visible,
 )
+from storage_schemas.common.secrets import visible
 from storage_schemas.reader import Dump
 
 _PAGE = """<!DOCTYPE html>

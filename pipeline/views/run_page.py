@@ -9,9 +9,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
-from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces, visible
+from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces
 from pipeline.views.runs import Run, differences, facts
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.secrets import visible
 from student_train.results.evaluate import Evaluated
 
 _INK = "#808080"

@@ -11,8 +11,8 @@ from rich.filesize import decimal
 from rich.live import Live
 
 from pipeline.status import DumpStatus, RunStatus, Status
-from pipeline.views.inspect import visible
 from pipeline.views.terminal import facts_table
+from storage_schemas.common.secrets import visible
 
 _PATIENCE = 10
 """A watch rests so many times longer than it takes to look."""

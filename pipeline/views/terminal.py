@@ -18,8 +18,8 @@ from pipeline.views.inspect import (
     row_title,
     row_views,
     shade,
-    visible,
 )
+from storage_schemas.common.secrets import visible
 from storage_schemas.reader import Dump
 
 _STYLES = [Style(color=step.foreground, bgcolor=step.background) for step in SHADES]

@@ -16,6 +16,7 @@ from typing import NoReturn
 from storage_schemas.common.errors import TemporaryError, explained, first_line
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
+from storage_schemas.common.secrets import shown
 
 EXIT_FOLDER, STOP = "exit", "stop"
 GRACE_SECONDS = 15.0
@@ -81,7 +82,7 @@ def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) ->
     """
     told = explained(error, memory=memory)
     if told is not None:
-        print(f"llm-neo: {told}", file=sys.stderr)
+        print(f"llm-neo: {shown(str(told))}", file=sys.stderr)
         return int(told.exit_code)
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     deadline = time.monotonic() + LOST_SECONDS
@@ -96,9 +97,9 @@ def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) ->
             expected="all ranks to be there",
             fix="look for what ended it (out of memory? a lost node?), then run the same command again",
         )
-        print(gone, file=sys.stderr)
+        print(shown(str(gone)), file=sys.stderr)
         return int(gone.exit_code)
-    traceback.print_exception(error)
+    sys.stderr.write(shown("".join(traceback.format_exception(error))))
     return int(Exit.BUG)
 
 

@@ -13,11 +13,18 @@ _SECRET = re.compile(
 )
 _PLACE = re.compile(r"(file|path|uri|url|endpoint|dir|application_credentials|parallelism)$", re.I)
 """Names that say where a secret lies, or what it is called in a setting that holds none."""
+IN_QUERY = re.compile(
+    r"([?&#](?:sig|key|x-(?:amz|goog)-[\w-]+|[\w-]*(?:token|secret|signature|credential|passw|(?:api|access).?key)[\w-]*)=)"
+    r"[^\s&#<>\"']+",
+    re.I,
+)
+"""A parameter of a URL that signs it or lets its owner in: name and value."""
 _PATTERNS = (
     # Userinfo of a URL; a password may hold a slash.
     (re.compile(r"(\w://)[^\s\"'<>]*@"), rf"\1{_MASK}@"),
     # Query parameters and headers of a signed request.
     (re.compile(r"(authorization[\"']?\s*[:=]\s*)[^\n<]+", re.I), rf"\1{_MASK}"),
+    (IN_QUERY, rf"\1{_MASK}"),
     (re.compile(r"\b((?:x-amz-)?(?:security-token|signature|credential)|sig|access_token)=[^\s&,;<>\"']+", re.I),
      rf"\1={_MASK}"),
     # What an error body repeats of the request.
@@ -57,6 +64,19 @@ def masked(text: str) -> str:
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return _TOKEN.sub(_MASK, text)
+
+
+def shown(text: str) -> str:
+    """`masked`, and every control character escaped but line ends: files of strangers must not command a terminal."""
+    return visible(masked(text))
+
+
+def visible(text: str) -> str:
+    """Text in which every character shows: control characters and their like are escaped, line ends are kept.
+
+    A sample may hold anything, terminal commands and changes of the writing direction included.
+    """
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _secrets_of(settings: Mapping[str, str]) -> set[str]:

@@ -229,6 +229,9 @@ class Store:
         _check(key)
         self.refuse_read_only()
 
+        if self.root is not None:
+            self._refuse_outside((self.root / key).parent)
+
         def remove() -> None:
             faults.point(f"delete:{key.split('/')[0]}")
             obstore.delete(self._store, key)
@@ -334,6 +337,7 @@ class Store:
         if folder in self._durable:
             return
         existed = self.root.is_dir()
+        self._refuse_outside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # Somebody else may have made them and died before they were durable.
         within = [folder, *folder.parents]
@@ -341,6 +345,17 @@ class Store:
         for path in within if existed else [folder, *folder.absolute().parents]:
             fsync_directory(path.absolute().parent)
         self._durable.add(folder)
+
+    def _refuse_outside(self, folder: Path) -> None:
+        """Raise DataError if a link leads a folder of a dump elsewhere: nothing is written or deleted there."""
+        assert self.root is not None
+        if not (found := folder.resolve()).is_relative_to(self.root.resolve()):
+            raise DataError(
+                f"{folder} leads out of {self.url}",
+                got=str(found),
+                expected="a folder inside",
+                fix="the link was not made by this project: remove it; a link in place of all of it is followed",
+            )
 
     def _put_new_remote(self, key: str, data: bytes) -> bool:
         def read() -> bytes | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from storage_schemas.common.errors import MismatchError, first_line
+from storage_schemas.common.errors import DataError, MismatchError, first_line
 from storage_schemas.tokenizer import new_tokens, refuse_other_tokenizer
 from student_train.model.student_files import find_file
 
@@ -18,6 +18,12 @@ FILES = (
     "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json",
 )  # fmt: skip
 """Names of a tokenizer's files."""
+
+_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".codes", ".tokenizer")
+"""What the names of files end in that tokenizers of transformers save."""
+SETTINGS = "tokenizer_config.json"
+_OF_MODELS = ("config.json", ".index.json", "llm-neo.json")
+"""What the names of files end in that say what a model or an adapter is; `SETTINGS` does not."""
 
 NEW_TOKENS = (
     "%d tokens of the dump are new to the student's tokenizer, such as %s; its rows for them are padding, and stay "
@@ -73,15 +79,26 @@ def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedT
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the dump's tokenizer files into a directory."""
+    """Write the dump's tokenizer files into a directory.
+
+    Raises:
+        DataError: one is none of a tokenizer: whoever made the dump would put weights, code or settings beside ours.
+    """
+    for name in files:
+        of_model = name.lower().endswith(_OF_MODELS) and name != SETTINGS
+        if of_model or Path(name).name != name or Path(name).suffix not in _SUFFIXES:
+            raise DataError(
+                "a file among those of the dump's tokenizer is none of a tokenizer",
+                got=ascii(name),
+                expected=f"names of a tokenizer's files, ending in {', '.join(_SUFFIXES)}",
+                fix="do not use this dump",
+            )
     for name, content in files.items():
-        if Path(name).name != name:
-            raise MismatchError("a tokenizer file of the dump has a path for a name", got=ascii(name))
         (folder / name).write_bytes(content)
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a directory, which runs no code of its own; None if there is none."""
-    if not (folder / "tokenizer_config.json").is_file():
+    if not (folder / SETTINGS).is_file():
         return None
     return load_tokenizer(str(folder), None, fix="correct it, or remove its files")

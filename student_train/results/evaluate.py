@@ -1,5 +1,6 @@
 """How far a student is from the teacher of a dump: in one process, token by token, without gradients."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class EvalResult(FrozenModel):
     """Cross-entropy of the tokens themselves, nats, at temperature 1."""
     teacher_ce_min: float | None
     """The teacher's, or less: tokens that are not among the entries count with the least that they can be. Null at
-    other temperatures than 1."""
+    other temperatures than 1, and where the dump leaves a token no probability."""
     labels_stored: float
     """Share of tokens that are among the entries."""
     top1_agreement: float | None
@@ -94,11 +95,12 @@ class Evaluated:
         def mean(values: npt.NDArray[np.generic]) -> float:
             return float(values.mean(dtype=np.float64))
 
+        teacher_ce = mean(tokens.label_ce)
         p50, p90, p99, most = np.quantile(tokens.kl, [0.5, 0.9, 0.99, 1]).tolist() if exact_head else [None] * 4
         return EvalResult(
             kl_mean=mean(tokens.kl), kl_p50=p50, kl_p90=p90, kl_p99=p99, kl_max=most,
             ce=mean(tokens.ce),
-            teacher_ce_min=mean(tokens.label_ce) if self.temperature == 1.0 else None,
+            teacher_ce_min=teacher_ce if self.temperature == 1.0 and math.isfinite(teacher_ce) else None,
             labels_stored=mean(tokens.label_stored),
             top1_agreement=mean(tokens.same_first) if exact_head else None,
             top5_overlap=mean(tokens.top5) if exact_head else None,

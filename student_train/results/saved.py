@@ -22,6 +22,8 @@ _RESTORE = (
 )
 _SHAPING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias")
 """Of peft's configuration, what decides what the weights mean."""
+_KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA")
+"""Kinds of adapters whose configuration names no other models or files, as those of X-LoRA, Shadow and prompts do."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -162,7 +164,7 @@ def begin_from(model: PeftModel, folder: Path) -> None:
         MismatchError: they differ in rank, scaling or modules.
     """
     ours, theirs = model.peft_config[ADAPTER], _config(folder)
-    different = [name for name in _SHAPING if getattr(ours, name) != getattr(theirs, name)]
+    different = [name for name in _SHAPING if getattr(ours, name) != getattr(theirs, name, None)]
     state = load_file(folder / ADAPTER_WEIGHTS)
     shapes = {
         name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
@@ -172,7 +174,7 @@ def begin_from(model: PeftModel, folder: Path) -> None:
     if different:
         raise MismatchError(
             f"the adapter in {folder} is another one than student.lora describes: {', '.join(different)}",
-            got="; ".join(f"{name} = {getattr(theirs, name)}" for name in different),
+            got="; ".join(f"{name} = {getattr(theirs, name, None)}" for name in different),
             expected="; ".join(f"{name} = {getattr(ours, name)}" for name in different),
             fix=f"set student.lora to what {ADAPTER_CONFIG} says",
         )
@@ -217,7 +219,7 @@ def _identity(model: str, revision: str | None, base: Mapping[str, str]) -> dict
 
 def _config(folder: Path) -> Any:
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{folder / ADAPTER_CONFIG} is torn, or of a kind that peft does not know",
@@ -225,3 +227,11 @@ def _config(folder: Path) -> Any:
             expected="peft's configuration of an adapter",
             fix="restore the file",
         ) from error
+    if config.peft_type not in _KINDS:
+        raise MismatchError(
+            f"the adapter in {folder} is of a kind that is not read",
+            got=f"peft_type: {config.peft_type}",
+            expected=f"one whose weights lie in the modules of its base model: {', '.join(_KINDS)}",
+            fix="use an adapter of such a kind",
+        )
+    return config

@@ -2,11 +2,13 @@
 
 import glob
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,8 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     by_line = found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train"
     try:
         dataset = _load(source, found, files)
+    except NeoError:
+        raise
     except Exception as error:
         # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
         if by_line:
@@ -229,19 +233,40 @@ def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> A
         return datasets.load_dataset(found.builder, data_files=names, split=source.split)
     path = Path(found.path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(found.path)
+        saved = datasets.load_from_disk(str(path.resolve()))
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_split_name(source.split)]
+        refuse_elsewhere(found.path, [file["filename"] for file in saved.cache_files])
         return saved.select(range(*_split_range(source, len(saved))))
+    chosen = datasets.load_dataset_builder(found.path, source.name).config.data_files or {}
+    refuse_elsewhere(found.path, chain.from_iterable(chosen.values()))
     if path.is_dir():
-        _warn_of_unread_files(source, path)
+        _warn_of_unread_files(
+            source, path, {Path(name).resolve() for name in chosen.get(_split_name(source.split), ())}
+        )
     return datasets.load_dataset(found.path, source.name, split=source.split)
 
 
-def _warn_of_unread_files(source: SourceSection, folder: Path) -> None:
+def refuse_elsewhere(dataset: str, files: Iterable[str]) -> None:
+    """Raise DataError if a dataset, a directory or one of the hub, names a file that is not in it."""
+    folder = Path(dataset).resolve()
+    for file in files:
+        place = file.rpartition("::")[2]  # Of a file in an archive.
+        if folder.is_dir():
+            own = Path(os.path.normpath(place)).is_relative_to(folder)
+        else:
+            own = "://" in dataset or (place.startswith("hf://datasets/") and f"/{dataset}@" in place)
+        if not own:
+            raise DataError(
+                f"the dataset {dataset} names a file that is not its own",
+                got=ascii(file),
+                expected="files inside of it",
+                fix="look into its README.md or state.json; name that file in corpus.sources[].path if it is wanted",
+            )
+
+
+def _warn_of_unread_files(source: SourceSection, folder: Path, read: Set[Path]) -> None:
     """Name the data files of a directory that `datasets` leaves out: of another kind than most, or of another split."""
-    chosen = datasets.load_dataset_builder(str(folder), source.name).config.data_files or {}
-    read = {Path(name).resolve() for name in chosen.get(_split_name(source.split), ())}
     there = [file for file in sorted(folder.rglob("*")) if _builder(file.name) in _BELOW and file.resolve() not in read]
     unread = [str(name) for name in (file.relative_to(folder) for file in there) if not _HIDDEN.search(f"/{name}")]
     if unread:

@@ -286,7 +286,8 @@ def made(target: str, arguments: str, *variables: str) -> list[str]:
     """The command line of `make`, which here must not install anything."""
     venv = environment(WRITER)["VENV"]
     make = ["make", "-f", str(DUMP.parents[2] / "Makefile"), target, f"CONFIG={CONFIG}", f"ARGS={arguments}"]
-    return [*make, *variables, f"VENV={venv}", f"--assume-old={venv}/.installed"]
+    installed = [f"--assume-old={venv}/.installed-{stage}" for stage in ("teacher", "train")]
+    return [*make, *variables, f"VENV={venv}", *installed]
 
 
 def test_neither_a_busy_store_nor_clocks_that_are_apart_change_what_is_made(clusters: Site) -> None:

@@ -263,3 +263,14 @@ def test_rows_and_page_from_the_command_line(dump, tmp_path, capsys):
     code, printed = call("--html", str(tmp_path / "taken" / "page.html"))
     assert (code, printed.out) == (64, "")
     assert "cannot write" in printed.err
+
+
+def test_errors_do_not_command_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a file of a stranger says may be in an error, such as the names of its fields."""
+    (tmp_path / "run.json").write_text(json.dumps({"format_version": 1, "\x1b]0;title\x07\u202e": 1}))
+    with pytest.raises(SystemExit) as left:
+        cli.main(["inspect", str(tmp_path)])
+    told = capfd.readouterr().err
+    assert left.value.code == 65
+    assert r"\x1b]0;title\x07\u202e" in told
+    assert all(character == "\n" or character.isprintable() for character in told)

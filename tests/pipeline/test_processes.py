@@ -17,6 +17,7 @@ from pipeline import cli, processes
 from pipeline.config import Config
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import (
+    SAME_SECONDS,
     Command,
     dump_workers,
     refuse_unknown_host,
@@ -223,18 +224,23 @@ def test_the_first_signal_asks_for_a_checkpoint_and_the_second_ends_the_ranks(tm
     (tmp_path / "ready").mkdir()
     body = f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(asked)!r}).touch())\n"
     body += "time.sleep(0.1)\n" * 600
+    went_on: list[bool] = []
 
     def interrupt() -> None:
         until(lambda: pids(tmp_path / "ready"))
         time.sleep(0.3)  # The handler comes after.
         os.kill(os.getpid(), signal.SIGUSR1)
         until(asked.exists)
+        os.kill(os.getpid(), signal.SIGTERM)  # What a scheduler tells all processes, and `make` those that it started.
+        time.sleep(SAME_SECONDS + 0.1)
+        went_on.append(all(map(alive, pids(tmp_path / "ready"))))
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert run_together([Command(ready(tmp_path / "ready", body), {})], patience=60.0) == [75]
     thread.join()
+    assert went_on == [True]
     assert not any(alive(pid) for pid in pids(tmp_path / "ready"))
 
 

@@ -87,12 +87,18 @@ def test_the_state_of_a_model_is_that_of_all_its_files(tmp_path: Path) -> None:
 
 
 AUDIT = "audit.log"
+CANARY = "Canary1Canary1Canary"
+SECRETS = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN", "GOOGLE_SERVICE_ACCOUNT_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_OWN_PASSWORD",
+)  # fmt: skip
 
 
 def environment(folder: Path) -> dict[str, str]:
     path = os.pathsep.join([str(TESTS / "support/audit"), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     ours = {"PYTHONPATH": path, "LLM_NEO_AUDIT": str(folder / AUDIT)}
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ours}
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **cpu, **ours, **dict.fromkeys(SECRETS, CANARY)}
 
 
 def llm_neo(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -160,6 +166,7 @@ def finished(project: Path) -> Path:
     with listening_elsewhere() as found:
         done = llm_neo(project, "run", "config.yaml", "--workers", "2", "--nproc", "2", "--json")
     (project / "listening.json").write_text(json.dumps(sorted(found)))
+    (project / "printed.txt").write_text(done.stdout + done.stderr)
     # With --json, nothing else is on standard output.
     assert json.loads(done.stdout) == json.loads((project / "run/summary.json").read_text())
     return project
@@ -173,6 +180,16 @@ def test_no_class_is_unpickled_and_nobody_else_can_connect(finished: Path) -> No
         assert len([line for line in started if word in line]) == processes, started
     assert [line for line in lines if line not in started] == []
     assert json.loads((finished / "listening.json").read_text()) == []
+
+
+def test_no_secret_of_the_environment_is_in_what_is_left(finished: Path) -> None:
+    """Neither in dumps, records, configuration, events, summary, report and card nor in what was printed."""
+    files = {path.relative_to(finished).as_posix(): path for path in finished.rglob("*") if path.is_file()}
+    assert {"dump/run.json", "dump/SEALED.json", "run/config.yaml", "run/events.jsonl", "run/summary.json"} <= set(
+        files
+    )
+    assert {"run/report.md", "run/final/README.md", "run/merged/README.md", "printed.txt"} <= set(files)
+    assert [name for name, path in files.items() if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_status_of_both_dumps_and_the_run(finished: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from pipeline import cli
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
+from pipeline.problems import keys
 from storage_schemas.common.errors import NeoError
 
 CANARY = "Canary0Canary0Canary"
@@ -52,6 +53,17 @@ PLACES = [{"dump": {"url": S3, "storage_options": {name: CANARY}}} for name in O
     {"dump": {"url": S3}, "corpus": {"sources": [{"path": f"s3://key:{CANARY}@bucket/a"}]}},
     {"dump": {"url": S3}, "teacher": {"model": f"https://user:{CANARY}@hub.example/m"}},
     {"dump": {"url": S3}, "heldout": {"url": f"s3://key:{CANARY}@bucket/h", "sources": [{"path": "a"}]}},
+    {"dump": {"url": S3}, "train": {"output": "run", "checkpoint_url": f"s3://key:{CANARY}@bucket/c"}},
+    {"dump": {"url": S3}, "train": {"output": "run", "dumps": [{"url": f"s3://key:{CANARY}@bucket/h"}]}},
+    # A token in a URL, as hubs and clouds sign theirs.
+    *({"dump": {"url": S3}, "corpus": {"sources": [{"path": f"https://host.example/a.jsonl?x=1&{name}={CANARY}"}]}}
+      for name in ("token", "access_token", "api_key", "key", "sig", "Signature", "X-Goog-Signature",
+                   "X-Amz-Security-Token", "private-token", "AWSAccessKeyId")),
+    # Elsewhere.
+    {"dump": {"url": S3}, "heldout": {"url": "h", "storage_options": {"account_key": CANARY}}},
+    {"dump": {"url": S3}, "train": {"output": "run", "dumps": [{"url": S3, "storage_options": {"token": CANARY}}]}},
+    {"dump": {"url": S3}, "corpus": {"sources": [{"path": "a"}], "template_kwargs": {"api_token": CANARY}}},
+    {"dump": {"url": S3}, "teacher": {"model": "m", "backend": "vllm", "vllm": {"hf_token": CANARY}}},
 ]  # fmt: skip
 COMMAND_LINES = [
     ["train", "c.yaml", "--set", f"dump.storage_options.secret_access_key={CANARY}"],
@@ -81,6 +93,31 @@ def test_refused_where_it_stands(place: dict[str, object], tmp_path: Path) -> No
     assert CANARY[:8] not in str(caught.value)
     assert str(NUMBER) not in str(caught.value)
     assert "environment" in str(caught.value)
+
+
+def test_a_url_with_a_password_is_refused_as_the_value_of_any_setting(tmp_path: Path) -> None:
+    """Of each that there is, whatever it may hold otherwise."""
+    places = list(keys(Config))
+    assert len(places) > 100
+    for path in places:
+        value: object = f"https://user:{CANARY}@host/x"
+        for part in reversed(path):
+            value = {part: value}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(value))
+        with pytest.raises(NeoError) as caught:
+            load_config(tmp_path / "c.yaml")
+        assert "a secret must not stand here" in str(caught.value), path
+        assert CANARY[:8] not in str(caught.value), path
+
+
+def test_a_secret_in_a_file_that_the_configuration_names_is_refused(tmp_path: Path) -> None:
+    """Its content is written to config.yaml, as that of `train.deepspeed` is."""
+    (tmp_path / "ds.json").write_text(json.dumps({"comet": {"enabled": True, "api_key": CANARY}}))
+    place = {"train": {"output": "run", "deepspeed": str(tmp_path / "ds.json")}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(BASE | place))
+    with pytest.raises(NeoError, match=r"train\.deepspeed\.comet\.api_key -> a secret must not stand here") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert CANARY[:8] not in str(caught.value)
 
 
 @pytest.mark.parametrize("arguments", COMMAND_LINES, ids=lambda arguments: arguments[-1].replace(CANARY, "-")[:60])

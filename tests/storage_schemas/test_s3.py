@@ -1,5 +1,6 @@
 """The same dump and the same protocol on object stores: a real one, moto's, and a tiny one with injected faults."""
 
+import hashlib
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, moto, optio
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
+from storage_schemas.records import TokenizerRecord
 from storage_schemas.stores import requests as remote
 from storage_schemas.stores.store import Store
 from storage_schemas.verify import verify
@@ -294,6 +296,23 @@ def test_every_file_that_was_damaged_on_its_way_is_fetched_once_more(file: str, 
     tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key else None
     with pytest.raises(DataError):
         read_all(tiny)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/secret", "%2e%2e/%2e%2e/secret", "s3://elsewhere/secret"])
+def test_names_in_records_never_leave_the_prefix(name: str, tiny: TinyS3) -> None:
+    """Of a dump that a stranger has made: what else its reader may read is not asked for."""
+    provenance = make_dump(URL, options=options(tiny.port), seal=False)
+    sha256 = hashlib.sha256(b"1").hexdigest()
+    tiny.objects |= {f"{BUCKET}/secret": b"1", f"{BUCKET}/dumps/secret": b"1"}
+    for record in (
+        TokenizerRecord(fingerprint=provenance.fingerprint, files={name: sha256}),
+        TokenizerRecord(fingerprint=provenance.fingerprint, files={f"../{name}": sha256}),
+    ):
+        tiny.objects[f"{BUCKET}/dumps/a/TOKENIZER.json"] = record.to_json()
+        tiny.requests.clear()
+        with pytest.raises(DataError, match="plain relative path"):
+            Dump.open(URL, options=options(tiny.port)).tokenizer_files()
+        assert {key for _, key in tiny.requests if not key.startswith(f"{BUCKET}/dumps/a/")} == set()
 
 
 def read_all(tiny: TinyS3) -> None:

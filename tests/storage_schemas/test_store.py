@@ -70,6 +70,27 @@ def test_names_never_leave_the_dump(name: str, verb: str, tmp_path: Path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("link", ["data", "data/more"])
+def test_what_a_link_leads_to_is_neither_written_nor_deleted(link: str, tmp_path: Path) -> None:
+    """A dump may come as an archive with links in it; that its own place is one is the user's doing."""
+    (tmp_path / "mine" / "more").mkdir(parents=True)
+    (tmp_path / "mine" / "x").write_bytes(b"1")
+    (tmp_path / "mine" / "more" / "x").write_bytes(b"1")
+    dump = tmp_path / "dump"
+    (dump / link).parent.mkdir(parents=True)
+    (dump / link).symlink_to(tmp_path / "mine", target_is_directory=True)
+    files, key = Store(str(dump)), f"{link}/x"
+    writes = (lambda: files.put_new(f"{link}/y", b"2"), lambda: files.put_new(f"{link}/new/y", b"2"))
+    for change in (*writes, lambda: files.delete(key)):
+        with pytest.raises(DataError, match="leads out of"):
+            change()
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["more", "x"]
+    (tmp_path / "link").symlink_to(tmp_path / "mine", target_is_directory=True)
+    files = Store(str(tmp_path / "link"))
+    assert files.put_new("more/y", b"2")
+    files.delete("more/y")
+
+
 def test_eight_processes_race_for_every_key(tmp_path: Path) -> None:
     race(str(tmp_path), 8, [f"commits/unit-{i}" for i in range(25)], start="fork")
     assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 25

@@ -425,3 +425,19 @@ def test_a_run_goes_on_where_its_disk_is_lost(
     assert [event.loss for event in rest["events"]] == [event.loss for event in whole["events"]][-len(rest["events"]) :]
     one, other = (tmp_path / name / "final" / "adapter_model.safetensors" for name in ("whole", "elsewhere"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "../step-00000007/x-state.json", "a\\b"])
+def test_a_record_whose_names_lead_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    """Whatever hashes it claims, and in a store too, where a name with `..` is another object's."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"1")
+    saved(tmp_path / "run" / "checkpoints", 7)
+    commit = tmp_path / "run" / "checkpoints" / "step-00000007" / "COMMIT.json"
+    content = json.loads(commit.read_bytes())
+    content.pop("checksum")
+    for record in content["files"]:
+        record |= {"name": name, "bytes": 1, "sha256": hashlib.sha256(b"1").hexdigest()}
+    commit.write_bytes(canonical_json(with_checksum(content)))
+    with pytest.raises(DataError, match="plain relative path"):
+        Checkpoints(str(tmp_path / "run" / "checkpoints")).at(7)

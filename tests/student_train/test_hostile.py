@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.tiny_student import VOCAB, save_student, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
-from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.errors import DataError, MismatchError
 from student_train.model.load import load_model
-from student_train.model.tokenizers import refuse_tokenizer
+from student_train.model.tokenizers import load_tokenizer, refuse_tokenizer, write_files
+from teacher_dump.config import TeacherSection
+from teacher_dump.teachers.teacher import Teacher
 
 PACKAGES = ("teacher_dump", "student_train", "pipeline", "storage_schemas")
 
@@ -41,9 +45,42 @@ def test_code_of_a_dump(tmp_path: Path) -> None:
     auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     hostile(dump, marker, "tokenizer_config.json", auto_map, tokenizer_class="EvilTokenizer")
     files = {file.name: file.read_bytes() for file in dump.iterdir()}
+    with pytest.raises(DataError, match="none of a tokenizer"):
+        refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
+    del files["evil.py"]
     with pytest.raises(MismatchError, match="cannot be loaded"):
         refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
+    with pytest.raises(MismatchError, match="cannot be loaded"):
+        load_tokenizer(str(dump), None, fix="use another one")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../tokenizer.json", "/tmp/tokenizer.json", "evil.py", "adapter_model.bin", "adapter_model.safetensors",
+        "config.json", "Config.json", "adapter_config.json", "generation_config.json", "llm-neo.json", "README.md",
+        "model.safetensors.index.json", "tokenizer", "evil.so",
+    ],
+)  # fmt: skip
+def test_files_among_those_of_a_tokenizer(name: str, tmp_path: Path) -> None:
+    """They would lie beside the trained weights in `final/`, where others load them: none is written."""
+    (tmp_path / "final").mkdir()
+    with pytest.raises(DataError, match="none of a tokenizer"):
+        write_files(tmp_path / "final", {"tokenizer.json": b"{}", name: b"1"})
+    assert [path.name for path in tmp_path.rglob("*")] == ["final"]
+
+
+def test_files_of_every_tokenizer_of_transformers_are_written(tmp_path: Path) -> None:
+    """By the names that its classes save, and those of all."""
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    names |= {"chat_template.jinja", "tekken.json", "qwen.tiktoken", "tokenizer.model"}
+    for file in (Path(transformers.__file__).parent / "models").glob("*/tokenization_*.py"):
+        named = re.search(r"^VOCAB_FILES_NAMES *= *\{(.*?)\}", file.read_text(), re.MULTILINE | re.DOTALL)
+        names |= set(re.findall(r": *\"([\w.-]+)\"", named[1])) if named else set()
+    assert len(names) > 25
+    write_files(tmp_path, dict.fromkeys(names, b"1"))
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_code_of_a_student(tmp_path: Path) -> None:
@@ -58,6 +95,18 @@ def test_code_of_a_student(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="cannot be loaded"):
         refuse_tokenizer(str(student), None, files, head_rows=VOCAB)
     assert not marker.exists()
+
+
+def test_a_config_that_names_a_kernel_on_the_hub(tmp_path: Path) -> None:
+    """transformers would fetch it and run its code; what is asked for is the user's choice, or transformers' own."""
+    student = save_student(tmp_path / "student")
+    content = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(content | {"attn_implementation": "evil/kernel"}))
+    with pytest.raises(ImportError, match="kernels"):
+        AutoModelForCausalLM.from_pretrained(student)
+    assert load_model(str(student), None, dtype=torch.float32).config._attn_implementation == "sdpa"
+    section = TeacherSection(model=str(student), dtype="float32", device="cpu")
+    assert Teacher(section).model.config._attn_implementation == "sdpa"
 
 
 def test_damaged_tokenizer_is_not_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

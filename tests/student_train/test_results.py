@@ -595,3 +595,16 @@ def test_adapter_says_where_it_belongs(folder: Path) -> None:
     assert plain_config.r == 4
     assert {str(tensor.dtype) for tensor in state.values()} == {"torch.float32"}
     assert np.isfinite([float(tensor.detach().norm()) for tensor in state.values()]).all()
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "SHADOW", "PROMPT_TUNING"])
+def test_adapters_of_kinds_that_name_other_files_are_refused(kind: str, folder: Path, tmp_path: Path) -> None:
+    """X-LoRA and Shadow name other models, in any format; prompts a tokenizer, with what is passed to it."""
+    adapter = Path(shutil.copytree(folder / "final-student", tmp_path / "adapter"))
+    (adapter / "llm-neo.json").unlink()
+    config = {"peft_type": kind, "base_model_name_or_path": str(folder / "student"), "task_type": "CAUSAL_LM"}
+    more = {"XLORA": {"hidden_size": 32, "adapters": {"a": str(tmp_path)}}, "PROMPT_TUNING": {"num_virtual_tokens": 1}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | more.get(kind, {})))
+    with pytest.raises(MismatchError, match="of a kind that is not read") as caught:
+        evaluate(str(adapter), Dump.open(str(folder / "dump")), device="cpu")
+    assert kind in str(caught.value)

@@ -7,10 +7,12 @@ import signal
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 import obstore
@@ -28,7 +30,7 @@ from storage_schemas.common.signals import stoppable
 from storage_schemas.stores.requests import object_store
 from teacher_dump.config import SourceSection
 from teacher_dump.corpus import remote
-from teacher_dump.corpus.sources import chosen_records
+from teacher_dump.corpus.sources import chosen_records, refuse_elsewhere
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -358,3 +360,39 @@ def test_a_file_of_another_kind_is_told_which_ones_are_read(tmp_path: Path, name
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=r"\.jsonl, \.json, \.ndjson, \.parquet"):
         freeze(SourceSection(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("place", ["{mine}", "../mine.jsonl", "file://{mine}", "zip://a.jsonl::{mine}.zip"])
+def test_a_dataset_whose_card_names_files_outside_of_it_is_refused(place: str, tmp_path: Path) -> None:
+    """Who reads a stranger's dataset would have texts of its own in the dump."""
+    mine = write(tmp_path / "mine.jsonl", RECORDS)
+    with zipfile.ZipFile(f"{mine}.zip", "w") as archive:
+        archive.write(mine, "a.jsonl")
+    write(tmp_path / "data" / "theirs.jsonl", RECORDS[:3])
+    for files in (place.format(mine=mine), "theirs.jsonl"):
+        card = {"configs": [{"config_name": "default", "data_files": files}]}
+        (tmp_path / "data" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+        if files == "theirs.jsonl":
+            assert len(ids_of(freeze(tmp_path / "data"))) == 3
+        else:
+            with pytest.raises(DataError, match="names a file that is not its own"):
+                freeze(tmp_path / "data")
+
+
+def test_a_saved_dataset_that_names_files_outside_of_it_is_refused(tmp_path: Path) -> None:
+    for name in ("mine", "data"):
+        datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / name)
+    assert len(ids_of(freeze(tmp_path / "data"))) == 10
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    state["_data_files"] = [{"filename": "../mine/data-00000-of-00001.arrow"}]
+    (tmp_path / "data" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="names a file that is not its own"):
+        freeze(tmp_path / "data")
+
+
+def test_files_of_a_hub_dataset_are_those_of_its_repository() -> None:
+    of_hub = "hf://datasets/org/name@0123/data/train.parquet"
+    refuse_elsewhere("org/name", [of_hub, f"zip://a.jsonl::{of_hub}"])
+    for file in ("/etc/x.jsonl", "https://host.example/x", "hf://datasets/org/other@0123/x", "s3://org/name@0123/x"):
+        with pytest.raises(DataError, match="names a file that is not its own"):
+            refuse_elsewhere("org/name", [of_hub, file])
