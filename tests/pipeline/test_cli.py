@@ -40,6 +40,7 @@ COMMANDS = [
     "doctor",
     "prune",
     "resize",
+    "docs",
     "config",
 ]
 
