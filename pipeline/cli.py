@@ -137,7 +137,12 @@ def dump(
         summary = run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    _print(summary, as_json, result)
+    if as_json or result is not None:
+        _print(summary, as_json, result)
+    else:
+        from pipeline.views.summary import print_dumps
+
+        print_dumps(summary, Console())
 
 
 @app.command()
@@ -385,7 +390,12 @@ def verify(
         again = compare()
         found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
         found["recompute"] = again
-    _print(found, as_json)
+    if as_json:
+        _print(found, as_json)
+    else:
+        from pipeline.views.summary import print_verified
+
+        print_verified(url, found, Console())
     if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
