@@ -8,6 +8,7 @@ DEV    := $(VENV)/.installed-dev
 VLLM   ?= .venv-vllm
 SKY    ?= .venv-skypilot
 QLORA  ?= .venv-qlora
+LOWEST ?= .venv-lowest
 
 CONFIG ?=
 ARGS   ?=
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-qlora test-vllm test-skypilot clean bench-dump bench-storage bench-train bench-gpu bench-clusters
+.PHONY: help setup demo dump-teacher train-student run check lint test test-full test-gpu test-qlora test-vllm test-skypilot test-lowest clean bench-dump bench-storage bench-train bench-gpu bench-clusters
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -91,6 +92,15 @@ $(QLORA)/.installed: pyproject.toml constraints.txt
 	$(QLORA)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,qlora]'
 	touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,demo]'
+	touch $@
+
+test-lowest: $(LOWEST)/.installed  ## The ordinary tests with the lowest versions that pyproject.toml allows, torch apart
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal \
+	    -m "not slow and not gpu and not vllm and not skypilot" $(PYTEST_ARGS)
+
 test-qlora: $(QLORA)/.installed  ## 4-bit students, in an environment of its own: peft imports bitsandbytes wherever it is, 2 s
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	    $(QLORA)/bin/python -m pytest tests/student_train/test_quantised.py $(PYTEST_ARGS)
@@ -120,4 +130,4 @@ bench-clusters: $(DEV)  ## Training that follows the dump against training after
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -not -path './$(QLORA)/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -not -path './$(QLORA)/*' -not -path './$(LOWEST)/*' -exec rm -rf {} +

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 from support.command_lines import COMMANDS, Call
 
 from pipeline.pages import page, pages
@@ -220,12 +221,13 @@ def test_the_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Pat
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
     (packages,) = environment.glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"])
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True)
+    # pip must find this project nowhere else, or it takes it for installed.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+    subprocess.run(install, env=env, check=True)
+    (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"])
     empty = tmp_path / "empty"
     empty.mkdir()
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
 
     def llm_neo(*words: str) -> str:
         command = [environment / "bin" / "llm-neo", *words]
@@ -298,3 +300,18 @@ def test_the_metadata_are_of_this_version() -> None:
     assert version("llm-neo") == PROJECT["version"]
     pythons = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if line.startswith("Programming Language")}
     assert PROJECT["requires-python"].removeprefix(">=") in pythons
+
+
+def test_the_lowest_versions_are_those_that_are_allowed() -> None:
+    """torch apart: the file says why."""
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pinned = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    extra = (
+        line for name in ("train", "demo", "tensorboard", "wandb") for line in PROJECT["optional-dependencies"][name]
+    )
+    wanted = {one.name.lower(): one for one in map(Requirement, [*PROJECT["dependencies"], *extra]) if not one.extras}
+    assert set(pinned) == set(wanted)
+    for name, one in wanted.items():
+        (floor,) = (each.version for each in one.specifier)
+        assert name == "torch" or Version(pinned[name]).release[: len(Version(floor).release)] == Version(floor).release
+    assert f"torch=={pinned['torch']}" in (ROOT / "constraints.txt").read_text()
