@@ -11,6 +11,7 @@ VLLM    ?= .venv-vllm
 SKY     ?= .venv-skypilot
 QLORA   ?= .venv-qlora
 LMEVAL  ?= .venv-lm-eval
+LOWEST  ?= .venv-lowest
 
 CONFIG  ?=
 URL     ?=
@@ -25,7 +26,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run preview plan status verify inspect evaluate merge docs lint check test test-full test-gpu test-vllm test-qlora test-lm-eval test-skypilot reproduce frontier bench-dump bench-storage bench-train bench-gpu bench-clusters clean
+.PHONY: help setup demo dump-teacher train-student run preview plan status verify inspect evaluate merge docs lint check test test-full test-gpu test-vllm test-qlora test-lm-eval test-lowest test-skypilot reproduce frontier bench-dump bench-storage bench-train bench-gpu bench-clusters clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -143,11 +144,11 @@ inspect: $(TEACHER)  ## What a dump holds: make inspect URL=x [ARGS="--row 3"]
 	$(call with_url,[ARGS="--row 3"])
 	$(door) inspect "$$URL" $(ARGS)
 
-evaluate: $(TEACHER)  ## A model beside the teacher on a held-out dump: make evaluate URL=x ARGS="--model runs/a/final"
+evaluate: $(TRAIN)  ## A model beside the teacher on a held-out dump: make evaluate URL=x ARGS="--model runs/a/final"
 	$(call with_url,ARGS="--model runs/a/final")
 	$(door) evaluate --dump "$$URL" $(ARGS)
 
-merge: $(TEACHER)  ## An adapter folded into its base: make merge ARGS="runs/a/final runs/a/merged"
+merge: $(TRAIN)  ## An adapter folded into its base: make merge ARGS="runs/a/final runs/a/merged"
 	$(if $(ARGS),,@{ echo 'usage: make merge ARGS="runs/a/final runs/a/merged"' >&2; exit 64; })
 	$(door) merge $(ARGS)
 
@@ -196,13 +197,22 @@ $(QLORA)/.installed: pyproject.toml constraints.txt
 	$(QLORA)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,qlora]'
 	touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,demo]'
+	touch $@
+
+test-lowest: $(LOWEST)/.installed  ## The ordinary tests with the lowest versions that pyproject.toml allows, torch apart
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal \
+	    -m "not slow and not gpu and not vllm and not skypilot" $(PYTEST_ARGS)
+
 test-qlora: $(QLORA)/.installed  ## 4-bit students, in an environment of its own: peft imports bitsandbytes wherever it is, 2 s
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	    $(QLORA)/bin/python -m pytest tests/student_train/test_quantised.py $(PYTEST_ARGS)
 
 $(LMEVAL)/.installed: pyproject.toml constraints.txt
 	test -x $(LMEVAL)/bin/python || $(PYTHON) -m venv $(LMEVAL)
-	$(LMEVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,eval]' pytest pytest-timeout
+	$(LMEVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]' pytest pytest-timeout
 	touch $@
 
 test-lm-eval: $(LMEVAL)/.installed  ## Adapters and merged models under lm-evaluation-harness, in an environment of its own
@@ -240,4 +250,4 @@ bench-clusters: $(DEV)  ## Training that follows the dump against training after
 
 clean:  ## Remove caches; keeps the virtual environment, models and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -not -path './$(QLORA)/*' -not -path './$(LMEVAL)/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -not -path './$(SKY)/*' -not -path './$(QLORA)/*' -not -path './$(LMEVAL)/*' -not -path './$(LOWEST)/*' -exec rm -rf {} +

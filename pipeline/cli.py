@@ -25,6 +25,7 @@ from storage_schemas.common.devices import take_own_gpus, visible_gpus
 from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
+from storage_schemas.common.extras import STAGE_TWO, refuse_missing
 from storage_schemas.common.publish import publish
 from storage_schemas.common.secrets import shown
 from storage_schemas.common.signals import interrupt
@@ -115,7 +116,7 @@ def dump(
     if teacher.device in ("auto", "cuda"):
         take_own_gpus(os.environ)
     placement = dump_placement(os.environ, rank, world_size)
-    _refuse_nproc(nproc, teacher)
+    _refuse_unfit_group(nproc, teacher)
     if workers > 1 and teacher.grouped:
         raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
     code = 0
@@ -130,7 +131,12 @@ def dump(
         summary = run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    print_result(summary, as_json, result)
+    if as_json or result is not None:
+        print_result(summary, as_json, result)
+    else:
+        from pipeline.views.summary import print_dumps
+
+        print_dumps(summary, Console())
 
 
 @app.command()
@@ -177,6 +183,7 @@ def train(
     found = load_config(config, overrides or ())
     nodes = training_nodes(os.environ, nnodes, node_rank, rdzv_endpoint)
     kept = need(found.train, "train", "train").output / "config.yaml"
+    refuse_missing("`llm-neo train`", *STAGE_TWO, extra="train")
     with run_directory(found, nodes):
         if nodes.node_rank == 0 and not kept.exists():
             publish(kept, found.to_yaml(), private=True)
@@ -201,6 +208,7 @@ def run(
     from pipeline.run import run_pipeline
 
     found = load_config(config, overrides or ())
+    refuse_missing("`llm-neo run`", *STAGE_TWO, extra="train")
     with run_directory(found, Nodes(), command="run"):
         # With --json, standard output belongs to the object alone.
         console = Console(stderr=as_json)
@@ -231,6 +239,7 @@ def evaluate(
     result: Result = None,
 ) -> None:
     """Compare a model with the teacher on a dump, token by token: KL, cross-entropy, agreement, calibration."""
+    refuse_missing("`llm-neo evaluate`", "peft", extra="train")
     from pipeline.commands import shown_progress
     from pipeline.views.evaluation import print_evaluation
     from storage_schemas.reader import Dump
@@ -286,6 +295,8 @@ def report(
     if html is None:
         typer.echo(markdown(found))
         return
+    if samples:
+        refuse_missing("a page with samples", "peft", extra="train", instead="give --samples 0")
     from pipeline.views.run_page import run_page, samples_of
     from storage_schemas.reader import Dump
     from student_train.results.evaluate import evaluate as evaluate_model
@@ -320,6 +331,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model: with its own chat template, to an end where it has learned to stop."""
+    refuse_missing("`llm-neo chat`", "peft", extra="train")
     from pipeline.views.chat import converse
     from student_train.results.chat import Chat
 
@@ -341,12 +353,14 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Fold an adapter into its base model; the result loads without peft. Logits are compared before and after."""
+    refuse_missing("`llm-neo merge`", "peft", extra="train")
     from student_train.results.merge import merge as merge_adapter
 
     saved_as = merge_adapter(
         adapter, out, dtype=None if dtype is None else str(dtype_name(dtype)), base=base, trust=trust_remote_code
     )
-    typer.echo(f"{out} is a plain model in {saved_as}; docs/serving.md says how to serve it, or the adapter unmerged")
+    serving = "`llm-neo docs serving` says how to serve it, or the adapter unmerged"
+    typer.echo(f"{out} is a plain model in {saved_as}; {serving}")
 
 
 @app.command()
@@ -373,7 +387,7 @@ def plan(
     whole = load_config(config, overrides or ())
     teacher = need(whole.teacher, "teacher", "plan")
     need(whole.corpus, "corpus", "plan")
-    _refuse_nproc(nproc, teacher)
+    _refuse_unfit_group(nproc, teacher)
     pilot: dict[str, Any] = {"samples": pilot_samples, "seed": seed}
     pilot |= {"tokens_per_second": tokens_per_second, "price_per_hour": price_per_hour}
     if teacher.grouped:
@@ -424,7 +438,12 @@ def verify(
         again = compare()
         found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
         found["recompute"] = again
-    print_result(found, as_json)
+    if as_json:
+        print_result(found, as_json)
+    else:
+        from pipeline.views.summary import print_verified
+
+        print_verified(url, found, Console())
     if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
@@ -562,11 +581,32 @@ def resize(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub.")] = None,
 ) -> None:
     """Give a student rows for tokens that only the teacher's tokenizer has. Train them with modules_to_save."""
+    refuse_missing("`llm-neo resize`", "peft", extra="train")
     from storage_schemas.reader import Dump
     from student_train.results.resize import resize as resize_model
 
     before, after = resize_model(model, out, Dump.open(dump, options=pairs(store)), revision=revision)
     typer.echo(f"{out}: {after} rows in place of {before}; train them with student.lora.modules_to_save")
+
+
+@app.command()
+def docs(
+    page: Annotated[str | None, typer.Argument(metavar="PAGE", help="Which one; default: list them.")] = None,
+) -> None:
+    """Print a page of the documentation, such as `data_formats`. Without a page: list them."""
+    from rich.markdown import Markdown
+
+    from pipeline import pages
+
+    if page is None:
+        for name, title in pages.pages().items():
+            typer.echo(f"{name:24} {title}")
+        return
+    text, console = pages.page(page), Console()
+    if console.is_terminal:
+        console.print(Markdown(text, hyperlinks=False))
+    else:
+        typer.echo(text, nl=False)
 
 
 app.command("import")(cli_exchange.bring)
@@ -580,11 +620,13 @@ def _ranks(nproc: int | None) -> int:
     return nproc or len(visible_gpus(os.environ)) or 1
 
 
-def _refuse_nproc(nproc: int | None, teacher: TeacherSection) -> None:
+def _refuse_unfit_group(nproc: int | None, teacher: TeacherSection) -> None:
     if nproc is not None and not teacher.grouped:
         raise typer.BadParameter(
             "is for teacher.sharding: tensor or zero3; did you mean --workers?", param_hint="--nproc"
         )
+    if teacher.sharding == "zero3":
+        refuse_missing("teacher.sharding: zero3", "deepspeed", extra="train", instead="set teacher.sharding: tensor")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -18,7 +18,7 @@ from teacher_dump.config import TeacherSection
 def bring(
     layout: Annotated[
         Literal["distillkit", "axolotl", "lists", "megatron"],
-        typer.Argument(metavar="FORMAT", help="distillkit, axolotl, lists or megatron: docs/interoperability.md."),
+        typer.Argument(metavar="FORMAT", help="distillkit, axolotl, lists, megatron: `llm-neo docs interoperability`."),
     ],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The store: a file, or a directory of files.")],
     url: Annotated[

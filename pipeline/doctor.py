@@ -27,6 +27,7 @@ from pipeline.views.report import PACKAGES
 from storage_schemas.common.devices import refuse_idle_gpus, usable_cores, visible_gpus
 from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
 from storage_schemas.common.exits import Exit
+from storage_schemas.common.extras import STAGE_TWO, installed
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.secrets import masked
 from storage_schemas.config import DumpSection
@@ -36,6 +37,7 @@ from storage_schemas.stores.address import local_path
 from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
 from student_train.config import sections_of
+from student_train.results.model_card import package_version
 
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
@@ -102,7 +104,11 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
     yield from _guarded("python", _python)
     yield from _guarded("packages", _packages)
     yield from _guarded("torch", lambda: _torch(env))
-    yield from _guarded("DeepSpeed", lambda: _deepspeed(env))
+    lacking = [package for package in STAGE_TWO if not installed(package)]
+    if lacking:
+        yield _no_stage_two(lacking, config)
+    else:
+        yield from _guarded("DeepSpeed", lambda: _deepspeed(env))
     yield from _guarded("ranks", lambda: _ranks(env))
     for subject, folder in _disks(config).items():
         yield from _guarded(subject, lambda subject=subject, folder=folder: _disk(subject, folder))  # type: ignore[misc]
@@ -114,7 +120,7 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
     for subject, section in stores.items():
         yield from _guarded(subject, lambda subject=subject, section=section: _store(subject, section, config))  # type: ignore[misc]
-    if config.student is not None:
+    if config.student is not None and not lacking:
         yield from _guarded("student", lambda: _student(config))
         yield from _guarded("tokenizer", lambda: _tokenizer(config))
 
@@ -146,7 +152,8 @@ def _packages() -> Iterator[Finding]:
     """The packages that this one requires, by what its own metadata say."""
     wrong = []
     for wanted in map(Requirement, requires("llm-neo") or ()):
-        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+        extras = ("", "train") if installed(wanted.name) else ("",)
+        if wanted.marker is None or any(wanted.marker.evaluate({"extra": extra}) for extra in extras):
             try:
                 found = version(wanted.name)
             except PackageNotFoundError:
@@ -157,7 +164,7 @@ def _packages() -> Iterator[Finding]:
         fix = "pip install --upgrade llm-neo, or these packages alone"
         yield Finding(subject="packages", state="failure", said=f"needed are {'; '.join(wrong)}", fix=fix)
     else:
-        said = ", ".join(f"{name} {version(name)}" for name in PACKAGES if name != "torch")
+        said = ", ".join(f"{name} {package_version(name)}" for name in PACKAGES if name != "torch")
         yield Finding(subject="packages", state="ok", said=said)
 
 
@@ -183,6 +190,14 @@ def _torch(env: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(subject="devices", state="warning", said=said, fix="unset DS_ACCELERATOR")
     else:
         yield Finding(subject="devices", state="ok", said=said)
+
+
+def _no_stage_two(lacking: Sequence[str], config: Config | None) -> Finding:
+    """Packages are missing that training alone needs: here, or on another cluster."""
+    only_trains = config is not None and config.teacher is None and config.train is not None
+    said = f"{' and '.join(lacking)} not installed: `dump` and what goes with it do without, training does not"
+    fix = "where training runs: pip install 'llm-neo[train]'"
+    return Finding(subject="DeepSpeed", state="failure" if only_trains else "warning", said=said, fix=fix)
 
 
 def _deepspeed(env: Mapping[str, str]) -> Iterator[Finding]:

@@ -79,7 +79,7 @@ def validated(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        expected = f"the fields of {model.__name__}, see docs/format.md"
+        expected = f"the fields of {model.__name__}, see `llm-neo docs format`"
         raise _not_valid(name, problems[:1000], expected=expected) from error
 
 

@@ -249,7 +249,7 @@ def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, nam
         raise DataError(
             f"{name} breaks the dump format",
             got=f"{type(error).__name__}: {str(error)[:500]}",
-            expected="what docs/format.md says",
+            expected="what `llm-neo docs format` says",
             fix="run `llm-neo verify`; dump the unit again if the file is damaged",
         ) from error
     return unit

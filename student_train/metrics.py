@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ from pydantic import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.errors import TemporaryError
+from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
 
@@ -431,11 +431,7 @@ def reporting(
 
 def refuse_missing_trackers(report_to: Sequence[str]) -> None:
     """Raise MismatchError if a tracker's package is not installed."""
-    for tracker in report_to:
-        if find_spec(tracker) is None:  # Also the name of our extra.
-            raise MismatchError(
-                f"train.report_to names {tracker}, which is not installed",
-                got=f"no package {tracker}",
-                expected=f"train.report_to: {list(report_to)} to be usable",
-                fix=f"pip install 'llm-neo[{tracker}]', or take it out of train.report_to",
-            )
+    for tracker in report_to:  # Also the name of its extra.
+        refuse_missing(
+            f"train.report_to: {tracker}", tracker, extra=tracker, instead=f"take {tracker} out of train.report_to"
+        )

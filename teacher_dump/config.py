@@ -130,7 +130,7 @@ class SourceSection(FrozenModel):
 
     path: Located
     """File (JSONL, JSON, Parquet, Arrow, CSV, TSV, txt) or glob, `s3://`, `gs://`, `az://` or `file://` too; directory,
-    prefix or hub id. docs/data_formats.md has an example of each format."""
+    prefix or hub id. `llm-neo docs data_formats` has an example of each format."""
     format: Literal[
         "auto", "messages", "conversations", "alpaca", "prompt_completion", "text", "tokens", "question_answer",
         "question_response", "instruction_response",

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,4 +20,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_report_header() -> str:
     """Versions that results depend on."""
     packages = ("torch", "transformers", "peft", "deepspeed", "pyarrow", "obstore", "datasets")
-    return "versions: " + ", ".join(f"{name} {version(name)}" for name in packages)
+    return "versions: " + ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name))

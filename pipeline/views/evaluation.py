@@ -46,7 +46,8 @@ def print_evaluation(results: dict[str, dict[str, Any]], differences: dict[str, 
     console.print(table)
     for model, found in results.items():
         if len(results) > 1:
-            console.print("", Text(model, style="bold"))
+            console.print()
+            console.print(Text(model, style="bold"))
         for name, title in GROUPS.items():
             console.print(_groups(title, found[name]))
 

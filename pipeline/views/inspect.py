@@ -22,6 +22,8 @@ from storage_schemas.targets import Decoded, decode
 
 TOP = 5
 """Entries that are shown of a target."""
+BLANK = "\u2581"
+"""Stands for a blank, as SentencePiece writes it; an underscore would look like one of the text."""
 _CONTEXT = 6
 """Tokens that are shown before the supervised one."""
 
@@ -295,14 +297,19 @@ def row_title(view: RowView) -> str:
     return f"row {view.sample_index}, id {view.sample_id}: {view.status}, {view.tokens} tokens"
 
 
+def odds(token: TokenView) -> str:
+    """What the teacher gave the token itself."""
+    return "not among the stored entries" if token.p is None else f"p {token.p:.4f}, rank {token.rank}"
+
+
 def marked(text: str) -> str:
     """Visible text with a mark before each line end, which has no width to be coloured."""
     return visible(text).replace("\n", "\u21b5\n")
 
 
 def quoted(text: str) -> str:
-    """Text in one line, with its blanks and line ends visible."""
-    return visible(text).replace("\n", "\\n").replace(" ", "_")
+    """Text in one line, with its blanks and line ends visible: a blank is `BLANK`."""
+    return visible(text.replace(BLANK, "\\u2581")).replace("\n", "\\n").replace(" ", BLANK)
 
 
 def as_json(dump: Dump, rows: Sequence[int]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces
 from pipeline.views.runs import Run, differences, facts
-from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.secrets import visible
 from student_train.results.evaluate import Evaluated
 
@@ -92,15 +92,10 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     Raises:
         MismatchError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MismatchError(
-            "a page with figures needs matplotlib",
-            got="it is not installed",
-            fix="pip install 'llm-neo[report]', or leave out --html for the table alone",
-        ) from error
+    refuse_missing("a page with figures", "matplotlib", extra="report", instead="leave out --html for the table alone")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     drawn: list[tuple[str, Callable[[Any], float], str | None]] = [
         ("Divergence from the teacher, nats per token", lambda event: event.kl, "kl"),
         ("Cross-entropy, nats per token", lambda event: event.ce, "ce"),

@@ -3,13 +3,12 @@
 What is saved belongs to the model as it is stored: an adapter is never bound to one rounding of its base.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.extras import refuse_missing
 from student_train.config import StudentSection, TrainSection
 
 PACKAGE = "bitsandbytes"
@@ -37,13 +36,7 @@ def refuse_unfit_quantisation(student: StudentSection, train: TrainSection) -> N
             expected=wrong[1],
             fix="change the one or remove the other",
         )
-    if find_spec(PACKAGE) is None:
-        raise MismatchError(
-            f"student.quantization: {student.quantization} needs {PACKAGE}",
-            got="it is not installed",
-            expected=PACKAGE,
-            fix="pip install 'llm-neo[qlora]'",
-        )
+    refuse_missing(f"student.quantization: {student.quantization}", PACKAGE, extra="qlora")
 
 
 def quantisation(student: StudentSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -83,7 +83,7 @@ def find_source(source: SourceSection) -> Found:
         raise DataError(
             "a source of the corpus is missing",
             got=f"no file {source.path}",
-            expected="a file (docs/data_formats.md has the kinds), a glob, a directory, or a dataset id",
+            expected="a file (kinds: `llm-neo docs data_formats`), a glob, a directory, or a dataset id",
             fix="correct corpus.sources[].path; a relative path begins where the command is run",
         )
     return Found(None, source.path)
@@ -326,6 +326,6 @@ def _unreadable(source: SourceSection, error: BaseException) -> DataError:
     return DataError(
         f"a source of the corpus cannot be read: {source.path}",
         got=f"{type(error).__name__}: {str(error)[:300]}",
-        expected="a file (docs/data_formats.md has the kinds), a directory or a dataset id, with the configured split",
+        expected="a file (kinds: `llm-neo docs data_formats`), a directory or a dataset id, with the configured split",
         fix="correct the file, or corpus.sources[] (path, name, split); without network, download it first",
     )

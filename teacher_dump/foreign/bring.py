@@ -198,7 +198,7 @@ def _claims(layout: Layout, said: Mapping[str, Any]) -> Claims:
             f"a store of the layout `{layout}` does not say what its numbers mean",
             got="nothing about " + ", ".join(missing),
             expected=", ".join(f"--{name}" for name in missing),
-            fix="see `llm-neo import --help` and docs/interoperability.md; a wrong word here trains on wrong targets",
+            fix="see `llm-neo import --help` and `llm-neo docs interoperability`; a wrong word trains on wrong targets",
         )
     claims = Claims.model_validate(found)
     if claims.temperature != 1.0:

@@ -225,7 +225,7 @@ class Survey:
                 "the values were renormalised over the stored entries, so the tail is lost",
                 got=f"all {self.targets} targets hold a probability of 1",
                 expected="less for some of them, with --tail implied",
-                fix="say --tail lost, and read in docs/interoperability.md what that means for training",
+                fix="say --tail lost; `llm-neo docs interoperability` says what that means for training",
             )
         if claims.tail == "lost" and abs(mean - 1) > OVER_ONE:
             raise DataError(

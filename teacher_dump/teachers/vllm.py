@@ -6,7 +6,6 @@ are computed by transformers too and compared.
 """
 
 import gc
-import importlib.util
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from storage_schemas.common.errors import MismatchError, TemporaryError, first_line
+from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.interrupt import in_background
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
@@ -76,13 +76,7 @@ class VllmTeacher(Teacher):
     positions_rule = "one less than max_position_embeddings and teacher.vllm.max_model_len, since one is generated"
 
     def __init__(self, section: TeacherSection) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise MismatchError(
-                "teacher.backend is vllm, and vLLM is not installed",
-                got="no module named vllm",
-                expected="the extra `vllm`, on a machine that vLLM supports",
-                fix="pip install 'llm-neo[vllm]', or set teacher.backend: transformers",
-            )
+        refuse_missing("teacher.backend: vllm", "vllm", extra="vllm", instead="set teacher.backend: transformers")
         super().__init__(section)
         self._engine: Any = None
         self._processes: set[BaseProcess] = set()

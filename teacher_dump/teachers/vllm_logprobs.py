@@ -124,5 +124,5 @@ def _not_understood(got: str, expected: str) -> MismatchError:
         "vLLM's prompt_logprobs are not understood",
         got=got,
         expected=expected,
-        fix="install the release of vLLM that docs/design/teacher.md names, or use teacher.backend: transformers",
+        fix="install the vLLM that `llm-neo docs design/teacher` names, or use teacher.backend: transformers",
     )

@@ -41,6 +41,7 @@ COMMANDS = [
     "doctor",
     "prune",
     "resize",
+    "docs",
     "import",
     "export",
     "push",
@@ -260,7 +261,9 @@ def test_verify_says_what_machines_and_people_need(call: Call, dump: Path) -> No
     assert (found["units"], found["rows"], found["errors"]) == (3, 10, [])
     assert found["supervised_tokens"] > 0
     assert found["bytes"] == sum(file.stat().st_size for file in (dump / "data").glob("*.parquet"))
-    assert "supervised_tokens" in call("verify", str(dump))[1]
+    shown = call("verify", str(dump))[1]
+    assert "intact" in shown
+    assert f"3 units, 10 rows, {found['bytes']:,} bytes" in shown
 
 
 def test_verify_of_damage_exits_65_and_names_it(call: Call, dump: Path, tmp_path: Path) -> None:
@@ -271,6 +274,10 @@ def test_verify_of_damage_exits_65_and_names_it(call: Call, dump: Path, tmp_path
     assert code == Exit.BAD_DATA
     assert json.loads(out)["ok"] is False
     assert "unit 1" in json.loads(out)["errors"][0]
+    code, out, _ = call("verify", str(copy))
+    assert code == Exit.BAD_DATA
+    assert "1 error" in out
+    assert "unit 1" in out
     code, out, err = call("verify", str(tmp_path / "absent"), "--json")
     assert (code, out) == (Exit.BAD_DATA, "")
     assert "there is no dump" in err

@@ -292,3 +292,19 @@ def test_the_exit_code() -> None:
     cases = {"fine": 0, "fine doubt": 0, "away doubt": 75, "away away": 75, "bad": 78, "bad away": 78}
     for names, code in cases.items():
         assert exit_code([states[name] for name in names.split()]) == code
+
+
+@pytest.mark.parametrize(
+    ("sections", "state"), [({}, "warning"), ({"teacher": {"model": "t"}}, "warning"), (None, "failure")]
+)
+def test_what_training_alone_needs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: Any, state: str
+) -> None:
+    """Missing it is a failure where nothing but training can be meant; on the teacher's cluster it is none."""
+    monkeypatch.setattr(doctor, "installed", lambda package: package != "deepspeed")
+    training = {"student": {"model": "nowhere"}, "train": {"output": str(tmp_path / "run")}}
+    config = write_config(tmp_path, dump={"url": str(tmp_path / "dump")}, **training, **(sections or {}))
+    words = [config] if sections != {} else []
+    finding = found(capsys, *words, code=Exit.MISMATCH if state == "failure" else 0)["DeepSpeed"]
+    assert (finding["state"], "pip install 'llm-neo[train]'" in finding["fix"]) == (state, True)
+    assert finding["said"].startswith("deepspeed not installed")

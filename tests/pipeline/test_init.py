@@ -1,11 +1,6 @@
-"""Recipes: valid, written once, known to editors, and in the wheel."""
+"""Recipes: valid, written once, and known to editors; `test_packaging.py` finds them in the wheel."""
 
 import json
-import shutil
-import subprocess
-import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -99,47 +94,3 @@ def test_the_examples_are_the_recipes() -> None:
         example = ROOT / "examples" / name
         assert example.is_symlink()
         assert example.resolve().parent == FOLDER
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is packaged."""
-    source = tmp_path_factory.mktemp("packaged")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for package in ("pipeline", "teacher_dump", "student_train", "storage_schemas", "examples"):
-        shutil.copytree(ROOT / package, source / package, ignore=ignored, symlinks=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, source)
-    return source
-
-
-def test_the_source_distribution_holds_the_examples_in_full(source: Path, tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    body = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", body], cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as held:
-        # As files, which archives without links keep, too.
-        files = {member.name.partition("/")[2]: held.extractfile(member) for member in held if member.isreg()}
-        for file in (file for file in (source / "examples").rglob("*") if file.is_file()):
-            found = files.get(str(file.relative_to(source)))
-            assert found is not None, file
-            assert found.read() == (ROOT / file.relative_to(source)).read_bytes()
-
-
-def test_the_wheel_holds_the_recipes_and_their_schema(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True, check=False)
-    if "Cannot import 'setuptools.build_meta'" in done.stderr:
-        pytest.skip("setuptools is not installed here")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    installed = tmp_path / "installed"
-    zipfile.ZipFile(wheel).extractall(installed)
-    body = "from pathlib import Path; from pipeline.init import *; write_recipe('qwen3', Path('x.yaml'))"
-    subprocess.run([sys.executable, "-P", "-c", body], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, check=True)
-    assert (tmp_path / "x.yaml").read_bytes() == (FOLDER / "qwen3.yaml").read_bytes()
-    assert (tmp_path / SCHEMA).read_bytes() == (FOLDER / SCHEMA).read_bytes()
-    listed = sorted(name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("pipeline/recipes/"))
-    assert listed == sorted(f"pipeline/recipes/{file.name}" for file in FOLDER.iterdir())

@@ -194,6 +194,25 @@ def test_the_terminal_shows_text_legend_and_table(dump):
     assert "\x1b" not in plain.getvalue()
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_of_any_width_cuts_nothing(dump, width):
+    screen = StringIO()
+    terminal.show(dump, [0, 1], Console(file=screen, width=width))
+    shown = screen.getvalue()
+    assert "\u2026" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    tokens = [token for view in show.row_views(dump, [0, 1]) for token in view.supervised]
+    assert all(f"{token.mass:.4f}" in shown for token in tokens)
+    if width == 80:
+        for token in tokens:
+            assert f"{show.quoted(token.token)}  {show.odds(token)}" in shown
+            assert all(f"{show.quoted(text)}:{p:.3f}" in shown for text, p in token.top)
+
+
+def test_a_blank_is_not_taken_for_a_character_of_the_text():
+    assert show.quoted(" a_b \u2581\n") == "\u2581a_b\u2581\\u2581\\n"
+
+
 def test_the_page_holds_what_the_views_hold(dump):
     text = page.page(dump, [0, 1, 2, 3])
     parsed = Parsed(text)

@@ -330,7 +330,10 @@ def test_the_smallest_bomb_is_refused_before_it_unfolds(
     table = pa.table({"x": pa.repeat(pa.scalar(0, pa.int32()), 20_000_000)})
     one_page = {"data_page_size": 2**30, "max_rows_per_page": 2**30, "row_group_size": 2**30, "write_batch_size": 2**30}
     metadata = None if version is None else {k.encode(): v.encode() for k, v in metadata_of(provenance, 0).items()}
-    pq.write_table(table.replace_schema_metadata(metadata), sink, store_schema=version is not None, **one_page)
+    try:
+        pq.write_table(table.replace_schema_metadata(metadata), sink, store_schema=version is not None, **one_page)
+    except TypeError:
+        pytest.skip(f"pyarrow {pa.__version__} writes no page of so many rows")
     data = sink.getvalue().to_pybytes()
     assert version is not None or len(data) < 700
     replace_unit(tmp_path, provenance, 0, data)

