@@ -117,7 +117,7 @@ def recomputing(
     """
     from teacher_dump.config import TeacherSection
     from teacher_dump.corpus.freeze import freeze_corpus
-    from teacher_dump.recompute import recompute, refuse_other_corpus, refuse_other_teacher
+    from teacher_dump.recompute import recompute_rows, refuse_other_corpus, refuse_other_teacher
     from teacher_dump.teachers.teacher import Teacher
 
     dump = Dump.open(url, options=options)
@@ -150,7 +150,7 @@ def recomputing(
 
     def compare() -> dict[str, Any]:
         with shown_progress(f"recomputing rows of {url}") as progress:
-            report = recompute(dump, teacher, rows=rows, seed=seed, corpus=corpus, progress=progress)
+            report = recompute_rows(dump, teacher, rows=rows, seed=seed, corpus=corpus, progress=progress)
         return report.model_dump(mode="json")
 
     return compare

@@ -60,8 +60,8 @@ def whole_dump(url: str, given: dict[str, str], cache: Path) -> None:
     report = verify(url, options=given)
     assert report.ok, report.errors
     dump = Dump.open(url, options=given, cache_dir=cache)
-    assert dump.tokenizer_files() == TOKENIZER
-    assert [len(dump.read_unit(unit)) for unit in dump.records()] == [4, 4, 2]
+    assert dump.read_tokenizer() == TOKENIZER
+    assert [len(dump.read_unit(unit)) for unit in dump.read_records()] == [4, 4, 2]
     assert DumpWriter.open(url, provenance, options=given).commit_unit(0, unit_rows(provenance, 0)) is None
     other = provenance.model_copy(update={"teacher": provenance.teacher.model_copy(update={"dtype": "float16"})})
     with pytest.raises(MismatchError, match=r"teacher\.dtype"):
@@ -287,8 +287,8 @@ def test_every_file_that_was_damaged_on_its_way_is_fetched_once_more(file: str, 
     tiny.requests.clear()
     tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key and n == 1 else None
     dump = Dump.open(URL, options=options(tiny.port))
-    assert len(dump.records()) == provenance.units
-    assert dump.tokenizer_files() == TOKENIZER
+    assert len(dump.read_records()) == provenance.units
+    assert dump.read_tokenizer() == TOKENIZER
     fetched = [key for method, key in tiny.requests if f"/{file}" in key]
     assert len(fetched) >= 2
     tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key else None
@@ -298,17 +298,17 @@ def test_every_file_that_was_damaged_on_its_way_is_fetched_once_more(file: str, 
 
 def read_all(tiny: TinyS3) -> None:
     dump = Dump.open(URL, options=options(tiny.port))
-    dump.records()
-    dump.tokenizer_files()
+    dump.read_records()
+    dump.read_tokenizer()
 
 
 def test_a_follower_asks_once_per_record(tiny: TinyS3) -> None:
     make_dump(URL, options=options(tiny.port), seal=False)
     dump = Dump.open(URL, options=options(tiny.port))
     before = len(tiny.requests)
-    assert dump.record(0) is not None
-    assert dump.record(0) is not None
-    assert dump.record(7) is None
+    assert dump.read_record(0) is not None
+    assert dump.read_record(0) is not None
+    assert dump.read_record(7) is None
     assert len(tiny.requests) - before == 2
 
 
