@@ -113,7 +113,7 @@ def recomputing(
     says where the teacher lies, if not where `config` or run.json say.
 
     Raises:
-        MismatchError: the teacher is not here, or it or the corpus is another one.
+        MismatchError: the teacher is not here or was never in files, or it or the corpus is another one.
     """
     from teacher_dump.config import TeacherSection
     from teacher_dump.corpus.freeze import freeze_corpus
@@ -122,6 +122,13 @@ def recomputing(
 
     dump = Dump.open(url, options=options)
     named = dump.provenance.origin
+    if dump.provenance.teacher.in_memory:
+        raise MismatchError(
+            f"the teacher of {url} was a model in memory, which no path or hub id leads to",
+            got=f"{named.model}, known by a hash of its tensors",
+            expected="a teacher that was loaded from files",
+            fix="with that model, in Python: recompute_rows(dump, LoadedTeacher(model, tokenizer), rows=20)",
+        )
     if config is not None:
         section = need(config.teacher, "teacher", "verify --config")
     else:

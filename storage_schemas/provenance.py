@@ -12,6 +12,9 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, TopK, retempered
 
+IN_MEMORY = "state_dict"
+"""In place of a file's name: the hash is of the tensors of a model that was in memory."""
+
 
 class _Identity(FrozenModel):
     """A record whose absent fields are left out, not null: what the first writers had alone, and what they lacked."""
@@ -30,7 +33,7 @@ class TeacherIdentity(_Identity):
     config_sha256: str
     """Hash of what config.json says, see `teacher_dump/teachers/model_files.py`; the first writers hashed the file."""
     weights_sha256: dict[str, str]
-    """Hash of each weight file, by file name."""
+    """Hash of each weight file, by file name; or of a model that was in memory, under `state_dict` alone."""
     dtype: str
     """Compute dtype of the forward pass."""
     lm_head_rows: int = Field(alias="head_size", ge=1, lt=2**31)
@@ -41,6 +44,11 @@ class TeacherIdentity(_Identity):
     """Of the first writers alone; see `MadeBy.model`."""
     revision: str | None = None
     """Of the first writers alone; see `MadeBy.revision`."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was a model object, which no path or hub id leads to."""
+        return IN_MEMORY in self.weights_sha256
 
 
 class TokenizerIdentity(FrozenModel):
