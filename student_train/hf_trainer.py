@@ -121,6 +121,9 @@ def _refuse_unfit(model: nn.Module, args: Any, loss: LossSection, trainer: Mappi
         "several GPUs in one process (DataParallel); start one process per GPU with torchrun": args.n_gpu > 1,
         "average_tokens_across_devices=False on several ranks": several and not args.average_tokens_across_devices,
         "label_smoothing_factor": args.label_smoothing_factor,
+        "torch_compile": args.torch_compile,
+        "a train_sampling_strategy, where the dump has an order": getattr(args, "train_sampling_strategy", "random")
+        not in ("random", "sequential"),
         "the auxiliary loss of routers (output_router_logits)": RouterLoss.of(causal_of(model)) is not None,
         **{name: trainer.get(name) is not None for name in ("compute_loss_func", "compute_metrics", "data_collator")},
     }

@@ -1,6 +1,7 @@
 """The public names of the packages, and the examples that use nothing else."""
 
 import ast
+import json
 import re
 import runpy
 import shutil
@@ -144,6 +145,8 @@ def test_own_loop(place: Path) -> None:
 
 
 def test_trainer(place: Path, tmp_path: Path) -> None:
+    """On average it is below what it begins with."""
     loss = run("trainer", place / "student", place / "dump", tmp_path)
-    assert 0 < loss < run("own_loop", place / "student", place / "dump")[0]
+    state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
+    assert 0 < loss < state["log_history"][0]["loss"]
     assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -95,6 +95,8 @@ def _refuse_unusable(model: Any) -> None:
         got = f"a {type(model).__name__} without {', '.join(missing)}"
     elif model.get_output_embeddings() is None:
         got = f"a {type(model).__name__}, which has no language-model head"
+    elif any(type(part).__module__.startswith("peft.") for part in model.modules()):
+        got, fix = "an adapter of peft, whose scaling is in no tensor", "call model.merge_and_unload() first"
     elif any(part.training for part in model.modules()):
         got, fix = "a model in training mode", "call model.eval() first"
     elif _dtype_of(model) not in _DTYPES:

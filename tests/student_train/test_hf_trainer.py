@@ -116,6 +116,8 @@ class Spread(Tensor):
 
 def test_what_would_be_trained_otherwise_is_refused(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     refused(place, tmp_path, "label_smoothing_factor", label_smoothing_factor=0.1)
+    refused(place, tmp_path, "torch_compile", torch_compile=True)
+    refused(place, tmp_path, "train_sampling_strategy", train_sampling_strategy="group_by_length")
     refused(place, tmp_path, "compute_metrics", compute_metrics=print)
     refused(place, tmp_path, "data_collator", data_collator=print)
     refused(place, tmp_path, "tail mass for this temperature", loss=LossSection(temperature=3.0))
@@ -131,6 +133,8 @@ def test_what_would_be_trained_otherwise_is_refused(place: Path, tmp_path: Path,
         num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
     )  # fmt: skip
     refused(place, tmp_path, "routers", model=AutoModelForCausalLM.from_config(config))
+    short = AutoConfig.for_model("gpt2", vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    refused(place, tmp_path, "learned positions", model=AutoModelForCausalLM.from_config(short))
     with monkeypatch.context() as two:
         two.setattr("transformers.TrainingArguments.world_size", 2)
         refused(place, tmp_path, "average_tokens_across_devices", average_tokens_across_devices=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, rows_of, sections
 from support.tiny_teachers import tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM
@@ -110,7 +111,10 @@ def test_models_that_cannot_be_teachers_are_refused(job: dict[str, Any]) -> None
     body = AutoModel.from_config(tiny_model("llama").config).eval()
     with torch.device("meta"):
         nowhere = AutoModelForCausalLM.from_config(body.config, dtype=torch.float32).eval()
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear")).eval()
     for model, says in (
+        (adapted, r"merge_and_unload\(\)"),
+        (adapted.get_base_model(), "adapter of peft"),
         (torch.nn.Linear(2, 2).eval(), "a Linear without config"),
         (body, "no language-model head"),
         (tiny_model("llama").train(), r"training mode(.|\n)*model\.eval\(\)"),
