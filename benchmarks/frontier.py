@@ -169,7 +169,7 @@ def table(points: Sequence[Point], full: Point) -> list[str]:
 
 def bytes_per_supervised_token(dump: Path) -> float:
     """Of all files of a dump."""
-    tokens = sum(record.supervised_tokens for record in Dump.open(str(dump)).records().values())
+    tokens = sum(record.supervised_tokens for record in Dump.open(str(dump)).read_records().values())
     return sum(file.stat().st_size for file in dump.rglob("*") if file.is_file()) / tokens
 
 
@@ -180,7 +180,7 @@ def without_tail(source: Path, url: Path) -> Path:
     writer = DumpWriter.open(str(url), dump.provenance.model_copy(update={"logprob_step": 0.0}))
     if (url / "SEALED.json").is_file():
         return url
-    writer.put_tokenizer(dump.tokenizer_files())
+    writer.put_tokenizer(dump.read_tokenizer())
     for unit in range(dump.provenance.units):
         rows = dump.read_unit(unit)
         writer.commit_unit(unit, [

@@ -175,8 +175,7 @@ class RandomTeacher(Teacher):
     def refuse_unloadable(self) -> None:
         """There are no files to refuse."""
 
-    @property
-    def identity(self) -> TeacherIdentity:  # type: ignore[override]
+    def identify(self) -> TeacherIdentity:
         """Not that of any files."""
         return TeacherIdentity(
             config_sha256="0" * 64, weights_sha256={}, dtype="bfloat16", lm_head_rows=self.lm_head_rows

@@ -165,7 +165,7 @@ def start(work: Workload) -> Rows:
         begin = time.perf_counter()
         dump, mix = opened(url)
         for unit in mix.orders[0].block_at(0, 0)[1]:
-            dump.record(int(unit))
+            dump.read_record(int(unit))
         mix.step_samples(0)
         begins.append(time.perf_counter() - begin)
     for _ in range(2):

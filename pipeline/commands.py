@@ -113,11 +113,11 @@ def recomputing(
     says where the teacher lies, if not where `config` or run.json say.
 
     Raises:
-        MismatchError: the teacher is not here, or it or the corpus is another one.
+        MismatchError: the teacher is not here or was never in files, or it or the corpus is another one.
     """
     from teacher_dump.config import TeacherSection
     from teacher_dump.corpus.freeze import freeze_corpus
-    from teacher_dump.recompute import recompute, refuse_other_corpus, refuse_other_teacher
+    from teacher_dump.recompute import recompute_rows, refuse_other_corpus, refuse_other_teacher
     from teacher_dump.teachers.teacher import Teacher
 
     dump = Dump.open(url, options=options)
@@ -128,6 +128,13 @@ def recomputing(
             got="--recompute",
             expected="a dump made by `llm-neo dump`",
             fix="`llm-neo evaluate --model TEACHER --dump URL` compares it with a model: a KL near 0 proves the import",
+        )
+    if dump.provenance.teacher.in_memory:
+        raise MismatchError(
+            f"the teacher of {url} was a model in memory, which no path or hub id leads to",
+            got=f"{named.model}, known by a hash of its tensors",
+            expected="a teacher that was loaded from files",
+            fix="with that model, in Python: recompute_rows(dump, LoadedTeacher(model, tokenizer), rows=20)",
         )
     if config is not None:
         section = need(config.teacher, "teacher", "verify --config")
@@ -157,7 +164,7 @@ def recomputing(
 
     def compare() -> dict[str, Any]:
         with shown_progress(f"recomputing rows of {url}") as progress:
-            report = recompute(dump, teacher, rows=rows, seed=seed, corpus=corpus, progress=progress)
+            report = recompute_rows(dump, teacher, rows=rows, seed=seed, corpus=corpus, progress=progress)
         return report.model_dump(mode="json")
 
     return compare

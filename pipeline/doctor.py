@@ -350,7 +350,7 @@ def _tokenizer(config: Config) -> Iterator[Finding]:
     if Store(section.url, options=section.storage_options).size(RUN) is None:
         yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
         return
-    files = Dump.open(section.url, options=section.storage_options).tokenizer_files()
+    files = Dump.open(section.url, options=section.storage_options).read_tokenizer()
     code = runs_code(config.student.trust_remote_code, model, revision, setting=TRUST)
     head_rows = described(model, revision, code).get_text_config().vocab_size
     refuse_tokenizer(model, revision, files, head_rows=head_rows)

@@ -116,7 +116,7 @@ def run_pipeline(
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
         "train_steps": trained.steps,
-        "train_samples": sum(count_statuses(one.records()).get(OK, 0) for one in trained_on),
+        "train_samples": sum(count_statuses(one.read_records()).get(OK, 0) for one in trained_on),
         "teacher": teacher.model,
         "student": student.model,
         "adapter": str(final) if train.lora else None,
@@ -181,7 +181,7 @@ def result_table(summary: dict[str, Any]) -> Table:
 def _sealed(config: Config, url: str) -> str | None:
     """A hash of all that a sealed dump holds; None while it is not sealed or not there."""
     try:
-        seal = Dump.open(url, options=config.dump.storage_options).seal()
+        seal = Dump.open(url, options=config.dump.storage_options).read_seal()
     except DataError:
         return None
     return None if seal is None else f"{seal.fingerprint}:{seal.records_sha256}"

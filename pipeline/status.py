@@ -215,7 +215,7 @@ class _DumpWatcher:
             "units": provenance.units,
             "samples": provenance.corpus.samples,
         }
-        if seal := dump.seal():
+        if seal := dump.read_seal():
             sums = seal.model_dump(include={"tokens", "supervised_tokens", "bytes"})
             return DumpStatus(sealed=True, units_done=seal.units, samples_done=seal.rows, **sums, **whole)
         dated = {
@@ -235,7 +235,7 @@ class _DumpWatcher:
         """Tokens and bytes of the committed units, from the records of some, which change little from look to look."""
         chosen = nsmallest(READ_RECORDS, dated, key=lambda unit: zlib.crc32(b"%d" % unit))
         new = [unit for unit in chosen if unit not in self._records]
-        self._records |= {record.unit: record for record in dump.stored_records(new)}
+        self._records |= {record.unit: record for record in dump.fetch_records(new)}
         read = {unit: self._records[unit] for unit in chosen}
         sums = totals(read)
         rows, whole = sums.pop("rows"), len(read) == len(dated)

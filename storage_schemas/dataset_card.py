@@ -55,7 +55,8 @@ def dataset_card(provenance: Provenance, seal: Seal) -> str:
     """The card of a sealed dump."""
     return _CARD.format(
         teacher=provenance.origin.model,
-        revision=provenance.origin.revision or "of a local directory",
+        revision=provenance.origin.revision
+        or ("of a model in memory" if provenance.teacher.in_memory else "of a local directory"),
         dtype=provenance.teacher.dtype,
         estimator=provenance.estimator.model_dump(),
         temperatures=", ".join(map(str, provenance.temperatures)),

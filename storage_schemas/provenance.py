@@ -14,6 +14,8 @@ from storage_schemas.config import Adaptive, Estimator, Sampled, Temperatures, T
 
 IMPORT = "import"
 """Name of the engine of a dump that was imported from another project's store: nobody here has seen its teacher run."""
+IN_MEMORY = "state_dict"
+"""In place of a file's name: the hash is of the tensors of a model that was in memory."""
 
 
 class _Identity(FrozenModel):
@@ -33,7 +35,7 @@ class TeacherIdentity(_Identity):
     config_sha256: str
     """Hash of what config.json says, see `teacher_dump/teachers/model_files.py`; the first writers hashed the file."""
     weights_sha256: dict[str, str]
-    """Hash of each weight file, by file name."""
+    """Hash of each weight file, by file name; or of a model that was in memory, under `state_dict` alone."""
     dtype: str
     """Compute dtype of the forward pass."""
     lm_head_rows: int = Field(alias="head_size", ge=1, lt=2**31)
@@ -44,6 +46,11 @@ class TeacherIdentity(_Identity):
     """Of the first writers alone; see `MadeBy.model`."""
     revision: str | None = None
     """Of the first writers alone; see `MadeBy.revision`."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was a model object, which no path or hub id leads to."""
+        return IN_MEMORY in self.weights_sha256
 
 
 class TokenizerIdentity(FrozenModel):

@@ -96,7 +96,7 @@ class Dump:
         """Hash of run.json's content."""
         return self.provenance.fingerprint
 
-    def seal(self) -> Seal | None:
+    def read_seal(self) -> Seal | None:
         """The seal, or None while the dump is being written."""
         if self._seal is None and (seal := self.store.parsed_if_present(SEAL, Seal.from_json)):
             claims = {"fingerprint": (seal.fingerprint, self.fingerprint), "units": (seal.units, self.provenance.units)}
@@ -104,18 +104,18 @@ class Dump:
             self._seal = seal
         return self._seal
 
-    def sealed(self) -> bool:
+    def is_sealed(self) -> bool:
         """Whether every unit is committed and the dump is complete."""
-        return self.seal() is not None
+        return self.read_seal() is not None
 
-    def committed(self) -> set[int]:
+    def list_committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
         listed = map(unit_of_record, self.store.list("commits"))
         return {unit for unit in listed if unit is not None and unit < self.provenance.units}
 
-    def records(self) -> Mapping[int, CommitRecord]:
+    def read_records(self) -> Mapping[int, CommitRecord]:
         """All commit records there are: from the manifest of a sealed dump, else by listing."""
-        seal = self.seal()
+        seal = self.read_seal()
         if seal is not None:
             if self._manifest is None:
                 self._manifest = self.store.parsed(
@@ -124,17 +124,17 @@ class Dump:
                     limit=MANIFEST_BYTES + MANIFEST_BYTES_PER_UNIT * seal.units,
                 )
             return self._manifest
-        new = sorted(self.committed() - self._records.keys())
+        new = sorted(self.list_committed() - self._records.keys())
         self.store.settle("commits")
-        self._records |= {record.unit: record for record in self.stored_records(new)}
+        self._records |= {record.unit: record for record in self.fetch_records(new)}
         return self._records
 
-    def record(self, unit: int) -> CommitRecord | None:
+    def read_record(self, unit: int) -> CommitRecord | None:
         """The commit record of `unit`, or None while it is not committed. One request, unless it is known."""
         if unit not in self._records:
             if self._seal is not None:
-                return self.records().get(unit)
-            record = self.stored_record(unit)
+                return self.read_records().get(unit)
+            record = self.fetch_record(unit)
             if record is None:
                 return None
             # Its name may be visible before it is durable: a power loss must not undo what was trained on.
@@ -142,7 +142,7 @@ class Dump:
             self._records[unit] = record
         return self._records[unit]
 
-    def stored_record(self, unit: int) -> CommitRecord | None:
+    def fetch_record(self, unit: int) -> CommitRecord | None:
         """What the commit record of `unit` says now, or None.
 
         Raises:
@@ -152,8 +152,8 @@ class Dump:
         record = self.store.parsed_if_present(record_key(unit), CommitRecord.from_json)
         return record and self._own(record, unit)
 
-    def stored_records(self, units: Collection[int]) -> Iterator[CommitRecord]:
-        """As `stored_record`, of many units that are committed."""
+    def fetch_records(self, units: Collection[int]) -> Iterator[CommitRecord]:
+        """As `fetch_record`, of many units that are committed."""
         records = self.store.parsed_many([record_key(unit) for unit in units], CommitRecord.from_json)
         return map(self._own, records, units)
 
@@ -168,7 +168,7 @@ class Dump:
             DataError: the unit is not committed, its file is missing, torn or tampered with, or breaks a rule of the
                 format.
         """
-        record = self.record(unit)
+        record = self.read_record(unit)
         if record is None:
             raise DataError(
                 f"unit {unit} of {self.store.url} is not committed",
@@ -181,7 +181,7 @@ class Dump:
             data = self._cache.get(record.sha256, fetch=lambda: self._fetch(record))
         return parse_unit(data, record, self.provenance, name=f"{self.store.url}/{record.file}")
 
-    def tokenizer_files(self) -> dict[str, bytes]:
+    def read_tokenizer(self) -> dict[str, bytes]:
         """Name and content of the tokenizer's files.
 
         Raises:
@@ -194,7 +194,7 @@ class Dump:
             for name, sha256 in sorted(self._tokenizer_hashes().items())
         }
 
-    def tokenizer_record(self) -> TokenizerRecord | None:
+    def read_tokenizer_record(self) -> TokenizerRecord | None:
         """TOKENIZER.json, or None as long as the tokenizer is not complete."""
         record = self.store.parsed_if_present(TOKENIZER, TokenizerRecord.from_json)
         if record is not None:
@@ -203,10 +203,10 @@ class Dump:
         return record
 
     def _tokenizer_hashes(self) -> Mapping[str, str]:
-        seal = self.seal()
+        seal = self.read_seal()
         if seal is not None:
             return seal.tokenizer
-        record = self.tokenizer_record()
+        record = self.read_tokenizer_record()
         if record is None:
             raise TemporaryError(
                 f"the tokenizer of {self.store.url} is not complete yet",

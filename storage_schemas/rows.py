@@ -1,6 +1,6 @@
 """One row per sample: its Python form, its Arrow schema, and the way between them without a loop over tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -103,6 +103,9 @@ class UnitRows:
 
     def __len__(self) -> int:
         return len(self.sample_index)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.row, range(len(self)))
 
     def row(self, i: int, *, own: bool = False) -> Row:
         """Row i of the unit, sharing memory; with `own` its entries, which are most of it, do not keep the unit's."""

@@ -73,13 +73,13 @@ def verify(
     errors: list[str] = []
     sealed, units = False, list[int]()
     with _noted(errors, "SEALED.json"):
-        sealed = dump.sealed()
+        sealed = dump.is_sealed()
         if sealed:
-            dump.records()
-        dump.tokenizer_files()
+            dump.read_records()
+        dump.read_tokenizer()
     with _noted(errors, "commits"):
         listed = set(dump.store.list("commits"))
-        units = sorted(dump.committed())
+        units = sorted(dump.list_committed())
         strange = listed - set(map(record_key, units))
         errors += [f"{key}: no commit record of this dump" for key in sorted(strange)]
 
@@ -104,7 +104,7 @@ def verify(
     with _noted(errors, "data"):
         orphans = _orphans(dump, records) if sealed else []
 
-    seal = dump.seal() if sealed else None
+    seal = dump.read_seal() if sealed else None
     sums = totals(records)
     if seal is None:
         errors.append("the dump is not sealed")
@@ -151,10 +151,10 @@ def _orphans(dump: Dump, records: Mapping[int, CommitRecord]) -> list[str]:
 
 def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
     """The unit's own commit record, after everything it says was compared with its file and the manifest."""
-    record = dump.stored_record(unit)
+    record = dump.fetch_record(unit)
     if record is None:
         raise DataError("its commit record is missing")
-    if sealed and dump.record(unit) != record:
+    if sealed and dump.read_record(unit) != record:
         raise DataError("its commit record differs from the manifest's")
     if wrong := list(_contradictions(dump.read_unit(unit), record, dump.provenance)):
         raise DataError(f"its commit record and its data disagree: {'; '.join(wrong)}")

@@ -102,11 +102,11 @@ class DumpWriter:
         return self._tokenizer() is not None
 
     def _tokenizer(self) -> TokenizerRecord | None:
-        return self._dump.tokenizer_record()
+        return self._dump.read_tokenizer_record()
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
-        return self._dump.committed()
+        return self._dump.list_committed()
 
     def is_committed(self, unit: int) -> bool:
         """Whether `unit` is committed now, durably."""
@@ -153,7 +153,7 @@ class DumpWriter:
                 files[unit].append(key)
         orphans = self.store.list("probe")
         crowded = [unit for unit, keys in files.items() if len(keys) > 1]
-        for record in self._dump.stored_records(crowded):
+        for record in self._dump.fetch_records(crowded):
             orphans += [key for key in files[record.unit] if key != record.file]
         removed = sum(self._delete(key) for key in orphans)
 
@@ -171,7 +171,7 @@ class DumpWriter:
         if len(self.committed()) < self.provenance.units:
             return False
         self.store.settle("commits")
-        records = {record.unit: record for record in self._dump.stored_records(range(self.provenance.units))}
+        records = {record.unit: record for record in self._dump.fetch_records(range(self.provenance.units))}
         manifest = manifest_bytes(records)
         tokenizer = self._tokenizer()
         seal = Seal(

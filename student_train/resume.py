@@ -218,7 +218,7 @@ def consumed_root(dumps: Sequence[Dump], mix: Mix, step: int) -> str:
     for i, (dump, order, windows) in enumerate(zip(dumps, mix.orders, mix.windows(step), strict=True)):
         digest.update(f"dump {i}\n".encode() if i else b"")
         for unit in range(order.units_of_window(windows - 1).stop if windows else 0):
-            record = dump.record(unit)
+            record = dump.read_record(unit)
             if record is None:
                 raise DataError(
                     f"unit {unit} of {dump.store.url} was trained on, and is not committed any more",

@@ -492,7 +492,7 @@ class _Loop:
             run.student,
             run.train,
             weights=run.left_behind(self._done, self._results).by_name(MASTER),
-            tokenizer=run.dump.tokenizer_files(),
+            tokenizer=run.dump.read_tokenizer(),
             card=model_card(run.dumps, run.student, run.loss, run.train, events, folder=final, evaluation=evaluation),
             input_ids=torch.from_numpy(rows[0].input_ids[:PROBE_TOKENS].astype("int64"))[None],
             ends=span_ends(rows),

@@ -271,11 +271,11 @@ def weigh(run: TrainingRun) -> None:
     """
     usable, wanted = 0, run.train.global_batch_size
     for dump in run.dumps:
-        if not dump.sealed():
+        if not dump.is_sealed():
             usable = wanted  # Nobody knows yet.
             continue
         before = usable
-        for record in dump.records().values():
+        for record in dump.read_records().values():
             usable += record.statuses.get(OK, 0)
             if usable > before and usable >= wanted:
                 break
@@ -318,7 +318,7 @@ def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
             source.name, order.block_units, order.units, train.shuffle_bytes,
         )  # fmt: skip
         return
-    if not source.dump.sealed():
+    if not source.dump.is_sealed():
         return
     if (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
         log.warning(
@@ -401,7 +401,7 @@ def _open_sources(section: DumpSection, loss: LossSection, train: TrainSection) 
                 refuse_biased(loss.divergence)
         for before in sources[:-1]:
             refuse_unlike(before.dump, dump)
-        dump.seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
+        dump.read_seal()  # Asked first: records of a sealed dump then come from its manifest, not one by one.
     return tuple(sources)
 
 
@@ -463,7 +463,7 @@ def _open_heldout(section: DumpSection, sources: Sequence[Source], loss: LossSec
             expected=dump.provenance.tokenizer,
             fix="correct heldout.url, or dump the held-out samples with the same teacher",
         )
-    found.seal()  # Asked first: its records then come from its manifest, not one by one.
+    found.read_seal()  # Asked first: its records then come from its manifest, not one by one.
     # The arms without a divergence have no temperature of their own.
     temperature = loss.temperature
     if not train.distils:

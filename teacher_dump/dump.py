@@ -184,7 +184,7 @@ def provenance_of(
     vocab = teacher.tokenizer.get_vocab()
     template = templated(teacher.tokenizer, section).chat_template
     return Provenance(
-        teacher=teacher.identity,
+        teacher=teacher.identify(),
         tokenizer=TokenizerIdentity(
             vocab_size=len(vocab),
             vocab_sha256=vocab_sha256(vocab),
@@ -204,7 +204,7 @@ def provenance_of(
         logprob_step=dump.logprob_step,
         max_kl=dump.max_kl,
         engine=teacher.engine,
-        made_by=teacher.made_by(),
+        made_by=teacher.note_origin(),
         **({} if teacher.masked_from is None else {"masked_from": teacher.masked_from}),
     )
 
@@ -374,7 +374,7 @@ def refuse_nonfinite(unit: int, nonfinite: Sequence[bool], teacher: Teacher) -> 
 def summarise(dump: DumpSection, worker: UnitWorker) -> DumpSummary:
     """Totals of a sealed dump, from its manifest."""
     found = Dump.open(dump.url, options=dump.storage_options)
-    records = found.records()
+    records = found.read_records()
     sums = totals(records)
     supervised = sums["supervised_tokens"]
     return DumpSummary(

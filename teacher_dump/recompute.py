@@ -38,7 +38,7 @@ class RecomputeReport(FrozenModel):
     """One line per row that is wrong; each names the row and a position."""
 
 
-def recompute(
+def recompute_rows(
     dump: Dump,
     teacher: Teacher,
     *,
@@ -79,7 +79,7 @@ def recompute(
                     finite = "not finite" if exact is None else "finite"
                     errors.append(f"row {index}: stored as {sample.status}, but its logits are {finite}")
                 continue
-            record = dump.record(index // provenance.samples_per_unit)
+            record = dump.read_record(index // provenance.samples_per_unit)
             assert record is not None
             figures = compare(exact, stored, temperatures=provenance.temperatures)
             found = problems(
@@ -147,7 +147,7 @@ def _report(
 
 def refuse_other_teacher(provenance: Provenance, teacher: Teacher) -> None:
     """Raise MismatchError unless the teacher is the one of run.json, wherever it lies: weights, config and dtype."""
-    here = provenance.model_copy(update={"teacher": teacher.identity, "made_by": teacher.made_by()})
+    here = provenance.model_copy(update={"teacher": teacher.identify(), "made_by": teacher.note_origin()})
     if found := provenance.differences_to(here):
         raise MismatchError(
             f"{teacher.section.model} is not the teacher that made the dump: {', '.join(found.keys)}",
@@ -174,7 +174,7 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
     The rows are cut into `count` stretches of equal length and one is drawn from each; where that one has nothing to
     recompute, the next one of its unit that has.
     """
-    units = np.array(sorted(dump.records()), np.int64)
+    units = np.array(sorted(dump.read_records()), np.int64)
     starts = np.concatenate([[0], np.cumsum([len(dump.provenance.unit_range(int(unit))) for unit in units])]).astype(
         np.int64
     )

@@ -125,7 +125,7 @@ class RowView(FrozenModel):
 
 def header(dump: Dump) -> Header:
     """The dump as a whole, from run.json and the commit records; no data file is read."""
-    run, records = dump.provenance, dump.records()
+    run, records = dump.provenance, dump.read_records()
     sums = totals(records)
     supervised, size = sums["supervised_tokens"], sums["bytes"]
     entries = sum(record.entries for record in records.values())
@@ -133,7 +133,7 @@ def header(dump: Dump) -> Header:
     return Header(
         url=dump.store.url,
         fingerprint=dump.fingerprint,
-        sealed=dump.sealed(),
+        sealed=dump.is_sealed(),
         teacher=run.origin.model + (f" @ {run.origin.revision}" if run.origin.revision else ""),
         teacher_dtype=run.teacher.dtype,
         tokenizer_ids=run.tokenizer.vocab_size,
@@ -163,7 +163,7 @@ def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
     for index in sample_indices:
         if not 0 <= index < samples:
             raise UsageError("no such row in this dump", got=index, expected=f"0 to {samples - 1}")
-    files = dump.tokenizer_files() if sample_indices else {}
+    files = dump.read_tokenizer() if sample_indices else {}
     tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
     views, unit, rows = [], None, None
     for index in sample_indices:

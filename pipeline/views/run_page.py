@@ -42,7 +42,7 @@ def samples_of(evaluated: Evaluated) -> list[Sample]:
     """The samples of an evaluation that have supervised tokens, in the dump's order."""
     dump, tokens = evaluated.dump, evaluated.tokens
     indices = sorted(set(evaluated.sample.tolist()))
-    files = dump.tokenizer_files()
+    files = dump.read_tokenizer()
     tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
     found = []
     for row, index in zip(row_views(dump, indices), indices, strict=True):

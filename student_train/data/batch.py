@@ -106,6 +106,7 @@ class TrainBatch(_Tensors):
         """Hidden states of the supervised tokens, in the targets' order."""
         return hidden.flatten(0, 1).index_select(0, self.positions)
 
+    @property
     def mask(self) -> Bool[Tensor, "batch seq"]:
         """False for padding."""
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]

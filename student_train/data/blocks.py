@@ -163,13 +163,13 @@ def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:
 def units_within(dump: Dump, budget: int) -> int:
     """Units of a block whose rows, with all that is fetched beside it, take no more memory than `budget` bytes over all
     ranks; one at least. The dump is sealed."""
-    assert dump.sealed()
-    largest = max(decoded_bytes(record, dump.provenance) for record in dump.records().values())
+    assert dump.is_sealed()
+    largest = max(decoded_bytes(record, dump.provenance) for record in dump.read_records().values())
     # Of those that are decoded right now there is a second copy.
     return max(1, min(dump.provenance.units, budget // largest - SPARE - READERS))
 
 
 def block_bytes(dump: Dump, order: Order) -> int:
     """Memory that the two blocks of whole units take that a rank may have open, at most. The dump is sealed."""
-    sizes = sorted((decoded_bytes(record, dump.provenance) for record in dump.records().values()), reverse=True)
+    sizes = sorted((decoded_bytes(record, dump.provenance) for record in dump.read_records().values()), reverse=True)
     return sum(sizes[: 2 * order.block_units])

@@ -25,12 +25,12 @@ class Follower:
         """
         if self._windows == self._order.windows or time.monotonic() < self._next_look:
             return self._windows
-        if self._dump.sealed():
+        if self._dump.is_sealed():
             self._windows = self._order.windows
         while self._windows < self._order.windows:
             self._missing = self._missing or list(self._order.units_of_window(self._windows))
             # One that is not there is reason enough to wait: a look costs one request, and one per new unit.
-            while self._missing and self._dump.record(self._missing[0]) is not None:
+            while self._missing and self._dump.read_record(self._missing[0]) is not None:
                 self._missing.pop(0)
             if self._missing:
                 break

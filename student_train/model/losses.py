@@ -7,6 +7,7 @@ whole vocabulary has no bucket. With draws, the forward KL is an unbiased estima
 """
 
 import math
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,10 +40,13 @@ def entry_divergence(
     """D of each token from the student's log-probs of the entries and of the bucket; a function of nothing else.
 
     Differentiable in both arguments, which the caller may move freely: they need not sum to 1.
+
+    Raises:
+        MismatchError: the divergence is not known, or draws do not estimate it without bias.
     """
     log_p, p = targets.logprobs.to(log_q.dtype), targets.weights.to(log_q.dtype)
     if targets.has_draws:
-        assert spec.divergence == "forward_kl"
+        refuse_biased(spec.divergence)
         return (p * (log_p - log_q)).sum(1)
     # (n, 1): without a tail on either side there is no bucket. (n, K + 1) from here on; both logs are 0 outside `used`.
     bucket = (torch.isfinite(targets.tail_logprob) & (log_q_tail > ABSENT / 2))[:, None]
@@ -68,6 +72,13 @@ def entry_divergence(
             terms = head_weight * p * (log_p - log_q) + tail_weight * q * (log_q - log_p)
         case "tvd":
             terms = 0.5 * (p - q).abs()
+        case unknown:
+            raise MismatchError(
+                "there is no such divergence",
+                got=unknown,
+                expected=f"one of {', '.join(get_args(Divergence))}",
+                fix="correct LossSection(divergence=...)",
+            )
     return terms.sum(1)
 
 

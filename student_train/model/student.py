@@ -107,7 +107,7 @@ class Distilled(nn.Module):
         routers = loss.new_zeros(())
         # On a filler too, with weight 0: ZeRO-3 hangs unless all ranks do the same backward pass.
         if self.router_loss is not None:
-            routers = self.router_loss(states.router_logits, batch.mask()) * batch.supervised
+            routers = self.router_loss(states.router_logits, batch.mask) * batch.supervised
             loss = loss + self.router_loss.coefficient * routers
         return loss, torch.cat([parts.flatten(), torch.stack([loss, routers]).detach().double()])
 
@@ -240,7 +240,7 @@ def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dum
     """Raise MismatchError unless the student, loaded from `source`, can take the dump's rows and means its ids; the
     tokens that are new to it."""
     refuse_long_rows(student, dump.provenance.corpus.max_length)
-    return refuse_tokenizer(source, revision, dump.tokenizer_files(), head_rows=vocab_rows(student))
+    return refuse_tokenizer(source, revision, dump.read_tokenizer(), head_rows=vocab_rows(student))
 
 
 def refuse_long_rows(student: nn.Module, longest: int) -> None:

@@ -49,16 +49,21 @@ def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes
     Returns:
         The dump's tokens that are new to the student's tokenizer: behind its last one.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), files)
-        fix = "dump with a teacher whose tokenizer needs no code of its own"
-        theirs = load_tokenizer(folder, None, fix=fix).get_vocab()
+    theirs = vocabulary(files)
     if not has_tokenizer(model, revision):
         log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
         return []
     ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
     return new_tokens(theirs, max(ours.values()) + 1)
+
+
+def vocabulary(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Ids by token of a dump's tokenizer, made of `files`."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), files)
+        fix = "dump with a teacher whose tokenizer needs no code of its own"
+        return dict(load_tokenizer(folder, None, fix=fix).get_vocab())
 
 
 def load_tokenizer(model: str, revision: str | None, *, fix: str) -> PreTrainedTokenizerBase:

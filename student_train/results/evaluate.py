@@ -180,7 +180,7 @@ def evaluate(
     if not found:
         raise DataError(
             "the dump has no supervised tokens to evaluate on",
-            got=f"{len(dump.records())} committed units",
+            got=f"{len(dump.read_records())} committed units",
             expected="at least one sample with the status `ok`",
             fix="let stage one finish, or raise the limit",
         )
@@ -201,7 +201,7 @@ def _units(dump: Dump, limit: int | None, *, partial: bool) -> tuple[dict[int, r
     there = {
         unit: range(span.start, min(span.stop, total))
         for unit, span in enumerate(spans)
-        if span.start < total and (dump.sealed() or dump.record(unit) is not None)
+        if span.start < total and (dump.is_sealed() or dump.read_record(unit) is not None)
     }
     samples = sum(map(len, there.values()))
     if samples < total and not partial:

@@ -45,7 +45,7 @@ def resize(model: str, output: Path, dump: Dump, *, revision: str | None = None)
     """
     refuse_used(output)
     with publishing(output, setting="OUT") as staged:
-        write_files(staged, dump.tokenizer_files())
+        write_files(staged, dump.read_tokenizer())
         theirs = load_tokenizer(str(staged), None, fix="dump with another teacher").get_vocab()
         needed = max(theirs.values()) + 1
         if has_tokenizer(model, revision):

@@ -248,7 +248,7 @@ def _refuse_empty(source: Path, survey: Survey, count: int) -> None:
 
 def _summary(dump: DumpSection, survey: Survey) -> ImportSummary:
     found = Dump.open(dump.url, options=dump.storage_options)
-    records = found.records()
+    records = found.read_records()
     sums, errors = totals(records), survey.standard_errors
     return ImportSummary(
         url=dump.url,

@@ -74,10 +74,10 @@ def export_axolotl(
             expected="the name of a new file, NAME.parquet",
         )
     dump = Dump.open(url, options=options)
-    if not dump.sealed() or dump.provenance.estimator.kind == "sampled":
+    if not dump.is_sealed() or dump.provenance.estimator.kind == "sampled":
         raise MismatchError(
             f"{url} cannot be exported",
-            got="it has draws alone, no exact entries" if dump.sealed() else "it is not complete",
+            got="it has draws alone, no exact entries" if dump.is_sealed() else "it is not complete",
             expected="a sealed dump with exact heads: estimator topk or adaptive",
             fix="let `llm-neo dump` finish, or dump with estimator.kind: topk",
         )

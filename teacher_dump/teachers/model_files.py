@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,7 @@ class ModelFiles:
 
     def config_sha256(self) -> str:
         """Hash of what config.json says, less who wrote it and where it lay: neither changes a logit."""
-        content = _without_bookkeeping(json.loads((self.folder / "config.json").read_bytes()))
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content_sha256(json.loads((self.folder / "config.json").read_bytes()))
 
     def weights_sha256(self) -> dict[str, str]:
         """Hash of each weight file, by name."""
@@ -111,10 +111,16 @@ def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     return tuple(folder / file for file in names)
 
 
-def _without_bookkeeping(value: Any) -> Any:
+def content_sha256(config: Any, *, without: Set[str] = frozenset()) -> str:
+    """Hash of what a config says, less who wrote it, where it lay and what is called as in `without`."""
+    content = _without(config, _BOOKKEEPING | without)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _without(value: Any, names: Set[str]) -> Any:
     if isinstance(value, dict):
-        return {name: _without_bookkeeping(inner) for name, inner in value.items() if name not in _BOOKKEEPING}
-    return [_without_bookkeeping(inner) for inner in value] if isinstance(value, list) else value
+        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
+    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
 
 
 def _sha256(path: Path) -> str:

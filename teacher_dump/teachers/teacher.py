@@ -137,7 +137,7 @@ class Teacher:
     def model(self) -> Any:
         """The model with its weights, on its device or devices."""
         try:
-            return self._checked(self.load_model())
+            return self._checked(self.load_model().eval().requires_grad_(False))
         except (RuntimeError, MemoryError) as error:
             if (known := explained(error, memory=_MEMORY_ADVICE)) is None:
                 raise
@@ -145,7 +145,6 @@ class Teacher:
 
     def _checked(self, model: Any) -> Any:
         """A freshly loaded model, which is refused unless its targets can be computed."""
-        model.eval().requires_grad_(False)
         rows = head_rows(model)
         if rows != self.lm_head_rows:
             raise MismatchError(
@@ -229,7 +228,7 @@ class Teacher:
         arguments = {} if attention is None else {"attn_implementation": attention}
         return EngineIdentity(name=self.section.backend, arguments=arguments)
 
-    def made_by(self) -> MadeBy:
+    def note_origin(self) -> MadeBy:
         """Where it lies and what it runs with."""
         return MadeBy(
             model=self.section.model,
@@ -285,9 +284,8 @@ class Teacher:
         parts = [self.launch(part, recipe) for part in (samples[:half], samples[half:])]
         return lambda: [found for part in parts for found in part()]
 
-    @cached_property
-    def identity(self) -> TeacherIdentity:
-        """Who the teacher is, from its files alone."""
+    def identify(self) -> TeacherIdentity:
+        """Who the teacher is, from its files alone; they are read for it."""
         return TeacherIdentity(
             config_sha256=self.files.config_sha256(),
             weights_sha256=self.files.weights_sha256(),

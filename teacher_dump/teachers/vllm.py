@@ -96,9 +96,9 @@ class VllmTeacher(Teacher):
         changes = {key: value for key, value in self.section.vllm.items() if key not in _ONLY_PLACEMENT}
         return EngineIdentity(name="vllm", arguments=json.loads(json.dumps(changes)))
 
-    def made_by(self) -> MadeBy:
+    def note_origin(self) -> MadeBy:
         """Where it lies and what it runs with."""
-        made_by = super().made_by()
+        made_by = super().note_origin()
         return made_by.model_copy(update={"versions": made_by.versions | {"vllm": _vllm_version()}})
 
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:

@@ -42,10 +42,10 @@ def read(folder: Path, kind: str) -> None:
     """What a trainer does; records are read as by a follower, who sees no seal yet."""
     dump = Dump.open(str(folder))
     if kind in ("record", "tokenizer record"):
-        dump.seal = lambda: None  # type: ignore[method-assign]
-    dump.records()
+        dump.read_seal = lambda: None  # type: ignore[method-assign]
+    dump.read_records()
     dump.read_unit(0)
-    dump.tokenizer_files()
+    dump.read_tokenizer()
 
 
 def damaged(folder: Path, kind: str, versions: Iterator[bytes]) -> int:
@@ -200,7 +200,7 @@ the first writers' shard give a column other levels, the others give a column ch
 def forged(shard: str, changes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Parse a golden shard with one byte changed, without its hash: how many were refused, and of how many."""
     dump = Dump.open(str(GOLDEN / shard / "topk"))
-    record = dump.record(0)
+    record = dump.read_record(0)
     assert record is not None
     data = dump.store.get(record.file)
     refused = n = 0

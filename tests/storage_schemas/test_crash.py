@@ -78,7 +78,7 @@ def assert_exactly_once(url: Path) -> None:
     found = [int(i) for unit in range(provenance.units) for i in dump.read_unit(unit).sample_index]
     assert found == list(range(provenance.corpus.samples))
     DumpWriter.open(str(url), provenance).clean()
-    names = {record.file for record in dump.records().values()}
+    names = {record.file for record in dump.read_records().values()}
     assert {f"data/{path.name}" for path in (url / "data").iterdir()} == names
     assert not [path for path in url.rglob("*") if path.name.startswith(".staged") or "/probe/" in str(path)]
     assert verify(str(url)).ok
@@ -99,12 +99,12 @@ def assert_proven_or_absent(url: Path) -> None:
     """What a reader sees between a kill and the rerun."""
     if (url / "run.json").exists():
         dump = Dump.open(str(url))
-        for unit in dump.records():
+        for unit in dump.read_records():
             dump.read_unit(unit)
         try:
-            assert dump.tokenizer_files() == TOKENIZER
+            assert dump.read_tokenizer() == TOKENIZER
         except TemporaryError:
-            assert not dump.records(), "the tokenizer is complete before the first unit"
+            assert not dump.read_records(), "the tokenizer is complete before the first unit"
 
 
 def test_a_sample_of_kills(zygote: ForkServer, points: list[Point], place: Path) -> None:

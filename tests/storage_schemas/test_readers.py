@@ -50,7 +50,7 @@ def entropy(head: object, tail: float | None) -> float:
 def check(dump: Dump, means: dict[str, float], token: int) -> None:
     """The answers of another tool, by file name, are those of this project."""
     expected, top = answers(dump)
-    by_file = {Path(record.file).name: expected[unit] for unit, record in dump.records().items()}
+    by_file = {Path(record.file).name: expected[unit] for unit, record in dump.read_records().items()}
     assert {Path(name).name for name in means} == set(by_file)
     for name, value in means.items():
         assert value == pytest.approx(by_file[Path(name).name], rel=1e-5), name
@@ -135,7 +135,7 @@ def test_datasets(dump: Dump, streaming: bool, tmp_path: Path) -> None:
             unit = row["sample_index"] // dump.provenance.samples_per_unit
             of_unit.setdefault(unit, []).append(entropy(head[:size], tail[0]))
     assert sorted(seen) == list(range(dump.provenance.corpus.samples))
-    records = dump.records()
+    records = dump.read_records()
     check(dump, {records[unit].file: float(np.mean(found)) for unit, found in of_unit.items()}, token)  # type: ignore[arg-type]
 
 

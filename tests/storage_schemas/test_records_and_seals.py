@@ -89,7 +89,7 @@ def test_records_that_are_no_records(data: bytes, tmp_path: Path) -> None:
     make_dump(tmp_path, seal=False)
     (tmp_path / record_key(0)).write_bytes(data)
     with pytest.raises(DataError, match=r"unit-00000000\.json"):
-        Dump.open(str(tmp_path)).record(0)
+        Dump.open(str(tmp_path)).read_record(0)
 
 
 def test_records_of_another_version(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_records_of_another_version(tmp_path: Path) -> None:
     path = tmp_path / record_key(0)
     path.write_bytes(path.read_bytes().replace(b'"format_version":1', b'"format_version":2'))
     with pytest.raises(MismatchError, match="format version"):
-        Dump.open(str(tmp_path)).record(0)
+        Dump.open(str(tmp_path)).read_record(0)
 
 
 # Seal and verify
@@ -110,15 +110,15 @@ def test_the_seal_covers_everything(tmp_path: Path) -> None:
     original = seal.read_bytes()
     seal.write_bytes((tmp_path / "b" / "SEALED.json").read_bytes())
     with pytest.raises(DataError, match="belongs elsewhere: fingerprint"):
-        Dump.open(str(tmp_path / "a")).sealed()
+        Dump.open(str(tmp_path / "a")).is_sealed()
     seal.write_bytes(original.replace(b'"rows":10', b'"rows":11'))
     with pytest.raises(DataError, match="torn or was changed"):
-        Dump.open(str(tmp_path / "a")).sealed()
+        Dump.open(str(tmp_path / "a")).is_sealed()
     seal.write_bytes(original)
     manifest = next((tmp_path / "a").glob("manifest-*"))
     manifest.write_bytes(next((tmp_path / "b").glob("manifest-*")).read_bytes())
     with pytest.raises(DataError, match="manifest"):
-        Dump.open(str(tmp_path / "a")).records()
+        Dump.open(str(tmp_path / "a")).read_records()
 
 
 def forge_seal(folder: Path, records: list[dict[str, object]], **claims: object) -> None:
@@ -151,7 +151,7 @@ def test_forged_seals_and_manifests_are_refused(case: str, tmp_path: Path) -> No
     assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
     forge_seal(tmp_path, records, **claims)
     with pytest.raises(DataError, match=message):
-        Dump.open(str(tmp_path)).records()[0]
+        Dump.open(str(tmp_path)).read_records()[0]
     assert not verify(str(tmp_path)).ok
 
 
@@ -182,7 +182,7 @@ def test_a_manifest_of_another_shape_is_refused(damage: str, tmp_path: Path) -> 
     (tmp_path / name).write_bytes(data)
     forge_seal(tmp_path, [{}, {}, {}], manifest=name)
     with pytest.raises(DataError, match="every unit"):
-        Dump.open(str(tmp_path)).records()
+        Dump.open(str(tmp_path)).read_records()
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -256,7 +256,7 @@ def test_counts_that_nothing_can_hold_are_refused_and_no_list_of_them_is_made(tm
             Dump.open(str(tmp_path))
     claim(10**12)
     with pytest.raises(DataError, match="belongs elsewhere"):
-        Dump.open(str(tmp_path)).records()
+        Dump.open(str(tmp_path)).read_records()
     report = verify(str(tmp_path))
     assert "249999999981 more units: not committed yet" in report.errors
     assert len(report.errors) < 30

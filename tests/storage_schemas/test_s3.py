@@ -62,8 +62,8 @@ def whole_dump(url: str, given: dict[str, str], cache: Path) -> None:
     report = verify(url, options=given)
     assert report.ok, report.errors
     dump = Dump.open(url, options=given, cache_dir=cache)
-    assert dump.tokenizer_files() == TOKENIZER
-    assert [len(dump.read_unit(unit)) for unit in dump.records()] == [4, 4, 2]
+    assert dump.read_tokenizer() == TOKENIZER
+    assert [len(dump.read_unit(unit)) for unit in dump.read_records()] == [4, 4, 2]
     assert DumpWriter.open(url, provenance, options=given).commit_unit(0, unit_rows(provenance, 0)) is None
     other = provenance.model_copy(update={"teacher": provenance.teacher.model_copy(update={"dtype": "float16"})})
     with pytest.raises(MismatchError, match=r"teacher\.dtype"):
@@ -289,8 +289,8 @@ def test_every_file_that_was_damaged_on_its_way_is_fetched_once_more(file: str, 
     tiny.requests.clear()
     tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key and n == 1 else None
     dump = Dump.open(URL, options=options(tiny.port))
-    assert len(dump.records()) == provenance.units
-    assert dump.tokenizer_files() == TOKENIZER
+    assert len(dump.read_records()) == provenance.units
+    assert dump.read_tokenizer() == TOKENIZER
     fetched = [key for method, key in tiny.requests if f"/{file}" in key]
     assert len(fetched) >= 2
     tiny.fault = lambda method, key, n: "damaged" if method == "GET" and f"/{file}" in key else None
@@ -311,23 +311,23 @@ def test_names_in_records_never_leave_the_prefix(name: str, tiny: TinyS3) -> Non
         tiny.objects[f"{BUCKET}/dumps/a/TOKENIZER.json"] = record.to_json()
         tiny.requests.clear()
         with pytest.raises(DataError, match="plain relative path"):
-            Dump.open(URL, options=options(tiny.port)).tokenizer_files()
+            Dump.open(URL, options=options(tiny.port)).read_tokenizer()
         assert {key for _, key in tiny.requests if not key.startswith(f"{BUCKET}/dumps/a/")} == set()
 
 
 def read_all(tiny: TinyS3) -> None:
     dump = Dump.open(URL, options=options(tiny.port))
-    dump.records()
-    dump.tokenizer_files()
+    dump.read_records()
+    dump.read_tokenizer()
 
 
 def test_a_follower_asks_once_per_record(tiny: TinyS3) -> None:
     make_dump(URL, options=options(tiny.port), seal=False)
     dump = Dump.open(URL, options=options(tiny.port))
     before = len(tiny.requests)
-    assert dump.record(0) is not None
-    assert dump.record(0) is not None
-    assert dump.record(7) is None
+    assert dump.read_record(0) is not None
+    assert dump.read_record(0) is not None
+    assert dump.read_record(7) is None
     assert len(tiny.requests) - before == 2
 
 

@@ -28,10 +28,10 @@ for name in ("get_if_present", "size", "list"):
     setattr(Store, name, lambda self, key, ask=ask, **limit: requests.append(key) or ask(self, key, **limit))
 start = time.process_time()
 dump = Dump.open(sys.argv[1])
-assert dump.sealed()
-records = dump.records()
+assert dump.is_sealed()
+records = dump.read_records()
 assert len(records) == 100_000
-assert dump.record(77_777).unit == 77_777
+assert dump.read_record(77_777).unit == 77_777
 seconds = time.process_time() - start
 memory = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 print(seconds, int(memory) / 1024, len(requests))

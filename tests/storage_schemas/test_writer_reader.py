@@ -29,9 +29,9 @@ def test_what_is_written_is_read(estimator: Estimator, tmp_path: Path) -> None:
     make_dump(tmp_path, provenance)
     dump = Dump.open(str(tmp_path))
     assert dump.provenance == provenance
-    assert dump.sealed()
-    assert dump.tokenizer_files() == TOKENIZER
-    records = dump.records()
+    assert dump.is_sealed()
+    assert dump.read_tokenizer() == TOKENIZER
+    records = dump.read_records()
     assert list(records) == [0, 1, 2]
     for unit, record in records.items():
         made, read = unit_rows(provenance, unit), dump.read_unit(unit)
@@ -89,13 +89,13 @@ def test_a_run_continues_where_it_was(tmp_path: Path) -> None:
     provenance = some_provenance()
     writer = DumpWriter.open(str(tmp_path), provenance)
     dump = Dump.open(str(tmp_path))
-    assert not dump.sealed()
-    assert dump.records() == {}
-    assert dump.record(1) is None
+    assert not dump.is_sealed()
+    assert dump.read_records() == {}
+    assert dump.read_record(1) is None
     with pytest.raises(DataError, match="not committed"):
         dump.read_unit(1)
     writer.commit_unit(1, unit_rows(provenance, 1))
-    assert dump.record(1) is not None
+    assert dump.read_record(1) is not None
     assert len(dump.read_unit(1)) == 4
     assert not writer.seal()
     other = DumpWriter.open(str(tmp_path), provenance)
@@ -106,8 +106,8 @@ def test_a_run_continues_where_it_was(tmp_path: Path) -> None:
         other.commit_unit(unit, unit_rows(provenance, unit))
     assert other.seal()
     assert writer.seal()
-    assert dump.sealed(), "a follower sees the seal"
-    assert list(dump.records()) == [0, 1, 2]
+    assert dump.is_sealed(), "a follower sees the seal"
+    assert list(dump.read_records()) == [0, 1, 2]
 
 
 def test_a_sealed_reader_needs_no_commit_records(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_sealed_reader_needs_no_commit_records(tmp_path: Path) -> None:
     for path in (tmp_path / "commits").iterdir():
         path.unlink()
     dump = Dump.open(str(tmp_path))
-    assert len(dump.records()) == 3
+    assert len(dump.read_records()) == 3
     assert len(dump.read_unit(2)) == 2
     assert not verify(str(tmp_path)).ok
 
@@ -142,7 +142,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     writer.put_tokenizer(TOKENIZER)
     (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(b"other")
     with pytest.raises(DataError, match="not the file that was written"):
-        Dump.open(str(tmp_path)).tokenizer_files()
+        Dump.open(str(tmp_path)).read_tokenizer()
     assert not verify(str(tmp_path)).ok
 
 
@@ -156,17 +156,17 @@ def test_a_tokenizer_that_is_half_written_is_not_seen(tmp_path: Path, monkeypatc
 
     def put_and_look(self: Store, key: str, data: bytes) -> bool:
         with pytest.raises(TemporaryError, match="not complete yet") as caught:
-            dump.tokenizer_files()
+            dump.read_tokenizer()
         seen.append(caught.value.exit_code)
         return real(self, key, data)
 
     monkeypatch.setattr(Store, "put_new", put_and_look)
     writer.put_tokenizer(TOKENIZER)
     assert seen == [Exit.TEMPORARY] * 3, "two files, then the record that names them"
-    assert dump.tokenizer_files() == TOKENIZER
+    assert dump.read_tokenizer() == TOKENIZER
     (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(b"other")
     with pytest.raises(DataError, match="not the file that was written"):
-        dump.tokenizer_files()
+        dump.read_tokenizer()
 
 
 def test_a_tokenizer_of_another_run_or_with_names_that_lead_away_is_refused(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_tokenizer_of_another_run_or_with_names_that_lead_away_is_refused(tmp_
     ):
         path.write_bytes(TokenizerRecord(**{"fingerprint": provenance.fingerprint, "files": {}} | changes).to_json())
         with pytest.raises(DataError, match=message):
-            Dump.open(str(tmp_path)).tokenizer_files()
+            Dump.open(str(tmp_path)).read_tokenizer()
 
 
 def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypa
     monkeypatch.setattr(second, "_tokenizer", lambda: next(looks)())
     with pytest.raises(MismatchError, match=r"another tokenizer: more\.json"):
         second.put_tokenizer(TOKENIZER | {"more.json": b"{}"})
-    assert Dump.open(str(tmp_path)).tokenizer_files() == TOKENIZER
+    assert Dump.open(str(tmp_path)).read_tokenizer() == TOKENIZER
 
 
 def test_a_tokenizer_of_which_another_worker_left_a_part_is_refused(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_names_that_others_made_are_durable_before_they_count(tmp_path: Path, mo
     monkeypatch.setattr(Store, "settle", lambda self, folder: settled.append(folder))
     writer = DumpWriter.open(str(tmp_path), provenance)
     uses: list[tuple[Callable[[], object], str]] = [
-        (lambda: Dump.open(str(tmp_path)).record(0), "commits"),
-        (lambda: Dump.open(str(tmp_path)).records(), "commits"),
-        (lambda: Dump.open(str(tmp_path)).tokenizer_files(), "tokenizer"),
+        (lambda: Dump.open(str(tmp_path)).read_record(0), "commits"),
+        (lambda: Dump.open(str(tmp_path)).read_records(), "commits"),
+        (lambda: Dump.open(str(tmp_path)).read_tokenizer(), "tokenizer"),
         (lambda: writer.is_committed(0), "commits"),
         (writer.seal, "commits"),
     ]

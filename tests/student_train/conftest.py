@@ -7,7 +7,13 @@ from jaxtyping import install_import_hook
 from support.tiny_student import save_student, write_dump
 
 _hook = install_import_hook(
-    ["student_train.data.batch", "student_train.model.losses", "student_train.model.head"], "beartype.beartype"
+    [
+        "student_train.data.batch",
+        "student_train.model.losses",
+        "student_train.model.token_losses",
+        "student_train.model.head",
+    ],
+    "beartype.beartype",
 )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from reference import DIVERGENCES, SMOOTH, drawn_targets, head_targets, systematic_draws, token_divergence
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
 from student_train.model.head import HeadLoss, HeadSpec, fused_head_loss
 from student_train.model.losses import refuse_biased
+from student_train.model.token_losses import token_losses
 
 pytestmark = pytest.mark.exact
 
@@ -222,3 +224,43 @@ def test_overlap_of_draws_is_unbiased() -> None:
     dense = float(torch.minimum(teacher.softmax(1), student.softmax(1)).sum())
     assert float(found.overlap_least) / points == pytest.approx(dense, rel=1e-3)
     assert found.overlap_most == found.overlap_least
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_losses_of_tokens_add_up_to_the_fused_sum(kind: str, temperature: float) -> None:
+    """And to its gradient. Some heads are the whole vocabulary, some begin with id 0, which is also what pads."""
+    teacher, student = random_logits(7), random_logits(8).requires_grad_()
+    teacher[0, 0] += 20
+    targets = head_targets(teacher, [*SIZES[:-1], VOCAB], temperature=temperature, labels=torch.arange(N))
+    spec = LossSection(divergence=kind, temperature=temperature, alpha=0.3, beta=0.4)
+    found, fused = token_losses(student, targets, spec), losses(student, targets, spec)
+    for here, there in ((found.loss, fused.loss), (found.ce, fused.ce_sum), (found.divergence, fused.divergence_sum)):
+        torch.testing.assert_close(here.sum(), there, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(total, student)[0] for total in (found.loss.sum(), fused.loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+    expected = torch.stack([token_divergence(student, targets, i, spec) for i in range(N)])
+    torch.testing.assert_close(found.divergence, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_losses_of_tokens_on_draws_and_without_a_divergence() -> None:
+    teacher, student = random_logits(7), random_logits(8)
+    targets = drawn_targets(teacher, 3, systematic_draws(teacher, 3, 4, np.full(N, 0.4)))
+    for alpha in (0.0, 0.5):
+        found, fused = (each(student, targets, LossSection(alpha=alpha)) for each in (token_losses, losses))
+        torch.testing.assert_close(found.loss.sum(), fused.loss, rtol=1e-11, atol=1e-11)
+        assert bool(found.divergence.any()) == bool(alpha)
+
+
+def test_a_divergence_that_is_not_known_is_refused() -> None:
+    """As it is written down, and where nothing has checked it; draws have one that is unbiased."""
+    with pytest.raises(ValidationError, match="'forward_kl', 'reverse_kl'"):
+        LossSection(divergence="forwad_kl")
+    typo = PLAIN.model_copy(update={"divergence": "forwad_kl"})
+    targets = head_targets(random_logits(2), SIZES)
+    for each in (token_losses, losses):
+        with pytest.raises(MismatchError, match=r"no such divergence\n.*forwad_kl\n.*one of forward_kl, "):
+            each(random_logits(3), targets, typo)
+    drawn = drawn_targets(random_logits(2), 3, torch.zeros(N, 2, dtype=torch.int64) + 5)
+    with pytest.raises(MismatchError, match="unbiased"):
+        token_losses(random_logits(3), drawn, LossSection(divergence="jsd"))

@@ -93,7 +93,7 @@ def _write_adapter(
             parameter.copy_(weights[key])
     write_final(
         output, student, section, train,
-        weights=weights, tokenizer=tokenizer or dump.tokenizer_files(), ends=ends or {}, input_ids=IDS,
+        weights=weights, tokenizer=tokenizer or dump.read_tokenizer(), ends=ends or {}, input_ids=IDS,
         card=model_card([dump], section, LossSection(), train, [some_event(1)], folder=output),
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_memory_of_a_unit_is_known_from_its_record(estimator: Estimator, tmp_pat
     provenance = some_provenance(samples=20, samples_per_unit=10, estimator=estimator, temperatures=(1.0,))
     make_dump(tmp_path / "dump", provenance)
     dump = Dump.open(str(tmp_path / "dump"))
-    for unit, record in dump.records().items():
+    for unit, record in dump.read_records().items():
         rows = dump.read_unit(unit)
         found = held_bytes([rows.row(i, own=True) for i in range(len(rows))])
         claimed = decoded_bytes(record, provenance) - 2048 * len(rows)
@@ -103,7 +103,7 @@ def test_units_that_fit(tmp_path: Path) -> None:
     """By the largest unit; one at least, and no more than there are."""
     make_dump(tmp_path / "dump", some_provenance(samples=40, samples_per_unit=4))
     dump = Dump.open(str(tmp_path / "dump"))
-    largest = max(decoded_bytes(record, dump.provenance) for record in dump.records().values())
+    largest = max(decoded_bytes(record, dump.provenance) for record in dump.read_records().values())
     assert units_within(dump, (SPARE + READERS + 5) * largest) == 5
     assert units_within(dump, (SPARE + READERS + 5) * largest - 1) == 4
     assert (units_within(dump, 1), units_within(dump, 2**40)) == (1, 10)
@@ -113,7 +113,7 @@ def test_windows_that_take_much_memory_are_told(folder: Path, caplog: pytest.Log
     """Two blocks of the largest units, against the bound of `shuffle: epoch`."""
     run = opened(folder, {"shuffle_block_units": 1})
     dump = run.dump
-    sizes = sorted(decoded_bytes(record, dump.provenance) for record in dump.records().values())
+    sizes = sorted(decoded_bytes(record, dump.provenance) for record in dump.read_records().values())
     held = block_bytes(dump, run.mix.orders[0])
     assert held == sum(sizes[-2:])
     for bound, told in ((held, 0), (held - 1, 1)):
@@ -266,7 +266,7 @@ def test_runs_of_before_go_on_in_windows(folder: Path) -> None:
 def test_memory_is_shared_by_what_dumps_have_in_an_epoch(folder: Path) -> None:
     """And the number of open units is part of what a run is."""
     largest = max(decoded_bytes(record, Dump.open(str(folder / "dump")).provenance)
-                  for record in Dump.open(str(folder / "dump")).records().values())  # fmt: skip
+                  for record in Dump.open(str(folder / "dump")).read_records().values())  # fmt: skip
     alone = opened(folder, {"shuffle": "epoch"})
     assert (alone.mix.orders[0].block_units, alone.mix.orders[0].windows) == (5, 1)
     assert identity_of(alone)["train.shuffle_block_units"] == [5]

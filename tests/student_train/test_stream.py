@@ -216,13 +216,13 @@ def test_follower_looks_seldom_and_asks_little(tmp_path: Path) -> None:
     write_dump(tmp_path / "dump", samples=SAMPLES, samples_per_unit=PER_UNIT, units=range(2), seal=False)
     dump = Dump.open(str(tmp_path / "dump"))
     asked: list[int] = []
-    record = dump.record
+    record = dump.read_record
 
     def counted(unit: int) -> Any:
         asked.append(unit)
         return record(unit)
 
-    dump.record = counted  # type: ignore[method-assign]
+    dump.read_record = counted  # type: ignore[method-assign]
     follower = Follower(dump, mix().orders[0], interval=0.2)
     for _ in range(5):
         assert follower.windows() == 0

@@ -73,14 +73,14 @@ def vllm_sections(
 def rows_of(url: Path | str) -> list[Row]:
     """All rows of a sealed dump, in order; every checksum verified."""
     found = Dump.open(str(url))
-    assert found.sealed()
-    units = [found.read_unit(unit) for unit in sorted(found.records())]
+    assert found.is_sealed()
+    units = [found.read_unit(unit) for unit in sorted(found.read_records())]
     return [unit.row(i) for unit in units for i in range(len(unit))]
 
 
 def assert_each_sample_once(url: Path | str) -> None:
     assert [row.sample_index for row in rows_of(url)] == list(range(SAMPLES))
-    assert sorted(Dump.open(str(url)).records()) == list(range(UNITS))
+    assert sorted(Dump.open(str(url)).read_records()) == list(range(UNITS))
 
 
 def files_of(folder: Path | str) -> dict[Path, tuple[int, bytes]]:

@@ -50,7 +50,7 @@ def test_everything_that_was_handed_over_is_committed_on_close(tmp_path: Path) -
         for unit in range(RUN.units):
             commits.commit(unit, unit_rows(RUN, unit))
     assert sorted(commits.won) == list(range(RUN.units))
-    assert Dump.open(str(tmp_path)).records() == commits.won
+    assert Dump.open(str(tmp_path)).read_records() == commits.won
 
 
 def test_a_unit_that_somebody_else_committed_is_lost_not_won(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_leaving_after_an_error_finishes_the_unit_under_way_and_drops_the_rest(t
     assert held.started.wait(20)
     threading.Timer(0.3, held.go.set).start()
     commits.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert sorted(Dump.open(str(tmp_path)).records()) == [0]
+    assert sorted(Dump.open(str(tmp_path)).read_records()) == [0]
 
 
 def test_leaving_does_not_wait_for_a_store_that_hangs(tmp_path: Path) -> None:

@@ -450,7 +450,7 @@ def test_the_template_goes_with_the_dump_to_who_is_trained_on_it(tmp_path: Path)
     final = Path(shutil.copytree(model, tmp_path / "final"))
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         (final / name).unlink()
-    write_files(final, dump.tokenizer_files())
+    write_files(final, dump.read_tokenizer())
     kept = AutoTokenizer.from_pretrained(final)
     (row,) = rows_of(tmp_path / "dump")
     assert row.status == OK

@@ -38,7 +38,7 @@ from storage_schemas.verify import verify
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump, tokenizer_files
-from teacher_dump.recompute import recompute
+from teacher_dump.recompute import recompute_rows
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
 
 
@@ -144,7 +144,7 @@ def test_the_tokenizer_in_the_dump_is_the_teachers(tmp_path: Path, corpus_file: 
     run_dump(**sections(tmp_path / "dump", corpus_file, model_folder))
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    for name, content in Dump.open(str(tmp_path / "dump")).tokenizer_files().items():
+    for name, content in Dump.open(str(tmp_path / "dump")).read_tokenizer().items():
         (folder / name).write_bytes(content)
     found = AutoTokenizer.from_pretrained(folder)
     assert found.get_vocab() == tiny_tokenizer().get_vocab()
@@ -264,7 +264,7 @@ def test_ids_that_the_tokenizer_lacks_have_no_probability(
     run_dump(**section)
     dump = Dump.open(str(tmp_path / "dump"))
     assert (dump.provenance.masked_from, dump.provenance.teacher.lm_head_rows) == (VOCABULARY, PADDED)
-    assert max(record.max_id for record in dump.records().values()) < VOCABULARY
+    assert max(record.max_id for record in dump.read_records().values()) < VOCABULARY
     model = tiny_model("llama", vocab_size=PADDED)
     for row in rows_of(tmp_path / "dump"):
         if row.targets is not None:
@@ -273,7 +273,7 @@ def test_ids_that_the_tokenizer_lacks_have_no_probability(
             exact = every - np.logaddexp.reduce(every, axis=1, keepdims=True)
             tokens = np.repeat(np.arange(len(exact)), row.targets.lengths)
             np.testing.assert_allclose(row.targets.logprobs, exact[tokens, row.targets.ids], atol=LOGPROB)
-    report = recompute(dump, Teacher(section["teacher"]), rows=SAMPLES)
+    report = recompute_rows(dump, Teacher(section["teacher"]), rows=SAMPLES)
     assert report.errors == []
 
 

@@ -102,7 +102,7 @@ def test_the_forecast_is_that_of_the_real_dump(place: Path, tmp_path: Path, kind
     assert forecast.bytes == pytest.approx(real.bytes, rel=0.1)
     assert forecast.bytes_per_supervised_token == pytest.approx(real.bytes_per_supervised_token, rel=0.1)
     assert forecast.kept_mass == pytest.approx(real.mean_kept_mass, abs=0.03)
-    records = Dump.open(str(tmp_path / "dump")).records()
+    records = Dump.open(str(tmp_path / "dump")).read_records()
     entries = sum(record.entries for record in records.values()) / real.supervised_tokens
     assert forecast.entries_per_supervised_token == pytest.approx(entries, rel=0.05)
 

@@ -26,7 +26,7 @@ from teacher_dump.compare import TOLERANCES, compare, problems
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
-from teacher_dump.recompute import pick_rows, recompute
+from teacher_dump.recompute import pick_rows, recompute_rows
 from teacher_dump.teachers.teacher import Teacher
 
 ESTIMATORS = {
@@ -74,7 +74,7 @@ def forge(place: Path, folder: Path, change: Any, *, of: str = "topk", provenanc
 def test_a_good_dump_passes_in_other_batches(place: Path, kind: str, batch_tokens: int) -> None:
     dump = Dump.open(str(place / kind))
     seen = []
-    report = recompute(
+    report = recompute_rows(
         dump,
         teacher_of(place, batch_tokens=batch_tokens),
         rows=SAMPLES,
@@ -82,10 +82,10 @@ def test_a_good_dump_passes_in_other_batches(place: Path, kind: str, batch_token
     )
     assert report.errors == []
     assert report.rows == sorted(set(range(SAMPLES)) - EMPTY_AND_TOO_LONG)
-    assert report.supervised_tokens == sum(record.supervised_tokens for record in dump.records().values())
+    assert report.supervised_tokens == sum(record.supervised_tokens for record in dump.read_records().values())
     # What is left is the rounding of the store, as the records say.
-    tokens = np.array([record.supervised_tokens for record in dump.records().values()])
-    stored = np.array([record.fidelity for record in dump.records().values()])
+    tokens = np.array([record.supervised_tokens for record in dump.read_records().values()])
+    stored = np.array([record.fidelity for record in dump.read_records().values()])
     if kind == "topk":
         np.testing.assert_allclose(report.kl, tokens @ stored / tokens.sum(), rtol=0.02)
     else:  # The errors of draws differ in sign from unit to unit.
@@ -118,7 +118,7 @@ def rolled(targets: Targets) -> Targets:
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_targets_that_are_off_by_one_are_caught(place: Path, tmp_path: Path, kind: str) -> None:
     dump = forge(place, tmp_path / "dump", lambda row: replace(row, targets=rolled(row.targets)), of=kind)
-    report = recompute(dump, teacher_of(place), rows=SAMPLES)
+    report = recompute_rows(dump, teacher_of(place), rows=SAMPLES)
     # Rows of one supervised token cannot be shifted.
     long = {row.sample_index: row for row in rows_of(place / kind) if row.targets is not None and len(row.targets) > 2}
     named = {int(re.match(r"row (\d+), position \d+: ", line)[1]) for line in report.errors if line.startswith("row")}
@@ -136,7 +136,7 @@ def test_another_teachers_targets_are_caught(place: Path, tmp_path: Path, kind: 
     )
     others = {row.sample_index: row.targets for row in rows_of(tmp_path / "other")}
     dump = forge(place, tmp_path / "dump", lambda row: replace(row, targets=others[row.sample_index]), of=kind)
-    report = recompute(dump, teacher_of(place), rows=4)
+    report = recompute_rows(dump, teacher_of(place), rows=4)
     assert {int(re.match(r"row (\d+)", line)[1]) for line in report.errors if line.startswith("row")} == set(
         report.rows
     )
@@ -161,7 +161,7 @@ def test_one_perturbed_logprob_is_caught_by_row_and_position(
         return replace(row, targets=replace(row.targets, logprobs=logprobs))
 
     dump = forge(place, tmp_path / "dump", perturb, of=kind)
-    report = recompute(dump, teacher_of(place), rows=SAMPLES)
+    report = recompute_rows(dump, teacher_of(place), rows=SAMPLES)
     assert len([line for line in report.errors if line.startswith("row")]) == 1
     assert report.errors[0].startswith(f"row 9, position {where['position']}: the log-prob of id {where['id']} is")
 
@@ -190,7 +190,7 @@ def cut(row: Row, keep: Any) -> Row:
 
 def test_heads_that_end_too_early_are_caught(place: Path, tmp_path: Path) -> None:
     """All that is left is true, and the divergence is 0: only the estimator's rule says that entries are missing."""
-    report = recompute(forge(place, tmp_path / "dump", lambda row: cut(row, 20)), teacher_of(place), rows=3)
+    report = recompute_rows(forge(place, tmp_path / "dump", lambda row: cut(row, 20)), teacher_of(place), rows=3)
     assert len(report.errors) >= 3
     assert "the head has 20 entries, the teacher gives 24" in report.errors[0]
 
@@ -208,7 +208,7 @@ def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place: Path, tmp_path: Pa
                 return replace(row, targets=replace(row.targets, **{field: values}))
 
             dump = forge(place, tmp_path / f"{field}{column}", change)
-            report = recompute(dump, teacher_of(place), rows=4)
+            report = recompute_rows(dump, teacher_of(place), rows=4)
             assert len([line for line in report.errors if words in line]) == 4
 
 
@@ -217,7 +217,7 @@ def test_draws_of_another_seed_are_caught(place: Path, tmp_path: Path) -> None:
         provenance = Dump.open(str(place / kind)).provenance
         claimed = provenance.model_copy(update={"estimator": provenance.estimator.model_copy(update={"seed": 1})})
         dump = forge(place, tmp_path / kind, lambda row: row, of=kind, provenance=claimed)
-        report = recompute(dump, teacher_of(place), rows=SAMPLES)
+        report = recompute_rows(dump, teacher_of(place), rows=SAMPLES)
         assert report.draws_equal < 0.7
         assert len([line for line in report.errors if "draws are reproduced" in line]) > 5
         assert all(re.match(r"row \d+, position \d+: ", line) for line in report.errors)
@@ -227,7 +227,7 @@ def test_a_row_that_hides_as_nonfinite_is_caught(place: Path, tmp_path: Path) ->
     def hide(row: Row) -> Row:
         return replace(row, status=NONFINITE, targets=None) if row.sample_index == 3 else row
 
-    report = recompute(forge(place, tmp_path / "dump", hide), teacher_of(place), rows=SAMPLES)
+    report = recompute_rows(forge(place, tmp_path / "dump", hide), teacher_of(place), rows=SAMPLES)
     assert report.errors == ["row 3: stored as nonfinite, but its logits are finite"]
 
 
@@ -236,7 +236,7 @@ def test_labels_and_loss_masks_are_compared_with_the_corpus(place: Path, tmp_pat
     section = sections(tmp_path, place / "corpus.jsonl", place / "teacher")["corpus"]
     corpus = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=320)
     good = Dump.open(str(place / "topk"))
-    assert recompute(good, teacher_of(place), rows=SAMPLES, corpus=corpus).errors == []
+    assert recompute_rows(good, teacher_of(place), rows=SAMPLES, corpus=corpus).errors == []
 
     def unmask(row: Row) -> Row:
         mask, first = row.loss_mask.copy(), np.flatnonzero(row.loss_mask)[0]
@@ -246,8 +246,8 @@ def test_labels_and_loss_masks_are_compared_with_the_corpus(place: Path, tmp_pat
         return replace(row, loss_mask=mask, targets=row.targets.slice(1, len(row.targets)))
 
     dump = forge(place, tmp_path / "dump", unmask)
-    assert recompute(dump, teacher_of(place), rows=SAMPLES).errors == []
-    report = recompute(dump, teacher_of(place), rows=SAMPLES, corpus=corpus)
+    assert recompute_rows(dump, teacher_of(place), rows=SAMPLES).errors == []
+    report = recompute_rows(dump, teacher_of(place), rows=SAMPLES, corpus=corpus)
     row = rows_of(place / "topk")[4]
     position = np.flatnonzero(row.loss_mask)[0]
     assert report.errors == [f"row 4, position {position}: loss_mask differ from the corpus"]
@@ -258,25 +258,25 @@ def test_labels_and_loss_masks_are_compared_with_the_corpus(place: Path, tmp_pat
     section = sections(tmp_path, tmp_path / "other.jsonl", place / "teacher")["corpus"]
     other = freeze_corpus(section, tiny_tokenizer(), lm_head_rows=320)
     with pytest.raises(MismatchError, match="the corpus is not the one"):
-        recompute(good, teacher_of(place), rows=1, corpus=other)
+        recompute_rows(good, teacher_of(place), rows=1, corpus=other)
 
 
 def test_another_teacher_is_refused_before_its_weights_are_loaded(place: Path) -> None:
     dump = Dump.open(str(place / "topk"))
     other = teacher_of(place, "other")
     with pytest.raises(MismatchError, match=r"weights_sha256\.model\.safetensors"):
-        recompute(dump, other, rows=1)
+        recompute_rows(dump, other, rows=1)
     half = teacher_of(place, dtype="bfloat16")
     with pytest.raises(MismatchError, match="dtype = bfloat16"):
-        recompute(dump, half, rows=1)
+        recompute_rows(dump, half, rows=1)
     assert "model" not in vars(other)
     assert "model" not in vars(half)
 
 
 def test_a_damaged_unit_is_named_and_the_others_are_recomputed(place: Path, tmp_path: Path) -> None:
     dump = forge(place, tmp_path / "dump", lambda row: row)
-    (tmp_path / "dump" / dump.record(1).file).write_bytes(b"torn")
-    report = recompute(dump, teacher_of(place), rows=SAMPLES)
+    (tmp_path / "dump" / dump.read_record(1).file).write_bytes(b"torn")
+    report = recompute_rows(dump, teacher_of(place), rows=SAMPLES)
     assert [line.split(":")[0] for line in report.errors] == ["unit 1"]
     assert report.rows == [0, 1, 2, 6, 8, 9, 10]
 

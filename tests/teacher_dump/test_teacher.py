@@ -277,10 +277,10 @@ def test_long_and_short_contexts_of_longrope_do_not_share_a_batch(tmp_path: Path
 def test_identity_needs_no_weights_and_follows_the_files(tmp_path: Path) -> None:
     first = teacher_of(save_teacher(tmp_path / "a"))
     same, other = teacher_of(save_teacher(tmp_path / "b")), teacher_of(save_teacher(tmp_path / "c", seed=1))
-    hashes = [teacher.identity.weights_sha256 for teacher in (first, same, other)]
+    hashes = [teacher.identify().weights_sha256 for teacher in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert list(hashes[0]) == ["model.safetensors"]
-    assert first.identity.lm_head_rows == VOCABULARY
+    assert first.identify().lm_head_rows == VOCABULARY
     assert "model" not in vars(first), "the weights were loaded"
 
 
@@ -288,17 +288,17 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
     save_teacher(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(MismatchError, match="safetensors"):
-        _ = teacher_of(tmp_path).identity
+        _ = teacher_of(tmp_path).identify()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    assert sorted(teacher_of(tmp_path).identity.weights_sha256) == shards
+    assert sorted(teacher_of(tmp_path).identify().weights_sha256) == shards
     (tmp_path / shards[1]).unlink()
     with pytest.raises(MismatchError, match=shards[1]):
-        _ = teacher_of(tmp_path).identity
+        _ = teacher_of(tmp_path).identify()
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_an_attention_is_passed_on_and_known_by_its_name_where_it_is_asked_for(t
         assert teacher.model.config._attn_implementation == attention
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=LOGPROB)
         assert teacher.engine.arguments == {"attn_implementation": attention}
-        assert teacher.identity == default.identity
+        assert teacher.identify() == default.identify()
 
 
 @pytest.mark.parametrize(
