@@ -86,8 +86,9 @@ def test_moslora_under_every_stage(folder: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_adapter(precision: str, folder: Path) -> None:
-    """Trained under ZeRO 2 and 3 with the same losses, saved, and compared by the run itself; resumed bit for bit, under
-    one of the two in fp32 and under the other in bf16."""
+    """Trained under ZeRO 2 and 3 with the same losses, saved, and compared by the run itself; resumed bit for bit under
+    the one in fp32 and under the other in bf16.
+    """
     jobs: list[dict[str, Any]] = []
     first = 2 if precision == "fp32" else 3
     resumed = {name: first if number % 2 else 5 - first for number, name in enumerate(VARIANTS)}
