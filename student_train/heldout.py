@@ -14,7 +14,7 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.config import Metric
 from student_train.data.batch import TrainBatch, collate
-from student_train.metrics import HeldoutResult
+from student_train.metrics import HeldoutResult, closeness
 from student_train.model.head import SUMS
 from student_train.world import World
 
@@ -98,19 +98,10 @@ class Heldout:
                 expected="held-out samples of status `ok`",
                 fix="`llm-neo inspect` counts the dump's samples by status; correct heldout.sources, or dump again",
             )
-        tokens, _, ce, kl, agreement, least, most = sums
-        return HeldoutResult(
-            step=step,
-            kl=kl / tokens,
-            ce=ce / tokens,
-            top1_agreement=None if self.dump.provenance.estimator.kind == "sampled" else agreement / tokens,
-            acceptance_rate_min=least / tokens,
-            acceptance_rate_max=most / tokens,
-            supervised_tokens=int(tokens),
-            seconds=seconds,
-            temperature=self.temperature,
-            dump=self.dump.fingerprint,
-        )
+        exact_head = self.dump.provenance.estimator.kind != "sampled"
+        kl, means = closeness(sums[1:], int(sums[0]), exact_head=exact_head)
+        told = {"step": step, "seconds": seconds, "temperature": self.temperature, "dump": self.dump.fingerprint}
+        return HeldoutResult(kl=kl, **means, **told)
 
     def _rounds(self, world: World, vocab_size: int | None) -> Iterator[TrainBatch]:
         """This rank's micro-batches; every rank has as many, the last one may be a filler."""

@@ -78,25 +78,42 @@ PREFIX = "eval_"
 """Of the fields of an evaluation in events.jsonl, but for `step`, as in the log history of transformers' Trainer."""
 
 
-class HeldoutResult(FrozenModel):
-    """One evaluation: means over the supervised tokens of the held-out samples."""
+class Closeness(FrozenModel):
+    """How close a student is to the teacher: means over the supervised tokens that were evaluated."""
+
+    ce: float
+    """Cross-entropy of the tokens themselves at temperature 1, nats."""
+    top1_agreement: float | None
+    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    acceptance_rate_min: float
+    """sum min(p, q) at the temperature, what speculative sampling would keep of the student's drafts: the least it can
+    be given what is stored, see `losses.overlap`."""
+    acceptance_rate_max: float
+    """And the most."""
+    supervised_tokens: int
+    """Tokens that were evaluated."""
+
+
+def closeness(sums: Sequence[float], tokens: int, *, exact_head: bool) -> tuple[float, dict[str, Any]]:
+    """The divergence, and what `Closeness` holds, of the sums of `HeadLoss` over so many supervised tokens."""
+    _, ce, divergence, agreement, least, most = (value / tokens for value in sums)
+    return divergence, {
+        "ce": ce,
+        "top1_agreement": agreement if exact_head else None,
+        "acceptance_rate_min": least,
+        "acceptance_rate_max": most,
+        "supervised_tokens": tokens,
+    }
+
+
+class HeldoutResult(Closeness):
+    """One evaluation on the held-out samples."""
 
     step: int
     """Optimizer steps that were done."""
     kl: float
     """Forward KL(teacher || student) at `temperature`, nats: on the stored entries and one tail bucket, so a lower
     bound of the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
-    ce: float
-    """Cross-entropy of the tokens themselves at temperature 1, nats."""
-    top1_agreement: float | None
-    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
-    acceptance_rate_min: float
-    """sum min(p, q) at `temperature`, what speculative sampling would keep of the student's drafts: the least it can be
-    given what is stored, see `losses.overlap`."""
-    acceptance_rate_max: float
-    """And the most."""
-    supervised_tokens: int
-    """Tokens that were evaluated."""
     seconds: float
     """How long it took."""
     temperature: float

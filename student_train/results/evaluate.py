@@ -8,34 +8,22 @@ import torch
 
 from storage_schemas.common.devices import no_such_device
 from storage_schemas.common.errors import DataError, TemporaryError
-from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.config import LossSection
 from student_train.data.batch import collate
+from student_train.metrics import Closeness, closeness
 from student_train.model.head import SUMS
 from student_train.model.load import load_model
 from student_train.model.student import distilled, refuse_other_dump
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
 
-class EvalResult(FrozenModel):
-    """Means over supervised tokens."""
+class EvalResult(Closeness):
+    """What one evaluation has found."""
 
     kl_mean: float
-    """KL(teacher || student) at the temperature, nats: on the stored entries and one tail bucket, so a lower bound of
-    the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
-    ce: float
-    """Cross-entropy of the tokens themselves, nats, at temperature 1."""
-    top1_agreement: float | None
-    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
-    acceptance_rate_min: float
-    """sum min(p, q), what speculative sampling at the temperature would keep of the student's drafts: the least it can
-    be given what is stored, see `losses.overlap`."""
-    acceptance_rate_max: float
-    """And the most."""
-    supervised_tokens: int
-    """Tokens that were evaluated."""
+    """KL(teacher || student) at the temperature, as `HeldoutResult.kl`."""
     samples: int
     """Samples that they are of, those without supervised tokens included."""
     dump_samples: int
@@ -117,18 +105,8 @@ def evaluate(
             expected="at least one sample with the status `ok`",
             fix="let stage one finish, or raise the limit",
         )
-    _, ce, divergence, agreement, least, most = (sums / tokens).tolist()
-    exact_head = dump.provenance.estimator.kind != "sampled"
-    return EvalResult(
-        kl_mean=divergence,
-        ce=ce,
-        top1_agreement=agreement if exact_head else None,
-        acceptance_rate_min=least,
-        acceptance_rate_max=most,
-        supervised_tokens=tokens,
-        samples=samples,
-        dump_samples=dump.provenance.corpus.samples,
-    )
+    kl, means = closeness(sums.tolist(), tokens, exact_head=dump.provenance.estimator.kind != "sampled")
+    return EvalResult(kl_mean=kl, **means, samples=samples, dump_samples=dump.provenance.corpus.samples)
 
 
 def load_ready(
