@@ -175,7 +175,6 @@ class Checkpoints:
 
         Args:
             url: a directory, which need not exist yet, or a place in an object store.
-            options: settings of the object store.
 
         Raises:
             MismatchError: the URL or an option is not understood.

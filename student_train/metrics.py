@@ -414,8 +414,6 @@ def reporting(
     """All places that the rank that reports tells of its run, after `start` of `stop` steps; events.jsonl first.
 
     Args:
-        output: run directory.
-        report_to: trackers beside events.jsonl.
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.

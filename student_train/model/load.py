@@ -31,8 +31,6 @@ def load_model(
     """A causal language model, from safetensors alone.
 
     Args:
-        name: directory or hub id.
-        revision: of the hub.
         dtype: of the weights; `auto` is that of the files.
         attention: an `attn_implementation` of transformers; None is the model's default.
         trust: run the code that it brings, see `runs_code`.

@@ -1,15 +1,16 @@
 """How far a student is from the teacher of a dump: in one process, through the same fused head, without gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from storage_schemas.common.batching import length_sorted_batches
 from storage_schemas.common.devices import no_such_device
 from storage_schemas.common.errors import DataError, TemporaryError
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK, Row
+from storage_schemas.rows import OK
 from student_train.config import LossSection
 from student_train.data.batch import collate
 from student_train.metrics import Closeness, closeness
@@ -91,8 +92,9 @@ def evaluate(
     for unit, span in there.items():
         stored = dump.read_unit(unit)
         usable = [stored.row(i) for i in range(len(span)) if stored.status[i] == OK]
-        for batch_rows in _by_budget(sorted(usable, key=lambda row: -len(row.input_ids)), batch_tokens):
-            batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
+        for places in length_sorted_batches([len(row.input_ids) for row in usable], budget=batch_tokens):
+            rows = [usable[place] for place in places]
+            batch = collate(rows, temperature_index=index, temperature=temperature, vocab_size=valid)
             with torch.no_grad():
                 sums += module(batch.to(where))[1].cpu()
             tokens += len(batch.targets)
@@ -140,13 +142,3 @@ def device_named(name: str) -> torch.device:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise no_such_device(name, error, setting="--device") from error
-
-
-def _by_budget(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
-    """Cut rows, longest first, so that count * longest stays within `tokens`."""
-    batches: list[list[Row]] = []
-    for row in rows:
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].input_ids) > tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches

@@ -125,10 +125,7 @@ def preview(
 
     Args:
         section: where `too_long: error` or `max_bad_share` would stop `dump`, samples are counted here.
-        tokenizer: the teacher's.
-        lm_head_rows: rows of its LM head.
         row: show this sample; None: show `samples` of the usable ones, evenly spaced.
-        samples: how many.
 
     Raises:
         UsageError: there is no such row.

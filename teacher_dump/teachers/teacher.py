@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from storage_schemas.common.batching import length_sorted_batches
 from storage_schemas.common.code import NO_CODE, Code, importing, runs_code
 from storage_schemas.common.devices import no_such_device, refuse_idle_gpus, refuse_no_compiler
 from storage_schemas.common.errors import MismatchError, explained, first_line
@@ -28,7 +29,6 @@ from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import Corpus
 from teacher_dump.estimators.estimate import Entries, estimate, gather, on_device
-from teacher_dump.teachers.batching import length_sorted_batches
 from teacher_dump.teachers.model_files import ModelFiles, find_model
 from teacher_dump.teachers.products import Float32Results, linear
 
