@@ -179,7 +179,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read, override and validate a configuration.
 
     Args:
-        path: a YAML file.
         overrides: `a.b=c`, where c is YAML (`null`, `[1, 2]` and `{k: 8}` work) and a number in the path indexes a
             list. Setting `estimator.kind` to another kind starts that section anew.
 

@@ -57,7 +57,6 @@ def secrets_in(
     Args:
         data: of a configuration, before it is validated, so secrets may be anywhere and of any type.
         known: names of settings that are no secrets.
-        path: of `data`.
         seen: what was looked at before; an alias is looked at once.
     """
     seen = set() if seen is None else seen

@@ -86,8 +86,6 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
 
     Args:
         path: the configuration, if there is one; else the machine alone is looked at.
-        overrides: as on the command line.
-        env: of this process.
 
     Raises:
         UsageError: there is no such file.

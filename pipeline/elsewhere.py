@@ -196,7 +196,6 @@ def setting(name: str, section: Sequence[str] = ()) -> str | None:
     """A hint at the setting that another trainer calls so.
 
     Args:
-        name: of the setting.
         section: where it stands, from the outermost section on.
     """
     parts = [part.lower().replace("-", "_") for part in (*section, name)]

@@ -158,10 +158,8 @@ def rank_environment(env: Mapping[str, str], local: int, *, nproc: int, nodes: N
     TCPStore of rank 0, which listens on all of its interfaces; what is in there is never unpickled.
 
     Args:
-        env: of the launcher.
         local: number of the rank on this node.
         nproc: ranks on this node, one per GPU.
-        nodes: all nodes.
     """
     rank, size = nodes.node_rank * nproc + local, nodes.count * nproc
     found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": nproc}

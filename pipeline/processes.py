@@ -68,9 +68,6 @@ def dump_workers(
     """Run several workers of stage one on this machine.
 
     Args:
-        config: the configuration file.
-        overrides: of the command line.
-        workers: how many.
         node: which of how many such groups this one is.
         events: file that all append their events to.
 
@@ -118,9 +115,6 @@ def dump_group(
     """Run one worker of stage one, or a plan's pilot, whose teacher is spread over several processes of this machine.
 
     Args:
-        config: the configuration file.
-        overrides: of the command line.
-        nproc: how many processes.
         node: which of how many workers they are together.
         events: file that one JSON object per event is appended to.
         pilot: of `pipeline.commands.run_plan`, instead of a dump.
@@ -191,8 +185,6 @@ def train_workers(config: Config, *, nproc: int, nodes: Nodes, stdout: int | Non
 
     Args:
         config: with `student` and `train`.
-        nproc: ranks on this node.
-        nodes: all nodes.
         stdout: file descriptor for the progress of the workers; standard output by default.
 
     The caller holds the `run_directory`.
@@ -225,7 +217,6 @@ def refuse_unknown_host(nodes: Nodes, output: Path) -> None:
     """Return once the name of the first node resolves, and say so if it takes long: no rank can meet there before.
 
     Args:
-        nodes: of the training.
         output: the run directory, where the first node leaves its exit code.
 
     Raises:
@@ -275,10 +266,7 @@ def run_ranks(module: str, arguments: Sequence[str], *, nproc: int, nodes: Nodes
     """Run the ranks of one job on this node; the exit code that they leave together.
 
     Args:
-        module: of a rank.
-        arguments: of every rank.
         nproc: how many there are on this node.
-        nodes: all nodes.
         stdout: file descriptor for their standard output, if not ours.
     """
     threads = thread_environment(os.environ, nproc, usable_cores())
@@ -294,7 +282,6 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
     """Run processes to their end and leave none of them behind. A signal to this one is passed on as SIGTERM.
 
     Args:
-        commands: what to start.
         patience: for ranks, which need each other: seconds for the others to end once one has failed. A second signal,
             later than `SAME_SECONDS`, then kills them. None: they are independent.
 

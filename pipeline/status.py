@@ -152,11 +152,8 @@ class Watcher:
         """Nothing is contacted yet.
 
         Args:
-            url: the dump.
-            options: settings of its store.
             others: dumps that are trained on beside it.
             heldout: the held-out dump, on the same store.
-            run: directory of a run.
             checkpoints: where its checkpoints lie on the same store, if not in the directory.
             must_run: whether it is an error that nothing lies there.
         """
@@ -246,7 +243,6 @@ class _DumpWatcher:
 
         Args:
             times: at which the committed units were dated, ascending, seconds.
-            units: how many there are in all.
             tokens: of a unit, on average.
         """
         recent, now = recent_pace(times), store_clock(self._store, self._options)
@@ -328,7 +324,6 @@ def run_status(output: Path, *, checkpoints: str | None = None, options: Mapping
     Args:
         output: the directory, which may be lost where checkpoints lie elsewhere.
         checkpoints: where they lie, if not in the directory.
-        options: settings of that store.
 
     Raises:
         TemporaryError: that store does not answer.

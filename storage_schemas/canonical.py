@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,6 +12,8 @@ from storage_schemas.common.frozen import FrozenModel
 
 FORMAT_VERSION = 1
 """Version of the dump format."""
+OTHER_VERSION = "use the version of llm-neo that wrote this dump, or dump again"
+"""What to do about a dump of another version."""
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -60,7 +62,7 @@ def refuse_other_version(
     *,
     name: str,
     readable: Collection[object] = (FORMAT_VERSION,),
-    fix: str = "use the version of llm-neo that wrote this dump, or dump again",
+    fix: str = OTHER_VERSION,
 ) -> None:
     """Raise MismatchError unless `content` is of a version that this code reads."""
     version = content.get("format_version")
@@ -91,12 +93,18 @@ def _not_valid(name: str, got: str, *, expected: str) -> DataError:
 class ProvenJson(FrozenModel):
     """A JSON file with a checksum in it: there is one sequence of bytes for one content, and no other is accepted."""
 
+    indent: ClassVar[int | None] = None
+    restore: ClassVar[str] = "restore the file from a backup, or dump again into another URL"
+    """What to do about a file that was changed."""
+    other_version: ClassVar[str] = OTHER_VERSION
+    """What to do about one of another version."""
+
     format_version: int = FORMAT_VERSION
-    """Version of the dump format."""
+    """Version of the format that the file belongs to."""
 
     def to_json(self) -> bytes:
         """Canonical JSON; `checksum` is the sha256 of the canonical JSON without it."""
-        return canonical_json(with_checksum(self.model_dump(mode="json")))
+        return canonical_json(with_checksum(self.model_dump(mode="json")), indent=self.indent)
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> Self:
@@ -107,7 +115,8 @@ class ProvenJson(FrozenModel):
             MismatchError: another format version.
         """
         content = parse_json(data, name=name)
-        refuse_other_version(content, name=name)
+        readable = (cls.model_fields["format_version"].default,)
+        refuse_other_version(content, name=name, readable=readable, fix=cls.other_version)
         content.pop("checksum", None)
         found = validated(cls, content, name=name)
         if found.to_json() != data:
@@ -115,7 +124,7 @@ class ProvenJson(FrozenModel):
                 f"{name} is torn or was changed",
                 got=f"{len(data)} bytes in another form, or with another checksum",
                 expected="canonical JSON with its own sha256 in `checksum`",
-                fix="restore the file from a backup, or dump again into another URL",
+                fix=cls.restore,
             )
         return found
 

@@ -169,7 +169,6 @@ def encode(unit: UnitRows, metadata: dict[str, str], *, step: float = 0.0) -> by
 
     Args:
         unit: the rows, rounded.
-        metadata: provenance.
         step: grid of the log-probs, 0 if there is none; it decides their encoding.
     """
     table = unit_to_table(unit)

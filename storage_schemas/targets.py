@@ -115,7 +115,6 @@ def decode(targets: Targets, *, temperature_index: int = 0, temperature: float =
     identical models would not be 0. Loss, fidelity gate and evaluation all decode here.
 
     Args:
-        targets: n tokens.
         temperature_index: column of `tail_logprob` that belongs to `temperature`.
         temperature: T; the head becomes p^(1/T), renormalised to the mass stored for T.
 

@@ -16,15 +16,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from storage_schemas.canonical import canonical_json, digest, parse_json, refuse_other_version, validated, with_checksum
+from storage_schemas.canonical import ProvenJson, canonical_json, digest, parse_json, refuse_other_version, validated
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.records import proven
 from storage_schemas.stores.store import Store
 from student_train.metrics import Event, HeldoutResult
 
@@ -101,8 +102,11 @@ class FileRecord(FrozenModel):
     sha256: str
 
 
-class Commit(FrozenModel):
+class Commit(ProvenJson):
     """COMMIT.json, which also holds the checksum of all this."""
+
+    restore: ClassVar[str] = _RESTORE
+    other_version: ClassVar[str] = _OTHER_VERSION
 
     format_version: int = FORMAT_VERSION
     step: int
@@ -121,9 +125,7 @@ class Checkpoint:
         """
         self._store, self.step = store, step
         name = f"{store.url}/{_folder(step)}/{COMMIT}"
-        content = parse_json(store.get(f"{_folder(step)}/{COMMIT}"), name=name)
-        refuse_other_version(content, name=name, readable=(FORMAT_VERSION,), fix=_OTHER_VERSION)
-        self._commit = validated(Commit, without_checksum(content, name=name, fix=_RESTORE), name=name)
+        self._commit = Commit.from_json(store.get(f"{_folder(step)}/{COMMIT}"), name)
         record = next((record for record in self._commit.files if record.kind == "state"), None)
         if record is None or self._commit.step != step:
             raise DataError(f"{name} does not describe step {step}", fix="remove this checkpoint's directory")
@@ -160,16 +162,9 @@ class Checkpoint:
             self._read(record)
 
     def _read(self, record: FileRecord) -> bytes:
-        data = self._store.get(f"{_folder(self.step)}/{record.name}")
-        found = hashlib.sha256(data).hexdigest()
-        if (len(data), found) != (record.bytes, record.sha256):
-            raise DataError(
-                f"{self._store.url}/{_folder(self.step)}/{record.name} is torn or was changed",
-                got=f"{len(data)} bytes, sha256 {found[:16]}",
-                expected=f"{record.bytes} bytes, sha256 {record.sha256[:16]}",
-                fix=_RESTORE,
-            )
-        return data
+        key = f"{_folder(self.step)}/{record.name}"
+        name = f"{self._store.url}/{key}"
+        return proven(self._store.get(key), name, sha256=record.sha256, size=record.bytes, fix=_RESTORE)
 
 
 class Checkpoints:
@@ -180,7 +175,6 @@ class Checkpoints:
 
         Args:
             url: a directory, which need not exist yet, or a place in an object store.
-            options: settings of the object store.
 
         Raises:
             MismatchError: the URL or an option is not understood.
@@ -242,7 +236,8 @@ class Checkpoints:
         for kind, number, part in _files(tensors):
             name = f"{attempt}-{kind}-{number:03d}.safetensors"
             files.append(self._put(state.step, name, kind, safetensors.torch.save(part)))
-        self._store.put_new(f"{_folder(state.step)}/{COMMIT}", _sealed(Commit(step=state.step, files=tuple(files))))
+        commit = Commit(step=state.step, files=tuple(files))
+        self._store.put_new(f"{_folder(state.step)}/{COMMIT}", commit.to_json())
         self.at(state.step).verify()
         older = [step for step in self.steps() if step < state.step and step != best]
         for step in older:
@@ -296,24 +291,6 @@ def _other_tensors(got: str, expected: object) -> DataError:
         expected=expected,
         fix="restore the checkpoint, or remove its directory to go on from the one before",
     )
-
-
-def without_checksum(content: Mapping[str, Any], *, name: str, fix: str) -> dict[str, Any]:
-    """What `canonical.with_checksum` was given. Raises DataError if it was changed since."""
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    if (found := digest(rest)) != content.get("checksum"):
-        raise DataError(
-            f"{name} was changed",
-            got=f"sha256 {found[:16]}",
-            expected=f"sha256 {str(content.get('checksum'))[:16]}",
-            fix=fix,
-        )
-    return rest
-
-
-def _sealed(commit: Commit) -> bytes:
-    """COMMIT.json's content."""
-    return canonical_json(with_checksum(commit.model_dump(mode="json")))
 
 
 def _folder(step: int) -> str:

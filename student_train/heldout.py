@@ -49,9 +49,7 @@ class Heldout:
         """Evaluate what has been trained. Collective; weights, optimizer and data of the training stay as they are.
 
         Args:
-            world: all ranks.
             sums_of: the student's sums of `HeadLoss` over a micro-batch; collective.
-            step: optimizer steps done.
             vocab_size: every id must lie below it, if given: the columns of the student's head that are in use.
             stop: asked before each forward pass; once it says yes on any rank, the evaluation is given up.
 

@@ -78,25 +78,30 @@ PREFIX = "eval_"
 """Of the fields of an evaluation in events.jsonl, but for `step`, as in the log history of transformers' Trainer."""
 
 
-class HeldoutResult(FrozenModel):
-    """One evaluation: means over the supervised tokens of the held-out samples."""
+class Closeness(FrozenModel):
+    """How close a student is to the teacher: means over the supervised tokens that were evaluated."""
+
+    ce: float
+    """Cross-entropy of the tokens themselves at temperature 1, nats."""
+    top1_agreement: float | None
+    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
+    acceptance_rate_min: float
+    """sum min(p, q) at the temperature, what speculative sampling would keep of the student's drafts: the least it can
+    be given what is stored, see `losses.overlap`."""
+    acceptance_rate_max: float
+    """And the most."""
+    supervised_tokens: int
+    """Tokens that were evaluated."""
+
+
+class HeldoutResult(Closeness):
+    """One evaluation on the held-out samples."""
 
     step: int
     """Optimizer steps that were done."""
     kl: float
     """Forward KL(teacher || student) at `temperature`, nats: on the stored entries and one tail bucket, so a lower
     bound of the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
-    ce: float
-    """Cross-entropy of the tokens themselves at temperature 1, nats."""
-    top1_agreement: float | None
-    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
-    acceptance_rate_min: float
-    """sum min(p, q) at `temperature`, what speculative sampling would keep of the student's drafts: the least it can be
-    given what is stored, see `losses.overlap`."""
-    acceptance_rate_max: float
-    """And the most."""
-    supervised_tokens: int
-    """Tokens that were evaluated."""
     seconds: float
     """How long it took."""
     temperature: float
@@ -397,8 +402,6 @@ def reporting(
     """All places that the rank that reports tells of its run, after `start` of `stop` steps; events.jsonl first.
 
     Args:
-        output: run directory.
-        report_to: trackers beside events.jsonl.
         config: shown by trackers that can.
         name: identity of the run, the same when it is resumed.
         monitors: DeepSpeed's own, by the name of their section: how each is opened.

@@ -27,7 +27,6 @@ def parameter_groups(
     """Parameters by what AdamW does with them: one group for each pair of decay and learning rate that there is.
 
     Args:
-        named: trained parameters.
         weight_decay: of matrices; vectors, that is norms, biases and DoRA's magnitudes, have none.
         ratio: learning rate of an adapter's matrices B over that of all else (LoRA+, arXiv 2402.12354).
     """

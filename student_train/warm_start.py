@@ -22,8 +22,6 @@ def begin(world: World, run: TrainingRun, checkpoint: Checkpoint | None) -> tupl
     """Where the weights come from, and the run with what it began from. Collective.
 
     Args:
-        world: all ranks.
-        run: the run.
         checkpoint: of this run, if there is one. At step 0 nothing has been trained.
 
     Returns:

@@ -123,11 +123,8 @@ def problems(
     Args:
         exact: the teacher's.
         found: as stored.
-        figures: what `compare` says of them.
-        tolerance: of the teacher's dtype.
         step: grid of the stored log-probs, see `codec.round_targets`.
         mass: at which heads end early; 1.0: never.
-        max_kl: fidelity gate of the dump.
     """
     n, logprob = len(exact), tolerance.logprob
     said: dict[int, str] = {}

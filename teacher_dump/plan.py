@@ -108,9 +108,7 @@ def plan_dump(
         teacher: runs on the pilot's samples, once per kind of estimator and once for the masses.
         corpus: tokenised as a whole, so that its numbers of tokens are exact.
         estimator: the configured one; the defaults of the other kinds are planned too.
-        temperatures: of the stored tail masses.
         samples: of the pilot, drawn at random.
-        seed: of their choice.
         tokens_per_second: of another worker; by default it is measured here.
         price_per_hour: of one device.
         progress: called with (batches done, batches in all).

@@ -53,7 +53,6 @@ def recompute_rows(
         dump: sealed, or as far as it is committed.
         teacher: the one that made it; another batch size or device may be chosen.
         rows: how many; they are spread evenly over the committed units.
-        seed: of their choice.
         corpus: what the dump was made from, to compare token ids and loss masks with.
         progress: called with (rows done, rows in all).
 

@@ -20,7 +20,6 @@ def converse(models: "Sequence[tuple[str, Chat]]", *, system: str | None, once: 
         models: name and model; with more than one, each reply is headed by the name.
         system: first message of every conversation.
         once: answer this alone.
-        settings: of `Chat.reply`.
     """
     told = Console(stderr=True)
     first = [{"role": "system", "content": system}] if system else []

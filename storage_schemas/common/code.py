@@ -22,8 +22,6 @@ def runs_code(asked: bool, model: str, revision: str | None, *, setting: str) ->
 
     Args:
         asked: the user has read the code and trusts it.
-        model: directory or hub id.
-        revision: of the hub.
         setting: where the user says so, such as `student.trust_remote_code`.
 
     Raises:

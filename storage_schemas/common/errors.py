@@ -67,7 +67,6 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     """What the machine or its user has caused, as an error that says so; None for what may be a bug.
 
     Args:
-        error: that ended a process.
         memory: what to change when memory runs out.
     """
     if isinstance(error, NeoError):

@@ -20,7 +20,6 @@ def publish(path: Path, data: str | bytes, *, private: bool = False) -> None:
 
     Args:
         path: nobody else writes it at the same time, so that what a killed writer left beside it is written over.
-        data: all of it.
         private: its owner alone may read it.
 
     Raises:

@@ -75,9 +75,6 @@ def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) ->
     """Say what ended this rank; the code is another rank's if this error is but its echo, 70 if it is nobody's.
 
     Args:
-        error: what ended it.
-        codes: of all ranks.
-        rank: this one.
         memory: what to change when memory runs out.
     """
     told = explained(error, memory=memory)

@@ -57,7 +57,6 @@ def object_store(
     Args:
         url: `s3://bucket/prefix`, `gs://` or `az://`.
         options: such as `endpoint`; credentials come from the environment.
-        setting: where the user wrote them.
         client: time limits, `READING` if not given.
 
     Raises:

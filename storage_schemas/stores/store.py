@@ -106,7 +106,6 @@ class Store:
         """All bytes of `key`.
 
         Args:
-            key: which.
             limit: the most bytes that it may have, refused before any is read.
 
         Raises:

@@ -155,8 +155,6 @@ def rank_slice(
 
     Args:
         samples: sample indices of a step's global batch, of any length.
-        rank: in [0, world_size).
-        world_size: number of ranks.
         micro_batch_size: samples per forward pass, at most.
         lengths: tokens per sample, parallel to `samples` and the same on every rank. Sorts, longest first, so that the
             samples of a micro-batch, and the micro-batches that ranks run at the same time, are of similar length.

@@ -106,7 +106,6 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
 
     Args:
         base: the student; its weights are changed by `pissa`, and by nothing else.
-        lora: the adapter.
         seed: of the initial weights; equal on every rank.
         initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was, however
             a decomposition would come out on this machine.

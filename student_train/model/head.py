@@ -247,7 +247,6 @@ def _tail_softmax(z: Tensor, top: Tensor, entries: Tensor, targets: SparseTarget
         z: logits over the temperature; the head's columns are masked.
         top: highest of each row.
         entries: the same logits at the targets' entries, before the mask.
-        targets: of the rows.
     """
     mass = z.sub_(top[:, None]).exp_().sum(1)
     log_tail = top + mass.log()

@@ -11,8 +11,8 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_d
 
 from storage_schemas.common.code import NO_CODE, Code, importing, refuse_foreign_code, runs_code
 from storage_schemas.common.errors import MismatchError, NeoError, first_line
-from storage_schemas.common.models import absent
-from student_train.model.student_files import config_file, refuse_attention, weight_files
+from storage_schemas.common.models import absent, refusing_attention
+from student_train.model.student_files import config_file, weight_files
 from student_train.summary import FINAL
 
 TRUST = "student.trust_remote_code"
@@ -31,8 +31,6 @@ def load_model(
     """A causal language model, from safetensors alone.
 
     Args:
-        name: directory or hub id.
-        revision: of the hub.
         dtype: of the weights; `auto` is that of the files.
         attention: an `attn_implementation` of transformers; None is the model's default.
         trust: run the code that it brings, see `runs_code`.
@@ -65,7 +63,8 @@ def refuse_unloadable(name: str, revision: str | None, attention: str | None = N
             )
         weight_files(name, revision)
         if attention is not None:
-            refuse_attention(name, config, attention, code)
+            with torch.device("meta"), refusing_attention(name, attention, setting="student.attn_implementation"):
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=code)
 
 
 def described(name: str, revision: str | None, code: Code = NO_CODE) -> Any:

@@ -94,7 +94,6 @@ def overlap(
     Args:
         log_q: the student's log-probs of the entries.
         log_q_tail: and of all outside the head.
-        targets: of the tokens.
     """
     least = (targets.weights.to(log_q.dtype) * (log_q - targets.logprobs.to(log_q.dtype)).clamp(max=0.0).exp()).sum(1)
     if targets.has_draws:
@@ -110,7 +109,6 @@ def ranks_first(
     Args:
         entries: the student's logits at the entries.
         highest: its highest logit of all, or of all outside the head.
-        targets: of the tokens.
     """
     if not targets.ids.shape[1]:
         return torch.zeros_like(highest, dtype=torch.bool)

@@ -1,27 +1,20 @@
-"""The files of the student: where they lie, that they are whole, what identifies them and what runs them."""
+"""The files of the student: where they lie, that they are whole, and what identifies them."""
 
 import hashlib
-import json
-import re
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import cached_file
 
 from storage_schemas.canonical import digest, parse_json
-from storage_schemas.common.code import Code, code_sha256
-from storage_schemas.common.errors import DataError, MismatchError, first_line
+from storage_schemas.common.code import code_sha256
 from storage_schemas.common.hashes import file_state
+from storage_schemas.common.models import INDEX, WEIGHTS, hashes_of, named_in, refuse_torn
 
 UNTOLD = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what a model was saved."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def weight_files(model: str, revision: str | None) -> list[Path]:
@@ -31,28 +24,13 @@ def weight_files(model: str, revision: str | None) -> list[Path]:
         DataError: a file is torn, or the index names one outside of the model.
         OSError: there is no such model.
     """
-    names = [SAFE_WEIGHTS_NAME]
-    if find_file(model, SAFE_WEIGHTS_NAME, revision) is None:
-        index = find_file(model, SAFE_WEIGHTS_INDEX_NAME, revision)
-        names = sorted(set(_weight_map(index).values())) if index else names
+    names = [WEIGHTS]
+    if find_file(model, WEIGHTS, revision) is None:
+        index = find_file(model, INDEX, revision)
+        names = named_in(Path(index)) if index else names
     files = [Path(str(cached_file(model, name, revision=revision))) for name in names]
-    for file in files:
-        refuse_torn(file)
+    refuse_torn(*files)
     return files
-
-
-def refuse_torn(file: Path) -> None:
-    """Raise DataError unless this is a whole safetensors file."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise DataError(
-            f"{file} is torn or no safetensors file",
-            got=str(error)[:200],
-            expected="a header, and as many bytes as it says",
-            fix="fetch or copy the file again",
-        ) from error
 
 
 def config_file(model: str, revision: str | None) -> dict[str, Any]:
@@ -65,10 +43,7 @@ def identity(model: str, revision: str | None, *, code: bool = False) -> dict[st
     """What decides how a model computes: hashes of its configuration and of its weight files, and with `code` of all
     code that it brings. Free of its path."""
     told = {key: value for key, value in config_file(model, revision).items() if key not in UNTOLD}
-    weights = weight_files(model, revision)
-    with ThreadPoolExecutor(4) as pool:
-        hashes = dict(zip((file.name for file in weights), pool.map(sha256, weights), strict=True))
-    found = {"config": digest(told), "weights": digest(hashes)}
+    found = {"config": digest(told), "weights": digest(hashes_of(weight_files(model, revision), sha256))}
     return found | {"code": digest(code_sha256(code_folder(model, revision)))} if code else found
 
 
@@ -80,11 +55,7 @@ def code_folder(model: str, revision: str | None) -> Path:
 
 def sha256(path: Path) -> str:
     """Of a file; read once as long as nobody changes it."""
-    # The hub's cache names large files by their hash.
-    target = path.resolve()
-    if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
-        return target.name
-    return _sha256(target, *file_state(target))
+    return _sha256(path.resolve(), *file_state(path))
 
 
 @lru_cache
@@ -97,32 +68,3 @@ def find_file(model: str, name: str, revision: str | None) -> str | None:
     """Path of a file of a directory or hub id, fetched if need be; None if it has no such file."""
     found: str | None = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return found
-
-
-def _weight_map(index: str) -> dict[str, str]:
-    try:
-        found = json.loads(Path(index).read_bytes())["weight_map"]
-        names = {str(key): str(value) for key, value in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{index} is torn", got=f"{type(error).__name__}: {error}", fix="fetch it again") from error
-    strange = [name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors")]
-    if strange:
-        raise DataError(
-            f"{index} names a file outside of the model", got=ascii(strange[0]), expected="NAME.safetensors beside it",
-            fix="do not use this model",
-        )  # fmt: skip
-    return names
-
-
-def refuse_attention(name: str, config: Any, attention: str, code: Code) -> None:
-    """Raise MismatchError if transformers has no such attention for this model, or what it needs is not installed."""
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=code)
-    except (ValueError, ImportError) as error:
-        raise MismatchError(
-            f"{name} cannot be run with student.attn_implementation: {attention}",
-            got=first_line(error),
-            expected="null, or an attention that is installed and that transformers has for this model, such as eager",
-            fix="correct student.attn_implementation, or install what it needs",
-        ) from error

@@ -62,9 +62,7 @@ class Chat:
 
         Args:
             messages: the turns so far; without a chat template their texts, one after the other, are continued.
-            max_new_tokens: at most.
             temperature: of sampling. 0: always the most likely token.
-            seed: of sampling.
             heard: called with each piece of text as soon as it is known.
 
         Raises:

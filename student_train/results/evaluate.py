@@ -1,7 +1,7 @@
 """How far a student is from the teacher of a dump: in one process, token by token, without gradients."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from storage_schemas.common.batching import length_sorted_batches
 from storage_schemas.common.devices import no_such_device
 from storage_schemas.common.errors import DataError, TemporaryError
-from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK, Row
+from storage_schemas.rows import OK
 from student_train.config import LossSection
 from student_train.data.batch import TrainBatch, collate
+from student_train.metrics import Closeness
 from student_train.model.load import load_model
 from student_train.model.student import Distilled, distilled, refuse_other_dump
 from student_train.results.measures import (
@@ -33,38 +34,26 @@ from student_train.results.measures import (
 from student_train.results.saved import is_adapter, load_adapter, source_of
 
 
-class EvalResult(FrozenModel):
-    """Means over supervised tokens, and what is behind them."""
+class EvalResult(Closeness):
+    """What one evaluation has found: means over supervised tokens, and what is behind them."""
 
     kl_mean: float
-    """KL(teacher || student) at the temperature, nats: on the stored entries and one tail bucket, so a lower bound of
-    the KL over the full vocabulary; with drawn targets an unbiased estimate of that."""
+    """KL(teacher || student) at the temperature, as `HeldoutResult.kl`."""
     kl_p50: float | None
     """Median over tokens; null, as the next three, with drawn targets, of which a single token says little."""
     kl_p90: float | None
     kl_p99: float | None
     kl_max: float | None
-    ce: float
-    """Cross-entropy of the tokens themselves, nats, at temperature 1."""
     teacher_ce_min: float | None
-    """The teacher's, or less: tokens that are not among the entries count with the least that they can be. Null at
-    other temperatures than 1, and where the dump leaves a token no probability."""
+    """The teacher's cross-entropy, or less: tokens that are not among the entries count with the least that they can
+    be. Null at other temperatures than 1, and where the dump leaves a token no probability."""
     labels_stored: float
     """Share of tokens that are among the entries."""
-    top1_agreement: float | None
-    """Share of tokens whose most likely token is the same for both; null for dumps without an exact head."""
     top5_overlap: float | None
     """Share of the teacher's five most likely tokens that are the student's, too; of as many as the head has where it
     has fewer. Null for dumps without an exact head."""
     ece: float
     """Expected calibration error of the student's most likely token, at temperature 1, see `calibration_error`."""
-    acceptance_rate_min: float
-    """sum min(p, q), what speculative sampling at the temperature would keep of the student's drafts: the least it can
-    be given what is stored, see `losses.overlap`."""
-    acceptance_rate_max: float
-    """And the most."""
-    supervised_tokens: int
-    """Tokens that were evaluated."""
     samples: int
     """Samples that they are of, those without supervised tokens included."""
     dump_samples: int
@@ -169,7 +158,8 @@ def evaluate(
     for unit, span in there.items():
         stored = dump.read_unit(unit)
         usable = [stored.row(i) for i in range(len(span)) if stored.status[i] == OK]
-        for batch_rows in _by_budget(sorted(usable, key=lambda row: -len(row.input_ids)), batch_tokens):
+        for places in length_sorted_batches([len(row.input_ids) for row in usable], budget=batch_tokens):
+            batch_rows = [usable[place] for place in places]
             batch = collate(batch_rows, temperature_index=index, temperature=temperature, vocab_size=valid)
             found += _measures(module, batch.to(where), valid, temperature)
             lengths = [len(row.positions.tokens) for row in batch_rows]
@@ -254,13 +244,3 @@ def device_named(name: str) -> torch.device:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise no_such_device(name, error, setting="--device") from error
-
-
-def _by_budget(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
-    """Cut rows, longest first, so that count * longest stays within `tokens`."""
-    batches: list[list[Row]] = []
-    for row in rows:
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].input_ids) > tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches

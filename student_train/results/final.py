@@ -98,9 +98,7 @@ def save_model(
     """Save a model, and prove that what was saved has its weights, rounded once, and with these its logits.
 
     Args:
-        folder: where it goes.
         model: in fp32; in `dtype` afterwards.
-        dtype: of the files.
         input_ids: tokens to compare the logits on, in fp32.
         generation: how it is used; the config's special tokens become the same.
         trust: it brings code, which is saved beside it and may be run.

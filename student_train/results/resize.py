@@ -30,10 +30,8 @@ def resize(model: str, output: Path, dump: Dump, *, revision: str | None = None)
     loaded again and compared.
 
     Args:
-        model: directory or hub id.
         output: directory of the copy; it must not exist, or be empty.
         dump: whose targets it shall learn.
-        revision: of the hub model.
 
     Returns:
         Rows before and after.

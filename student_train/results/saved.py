@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from storage_schemas.canonical import canonical_json, parse_json, validated, with_checksum
+from storage_schemas.canonical import ProvenJson
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.common.frozen import FrozenModel
-from student_train.checkpoint import without_checksum
+from storage_schemas.common.models import refuse_torn
 from student_train.model.adapter import ADAPTER
-from student_train.model.student_files import identity, refuse_torn, sha256
+from student_train.model.student_files import identity, sha256
 from student_train.results.model_card import CARD
 
 RECORD = "llm-neo.json"
@@ -27,8 +26,12 @@ _KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-class Record(FrozenModel):
+class Record(ProvenJson):
     """llm-neo.json, which also holds the checksum of all this."""
+
+    indent: ClassVar[int | None] = 2
+    restore: ClassVar[str] = _RESTORE
+    other_version: ClassVar[str] = "use the version of llm-neo that wrote it"
 
     format_version: int = 1
     files: dict[str, str]
@@ -40,8 +43,7 @@ class Record(FrozenModel):
 def write_record(folder: Path, base: dict[str, str] | None) -> str:
     """Record all files of a directory; the hash of the record."""
     files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD}
-    record = Record(files=files, base=base).model_dump(mode="json")
-    (folder / RECORD).write_bytes(canonical_json(with_checksum(record), indent=2))
+    (folder / RECORD).write_bytes(Record(files=files, base=base).to_json())
     return sha256(folder / RECORD)
 
 
@@ -54,8 +56,7 @@ def read_record(folder: Path) -> Record | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    content = without_checksum(parse_json(path.read_bytes(), name=str(path)), name=str(path), fix=_RESTORE)
-    record = validated(Record, content, name=str(path))
+    record = Record.from_json(path.read_bytes(), str(path))
     for name, expected in record.files.items():
         file = folder / name
         found = sha256(file) if Path(name).name == name and file.is_file() else "no such file"

@@ -86,7 +86,6 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
     damaged is made again; a cache that cannot be written to is no error. What is not kept never has a name.
 
     Args:
-        folder: of the cache.
         key: of the corpus; None: it cannot be kept.
         make: appends to columns that may already hold what an interrupted start has made, and finishes them.
 

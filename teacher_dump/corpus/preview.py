@@ -1,22 +1,15 @@
 """What a corpus becomes, before anything is spent: per source, in lengths, and sample by sample. Loads no weights."""
 
 import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
-from transformers.dynamic_module_utils import HF_MODULES_CACHE
-from transformers.utils import cached_file
 
-from storage_schemas.common.code import importing, refuse_foreign_code, runs_code
-from storage_schemas.common.errors import MismatchError, NeoError, UsageError, first_line
+from storage_schemas.common.errors import UsageError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.common.models import absent
 from storage_schemas.rows import INVALID_TEXT, OK
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.cache import cache_folder
@@ -26,6 +19,8 @@ from teacher_dump.corpus.masks import Unusable, marks_generation
 from teacher_dump.corpus.sources import find_source, open_source, read_source
 from teacher_dump.corpus.template import templated
 from teacher_dump.corpus.tokenise import form_of
+from teacher_dump.teachers.model_files import ModelFiles, find_model
+from teacher_dump.teachers.teacher import Teacher
 
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _ENDS = 3
@@ -113,31 +108,14 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     Raises:
         MismatchError: there is no such teacher, or code that it brings is another model's, or fails.
     """
-    place = {} if Path(teacher.model).is_dir() else {"revision": teacher.revision}
-    code = runs_code(teacher.trust_remote_code, teacher.model, teacher.revision, setting="teacher.trust_remote_code")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher.model, trust_remote_code=False, **place)
-        if code:
-            file = Path(str(cached_file(teacher.model, "config.json", **place)))
-            refuse_foreign_code(json.loads(file.read_bytes()), teacher.model)
-        with importing(HF_MODULES_CACHE) if code else nullcontext():
-            config = AutoConfig.from_pretrained(teacher.model, trust_remote_code=code, **place)
-        head = config.get_text_config().vocab_size
-    except NeoError:
-        raise
-    except Exception as error:
-        if not code and not isinstance(error, OSError | ValueError | KeyError):
-            raise
-        got, fix = first_line(error), "correct teacher.model or teacher.revision"
-        if not Path(teacher.model).is_dir():
-            got, fix = absent(teacher.model, error, setting="teacher.model")
-        raise MismatchError(
-            f"the tokenizer of the teacher {teacher.model} cannot be loaded",
-            got=got,
-            expected="a directory or hub id with config.json and a tokenizer",
-            fix=fix + (", or the code that it brings" if code else ""),
-        ) from error
-    return tokenizer, int(head)
+    described = _Described(teacher)
+    return described.tokenizer, described.lm_head_rows
+
+
+class _Described(Teacher):
+    @cached_property
+    def files(self) -> ModelFiles:
+        return find_model(self.section.model, self.section.revision, self.code, weights=False)
 
 
 def preview(
@@ -147,10 +125,7 @@ def preview(
 
     Args:
         section: where `too_long: error` or `max_bad_share` would stop `dump`, samples are counted here.
-        tokenizer: the teacher's.
-        lm_head_rows: rows of its LM head.
         row: show this sample; None: show `samples` of the usable ones, evenly spaced.
-        samples: how many.
 
     Raises:
         UsageError: there is no such row.

@@ -52,7 +52,6 @@ def find_remote(url: str, options: Mapping[str, str], *, wanted: Callable[[str],
 
     Args:
         url: of an object, of all objects under a prefix, or with `*`, `?`, `[...]` and `**` in the key.
-        options: of the object store.
         wanted: whether a file below a prefix belongs to the source; hidden ones (`.x`, `_x`) never do.
 
     Raises:

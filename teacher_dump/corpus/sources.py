@@ -152,8 +152,6 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     """Records of a source that its weight leaves, in order.
 
     Args:
-        source: as configured.
-        found: its files.
         seed: of the choice that a weight below 1 makes.
         cache: where copies of remote files are kept.
 

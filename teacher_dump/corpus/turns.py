@@ -42,10 +42,8 @@ def assistant_spans(
     Tool calls belong to the turn. A turn that nothing precedes answers nothing and is not in the list.
 
     Args:
-        render: the chat template.
         messages: with `role` and `content`.
         text: their rendering.
-        special: the tokenizer's special tokens.
         silent: places of messages that are not asked for.
 
     Raises:

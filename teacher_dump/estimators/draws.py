@@ -14,7 +14,6 @@ def uniforms(
     """Uniform numbers in [0, 1) by hashing (splitmix64; Steele, Lea and Flood 2014).
 
     Args:
-        seed: of the run.
         sample_index: which sample a token is of.
         position: of the token in its sample.
         draws: numbers per token.

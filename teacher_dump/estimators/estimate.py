@@ -123,8 +123,6 @@ def adaptive(
         logits: left as exp(z - the tail's largest) of the tail, 0 in the head's places.
         u: in [0, 1).
         mass: probability that the head shall hold.
-        k_min: head entries, at least.
-        k_max: head entries, at most.
         tail_draws: draws m per token.
         temperatures: of the stored tail masses; the first is 1.
     """

@@ -51,8 +51,6 @@ def linear(
 
     Args:
         inputs: of the weight's dtype.
-        weight: of the layer.
-        bias: of the layer.
         out: memory for the product of 2-D inputs, at least as many rows.
     """
     flat = inputs.flatten(0, -2)

@@ -16,9 +16,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from storage_schemas.common.batching import length_sorted_batches
 from storage_schemas.common.code import NO_CODE, Code, importing, runs_code
 from storage_schemas.common.devices import no_such_device, refuse_idle_gpus, refuse_no_compiler
 from storage_schemas.common.errors import MismatchError, explained, first_line
+from storage_schemas.common.models import refuse_torn, refusing_attention
 from storage_schemas.config import Estimator
 from storage_schemas.logits import LogitTransform, body_of, compile_layers, finish_logits
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe, TeacherIdentity
@@ -27,7 +29,6 @@ from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import Corpus
 from teacher_dump.estimators.estimate import Entries, estimate, gather, on_device
-from teacher_dump.teachers.batching import length_sorted_batches
 from teacher_dump.teachers.model_files import ModelFiles, find_model
 from teacher_dump.teachers.products import Float32Results, linear
 
@@ -166,7 +167,7 @@ class Teacher:
             MismatchError: no such model, not a causal one, or packages or the device for it are missing.
             DataError: a file is torn.
         """
-        self.files.refuse_torn()
+        refuse_torn(*self.files.weights)
         brought = self.code and "AutoModelForCausalLM" in (getattr(self.config, "auto_map", None) or {})
         if not brought and type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise self._unloadable(ValueError(f"{type(self.config).__name__} belongs to no causal language model"))
@@ -177,27 +178,14 @@ class Teacher:
                 raise self._unloadable(error) from error
             except (ValueError, RuntimeError) as error:  # May depend on where the weights will be.
                 log.debug("%s", error)
-        self._refuse_attention()
+        if (attention := self.section.attn_implementation) is not None:
+            refused = refusing_attention(self.section.model, attention, setting="teacher.attn_implementation")
+            with torch.device("meta"), refused:
+                code = self.code
+                AutoModelForCausalLM.from_config(self.config, attn_implementation=attention, trust_remote_code=code)
         if self.section.compile:
             refuse_no_compiler("teacher.compile", os.environ)
         _ = self.device
-
-    def _refuse_attention(self) -> None:
-        """Raise MismatchError if transformers has no such attention for this model, or what it needs is missing."""
-        if (attention := self.section.attn_implementation) is None:
-            return
-        try:
-            with torch.device("meta"):
-                code = self.code
-                AutoModelForCausalLM.from_config(self.config, attn_implementation=attention, trust_remote_code=code)
-        except (ValueError, ImportError) as error:
-            raise MismatchError(
-                f"{self.section.model} cannot be run with teacher.attn_implementation: {attention}",
-                got=first_line(error),
-                expected="null, or an attention that is installed and that transformers has for this model, such as "
-                "eager",
-                fix="correct teacher.attn_implementation, or install what it needs",
-            ) from error
 
     def load_model(self) -> Any:
         """The weights, from safetensors alone."""

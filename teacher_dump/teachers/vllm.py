@@ -26,6 +26,7 @@ import torch
 from storage_schemas.common.errors import MismatchError, TemporaryError, first_line
 from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.interrupt import in_background
+from storage_schemas.common.models import refuse_torn
 from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe
 from storage_schemas.rows import OK, Row
@@ -114,7 +115,7 @@ class VllmTeacher(Teacher):
 
     def refuse_unloadable(self) -> None:
         """As `Teacher.refuse_unloadable`; which models and quantisations it runs, vLLM says itself."""
-        self.files.refuse_torn()
+        refuse_torn(*self.files.weights)
         _ = self.config
 
     def start(self, corpus: Corpus, provenance: Provenance) -> None:

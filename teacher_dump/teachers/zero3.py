@@ -20,9 +20,7 @@ def load_partitioned(load: Callable[[], Any], *, dtype: str, offload: bool, on_g
 
     Args:
         load: reads the weights with `from_pretrained`.
-        dtype: of the weights.
         offload: keep this process's share in the host's memory.
-        on_gpu: whether it computes on a GPU.
     """
     zero: dict[str, Any] = {"stage": 3}
     if offload:

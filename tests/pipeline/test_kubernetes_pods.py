@@ -138,7 +138,7 @@ def folder(tmp_path: Path) -> Path:
     write_dump(tmp_path / "dump", bad_samples=False)
     save_student(tmp_path / "student")
     train = {
-        "output": "run", "precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "epochs": 100,
+        "output": "run", "precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "epochs": 40,
         "lr_scheduler_type": "constant", "learning_rate": 1e-3, "save_steps": 50,
     }  # fmt: skip
     config = {"dump": {"url": "dump"}, "student": {"model": "student", "lora": {"r": 4}}, "train": train}
@@ -159,7 +159,7 @@ def test_pods_leave_together_and_meet_again(folder: Path, incident: str, index: 
         getattr(job.pods[index], incident)()
         job.finish()
         story = job.story()
-    assert steps(folder) == list(range(1, 601)), story
+    assert steps(folder) == list(range(1, 241)), story
     # More than one failure per index would be pods that do not find each other again.
     itself = (index, -9, "Count") if incident == "kill" else (index, 75, "Ignore")
     assert sorted(job.codes) == sorted([itself, (1 - index, 75, "Count")]), story

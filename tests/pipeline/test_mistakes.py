@@ -120,7 +120,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("dump x.yaml --set teacher.model=techer NEW", 78, ["techer is no directory", "correct teacher.model"]),
     ("dump x.yaml --set teacher.model=./techer NEW", 78, ["this is no hub id", "a relative path begins"]),
     ("dump x.yaml --set teacher.model=a/b NEW", 78, ["`hf download a/b`", "HF_HOME"]),
-    ("dump x.yaml --set teacher.model=torn NEW", 65, ["is damaged", "fetch or copy"]),
+    ("dump x.yaml --set teacher.model=torn NEW", 65, ["is torn", "fetch or copy"]),
     ("dump x.yaml --set teacher.model=base NEW", 65, ["need a chat template", "use an instruct"]),
     ("dump x.yaml --set teacher.device=gpu NEW", 78, ["there is no device gpu", "correct teacher.device"]),
     ("dump x.yaml --set teacher.backend=vllm --set dump.logsumexp=false NEW", 78, ["pip install 'llm-neo[vllm]'"]),

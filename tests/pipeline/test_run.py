@@ -223,7 +223,7 @@ def test_the_students_cluster_reports_without_the_teacher(finished: Path) -> Non
                 eval_steps: 4, load_best_model_at_end: true}
         """
     )
-    printed = llm_neo(finished, "train", "student.yaml", "--nproc", "2").stdout
+    printed = llm_neo(finished, "train", "student.yaml", "--nproc", "1").stdout
     assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("held-out")] == [
         f"held-out samples after step {step}" for step in (0, 4, 6)
     ]

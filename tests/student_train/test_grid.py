@@ -86,8 +86,12 @@ def test_moslora_under_every_stage(folder: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_adapter(precision: str, folder: Path) -> None:
-    """Trained under ZeRO 2 and 3 with the same losses, resumed bit for bit, saved, and compared by the run itself."""
+    """Trained under ZeRO 2 and 3 with the same losses, saved, and compared by the run itself; resumed bit for bit under
+    the one in fp32 and under the other in bf16.
+    """
     jobs: list[dict[str, Any]] = []
+    first = 2 if precision == "fp32" else 3
+    resumed = {name: first if number % 2 else 5 - first for number, name in enumerate(VARIANTS)}
     for (name, lora), stage in product(VARIANTS.items(), (2, 3)):
         base = {
             "dump": str(folder / "dump"),
@@ -97,16 +101,19 @@ def test_every_adapter(precision: str, folder: Path) -> None:
         }
         output = str(folder / f"{precision} {name} {stage}")
         jobs.append(base | {"output": f"{output} whole"})
-        jobs.append(base | {"output": output, "stop_after": 2})
-        jobs.append(base | {"output": output})
+        if stage == resumed[name]:
+            jobs += [base | {"output": output, "stop_after": 2}, base | {"output": output}]
     results = iter(run_ranks("support.train_jobs:run_trainings", 2, jobs=jobs, timeout=900)[0])
     losses: dict[str, list[float]] = {}
-    for (name, _), stage in product(VARIANTS.items(), (2, 3)):
-        whole, half, rest = next(results), next(results), next(results)
-        assert (whole["code"], half["code"], rest["code"]) == (0, 75, 0), (name, stage, whole, half, rest)
-        assert rest["state"].keys() == whole["state"].keys()
-        assert all(rest["state"][key].equal(value) for key, value in whole["state"].items()), (name, stage)
+    for name, stage in product(VARIANTS, (2, 3)):
+        whole = next(results)
+        assert whole["code"] == 0, (name, stage, whole)
         losses.setdefault(name, []).extend(event.loss for event in whole["events"])
+        if stage == resumed[name]:
+            half, rest = next(results), next(results)
+            assert (half["code"], rest["code"]) == (75, 0), (name, stage, half, rest)
+            assert rest["state"].keys() == whole["state"].keys()
+            assert all(rest["state"][key].equal(value) for key, value in whole["state"].items()), (name, stage)
     for name, values in losses.items():
         tolerance = FORWARD if precision == "fp32" else 1e-2
         assert values[:6] == pytest.approx(values[6:], rel=tolerance), name

@@ -108,7 +108,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two, that have one empty place for code between them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules of the ranks")))
-        found = Ranks("support.train_jobs:trainer", 2)
+        found = Ranks("support.train_jobs:trainer", 2, anew=True)
         yield found
         found.close()
 

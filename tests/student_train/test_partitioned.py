@@ -85,7 +85,7 @@ def test_a_rank_holds_no_copy_of_its_own(folder: Path, tmp_path: Path, monkeypat
     peaks = {}
     for stage in (2, 3):
         case = {"model": str(tmp_path / "model"), "train": {"precision": "bf16", "zero_stage": stage}, "look": False}
-        results = run_ranks(FUNCTION, 2, dump=str(folder / "dump"), cases=[case])
+        results = run_ranks(FUNCTION, 2, dump=str(folder / "dump"), cases=[case], anew=True)
         peaks[stage] = max(result["peak"] for (result,) in results) / in_bf16
     assert peaks[2] > 0.95
     assert peaks[3] < 0.8, peaks

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.distributed import environment
+from support.distributed import environment, start
 from support.tiny_student import save_student
 
 from storage_schemas.common.ranks import read_codes
 from student_train.config import TrainSection
 from student_train.metrics import read_events
+from student_train.worker import main
 
 
 def resolved(folder: Path, output: Path, **train: Any) -> Path:
@@ -42,7 +43,7 @@ def resolved(folder: Path, output: Path, **train: Any) -> Path:
 
 
 class Ranks:
-    """Two workers, started as torchrun does, but each with a log and an environment of its own."""
+    """Two workers, under the variables of torchrun, but each with a log and an environment of its own."""
 
     def __init__(self, config: Path, output: Path, *, fault_on_rank_1: str | None = None) -> None:
         self.output = output
@@ -56,27 +57,24 @@ class Ranks:
             more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if fault_on_rank_1 and rank:
                 more["LLM_NEO_FAULT"] = fault_on_rank_1
-            with self._logs[rank].open("wb") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "student_train.worker", "--config", str(config)],
-                        env=environment(**more), stdout=log, stderr=subprocess.STDOUT,
-                    )
-                )  # fmt: skip
+            argv = ["--config", str(config)]
+            self.processes.append(start(main, argv, log=self._logs[rank], env=environment(**more)))
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Wait while both are alive."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.logs
-            assert all(process.poll() is None for process in self.processes), self.logs
+            assert all(process.is_alive() for process in self.processes), self.logs
             time.sleep(0.05)
 
     def wait(self, seconds: float) -> list[int]:
         """Exit codes; fails if they are not there in time."""
         deadline = time.monotonic() + seconds
         try:
-            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+            for process in self.processes:
+                process.join(max(0.1, deadline - time.monotonic()))
+            return [process.exitcode for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
@@ -97,7 +95,7 @@ def test_sigterm_on_one_rank_stops_all(folder: Path, tmp_path: Path) -> None:
     config = resolved(folder, output, epochs=400)
     ranks = Ranks(config, output)
     ranks.wait_for(lambda: ranks.steps() >= 3)
-    ranks.processes[1].send_signal(signal.SIGTERM)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
     assert ranks.wait(30) == [75, 75], ranks.logs
     assert read_codes(output) == {0: 75, 1: 75}
     assert ranks.logs.count("was asked to stop") == 1

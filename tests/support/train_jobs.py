@@ -55,7 +55,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         return asked is not None and last and len(read_events(output / EVENTS)) >= asked
 
     if world.main and job.get("grow"):
-        grown = Path(job.get("grows", job["dump"])), job["grow"], job.get("shape", {})
+        grown = output, Path(job.get("grows", job["dump"])), job["grow"], job.get("shape", {})
         threading.Thread(target=_grow, args=grown, daemon=True).start()
     if world.main and job.get("arrive"):
         threading.Thread(target=_arrive, args=(job["arrive"], Path(job["dump"])), daemon=True).start()
@@ -142,7 +142,9 @@ def _arrive(source: str, url: Path) -> None:
     staged.rename(url)
 
 
-def _grow(url: Path, units: tuple[range, ...], shape: Mapping[str, Any]) -> None:
+def _grow(output: Path, url: Path, units: tuple[range, ...], shape: Mapping[str, Any]) -> None:
+    while not read_events(output / EVENTS):  # Until then the student is made, with the random numbers of this process.
+        time.sleep(0.02)
     for part in units:
-        time.sleep(1.5)
+        time.sleep(0.8)
         write_dump(url, units=part, **shape)

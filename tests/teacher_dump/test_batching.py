@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_dump.teachers.batching import length_sorted_batches
+from storage_schemas.common.batching import length_sorted_batches
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 

@@ -307,7 +307,7 @@ def test_a_torn_teacher_leaves_no_mark_on_the_dump(tmp_path: Path, corpus_file: 
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(DataError, match=r"model\.safetensors is torn"):
         run_dump(**sections(tmp_path / "dump", corpus_file, folder))
     assert not (tmp_path / "dump").exists()
     weights.write_bytes(whole)
@@ -324,7 +324,7 @@ def test_a_torn_teacher_leaves_no_mark_on_the_dump(tmp_path: Path, corpus_file: 
             "compressed",
         ),
         ({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}, MismatchError, "causal"),
-        ({"weight_map": {"lm_head.weight": "../other.safetensors"}}, MismatchError, "out of the directory"),
+        ({"weight_map": {"lm_head.weight": "../other.safetensors"}}, DataError, "outside of the model"),
     ],
 )
 def test_a_teacher_that_cannot_be_run_is_refused_before_the_corpus_is_read(

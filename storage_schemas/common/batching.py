@@ -1,4 +1,4 @@
-"""Which samples go through the teacher together: length-sorted, under a budget of padded tokens."""
+"""Which samples go through a model together: length-sorted, under a budget of padded tokens."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,6 @@ def length_sorted_batches(lengths: Sequence[int], *, budget: int, apart_at: int 
     The longest come first, so that memory runs out in the first batch or never.
 
     Args:
-        lengths: tokens of each sample.
         budget: a batch's samples times its longest sample stay within it; a longer sample goes alone.
         apart_at: samples up to this length never share a batch with longer ones.
 
