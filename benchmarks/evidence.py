@@ -3,6 +3,7 @@
 Each is done once: its result is a file that names what it was made from, and another start goes on after it.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -29,6 +30,32 @@ EVALUATION = 20.0
 """Training steps that an evaluation takes as long as."""
 BATCH, MICRO_BATCH, WARMUP = 8, 4, 0.1
 Result = dict[str, Any]
+
+
+def parser(prog: str, description: str | None, *, out: str) -> argparse.ArgumentParser:
+    """Arguments that both programs take; `out` is the default directory."""
+    made = argparse.ArgumentParser(prog=prog, description=description)
+    made.add_argument("--train", type=Path, help="conversations to train on, JSONL; default: the demo's")
+    made.add_argument("--heldout", type=Path, help="conversations to evaluate on")
+    made.add_argument("--out", type=Path, default=Path(out), help="directory of everything")
+    made.add_argument("--teacher", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    made.add_argument("--layers", type=int, default=15, help="layers of the student")
+    made.add_argument("--smoke", action="store_true", help="a few steps of everything, in two minutes")
+    return made
+
+
+def prepared(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> "tuple[Lab, Path, Path]":
+    """Models, and files to train and to evaluate on: those that were named, or the demo's."""
+    if (chosen.train is None) != (chosen.heldout is None):
+        parser.error("--train and --heldout go together")
+    train, heldout = chosen.train, chosen.heldout
+    if train is None:
+        sys.path.insert(0, "examples/demo")
+        import demo
+
+        demo.prepare()
+        train, heldout = demo.DATA / "train.jsonl", demo.DATA / "heldout.jsonl"
+    return Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers), train, heldout
 
 
 class Lab:
@@ -167,9 +194,9 @@ class Lab:
 
 
 def split(file: Path, folder: Path, *, held: int, limit: int | None = None) -> tuple[Path, Path]:
-    """Conversations to train on, and the last `held` of them, on which settings are chosen."""
+    """Conversations to train on, and the last ones, `held` or a fifth of them, on which settings are chosen."""
     lines = file.read_text().splitlines(keepends=True)[:limit]
-    assert len(lines) > held, f"{file} has {len(lines)} conversations"
+    held = min(held, len(lines) // 5)
     parts = {"train": lines[: len(lines) - held], "tuning": lines[len(lines) - held :]}
     for name, part in parts.items():
         target = folder / f"{name}.jsonl"

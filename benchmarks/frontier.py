@@ -4,14 +4,12 @@ Neo is trained from dumps of the same samples that store less or more of the tea
 what is done stays done. Ends with `frontier.md` in its directory.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from evidence import EVALUATION, Lab, Result, interval, split, spread
+from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread
 
 from storage_schemas.common.publish import publish
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
@@ -51,25 +49,10 @@ SMOKE = Budget(steps=3, conversations=40, heldout_k=32, seeds=(0,))
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and write the tables."""
-    parser = argparse.ArgumentParser(prog="make frontier", description=__doc__)
-    parser.add_argument("--train", type=Path, help="conversations to train on, JSONL; default: the demo's")
-    parser.add_argument("--heldout", type=Path, help="conversations to evaluate on")
-    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="directory of everything")
-    parser.add_argument("--teacher", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--layers", type=int, default=15, help="layers of the student")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="Neo's, from `make reproduce`")
-    parser.add_argument("--smoke", action="store_true", help="a few steps from two of the dumps")
-    chosen = parser.parse_args(argv)
-    if (chosen.train is None) != (chosen.heldout is None):
-        parser.error("--train and --heldout go together")
-    train, heldout = chosen.train, chosen.heldout
-    if train is None:
-        sys.path.insert(0, "examples/demo")
-        import demo
-
-        demo.prepare()
-        train, heldout = demo.DATA / "train.jsonl", demo.DATA / "heldout.jsonl"
-    lab = Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers)
+    arguments = parser("make frontier", __doc__, out="runs/frontier")
+    arguments.add_argument("--learning-rate", type=float, default=1e-3, help="Neo's, from `make reproduce`")
+    chosen = arguments.parse_args(argv)
+    lab, train, heldout = prepared(arguments, chosen)
     frontier = Frontier(lab, train, heldout, SMOKE if chosen.smoke else Budget(), rate=chosen.learning_rate)
     text = frontier.run([FULL] if chosen.smoke else [*ESTIMATORS, FULL], smoke=chosen.smoke)
     publish(lab.folder / "frontier.md", text)
@@ -148,7 +131,7 @@ class Frontier:
         for seed in self.budget.seeds:
             run = self.lab.train(
                 f"{_slug(name)}-{seed}", dump, loss={"alpha": 0.5, "temperature": temperature}, method="lora_kd",
-                learning_rate=self.rate, seed=seed, max_steps=self.budget.steps, epochs=1_000, shuffle_block_units=1,
+                learning_rate=self.rate, seed=seed, max_steps=self.budget.steps, shuffle_block_units=1,
             )  # fmt: skip
             results.append(self.lab.evaluate(f"{_slug(name)}-{seed}", [run["directory"]], self.heldout))
         return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), results=results)

@@ -4,15 +4,13 @@ Two hours on two cores; what is done stays done, so it may be stopped and starte
 its directory: every number, and of each claim whether it holds here.
 """
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence import EVALUATION, Lab, Result, interval, split, spread
+from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread
 
 from storage_schemas.common.publish import publish
 from storage_schemas.config import TopK
@@ -47,25 +45,10 @@ SMOKE = Budget(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and write the table."""
-    parser = argparse.ArgumentParser(prog="make reproduce", description=__doc__)
-    parser.add_argument("--train", type=Path, help="conversations to train on, JSONL; default: the demo's")
-    parser.add_argument("--heldout", type=Path, help="conversations to evaluate on")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="directory of everything")
-    parser.add_argument("--teacher", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--layers", type=int, default=15, help="layers of the student")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in two minutes")
-    chosen = parser.parse_args(argv)
-    if (chosen.train is None) != (chosen.heldout is None):
-        parser.error("--train and --heldout go together")
-    train, heldout = chosen.train, chosen.heldout
-    if train is None:
-        sys.path.insert(0, "examples/demo")
-        import demo
-
-        demo.prepare()
-        train, heldout = demo.DATA / "train.jsonl", demo.DATA / "heldout.jsonl"
+    arguments = parser("make reproduce", __doc__, out="runs/reproduce")
+    chosen = arguments.parse_args(argv)
+    lab, train, heldout = prepared(arguments, chosen)
     budget = SMOKE if chosen.smoke else Budget()
-    lab = Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers)
     print(Study(lab, train, heldout, budget).run())
 
 
@@ -113,8 +96,6 @@ class Study:
             learning_rate=rate,
             seed=seed,
             max_steps=steps or self.budget.steps,
-            # Every method sees the same conversations, each at most once.
-            epochs=1,
         )
 
     def rate(self, method: str) -> float:
