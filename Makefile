@@ -76,7 +76,7 @@ demo: $(SETUP)  ## Distil a real teacher into a LoRA student, end to end, in min
 define DOOR
 told() { echo "llm-neo $$command left with $$code: $$1" >&2; }
 command=$$1 left=$${RETRIES:-0} pause=$${PAUSE:-15} stopped=
-case $$left$$pause in *[!0-9]*) echo "RETRIES=$$left PAUSE=$$pause: whole numbers are needed" >&2; exit 64 ;; esac
+case $$left.$$pause in *[!0-9.]* | 0[0-9]* | *.0[0-9]*) echo "RETRIES=$$left PAUSE=$$pause: whole numbers are needed" >&2; exit 64 ;; esac
 trap 'test "$$stopped" || kill $$child 2> /dev/null; stopped=1 again=1' TERM
 trap 'stopped=1 again=1' INT USR1
 while :; do

@@ -80,7 +80,7 @@ class Lab:
         if not (url / "SEALED.json").is_file():
             self._say(f"dump {name}")
         run_dump(
-            dump=DumpSection(url=str(url), samples_per_unit=40, **dump),
+            dump=DumpSection(url=str(url), samples_per_unit=20, **dump),
             teacher=TeacherSection(model=str(self.teacher), dtype="float32", device="cpu"),
             corpus=CorpusSection(sources=[SourceSection(path=str(data))], max_length=512),
             estimator=estimator,
@@ -133,8 +133,13 @@ class Lab:
         found = self._once(name, made_from, cost=float(train["max_steps"]), work=work)
         return found | {"directory": str(output / "final")}
 
-    def evaluate(self, name: str, models: Sequence[str], heldout: Path) -> Result:
-        """What `llm-neo evaluate` says of one model; of two, how far the second one differs on the same tokens."""
+    def untrained(self) -> Result:
+        """The student, to be evaluated like what `train` returns."""
+        return {"directory": str(self.student), "final_record": None}
+
+    def evaluate(self, name: str, runs: Sequence[Result], heldout: Path) -> Result:
+        """What `llm-neo evaluate` says of one training; of two, how far the second differs on the same tokens."""
+        models = {run["directory"]: run["final_record"] for run in runs}
 
         def work() -> Result:
             found = [evaluate(model, Dump.open(str(heldout)), batch_tokens=4096) for model in models]
@@ -143,7 +148,7 @@ class Lab:
             first, second = found
             return {measure: each.model_dump(mode="json") for measure, each in second.less(first).items()}
 
-        made_from = {"models": list(models), "heldout": Dump.open(str(heldout)).fingerprint}
+        made_from = {"models": models, "heldout": Dump.open(str(heldout)).fingerprint}
         return self._once(f"{name}-on-{heldout.name}", made_from, cost=EVALUATION * len(models), work=work)
 
     def forget(self, name: str) -> None:
@@ -195,7 +200,7 @@ class Lab:
 
 def split(file: Path, folder: Path, *, held: int, limit: int | None = None) -> tuple[Path, Path]:
     """Conversations to train on, and the last ones, `held` or a fifth of them, on which settings are chosen."""
-    lines = file.read_text().splitlines(keepends=True)[:limit]
+    lines = [f"{line}\n" for line in file.read_text().split("\n") if line.strip()][:limit]
     held = min(held, len(lines) // 5)
     parts = {"train": lines[: len(lines) - held], "tuning": lines[len(lines) - held :]}
     for name, part in parts.items():

@@ -84,9 +84,7 @@ class Frontier:
 
     def run(self, estimators: Sequence[str], *, smoke: bool) -> str:
         """All of it; returns the tables."""
-        gates, renormalised, temperatures = (
-            ((), RENORMALISED[:1], ()) if smoke else (GATES[1:], RENORMALISED, TEMPERATURES)
-        )
+        gates, renormalised, temperatures = ((), RENORMALISED[:1], ()) if smoke else (GATES, RENORMALISED, TEMPERATURES)
         runs = len(estimators) + len(gates) + len(renormalised) + 2 * len(temperatures[1:])
         self.lab.plan(runs * len(self.budget.seeds) * (self.budget.steps + EVALUATION))
         points = [self.point(name) for name in estimators]
@@ -96,10 +94,12 @@ class Frontier:
             name = f"topk, k = {k}, renormalised"
             source = self.lab.dump(_slug(f"topk, k = {k}"), self.data, TopK(k=k, mass=1.0))
             contrast.append(self.trained(name, without_tail(source, self.lab.folder / _slug(name))))
-        gated = [p for p in points if p.name == "topk, k = 64"]
+        gated = []
         for gate in gates:
             name = f"topk, k = 64, gate {gate:g}"
-            gated.append(self.trained(name, self.lab.dump(_slug(name), self.data, TopK(k=64, mass=1.0), max_kl=gate)))
+            # From a coarse grid on, which is refined until the gate is kept.
+            coarse = self.lab.dump(_slug(name), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
+            gated.append(self.trained(name, coarse))
         return "\n".join([
             *table(points, full),
             "",
@@ -133,7 +133,7 @@ class Frontier:
                 f"{_slug(name)}-{seed}", dump, loss={"alpha": 0.5, "temperature": temperature}, method="lora_kd",
                 learning_rate=self.rate, seed=seed, max_steps=self.budget.steps, shuffle_block_units=1,
             )  # fmt: skip
-            results.append(self.lab.evaluate(f"{_slug(name)}-{seed}", [run["directory"]], self.heldout))
+            results.append(self.lab.evaluate(f"{_slug(name)}-{seed}", [run], self.heldout))
         return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), results=results)
 
 
@@ -151,16 +151,16 @@ def table(points: Sequence[Point], full: Point) -> list[str]:
 
 
 def bytes_per_supervised_token(dump: Path) -> float:
-    """Of all files of a dump."""
-    tokens = sum(record.supervised_tokens for record in Dump.open(str(dump)).read_records().values())
-    return sum(file.stat().st_size for file in dump.rglob("*") if file.is_file()) / tokens
+    """Of a dump's data files, all columns and footers included."""
+    records = Dump.open(str(dump)).read_records().values()
+    return sum(record.bytes for record in records) / sum(record.supervised_tokens for record in records)
 
 
 def without_tail(source: Path, url: Path) -> Path:
     """A dump whose entries hold all of the probability at every temperature, as if nothing lay outside of them."""
     dump = Dump.open(str(source))
-    # Another encoding, so that the two are not taken for one dump.
-    writer = DumpWriter.open(str(url), dump.provenance.model_copy(update={"logprob_step": 0.0}))
+    # Another gate, by a hundredth, so that the two are not taken for one dump.
+    writer = DumpWriter.open(str(url), dump.provenance.model_copy(update={"max_kl": 1.01 * dump.provenance.max_kl}))
     if (url / "SEALED.json").is_file():
         return url
     writer.put_tokenizer(dump.read_tokenizer())

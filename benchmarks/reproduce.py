@@ -1,7 +1,7 @@
 """`make reproduce`: the paper's four methods on one corpus, as docs/design/evidence.md lays down.
 
 Two hours on two cores; what is done stays done, so it may be stopped and started at will. Ends with `reproduce.md` in
-its directory: every number, and of each claim whether it holds here.
+its directory: every number, and of the claims that it tests whether they hold here.
 """
 
 import statistics
@@ -59,7 +59,7 @@ class Study:
         """Make the dumps."""
         self.lab, self.budget = lab, budget
         mine, tuning = split(train, lab.folder, held=budget.tuning_samples, limit=budget.conversations)
-        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 3
+        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 5
         lab.plan(len(METHODS) * (budget.rates * budget.tuning_steps + len(budget.seeds) * budget.steps))
         lab.plan(EVALUATION * evaluations)
         self.dump = lab.dump("dump", mine, TopK(k=budget.k, mass=1.0))
@@ -68,18 +68,16 @@ class Study:
 
     def run(self) -> str:
         """All of it; returns the report, which lies beside the results."""
-        before = self.lab.evaluate("before", [str(self.lab.student)], self.heldout)
+        before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
         rates = {method: self.rate(method) for method in METHODS}
         runs = {method: [self.trained(method, rates[method], seed) for seed in self.budget.seeds] for method in METHODS}
         found = {
-            method: [self.lab.evaluate(f"{method}-{seed}", [run["directory"]], self.heldout)
+            method: [self.lab.evaluate(f"{method}-{seed}", [run], self.heldout)
                      for seed, run in zip(self.budget.seeds, runs[method], strict=True)]
             for method in METHODS
         }  # fmt: skip
         pairs = {
-            other: self.lab.evaluate(
-                f"{other}-and-neo", [runs[other][0]["directory"], runs["lora_kd"][0]["directory"]], self.heldout
-            )
+            other: self.lab.evaluate(f"{other}-and-neo", [runs[other][0], runs["lora_kd"][0]], self.heldout)
             for other in ("lora_sft", "full_kd")
         }
         text = report(before, rates, runs, found, pairs)
@@ -107,7 +105,7 @@ class Study:
         def score(rate: float) -> None:
             name = f"tune-{method}-{rate:.1e}"
             run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name)
-            result = self.lab.evaluate(name, [run["directory"]], self.tuning)
+            result = self.lab.evaluate(name, [run], self.tuning)
             self.lab.forget(name)
             scores[rate] = result[CHOSEN_BY[method]]
 
@@ -217,8 +215,9 @@ def _held(whether: bool) -> str:
 
 
 def _per_step(results: Sequence[Result]) -> float:
-    """Seconds, median of the seeds."""
-    return statistics.median(result["seconds"] / result["steps"] for result in results)
+    """Seconds, median of the seeds; `seconds` are those since the last start."""
+    done = [(result["seconds"], result["steps"] - (result["resumed_from"] or 0)) for result in results]
+    return statistics.median(seconds / steps for seconds, steps in done if steps)
 
 
 def _memory(results: Sequence[Result]) -> float:

@@ -245,6 +245,7 @@ def evaluate(
     from storage_schemas.reader import Dump
     from student_train.results.evaluate import Evaluated
     from student_train.results.evaluate import evaluate as evaluate_model
+    from student_train.results.saved import is_adapter
 
     if len(model) > 2 or len(set(model)) < len(model):
         raise UsageError("one model is evaluated, or two", got=", ".join(model), expected="at most two, of other names")
@@ -259,7 +260,7 @@ def evaluate(
                 device=device,
                 limit=limit,
                 partial=partial,
-                base=base,
+                base=base if len(model) == 1 or is_adapter(name) else None,
                 revision=revision if name == model[0] else None,
                 trust=trust_remote_code,
                 progress=progress,
@@ -301,12 +302,15 @@ def report(
     from storage_schemas.reader import Dump
     from student_train.results.evaluate import evaluate as evaluate_model
 
-    config, shown, heldout = found[0].config, [], None
+    config, told, heldout = found[0].config, [], None
     if samples and config.heldout is not None:
         heldout = config.heldout.url
-        dump = Dump.open(heldout, options=config.dump.storage_options)
-        shown = samples_of(evaluate_model(runs[0] / "final", dump, limit=samples, base=base))
-    _write_page(html, run_page(found, shown, heldout=heldout))
+        try:
+            dump = Dump.open(heldout, options=config.dump.storage_options)
+            told = samples_of(evaluate_model(runs[0] / "final", dump, limit=samples, base=base))
+        except NeoError as error:
+            sys.stderr.write(f"the page has no samples: {shown(str(error))}\n")
+    _write_page(html, run_page(found, told, heldout=heldout))
     typer.echo(f"{html}: {', '.join(run.name for run in found)}")
 
 

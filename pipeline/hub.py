@@ -87,8 +87,9 @@ def push(
             there = _tree(api, place) or {}
         if fingerprint is not None:
             _refuse_other_dump(source, url, there)
-        elif not replace:
-            _refuse_other_model(source, url, files, there)
+        stale = [] if fingerprint is not None else sorted(there.keys() - files.keys() - {*_OF_THE_HUB, _CARD})
+        if fingerprint is None and not replace:
+            _refuse_other_model(source, url, files, there, stale)
         steps = [[RUN], [name for name in files if name not in (RUN, SEAL)], [SEAL]] if fingerprint else [list(files)]
         for step in steps:
             wrong = _different(source, {name: files[name] for name in step}, there)
@@ -99,16 +100,19 @@ def push(
                 api.create_commit(
                     place.repo, [operation], commit_message=f"Add {step[0]}", repo_type=place.kind, parent_commit=head
                 )
-            elif wrong:
+            elif wrong or stale:
                 api.upload_folder(
                     repo_id=place.repo,
                     folder_path=source,
                     repo_type=place.kind,
                     commit_message="Add data" if fingerprint else "Add model",
                     ignore_patterns=[*ignored, *([RUN, SEAL] if fingerprint else [])],
+                    # Other weights beside these might be loaded in their place.
+                    delete_patterns=stale or None,
                 )
         commit = str(api.repo_info(place.repo, repo_type=place.kind).sha)
-        wrong = _different(source, files, _tree(api, place, commit) or {})
+        there = _tree(api, place, commit) or {}
+        wrong = _different(source, files, there) + [name for name in stale if name in there]
     if wrong:
         raise TemporaryError(
             f"{url} does not hold what was pushed",
@@ -227,13 +231,16 @@ def _refuse_other_dump(source: Path, url: str, there: Mapping[str, Any]) -> None
     )
 
 
-def _refuse_other_model(source: Path, url: str, files: Mapping[str, int], there: Mapping[str, Any]) -> None:
-    """Raise MismatchError if a file there would be overwritten with another."""
-    shared = {name: size for name, size in files.items() if name in there and name != _CARD}
-    if wrong := _different(source, shared, there):
+def _refuse_other_model(
+    source: Path, url: str, files: Mapping[str, int], there: Mapping[str, Any], stale: list[str]
+) -> None:
+    """Raise MismatchError if a file there would be overwritten, or stay beside those of this model."""
+    new = not there.keys() - {*_OF_THE_HUB, _CARD}
+    shared = {name: size for name, size in files.items() if name in there and not (new and name == _CARD)}
+    if wrong := [*_different(source, shared, there), *stale]:
         raise MismatchError(
             f"{url} holds another model",
-            got=f"{', '.join(wrong[:5])} differ there",
+            got=f"{', '.join(wrong[:5])} there",
             expected="a new repository, or the same files",
             fix="push to another name, or give --replace",
         )

@@ -30,7 +30,7 @@ def verdicts(**kl: tuple[float, ...]) -> dict[str, str]:
     import reproduce
 
     found = {method: [{"kl_mean": x, "ce": x + 1} for x in values] for method, values in kl.items()}
-    cost = {"seconds": 10.0, "steps": 5, "peak_rss_bytes": 2**30}
+    cost = {"seconds": 10.0, "steps": 5, "peak_rss_bytes": 2**30, "resumed_from": None}
     runs: dict[str, list[dict[str, Any]]] = {
         method: [cost | {"state_bytes": 10 if method.startswith("lora") else 100}] for method in kl
     }
@@ -85,7 +85,9 @@ def test_contrast_holds_all_of_the_probability_in_its_entries(tmp_path: Path) ->
         expected = (
             torch.from_numpy(before.read_unit(0).targets.logprobs.reshape(-1, 8) / temperature).double().softmax(1)
         )
-        np.testing.assert_allclose(b.weights, expected, rtol=1e-5)
+        # Both are rounded, by the dump's gate.
+        np.testing.assert_allclose(b.weights, expected, rtol=0.07)
+        assert (b.weights * np.log(b.weights / expected.numpy())).sum(1).mean() < 5e-4
         assert not np.isfinite(b.tail_logprob).any()
 
 

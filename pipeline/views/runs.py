@@ -13,7 +13,10 @@ from student_train.metrics import EVENTS, Event, HeldoutResult, read_events
 from student_train.results.measures import by_seed
 from student_train.summary import SUMMARY, Summary, read_summary
 
-_OF_A_SEED = {"output", "seed", "run_name", "tags", "project", "report_to"}
+_OF_A_SEED = {
+    "output", "seed", "run_name", "tags", "project", "report_to", "checkpoint_url", "cache_dir", "cache_bytes",
+    "resume", "save_steps", "save_total_limit", "logging_steps", "data_wait_seconds",
+}  # fmt: skip
 """Settings of `train` in which runs of one kind may differ."""
 
 
@@ -43,6 +46,12 @@ class Run(NamedTuple):
     def evaluations(self) -> Sequence[HeldoutResult]:
         """While it trained."""
         return self.summary.heldout
+
+    def evaluated_on(self) -> tuple[object, float]:
+        """The held-out dump and the temperature of its numbers: by fingerprint, or as configured."""
+        if self.summary.heldout:
+            return self.summary.heldout[0].dump, self.summary.heldout[0].temperature
+        return self.config.heldout and self.config.heldout.url, 1.0
 
     def kind(self) -> str:
         """The same for runs that differ in their seed alone."""
@@ -114,8 +123,8 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
     Held-out results are compared on one dump only; a sentence says so where they are not.
     """
-    if len({run.summary.heldout[0].dump for run in runs if run.summary.heldout}) > 1:
-        return ["The runs were evaluated on different held-out dumps: their numbers cannot be compared."]
+    if len({run.evaluated_on() for run in runs}) > 1:
+        return ["The runs were evaluated on different held-out dumps, or at different temperatures: no comparison."]
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         kinds.setdefault(run.kind(), []).append(run)

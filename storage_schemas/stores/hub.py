@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, first_line
+from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
 from storage_schemas.common.secrets import masked
 
 _URL = re.compile(
@@ -148,6 +148,8 @@ def failure(error: BaseException, url: str) -> NeoError | None:
 
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # Of one file of several.
         return failure(error.__cause__, url)
+    if isinstance(error, OSError) and error.filename is not None and (told := explained(error)):
+        return told  # Of a file here, or of a full disk.
     got = masked(" ".join([type(error).__name__, *str(error).split()])[:400])
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -61,7 +61,8 @@ class EvalResult(Closeness):
     by_position: tuple[TokenGroup, ...]
     """Tokens by their place among the supervised ones of their sample, from 0."""
     by_teacher_entropy: tuple[TokenGroup, ...]
-    """Tokens by the entropy of the teacher's distribution, nats, the tail as one outcome."""
+    """Tokens by the entropy of the teacher's distribution, nats, the tail as one outcome; none with drawn targets,
+    whose entropy and KL have one noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,13 +80,16 @@ class Evaluated:
 
     def result(self) -> EvalResult:
         """What it comes to."""
-        tokens, exact_head = self.tokens, self.dump.provenance.estimator.kind != "sampled"
+        tokens, estimator = self.tokens, self.dump.provenance.estimator
+        exact_head = estimator.kind != "sampled"
 
         def mean(values: npt.NDArray[np.generic]) -> float:
             return float(values.mean(dtype=np.float64))
 
         teacher_ce = mean(tokens.label_ce)
-        p50, p90, p99, most = np.quantile(tokens.kl, [0.5, 0.9, 0.99, 1]).tolist() if exact_head else [None] * 4
+        p50, p90, p99, most = (
+            np.quantile(tokens.kl, [0.5, 0.9, 0.99, 1]).tolist() if not estimator.draws else [None] * 4
+        )
         return EvalResult(
             kl_mean=mean(tokens.kl), kl_p50=p50, kl_p90=p90, kl_p99=p99, kl_max=most,
             ce=mean(tokens.ce),
@@ -97,11 +101,24 @@ class Evaluated:
             acceptance_rate_min=mean(tokens.overlap_least), acceptance_rate_max=mean(tokens.overlap_most),
             supervised_tokens=len(tokens.kl), samples=self.samples, dump_samples=self.dump.provenance.corpus.samples,
             by_position=groups(tokens, self.place, PLACES, exact_head=exact_head),
-            by_teacher_entropy=groups(tokens, tokens.entropy, ENTROPIES, exact_head=exact_head),
+            by_teacher_entropy=()
+            if estimator.draws
+            else groups(tokens, tokens.entropy, ENTROPIES, exact_head=exact_head),
         )  # fmt: skip
 
     def less(self, other: "Evaluated") -> dict[str, Difference]:
-        """How far it differs from another model on the same tokens: KL, cross-entropy and acceptance rate."""
+        """How far it differs from another model on the same tokens: KL, cross-entropy and acceptance rate.
+
+        Raises:
+            TemporaryError: the other one was evaluated on other samples of a growing dump.
+        """
+        if not np.array_equal(self.sample, other.sample):
+            raise TemporaryError(
+                f"the dump {self.dump.store.url} has grown between the two evaluations",
+                got=f"{other.samples} and then {self.samples} samples",
+                expected="the same ones for both models",
+                fix="run the same command again, with --limit, or once the dump is complete",
+            )
         measures = {"kl_mean": "kl", "ce": "ce", "acceptance_rate_min": "overlap_least"}
         return {
             name: paired(getattr(other.tokens, field), getattr(self.tokens, field), self.sample)

@@ -24,7 +24,8 @@ class LoadedTeacher(Teacher):
     """A causal language model of transformers, or a subclass of one, that you have loaded, changed or trained.
 
     Give it to `run_dump` in place of a `TeacherSection`. The dump is identified by a hash of the model's tensors and
-    of its config, not of any file: the same weights continue it, others are refused. `llm-neo verify --recompute`
+    of its config, not of any file: the same weights continue it, others are refused. Hooks that you have registered are
+    not in the hash. `llm-neo verify --recompute`
     cannot load such a teacher again; `recompute_rows` takes it.
     """
 
@@ -64,7 +65,7 @@ class LoadedTeacher(Teacher):
         """Who the teacher is: its tensors are hashed now, since they may have changed since the last dump."""
         return TeacherIdentity(
             config_sha256=content_sha256(self.config.to_diff_dict(), without=_UNSETTLED),
-            weights_sha256={IN_MEMORY: tensors_sha256(self.model.state_dict())},
+            weights_sha256={IN_MEMORY: tensors_sha256(self.model.state_dict() | dict(self.model.named_buffers()))},
             dtype=self.section.dtype,
             lm_head_rows=self.lm_head_rows,
         )

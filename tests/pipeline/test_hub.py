@@ -226,6 +226,16 @@ def test_a_model_there_and_back(hub: Hub, tmp_path: Path, call: Call) -> None:
     save_file({"w": np.zeros(3, np.float32)}, model / "adapter_model.safetensors")
     code, _, err = call("push", str(model), url)
     assert (code, "--replace" in err) == (Exit.MISMATCH, True)
+    # Nor may other weights stay beside these: they might be loaded in their place.
+    (model / "adapter_model.safetensors").rename(model / "model.safetensors")
+    (model / "adapter_config.json").rename(model / "config.json")
+    code, _, err = call("push", str(model), url)
+    assert (code, "adapter_model.safetensors" in err) == (Exit.MISMATCH, True)
+    assert call("push", str(model), url, "--replace")[0] == 0
+    kept = {"model.safetensors", "config.json"}
+    assert set(hub.files("me/adapter", "models")) - {".gitattributes"} == kept
+    (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+    (model / "config.json").rename(model / "adapter_config.json")
     # What lies there is not written over either.
     assert call("push", str(model), url, "--replace")[0] == 0
     code, _, err = call("pull", url, str(tmp_path / "back"))

@@ -74,8 +74,17 @@ def test_seeds_give_an_interval(tmp_path: Path) -> None:
 
 def test_other_held_out_samples_are_not_compared(tmp_path: Path) -> None:
     runs = [read_run(finished(tmp_path / name, kl=1.0, heldout_dump=name)) for name in "ab"]
-    assert "cannot be compared" in markdown(runs)
+    assert "different held-out dumps" in markdown(runs)
     assert "less" not in markdown(runs)
+
+
+def test_a_page_without_its_held_out_dump_says_so(tmp_path: Path) -> None:
+    """Curves need no dump."""
+    folder, file = finished(tmp_path / "a", kl=1.5), tmp_path / "report.html"
+    told = CliRunner().invoke(app, ["report", str(folder), "--html", str(file)])
+    assert told.exit_code == 0, told.output
+    assert "the page has no samples" in told.stderr
+    assert file.read_text().count("<svg") == 4
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:

@@ -70,11 +70,13 @@ def test_ranks_change_nothing(place: Path, tmp_path: Path, expected: Any) -> Non
             assert float((here - there).norm() / there.norm()) < 1e-6
 
 
-def test_evaluation_is_the_loss_of_another_dump(place: Path, tmp_path: Path) -> None:
-    write_dump(tmp_path / "heldout", samples=5, samples_per_unit=5, temperatures=(1.0, 2.0), first=100)
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_evaluation_is_the_loss_of_another_dump(size: int, place: Path, tmp_path: Path) -> None:
+    """Per supervised token, whatever the batches; two samples have no targets."""
+    write_dump(tmp_path / "heldout", samples=9, samples_per_unit=9, temperatures=(1.0, 2.0), first=100)
     model, heldout = tiny_llama(1).double(), DumpDataset(Dump.open(str(tmp_path / "heldout")))
     trainer = DumpTrainer(
-        model, arguments(tmp_path, per_device_eval_batch_size=5), DumpDataset(Dump.open(str(place / "dump"))),
+        model, arguments(tmp_path, per_device_eval_batch_size=size), DumpDataset(Dump.open(str(place / "dump"))),
         loss=LossSection(**LOSS), eval_dataset=heldout, processing_class=tiny_tokenizer(),
     )  # fmt: skip
     rows = [row for row in heldout.dump.read_unit(0) if row.targets is not None]

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
-from storage_schemas.config import DumpSection, Sampled, TopK
+from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
@@ -167,6 +167,21 @@ def test_evaluation_where_little_is_stored(folder: Path) -> None:
     assert few.top5_overlap == pytest.approx(full.top5_overlap, abs=0.01)  # Rounding may make two entries equal.
 
 
+@pytest.mark.parametrize(
+    "estimator", [Sampled(kind="sampled", draws=400), Adaptive(kind="adaptive", mass=0.3, k_max=4, tail_draws=200)]
+)
+def test_evaluation_on_draws(folder: Path, tmp_path: Path, estimator: Sampled | Adaptive) -> None:
+    """Means are estimates of the exact ones; what a single token's draws cannot say is null."""
+    write_dump(tmp_path / "drawn", estimator=estimator)
+    found = evaluate(folder / "student", Dump.open(str(tmp_path / "drawn"))).result()
+    exact = evaluate(folder / "student", Dump.open(str(folder / "dump"))).result()
+    assert found.kl_mean == pytest.approx(exact.kl_mean, abs=0.05)
+    assert found.acceptance_rate_min == pytest.approx(exact.acceptance_rate_min, abs=0.05)
+    assert (found.ce, found.ece) == pytest.approx((exact.ce, exact.ece), rel=FORWARD)
+    assert (found.kl_p50, found.kl_p90, found.kl_p99, found.kl_max, found.by_teacher_entropy) == (None,) * 4 + ((),)
+    assert (found.top1_agreement is None) == (found.top5_overlap is None) == (estimator.kind == "sampled")
+
+
 def test_two_models_are_compared_on_the_same_tokens(folder: Path) -> None:
     """The interval is that of differences by sample, narrower than what either model's spread would give."""
     dump = Dump.open(str(folder / "dump"))
@@ -179,6 +194,8 @@ def test_two_models_are_compared_on_the_same_tokens(folder: Path) -> None:
     left = np.array([by_token[first.sample != sample].mean() for sample in np.unique(first.sample)])
     error = 1.96 * np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
     assert found.interval == pytest.approx((found.difference - error, found.difference + error), rel=0.1)
+    with pytest.raises(TemporaryError, match="has grown"):
+        evaluate(folder / "student", dump, limit=5).less(first)
     same = first.less(first)["kl_mean"]
     assert (same.difference, same.interval) == (0, (0, 0))
 

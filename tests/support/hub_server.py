@@ -195,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
                 changed[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 changed[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del changed[value["path"]]
         repository.commits.append({name: data for name, data in changed.items() if name not in self.hub.lose})
         name = repository.at("main")
         assert name is not None
