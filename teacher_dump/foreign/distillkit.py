@@ -68,7 +68,7 @@ def read(source: Path, files: Sequence[Path], *, mask: str) -> Iterator[ForeignS
                 expected="compressed_logprobs and bytepacked_indices",
                 fix="decode it with DistillKit into `token_ids` and `top_values`, and import these: lists --tail lost",
             )
-        packed, bits = (record.entries(name, empty=0) for name in ("compressed_logprobs", "bytepacked_indices"))
+        packed, bits = (record.entries(name) for name in ("compressed_logprobs", "bytepacked_indices"))
         if len(packed) != len(bits):
             raise record.unusable(f"{len(packed)} rows of log-probs for {len(bits)} of ids", "as many")
         if not len(packed):  # Of a sample of one token.

@@ -21,6 +21,8 @@ from storage_schemas.targets import decode
 _PAD = -1e9
 """Log-prob of a slot without an entry, as axolotl's own collator fills up."""
 _IGNORED_LABEL = -100
+_ENTRIES = 2**22
+"""Slots that are written at a time, or those of one sample: about 100 MB of lists."""
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -92,7 +94,10 @@ def export_axolotl(
             for unit in range(units):
                 flat = dump.read_unit(unit)
                 usable = [row for row in map(flat.row, range(len(flat))) if row.targets is not None]
-                writer.write_table(pa.Table.from_pylist([_columns(row, k) for row in usable], schema=_SCHEMA))
+                step = max(1, _ENTRIES // (k * max((len(row.input_ids) for row in usable), default=1)))
+                for start in range(0, len(usable), step):
+                    part = [_columns(row, k) for row in usable[start : start + step]]
+                    writer.write_table(pa.Table.from_pylist(part, schema=_SCHEMA))
                 rows, left_out = rows + len(usable), left_out + len(flat) - len(usable)
                 tokens += len(flat.targets)
                 tail += float(np.exp(flat.targets.tail_logprob[:, 0].astype(np.float64)).sum())

@@ -27,13 +27,9 @@ def read(files: Sequence[Path], columns: dict[str, str], *, mask: str) -> Iterat
     """
     for record in records(files):
         ids = integers(record.entries(columns["ids"], empty=0))
-        values = floats(record.entries(columns["values"], empty=-np.inf))
-        if ids.shape != values.shape:
-            raise record.unusable(f"{values.shape} values for {ids.shape} ids", "one value per id")
+        values = floats(record.entries(columns["values"], empty=-np.inf, like=columns["ids"]))
         if "slots" in columns:
-            slots = record.entries(columns["slots"], empty=0)
-            if slots.shape != values.shape:
-                raise record.unusable(f"{slots.shape} mask entries for {ids.shape} ids", "one per id")
+            slots = record.entries(columns["slots"], empty=0, like=columns["ids"])
             values = np.where(slots != 0, values, -np.inf)
         yield sample_of(record, ids, values, mask=mask)
 
@@ -47,9 +43,12 @@ def sample_of(record: Record, ids: np.ndarray, values: np.ndarray, *, mask: str)
     if len(values) not in (len(tokens), len(tokens) - 1):
         raise record.unusable(f"{len(values)} rows of entries for {len(tokens)} tokens", "one row per token")
     if "attention_mask" in record.columns:
-        kept = np.flatnonzero(record.tokens("attention_mask"))
+        attended = record.tokens("attention_mask")
+        if len(attended) != len(tokens):
+            raise record.unusable(f"{len(attended)} values of attention_mask for {len(tokens)} tokens", "one per token")
+        kept = np.flatnonzero(attended)
         first, stop = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
-        if stop - first != len(kept) or record.tokens("attention_mask").max(initial=0) > 1:
+        if stop - first != len(kept) or attended.max(initial=0) > 1:
             raise record.unusable("an attention_mask with holes, or of packed samples", "one sample a row")
         tokens, ids, values = tokens[first:stop], ids[first:stop], values[first:stop]
         supervised = None if supervised is None else supervised[first:stop]

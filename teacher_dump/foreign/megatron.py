@@ -123,10 +123,11 @@ def _micro_batches(data: bytes, saver: dict[str, Any], path: Path) -> list[tuple
     raw = zstandard.ZstdDecompressor().decompressobj().decompress(data)
     found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     extra = found.keys() - {"values", "indices_low", "bit_17", "format_version"}
-    if extra or found.get("format_version", saver.get("format_version", 1)) not in (1, 2):
+    version = found.get("format_version", saver.get("format_version", 1))
+    if extra or version not in (1, 2):
         raise MismatchError(
             f"{path} is {_UNKNOWN}",
-            got=", ".join(sorted(extra)) or f"format version {found.get('format_version')}",
+            got=", ".join(sorted(extra)) or f"format version {version}",
             expected="format version 1 or 2, without packed sequences",
             fix="write the store with a Megatron-LM of mid-2026, or decode it into lists",
         )

@@ -1,6 +1,7 @@
 """Rows of Parquet, Arrow and JSONL files, in order: how most projects store their samples."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,16 +9,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from storage_schemas.common.errors import DataError, MismatchError
+from teacher_dump.corpus.lines import READERS
+from teacher_dump.corpus.masks import Unusable
 from teacher_dump.foreign.sample import F64, I64, Bool
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl")
 _ROWS = 64
 """Rows of a file that are in memory at a time."""
 _IGNORED_LABEL = -100
+_ARROW_FILE = b"ARROW1"
+"""What an Arrow file begins with, which is no stream."""
+_SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Words in the names of files and directories by which `datasets` knows splits."""
 
 
 class Record(NamedTuple):
@@ -32,15 +41,30 @@ class Record(NamedTuple):
         """(tokens,) a column with one value per token."""
         return self._numbers(name, self._list(name))
 
-    def entries(self, name: str, *, empty: float) -> npt.NDArray[Any]:
-        """(rows, k) a column with a list per row, filled up with `empty` to the longest."""
-        rows = self._list(name)
-        if not _is_list(rows.type):
-            raise self.unusable(f"{name} is a list of {rows.type}", "a list of lists")
-        rows = rows.cast(pa.large_list(rows.type.value_type))
-        lengths = np.diff(rows.offsets.to_numpy())
+    def entries(self, name: str, *, empty: float | None = None, like: str | None = None) -> npt.NDArray[Any]:
+        """(rows, k) a column with a list per row, filled up with `empty` to the longest.
+
+        Args:
+            name: of the column.
+            empty: the value to fill up with; None: all rows are of one length.
+            like: another column, whose rows are as long as those of this one.
+        """
+        rows, lengths = self._rows(name)
+        if like is not None:
+            _, others = self._rows(like)
+            if len(lengths) != len(others):
+                raise self.unusable(f"{len(lengths)} rows of {name} for {len(others)} of {like}", "as many")
+            for row in np.flatnonzero(lengths != others)[:1]:
+                raise self.unusable(
+                    f"{lengths[row]} values of {name} for {others[row]} of {like} in row {row} of the sample", "as many"
+                )
+        if empty is None:
+            for row in np.flatnonzero(lengths != lengths[:1])[:1]:
+                raise self.unusable(
+                    f"{lengths[row]} values of {name} in row {row} of the sample, {lengths[0]} in row 0", "as many"
+                )
         values = self._numbers(name, rows.flatten())
-        found = np.full((len(rows), int(lengths.max(initial=0))), empty, values.dtype)
+        found = np.full((len(rows), int(lengths.max(initial=0))), empty or 0, values.dtype)
         found[np.arange(found.shape[1]) < lengths[:, None]] = values
         return found
 
@@ -66,6 +90,16 @@ class Record(NamedTuple):
             raise self.unusable(f"null in {name}", "a list without nulls")
         return column.values
 
+    def _rows(self, name: str) -> tuple[pa.Array, I64]:
+        """A column with a list per row, and how long each is."""
+        rows = self._list(name)
+        if pa.types.is_null(rows.type):  # Of an empty list in JSON.
+            rows = rows.cast(pa.list_(pa.null()))
+        if not _is_list(rows.type):
+            raise self.unusable(f"{name} is a list of {rows.type}", "a list of lists")
+        rows = rows.cast(pa.large_list(rows.type.value_type))
+        return rows, np.diff(rows.offsets.to_numpy())
+
     def _numbers(self, name: str, values: pa.Array) -> npt.NDArray[Any]:
         kind = values.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
@@ -81,9 +115,11 @@ def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The files of a store, in the order of their names; numbers in these count as numbers.
 
     Raises:
-        MismatchError: there are none.
+        MismatchError: there are none, or they are of several splits.
     """
-    found = [source] if source.is_file() else [path for path in source.rglob("*") if path.suffix in suffixes]
+    # `datasets` keeps what `map` made of a data set in cache-*.arrow, in the directory of its data.
+    inside = [path for path in source.rglob("*") if path.suffix in suffixes and not path.match("cache-*.arrow")]
+    found = [source] if source.is_file() else inside
     if not found or any(path.suffix not in suffixes for path in found):
         raise MismatchError(
             f"{source} is no store that can be imported",
@@ -91,7 +127,22 @@ def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
             expected="a file, or a directory of files",
             fix="correct SOURCE; what lies on the hub is fetched by `hf download --repo-type dataset`",
         )
-    return sorted(found, key=lambda path: (path.parent, [int(p) if p.isdigit() else p for p in _parts(path.name)]))
+    names = [path.relative_to(source) for path in inside]
+    if (source / "dataset_dict.json").is_file():  # Of `DatasetDict.save_to_disk`: a directory for each split.
+        splits = {name.parts[0] for name in names}
+    else:
+        words = (word for name in names for word in re.split("[^a-z]+", str(name).lower()))
+        splits = {_SPLITS[word] for word in words if word in _SPLITS}
+    if len(splits) > 1:
+        raise MismatchError(
+            f"{source} holds several splits of a data set",
+            got=" and ".join(sorted(splits)),
+            expected="one: their samples would be mixed",
+            fix="give the file or the directory of one split; or move its files to a directory of their own",
+        )
+    return sorted(
+        found, key=lambda path: (path.parent, [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
+    )
 
 
 def hashes_of(files: Sequence[Path]) -> dict[str, str]:
@@ -121,8 +172,11 @@ def records(files: Sequence[Path]) -> Iterator[Record]:
         DataError: a file is damaged.
     """
     for path in files:
-        row = 0
         try:
+            if path.suffix == ".jsonl":
+                yield from _lines(path)
+                continue
+            row = 0
             for batch in _batches(path):
                 for i in range(batch.num_rows):
                     yield Record(f"{path}, row {row}", {name: batch.column(name)[i] for name in batch.schema.names})
@@ -147,24 +201,35 @@ def floats(values: npt.NDArray[Any]) -> F64:
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    match path.suffix:
-        case ".parquet":
-            yield from pq.ParquetFile(path, page_checksum_verification=True).iter_batches(_ROWS)
-        case ".arrow":
-            with pa.memory_map(str(path)) as file:
-                yield from pa.ipc.open_stream(file)
-        case _:
-            yield from pyarrow.json.open_json(path)
+    if path.suffix == ".parquet":
+        yield from pq.ParquetFile(path, page_checksum_verification=True).iter_batches(_ROWS)
+        return
+    with pa.memory_map(str(path)) as file:
+        if file.read(len(_ARROW_FILE)) == _ARROW_FILE:
+            whole = pa.ipc.open_file(file)
+            yield from map(whole.get_batch, range(whole.num_record_batches))
+        else:
+            file.seek(0)
+            yield from pa.ipc.open_stream(file)
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    lines, parse = READERS["json"]
+    for place, line in lines([path]):
+        found = parse(place, line)
+        try:
+            if isinstance(found, Unusable):
+                raise ValueError(found.reason)
+            columns = {name: pa.scalar(value) for name, value in found.items()}
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DataError(
+                f"{place} cannot be imported",
+                got=str(error)[:300],
+                expected="an object whose lists hold numbers of one kind",
+                fix="correct the line",
+            ) from error
+        yield Record(place, columns)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _parts(name: str) -> list[str]:
-    digits = "".join(character if character.isdigit() else " " for character in name).split()
-    parts = []
-    for number in digits:
-        before, _, name = name.partition(number)
-        parts += [before, number]
-    return [*parts, name]

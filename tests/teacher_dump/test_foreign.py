@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from support.foreign_stores import (
     EXACT_CODEC,
     README_CODEC,
@@ -32,8 +33,11 @@ from storage_schemas.verify import verify
 from student_train.results.evaluate import evaluate
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.dump import run_dump
+from teacher_dump.foreign import export
 from teacher_dump.foreign.bring import ImportSummary, bring
 from teacher_dump.foreign.export import export_axolotl
+from teacher_dump.foreign.sample import Claims, Made, Survey
+from teacher_dump.foreign.tables import files_of
 
 SAMPLES, TOKENS, PROMPT, K = 24, 30, 6, 40
 OF_T_1 = {"temperature": 1.0, "mask": "loss_mask"}
@@ -179,16 +183,18 @@ def test_an_imported_store_is_the_dump_of_the_teacher(name: str, world: World, t
     assert before == {path: path.read_bytes() for path in url.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("suffix", ["arrow", "jsonl"])
-def test_the_kind_of_file_makes_no_difference(suffix: str, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["stream.arrow", "file.arrow", "lines.jsonl"])
+def test_the_kind_of_file_makes_no_difference(kind: str, world: World, tmp_path: Path) -> None:
     """As `datasets` saves prepared data, and as JSON; but run.json tells them apart, and the columns that were read."""
     table = pq.read_table(write_lists(world, tmp_path / "p" / "x.parquet", again=world.logprobs))
-    other = tmp_path / f"x.{suffix}"
-    if suffix == "arrow":
-        with pa.ipc.new_stream(other, table.schema) as stream:
-            stream.write_table(table, max_chunksize=5)
+    other = tmp_path / kind
+    if other.suffix == ".arrow":
+        with (pa.ipc.new_stream if kind == "stream.arrow" else pa.ipc.new_file)(other, table.schema) as file:
+            file.write_table(table, max_chunksize=5)
     else:
-        other.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        rows = table.to_pylist()
+        rows[3]["text"] = "x" * 2**21  # A line longer than the blocks in which pyarrow reads JSON.
+        other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     urls = [tmp_path / "a", tmp_path / "b"]
     for source, url in zip((tmp_path / "p" / "x.parquet", other), urls, strict=True):
         world.bring("lists", source, url, **TRUE)
@@ -205,6 +211,47 @@ def test_the_kind_of_file_makes_no_difference(suffix: str, world: World, tmp_pat
         world.bring("lists", other, urls[1], columns={"values": "again"}, **TRUE)
 
 
+def test_files_that_datasets_keeps_beside_the_data_are_no_samples(world: World, tmp_path: Path) -> None:
+    """`map` of a data set that was loaded from a directory writes cache-*.arrow into that directory."""
+    folder = tmp_path / "prepared"
+    records = world.records(token_ids=world.ids, top_values=world.logprobs)
+    Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in records]).save_to_disk(folder)
+    Dataset.load_from_disk(str(folder)).map(lambda row: {"again": row["loss_mask"]})
+    assert list(folder.glob("cache-*.arrow"))
+    assert world.bring("lists", folder, tmp_path / "dump", **TRUE).rows == SAMPLES
+
+
+def test_numbers_in_the_names_of_files_count_as_numbers(tmp_path: Path) -> None:
+    names = ["x2.parquet", "x10.parquet", "x\u00b2.parquet", "y.parquet"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in files_of(tmp_path)] == names
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_values_of_16_bits_keep_their_tail(dtype: str, world: World, tmp_path: Path) -> None:
+    found = world.bring("lists", rounded(world, tmp_path / "x.parquet", dtype), tmp_path / "dump", **TRUE)
+    described = np.roll(world.mask, -1, axis=1)
+    assert found.mean_kept_mass == pytest.approx(np.exp(world.logprobs[described]).sum(-1).mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding_is_told_from_a_tail_where_most_tails_are_rounding(dtype: str, world: World) -> None:
+    """A teacher that is sure of most of its tokens: the masses of some lie above 1."""
+    logits = torch.randn(1000, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 8
+    values = logits.log_softmax(-1).topk(K).values
+    claims, none = Claims.model_validate(TRUE), np.empty(0)
+    surveys = []
+    for each in (values, values.log_softmax(-1)):
+        mass = each.to(getattr(torch, dtype)).double().exp().sum(-1).numpy()
+        assert (mass > 1).sum() > 30
+        surveys.append(Survey())
+        surveys[-1].add(Made(world.rows[0], 0, mass, none, none))
+    surveys[0].refuse_contradicted(claims, heads_are_whole=False, must_be_sure=False)
+    with pytest.raises(DataError, match="say --tail lost"):
+        surveys[1].refuse_contradicted(claims, heads_are_whole=False, must_be_sure=False)
+
+
 def entries(*rows: Row) -> Iterator[tuple[dict[int, float], ...]]:
     """Id -> log-prob of each token of the rows."""
     for i in range(0 if rows[0].targets is None else len(rows[0].targets)):
@@ -212,7 +259,7 @@ def entries(*rows: Row) -> Iterator[tuple[dict[int, float], ...]]:
         yield tuple(dict(zip(part.ids.tolist(), part.logprobs.tolist(), strict=True)) for part in parts)
 
 
-def test_axolotl_there_and_back(world: World, tmp_path: Path) -> None:
+def test_axolotl_there_and_back(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its columns can hold comes back; what they cannot is said."""
     out = tmp_path / "x.parquet"
     told = export_axolotl(str(world.folder / "dump"), out)
@@ -228,6 +275,12 @@ def test_axolotl_there_and_back(world: World, tmp_path: Path) -> None:
         assert not mask[-1].any()
         assert np.array_equal(np.array(row["labels"])[mine.loss_mask], mine.input_ids[mine.loss_mask])
         assert np.allclose(np.exp(np.array(row["target_logprobs"])[:-1][described]).sum(1), 1, atol=1e-5)
+    # A unit is written in parts, so that not all of its dense rows are in memory.
+    monkeypatch.setattr(export, "_ENTRIES", 3 * TOKENS * K)
+    export_axolotl(str(world.folder / "dump"), tmp_path / "parts.parquet")
+    parts = pq.ParquetFile(tmp_path / "parts.parquet")
+    assert max(parts.metadata.row_group(i).num_rows for i in range(parts.num_row_groups)) == 3
+    assert parts.read().equals(pq.read_table(out))
     claims = {"shift": "next", "tail": "lost", "temperature": 1.0}
     found = world.bring("axolotl", out, tmp_path / "back", **claims)
     assert found.mean_kept_mass == 1.0
@@ -258,6 +311,42 @@ def spoiled(world: World, path: Path, how: str) -> Path:
     return write_lists(world, path, token_ids=ids, top_values=values)
 
 
+def rounded(world: World, path: Path, dtype: str, *, renormalised: bool = False) -> Path:
+    """A store of lists whose values went through 16 bits."""
+    values = torch.from_numpy(world.logprobs)
+    values = values.log_softmax(-1) if renormalised else values
+    return write_lists(world, path, top_values=values.to(getattr(torch, dtype)).double().numpy())
+
+
+def ragged(world: World, path: Path, name: str, at: tuple[int, ...]) -> Path:
+    """A store, of DistillKit's layout where it has to be, in which one value of a column is missing in sample 3."""
+    packed = name in ("compressed_logprobs", "bytepacked_indices")
+    rows = world.records(token_ids=world.ids, top_values=world.logprobs, attention_mask=np.ones_like(world.tokens))
+    for i, row in enumerate(rows):
+        row |= {key: value.tolist() for key, value in row.items()}
+        if packed:
+            row |= distillkit_row(world.ids[i, :-1], world.logprobs[i, :-1], EXACT_CODEC)
+    column = rows[3][name]
+    for index in at:
+        column = column[index]
+    column.pop()
+    return write_distillkit(path.with_suffix(""), rows, EXACT_CODEC) if packed else write_table(path, rows)
+
+
+def splits(world: World, folder: Path, *names: str) -> Path:
+    """A directory as it comes from the hub."""
+    for name in names:
+        write_lists(world, folder / name)
+    return folder
+
+
+def spoiled_line(world: World, path: Path, line: bytes) -> Path:
+    """JSON lines of which this one is the second."""
+    row = world.records(token_ids=world.ids, top_values=world.logprobs)[0]
+    path.write_bytes(json.dumps({name: value.tolist() for name, value in row.items()}).encode() + b"\n" + line)
+    return path
+
+
 def torn(path: Path) -> Path:
     """A file whose last bytes are missing."""
     path.write_bytes(path.read_bytes()[:-9])
@@ -276,6 +365,12 @@ REFUSED: dict[str, tuple[Callable[[World, Path], Path], str, dict[str, Any], typ
         lambda w, d: write_lists(w, d, top_values=w.logprobs - np.log(np.exp(w.logprobs).sum(-1, keepdims=True))),
         "lists", TRUE, DataError, "say --tail lost",
     ),
+    "renormalised, float16": (
+        lambda w, d: rounded(w, d, "float16", renormalised=True), "lists", TRUE, DataError, "say --tail lost",
+    ),
+    "renormalised, bfloat16": (
+        lambda w, d: rounded(w, d, "bfloat16", renormalised=True), "lists", TRUE, DataError, "say --tail lost",
+    ),
     "not renormalised": (lambda w, d: write_lists(w, d), "lists", TRUE | {"tail": "lost"}, DataError, "--tail implied"),
     "another vocabulary": (lambda w, d: spoiled(w, d, "id"), "lists", TRUE, DataError, "the teacher's head"),
     "an id twice": (lambda w, d: spoiled(w, d, "twice"), "lists", TRUE, DataError, "same id twice"),
@@ -285,9 +380,46 @@ REFUSED: dict[str, tuple[Callable[[World, Path], Path], str, dict[str, Any], typ
         lambda w, d: write_lists(w, d, top_values=w.logprobs[..., 0]), "lists", TRUE, DataError, "a list of lists",
     ),
     "a null": (
-        lambda w, d: write_table(d, [w.records(token_ids=w.ids)[0] | {"top_values": [[None]] * TOKENS}]),
+        lambda w, d: write_table(d, [w.records(token_ids=w.ids)[0] | {"top_values": [[None] * K] * TOKENS}]),
         "lists", TRUE, DataError, "null|type null",
     ),
+    "fewer values than ids": (
+        lambda w, d: ragged(w, d, "top_values", (8,)), "lists", TRUE, DataError,
+        "x.parquet, row 3 .*\n.*39 values of top_values for 40 of token_ids in row 8 of the sample",
+    ),
+    "fewer rows of values": (
+        lambda w, d: ragged(w, d, "top_values", ()), "lists", TRUE, DataError, "29 rows of top_values for 30 of",
+    ),
+    "fewer bytes": (
+        lambda w, d: ragged(w, d, "compressed_logprobs", (8,)), "distillkit", {"mask": "all"}, DataError,
+        "row 3 .*\n.*159 values of compressed_logprobs in row 8 of the sample, 160 in row 0",
+    ),
+    "fewer bytes at first": (
+        lambda w, d: ragged(w, d, "bytepacked_indices", (0,)), "distillkit", {"mask": "all"}, DataError,
+        "row 3 .*\n.*45 values of bytepacked_indices in row 1 of the sample, 44 in row 0",
+    ),
+    "a short attention_mask": (
+        lambda w, d: ragged(w, d, "attention_mask", ()), "lists", TRUE, DataError, "29 values of attention_mask for",
+    ),
+    "two splits in a directory": (
+        lambda w, d: splits(w, d.parent / "s", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        "lists", TRUE, MismatchError, "several splits(.*\n)+.*test and train",
+    ),
+    "two splits of any name": (
+        lambda w, d: splits(w, d.parent / "s", "de/data.parquet", "en/data.parquet", "dataset_dict.json"),
+        "lists", TRUE, MismatchError, "several splits(.*\n)+.*de and en",
+    ),
+    "two splits in directories": (
+        lambda w, d: splits(w, d.parent / "s", "train/data.parquet", "validation/data.parquet"),
+        "lists", TRUE, MismatchError, "several splits(.*\n)+.*train and validation",
+    ),
+    **{
+        f"no line of a store: {line!r}": (
+            lambda w, d, line=line: spoiled_line(w, d.with_suffix(".jsonl"), line), "lists", TRUE, DataError,
+            f"x.jsonl, line 2(.*\n)+.*{says}",
+        )
+        for line, says in ((b"[1, 2", "delimiter"), (b'{"x": [1, "a"]}', "'a'"), (b'{"x": "\xff"}', "Unicode"))
+    },
     "a torn file": (lambda w, d: torn(write_lists(w, d)), "lists", TRUE, DataError, "cannot be read"),
     "no such store": (lambda w, d: d, "lists", TRUE, MismatchError, "no store"),
     "no codec": (lambda w, d: write_lists(w, d), "distillkit", {"mask": "all"}, MismatchError, "compression_config"),
@@ -318,6 +450,9 @@ def test_other_tokens_than_megatron_saw_are_refused(world: World, tmp_path: Path
     (torn_tar / f"dp0__0-{SAMPLES}.tar").write_bytes(data[:1600] + bytes(100) + data[1700:])
     with pytest.raises(DataError, match="cannot be read"):
         world.bring("megatron", torn_tar, tmp_path / "dump", tokens=other, mask="all")
+    later = megatron(world, tmp_path / "later", version=3)  # Which _meta.json alone names.
+    with pytest.raises(MismatchError, match="format version 3"):
+        world.bring("megatron", later, tmp_path / "dump", tokens=other, mask="all")
     (store / f"dp0__0-{SAMPLES}.tar").unlink()
     with pytest.raises(DataError, match="ranks \\[1\\]"):
         world.bring("megatron", store, tmp_path / "dump", tokens=other, mask="all")
