@@ -191,8 +191,16 @@ def records(files: Sequence[Path]) -> Iterator[Record]:
 
 
 def integers(values: npt.NDArray[Any]) -> I64:
-    """Ids as int64."""
-    return np.asarray(values).astype(np.int64)
+    """Ids as int64. Raises DataError for one that is not whole."""
+    found = np.asarray(values)
+    if found.dtype.kind == "f" and (broken := found[found != np.rint(found)]).size:
+        raise DataError(
+            "an id is not a whole number",
+            got=float(broken.flat[0]),
+            expected="token ids",
+            fix="name the columns as the store has them: ids and values may be exchanged",
+        )
+    return found.astype(np.int64)
 
 
 def floats(values: npt.NDArray[Any]) -> F64:

@@ -37,7 +37,7 @@ from teacher_dump.foreign import export
 from teacher_dump.foreign.bring import ImportSummary, bring
 from teacher_dump.foreign.export import export_axolotl
 from teacher_dump.foreign.sample import Claims, Made, Survey
-from teacher_dump.foreign.tables import files_of
+from teacher_dump.foreign.tables import files_of, integers
 
 SAMPLES, TOKENS, PROMPT, K = 24, 30, 6, 40
 OF_T_1 = {"temperature": 1.0, "mask": "loss_mask"}
@@ -476,3 +476,9 @@ def test_logits_without_a_normaliser_are_imported_as_what_they_are(world: World,
     (first,) = (each for (each,) in list(entries(row))[:1])
     expected = world.logprobs[2, 0] - np.log(np.exp(world.logprobs[2, 0]).sum())
     assert sorted(first.values(), reverse=True) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_ids_are_whole_numbers() -> None:
+    np.testing.assert_array_equal(integers(np.array([[3.0, 5.0]])), [[3, 5]])
+    with pytest.raises(DataError, match="whole number"):
+        integers(np.array([[3.0, -1.25]]))
