@@ -273,7 +273,7 @@ def test_what_cannot_work_is_refused_on_the_cluster_and_not_queued_again(cluster
 
     # The doors for people work in an allocation, too.
     told = teacher.run(["srun", "--ntasks=2", "--nodes=2", *made("dump-teacher", BY_MAKE)], job_environment(WRITER))
-    assert told.count("rows                         8") == 2, told
+    assert told.count("samples      8 (8 ok)") == 2, told
     here = made("train-student", f"{BY_MAKE} --set train.output=runs/by-make", "NPROC=2")
     told = student.run(["srun", "--ntasks=1", *here], job_environment(READER))
     summary = json.loads((student.home / "runs/by-make/summary.json").read_text())
