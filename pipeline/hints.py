@@ -47,7 +47,8 @@ def meant(told: str, words: Sequence[str]) -> str | None:
         words: after `llm-neo`.
     """
     follows = list(pairwise(["", *words]))
-    if unknown := re.search(r"No such option: -+(\S+)", told):
+    # `No such option: --x` of one version of click, `No such option '--x'.` of another.
+    if unknown := re.search(r"No such option:? '?-+([\w.-]*\w)", told):
         return _setting(unknown[1].replace("-", "_"))
     if unknown := re.search(r"No such command '(.+?)'", told):
         here = elsewhere.COMMANDS.get(unknown[1].lower())

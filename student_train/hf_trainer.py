@@ -76,6 +76,8 @@ class DumpTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model, args, data_collator=collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **trainer
         )
+        # Up to transformers 5.4 at least, accelerate divides by them too.
+        self.accelerator.gradient_accumulation_steps = 1
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         self.model_accepts_loss_kwargs = True  # Else Trainer does not count the labels of a step.
 

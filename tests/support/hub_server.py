@@ -126,7 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             wanted = json.loads(body)
             key = (f"{wanted.get('type', 'model')}s", f"{wanted['organization']}/{wanted['name']}")
-            self.hub.repositories.setdefault(key, Repository(private=wanted.get("visibility") == "private"))
+            self.hub.repositories.setdefault(
+                key, Repository(private=wanted.get("visibility") == "private" or wanted.get("private", False))
+            )
             self._say({"url": f"{self.hub.url}/{'datasets/' * (key[0] == 'datasets')}{key[1]}"})
         elif path == "/api/validate-yaml":
             self._say({"warnings": [], "errors": []})
