@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from dense import rows_of
+from packaging.version import Version
 from support.engine_jobs import leave_start, student_of, train_section
 from support.rounding import FORWARD, GRADIENT
 from support.tiny_student import VOCAB, save_student, write_dump
@@ -70,6 +72,10 @@ def loss_and_gradients(module: Distilled, folder: Path, *, packed: bool) -> tupl
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_equals_padded(folder: Path, name: str, attention: str) -> None:
     """Loss and the gradient of every adapter weight, with recomputed activations too."""
+    if name == "llama 4" and Version(transformers.__version__) < Version("5.24"):
+        with pytest.raises(MismatchError, match="keep packed samples apart"):
+            student(folder, name, packing=True)
+        pytest.skip(f"transformers {transformers.__version__} does not keep packed samples of Llama 4 apart: refused")
     for checkpointing in (False, True):
         module = student(folder, name, packing=True, gradient_checkpointing=checkpointing).train()
         module._causal[0].set_attn_implementation(attention)
