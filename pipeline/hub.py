@@ -66,16 +66,14 @@ def push(
     ignored = [*_OF_THE_HUB, f"{_DOWNLOADS}/*", ".git/*"]
     fingerprint = None
     if run.is_file():
-        report = verify(str(source), progress=progress)
-        if not report.ok:
-            raise DataError(
-                f"{source} is not pushed: it is damaged or not sealed",
-                got="; ".join(report.errors[:5]),
-                expected="a sealed dump without errors",
-                fix="let `llm-neo dump` finish, or restore what `llm-neo verify` names",
-            )
-        fingerprint = Provenance.from_json(run.read_bytes(), RUN).fingerprint
-        ignored += [*report.orphans, "*.staged-*", "probe/*"]
+        fingerprint, orphans = _verified(
+            source,
+            progress,
+            problem=f"{source} is not pushed: it is damaged or not sealed",
+            expected="a sealed dump without errors",
+            fix="let `llm-neo dump` finish, or restore what `llm-neo verify` names",
+        )
+        ignored += [*orphans, "*.staged-*", "probe/*"]
     else:
         _refuse_no_model(source)
     files = _local(source, ignored)
@@ -175,19 +173,27 @@ def pull(url: str, out: Path, *, progress: Progress | None = None) -> Exchanged:
         )
     fingerprint = None
     if RUN in files:
-        report = verify(str(out), progress=progress)
-        if not report.ok:
-            raise DataError(
-                f"{url} is no sealed dump",
-                got="; ".join(report.errors[:5]),
-                expected="what `llm-neo push` leaves when it is done",
-                fix="push it again from where it was made",
-            )
-        fingerprint = Provenance.from_json((out / RUN).read_bytes(), RUN).fingerprint
+        fingerprint, _ = _verified(
+            out,
+            progress,
+            problem=f"{url} is no sealed dump",
+            expected="what `llm-neo push` leaves when it is done",
+            fix="push it again from where it was made",
+        )
     shutil.rmtree(out / _DOWNLOADS / "huggingface", ignore_errors=True)
     if (out / _DOWNLOADS).is_dir() and not any((out / _DOWNLOADS).iterdir()):
         (out / _DOWNLOADS).rmdir()
     return _exchanged(url, commit, out, files, fingerprint)
+
+
+def _verified(
+    folder: Path, progress: Progress | None, *, problem: str, expected: str, fix: str
+) -> tuple[str, list[str]]:
+    """Fingerprint of a dump, and data files that no record names. Raises DataError unless it is sealed and whole."""
+    report = verify(str(folder), progress=progress)
+    if not report.ok:
+        raise DataError(problem, got="; ".join(report.errors[:5]), expected=expected, fix=fix)
+    return Provenance.from_json((folder / RUN).read_bytes(), RUN).fingerprint, report.orphans
 
 
 def _place(url: str, kind: str | None) -> HubPlace:

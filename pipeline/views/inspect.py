@@ -163,8 +163,7 @@ def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
     for index in sample_indices:
         if not 0 <= index < samples:
             raise UsageError("no such row in this dump", got=index, expected=f"0 to {samples - 1}")
-    files = dump.read_tokenizer() if sample_indices else {}
-    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
+    tokenizer = tokenizer_of(dump) if sample_indices else None
     views, unit, rows = [], None, None
     for index in sample_indices:
         if rows is None or index // dump.provenance.samples_per_unit != unit:
@@ -183,6 +182,12 @@ def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
         )
         views.append(view)
     return views
+
+
+def tokenizer_of(dump: Dump) -> Tokenizer | None:
+    """The dump's own; None if it has no fast one."""
+    files = dump.read_tokenizer()
+    return Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
 
 
 def _token_views(row: Row, dump: Dump, tokenizer: Tokenizer | None, pieces: list[str]) -> list[TokenView]:

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from tokenizers import Tokenizer
 
-from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces
+from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces, tokenizer_of
 from pipeline.views.runs import Run, differences, facts
 from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.secrets import visible
@@ -41,9 +40,7 @@ class Sample(NamedTuple):
 def samples_of(evaluated: Evaluated) -> list[Sample]:
     """The samples of an evaluation that have supervised tokens, in the dump's order."""
     dump, tokens = evaluated.dump, evaluated.tokens
-    indices = sorted(set(evaluated.sample.tolist()))
-    files = dump.read_tokenizer()
-    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else None
+    indices, tokenizer = sorted(set(evaluated.sample.tolist())), tokenizer_of(dump)
     found = []
     for row, index in zip(row_views(dump, indices), indices, strict=True):
         mine = (evaluated.sample == index).nonzero()[0]
@@ -114,7 +111,7 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
                 steps = [event.step for event in run.events]
                 (line,) = axes.plot(steps, [of_event(event) for event in run.events], linewidth=1, label=run.name)
                 if of_evaluation is not None:
-                    held = run.evaluations()
+                    held = run.summary.heldout
                     values = [getattr(result, of_evaluation) for result in held]
                     axes.plot([result.step for result in held], values, "o", markersize=4, color=line.get_color())
             axes.set_xlabel("step")

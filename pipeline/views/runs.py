@@ -9,7 +9,7 @@ from pipeline.config import Config, load_config
 from storage_schemas.canonical import parse_json
 from storage_schemas.common.errors import DataError, UsageError
 from student_train.config import METHODS
-from student_train.metrics import EVENTS, Event, HeldoutResult, read_events
+from student_train.metrics import EVENTS, Event, read_events
 from student_train.results.measures import by_seed
 from student_train.summary import SUMMARY, Summary, read_summary
 
@@ -42,10 +42,6 @@ class Run(NamedTuple):
                 for name, key in (("kl", "kl"), ("ce", "ce"), ("top1_agreement", "top1"))
             }
         return {name: pair for name, pair in pairs.items() if None not in pair}
-
-    def evaluations(self) -> Sequence[HeldoutResult]:
-        """While it trained."""
-        return self.summary.heldout
 
     def evaluated_on(self) -> tuple[object, float]:
         """The held-out dump and the temperature of its numbers: by fingerprint, or as configured."""

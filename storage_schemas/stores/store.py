@@ -227,7 +227,6 @@ class Store:
         """Remove `key`; a key that is not there is no error."""
         _check(key)
         self.refuse_read_only()
-
         if self.root is not None:
             self._refuse_outside((self.root / key).parent)
 

@@ -40,7 +40,15 @@ def token_losses(logits: Float[Tensor, "n vocab"], targets: SparseTargets, loss:
     ce = z.logsumexp(1) - z.gather(1, targets.labels[:, None])[:, 0]
     if not loss.alpha:
         return TokenLosses(ce, ce, torch.zeros_like(ce))
-    log_q, ids = (z / loss.temperature).log_softmax(1), targets.ids.long()
-    outside = log_q.scatter_add(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
-    divergence = entry_divergence(log_q.gather(1, ids), outside.logsumexp(1), targets, loss)
+    divergence = entry_divergence(*entries_and_tail((z / loss.temperature).log_softmax(1), targets), targets, loss)
     return TokenLosses((1 - loss.alpha) * ce + loss.alpha * loss.temperature**2 * divergence, ce, divergence)
+
+
+def entries_and_tail(
+    log_q: Float[Tensor, "n vocab"], targets: SparseTargets
+) -> tuple[Float[Tensor, "n K"], Float[Tensor, " n"]]:
+    """The student's log-probs of the entries, and of all outside the head together, which is below `ABSENT / 2` where
+    nothing is outside."""
+    ids = targets.ids.long()
+    outside = log_q.scatter_add(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(log_q.dtype))
+    return log_q.gather(1, ids), outside.logsumexp(1)

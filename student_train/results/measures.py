@@ -14,7 +14,8 @@ from torch import Tensor
 from storage_schemas.common.frozen import FrozenModel
 from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
-from student_train.model.losses import ABSENT, entry_divergence, overlap, ranks_first
+from student_train.model.losses import entry_divergence, overlap, ranks_first
+from student_train.model.token_losses import entries_and_tail
 
 CALIBRATION_BINS = 15
 """Bins of equal width of the expected calibration error (arXiv 1706.04599, eq. 3)."""
@@ -76,11 +77,10 @@ def measure(logits: Float[Tensor, "n vocab"], targets: SparseTargets, *, tempera
         temperature: T of both distributions.
     """
     ids, has = targets.ids.long(), targets.in_head | (targets.weights > 0)
-    plain = logits.log_softmax(1)
-    confidence, first = plain.max(1)
+    plain, (highest, first) = logits.log_softmax(1), logits.max(1)
     tempered = plain if temperature == 1.0 else (logits / temperature).log_softmax(1)
-    log_q, log_p, p = tempered.gather(1, ids), targets.logprobs.to(logits.dtype), targets.weights.to(logits.dtype)
-    outside = tempered.scatter_add(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(logits.dtype)).logsumexp(1)
+    log_q, outside = entries_and_tail(tempered, targets)
+    log_p, p = targets.logprobs.to(logits.dtype), targets.weights.to(logits.dtype)
     least, most = overlap(log_q, outside, targets)
     tail = torch.zeros_like(outside) if targets.has_draws else targets.tail_logprob.to(logits.dtype)
     rest = torch.where(torch.isfinite(tail), tail.exp() * tail, 0.0)
@@ -94,11 +94,11 @@ def measure(logits: Float[Tensor, "n vocab"], targets: SparseTargets, *, tempera
         label.any(1),
         least,
         most,
-        ranks_first(logits.gather(1, ids), logits.amax(1), targets),
+        ranks_first(logits.gather(1, ids), highest, targets),
         _top5(logits, ids, targets),
         -(p * log_p).sum(1) - rest,
         first,
-        confidence.exp(),
+        plain.gather(1, first[:, None])[:, 0].exp(),
         first == targets.labels,
     )
     return TokenMeasures(*(value.cpu().numpy() for value in found))

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from storage_schemas.common.errors import DataError, MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
@@ -36,7 +36,6 @@ from teacher_dump.foreign import distillkit, lists, tables
 from teacher_dump.foreign.sample import Claims, ForeignSample, Made, Survey, make_row
 
 Layout = Literal["distillkit", "axolotl", "lists", "megatron"]
-LAYOUTS = get_args(Layout)
 _OF_T_1 = {"values": "logprobs", "tail": "implied", "temperature": 1.0}
 _KNOWN: dict[str, dict[str, Any]] = {
     "distillkit": {"shift": "next", **_OF_T_1},
@@ -117,7 +116,7 @@ def bring(
     files = tables.files_of(source, (".tar",) if layout == "megatron" else tables.SUFFIXES)
     texts = tables.files_of(tokens) if tokens is not None else []
     codec = [distillkit.config_file(source)] if layout == "distillkit" else []
-    hashes = tables.hashes_of([*files, *codec, *texts])
+    hashes = tables.named_hashes([*files, *codec, *texts])
     refuse_unusable(dump)
     try:
         tokenizer, lm_head_rows = load_tokenizer(teacher)

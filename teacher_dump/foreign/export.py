@@ -13,14 +13,13 @@ import pyarrow.parquet as pq
 from storage_schemas.common.errors import MismatchError, UsageError, cannot_write
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import give_name
-from storage_schemas.config import Estimator
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row, in_head
 from storage_schemas.targets import decode
+from teacher_dump.foreign.tables import IGNORED_LABEL
 
 _PAD = -1e9
 """Log-prob of a slot without an entry, as axolotl's own collator fills up."""
-_IGNORED_LABEL = -100
 _ENTRIES = 2**22
 """Slots that are written at a time, or those of one sample: about 100 MB of lists."""
 _SCHEMA = pa.schema(
@@ -84,7 +83,8 @@ def export_axolotl(
             fix="let `llm-neo dump` finish, or dump with estimator.kind: topk",
         )
     units = dump.provenance.units
-    k = widest_head(dump.provenance.estimator)
+    # All rows are filled up to it, so that no collator needs to know of shorter ones.
+    k = dump.provenance.max_entries - dump.provenance.estimator.draws
     rows = tokens = draws = left_out = 0
     tail = 0.0
     staged = out.with_name(f".{out.name}.staged")
@@ -120,11 +120,6 @@ def export_axolotl(
     )
 
 
-def widest_head(estimator: Estimator) -> int:
-    """Entries of a head, at most: all rows are filled up to it, so that no collator needs to know of shorter ones."""
-    return int(getattr(estimator, "k", 0) or getattr(estimator, "k_max", 0))
-
-
 def _columns(row: Row, k: int) -> dict[str, object]:
     """One sample. Its heads are renormalised, as axolotl's own preprocessing does."""
     assert row.targets is not None
@@ -142,7 +137,7 @@ def _columns(row: Row, k: int) -> dict[str, object]:
     return {
         "input_ids": row.input_ids,
         "attention_mask": np.ones(len(row.input_ids), np.int8),
-        "labels": np.where(row.loss_mask, row.input_ids, _IGNORED_LABEL),
+        "labels": np.where(row.loss_mask, row.input_ids, IGNORED_LABEL),
         "target_token_ids": list(ids),
         "target_logprobs": list(logprobs),
         "target_mask": list(mask),

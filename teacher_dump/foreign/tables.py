@@ -1,6 +1,5 @@
 """Rows of Parquet, Arrow and JSONL files, in order: how most projects store their samples."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas.common.errors import DataError, MismatchError
+from storage_schemas.common.hashes import file_sha256
+from teacher_dump.corpus.cache import cache_folder
 from teacher_dump.corpus.lines import READERS
 from teacher_dump.corpus.masks import Unusable
 from teacher_dump.foreign.sample import F64, I64, Bool
@@ -19,7 +20,8 @@ from teacher_dump.foreign.sample import F64, I64, Bool
 SUFFIXES = (".parquet", ".arrow", ".jsonl")
 _ROWS = 64
 """Rows of a file that are in memory at a time."""
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
+"""What transformers computes no loss on."""
 _ARROW_FILE = b"ARROW1"
 """What an Arrow file begins with, which is no stream."""
 _SPLITS = {
@@ -72,9 +74,9 @@ class Record(NamedTuple):
         """(tokens,) a mask of zeros and ones, or labels, in which -100 is what no loss is computed on."""
         found = self.tokens(name)
         unknown = set(np.unique(found).tolist()) - {0, 1}
-        if unknown and _IGNORED_LABEL not in unknown and not np.array_equal(found, self.tokens("input_ids")):
+        if unknown and IGNORED_LABEL not in unknown and not np.array_equal(found, self.tokens("input_ids")):
             raise self.unusable(f"{name} holds {sorted(unknown)[:3]}", "0 and 1, or labels with -100")
-        return np.asarray(found != _IGNORED_LABEL if unknown else found == 1)
+        return np.asarray(found != IGNORED_LABEL if unknown else found == 1)
 
     def unusable(self, got: str, expected: str) -> DataError:
         """What to raise."""
@@ -145,8 +147,8 @@ def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     )
 
 
-def hashes_of(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each file, by its name, and its folder's where two have the same.
+def named_hashes(files: Sequence[Path]) -> dict[str, str]:
+    """sha256 of each file, by its name, and its folder's where two have the same; read once, unless a file changes.
 
     Raises:
         MismatchError: a file is not there.
@@ -156,8 +158,7 @@ def hashes_of(files: Sequence[Path]) -> dict[str, str]:
     for path in files:
         name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         try:
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = file_sha256(path, folder=cache_folder() / "hashes")
         except OSError as error:
             raise MismatchError(
                 f"{path} cannot be read", got=error.strerror, expected="a file of the store", fix="copy it there"

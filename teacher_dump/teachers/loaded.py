@@ -25,8 +25,7 @@ class LoadedTeacher(Teacher):
 
     Give it to `run_dump` in place of a `TeacherSection`. The dump is identified by a hash of the model's tensors and
     of its config, not of any file: the same weights continue it, others are refused. Hooks that you have registered are
-    not in the hash. `llm-neo verify --recompute`
-    cannot load such a teacher again; `recompute_rows` takes it.
+    not in the hash. `llm-neo verify --recompute` cannot load such a teacher again; `recompute_rows` takes it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None, batch_tokens: int = 16384) -> None:
