@@ -81,7 +81,7 @@ class Lab:
             self._say(f"dump {name}")
         run_dump(
             dump=DumpSection(url=str(url), samples_per_unit=20, **dump),
-            teacher=TeacherSection(model=str(self.teacher), dtype="float32", device="cpu"),
+            teacher=TeacherSection(model=str(self.teacher), dtype="bfloat16", device="cpu"),
             corpus=CorpusSection(sources=[SourceSection(path=str(data))], max_length=512),
             estimator=estimator,
             temperatures=temperatures,
@@ -108,7 +108,7 @@ class Lab:
             "student": {"model": str(self.student), **student},
             "loss": dict(loss),
             "train": {
-                "output": str(output), "precision": "fp32", "global_batch_size": BATCH, "micro_batch_size": MICRO_BATCH,
+                "output": str(output), "precision": "bf16", "global_batch_size": BATCH, "micro_batch_size": MICRO_BATCH,
                 "warmup_ratio": WARMUP, "save_steps": 50, "save_total_limit": 1, **train,
             },
         }  # fmt: skip
