@@ -63,8 +63,9 @@ class TeacherSection(FrozenModel):
     """Samples that transformers computes too, before the run: vLLM must agree. 0 disables the check."""
     sharding: Literal["none", "device_map", "tensor", "zero3"] = "none"
     """For a teacher that is larger than one device. `device_map`: its layers over this process's GPUs, the host's
-    memory and disk (accelerate). `tensor`: each layer over several processes (transformers' tensor parallelism).
-    `zero3`: each weight over several processes, gathered when used (DeepSpeed). Both: `--nproc` of `dump` and `plan`.
+    memory and disk (accelerate). `tensor`: each layer over several processes (tensor parallelism, transformers 5.21 or
+    newer). `zero3`: each weight over several processes, gathered when used (DeepSpeed). Both: `--nproc` of `dump` and
+    `plan`.
     """
     max_memory: dict[str, str] = {}
     """With `device_map`: how much of each device may be used, e.g. `{"0": 70GiB, cpu: 200GiB}`."""

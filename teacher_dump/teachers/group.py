@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from pydantic import TypeAdapter
 from transformers.distributed import DistributedConfig
 
@@ -31,6 +33,8 @@ _CONTROL = timedelta(days=7)
 LOAD = "load"
 """What the leader says when the weights are to be loaded; else it says which batch to run, or None: the end."""
 _RECIPE = TypeAdapter(Recipe)
+TENSOR_PARALLEL_FROM = Version("5.21")
+"""The first transformers that spreads a teacher's layers and leaves its head whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +109,22 @@ class GroupTeacher(Teacher):
         """As `Teacher.refuse_unloadable`; and tensor parallelism deals whole attention heads.
 
         Raises:
-            MismatchError: their number is no multiple of that of the processes.
+            MismatchError: their number is no multiple of that of the processes, or transformers is too old.
         """
         super().refuse_unloadable()
+        if self.section.sharding != "tensor":
+            return
+        if Version(installed := version("transformers")) < TENSOR_PARALLEL_FROM:
+            raise MismatchError(
+                "teacher.sharding: tensor needs a newer transformers",
+                got=f"transformers {installed}",
+                expected=f"{TENSOR_PARALLEL_FROM} or newer",
+                fix=f"pip install 'transformers>={TENSOR_PARALLEL_FROM}', or set teacher.sharding: zero3",
+            )
         named = ("num_attention_heads", "num_key_value_heads")
         found = {name: getattr(self.config.get_text_config(), name, None) for name in named}
         heads = {name: count for name, count in found.items() if isinstance(count, int)}
-        if self.section.sharding == "tensor" and any(count % self.group.size for count in heads.values()):
+        if any(count % self.group.size for count in heads.values()):
             raise MismatchError(
                 f"tensor parallelism cannot spread the teacher's attention heads over {self.group.size} processes",
                 got=", ".join(f"{name} = {count}" for name, count in heads.items()),

@@ -182,11 +182,11 @@ def test_without_the_flag_there_is_none(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_computed_in_another_way_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Doge's function takes other arguments; what to do is said."""
+    """Doge's function takes other arguments; what to do is said. Older transformers cannot run it with an adapter."""
     config = DogeConfig(**SMALL, is_moe=True, num_experts=16, keep_window_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     dump, targets = Dump.open(str(folder / "dump")), {"target_modules": ["q_proj", "v_proj"]}
-    with pytest.raises(MismatchError, match=r"is not understood(.|\n)*output_router_logits: false"):
+    with pytest.raises(MismatchError, match=r"is not understood(.|\n)*output_router_logits: false|cannot be run as"):
         student_of(tmp_path, dump, train_section(tmp_path), lora=targets)
 
 
