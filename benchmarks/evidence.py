@@ -18,11 +18,13 @@ from typing import Any
 from storage import find_teacher
 
 from pipeline.prune import prune
+from pipeline.views.report import QUALITY
 from storage_schemas.common.publish import publish
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoints
 from student_train.results.evaluate import evaluate
+from student_train.summary import SUMMARY
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.dump import run_dump
 
@@ -92,12 +94,13 @@ class Lab:
         self,
         name: str,
         dump: Path,
+        heldout: Path,
         *,
         student: Mapping[str, Any] = {"lora": {"r": 16}},
         loss: Mapping[str, Any] = {"alpha": 0.5},
         **train: Any,
     ) -> Result:
-        """Train once; `student`, `loss` and `train` are sections of the configuration.
+        """Train once; `heldout` is for the page, `student`, `loss` and `train` are sections of the configuration.
 
         Returns:
             The summary, sizes, and the directory of what came out.
@@ -105,6 +108,7 @@ class Lab:
         output = self.folder / name
         config = {
             "dump": {"url": str(dump)},
+            "heldout": {"url": str(heldout)},
             "student": {"model": str(self.student), **student},
             "loss": dict(loss),
             "train": {
@@ -118,7 +122,7 @@ class Lab:
             if not file.is_file() or json.loads(file.read_text()) != config:
                 shutil.rmtree(output, ignore_errors=True)
             self._command("train", str(self._config(name, config)), "--nproc", "1", log=name)
-            found: Result = json.loads((output / "summary.json").read_text())
+            found: Result = json.loads((output / SUMMARY).read_text())
             newest = Checkpoints(str(output / "checkpoints")).newest()
             assert newest is not None
             found["trained_parameters"] = sum(t.numel() for _, t in newest.tensors(("master",)))
@@ -150,6 +154,20 @@ class Lab:
 
         made_from = {"models": models, "heldout": Dump.open(str(heldout)).fingerprint}
         return self._once(f"{name}-on-{heldout.name}", made_from, cost=EVALUATION * len(models), work=work)
+
+    def page(self, runs: Sequence[tuple[Result, Result]], before: Result) -> None:
+        """`llm-neo report` of trainings and what `evaluate` says of each, whose summary then says so too."""
+        folders = []
+        for run, after in runs:
+            folder = Path(run["directory"]).parent
+            told = json.loads((folder / SUMMARY).read_text())
+            for measure, name in QUALITY.items():
+                told |= {f"{name}_before": before[measure], f"{name}_after": after[measure]}
+            publish(folder / SUMMARY, json.dumps(told, indent=1))
+            folders.append(str(folder))
+        page = self.folder / "report.html"
+        self._command("report", *folders, "--html", str(page), log="report")
+        print(f"{page}: these runs side by side")
 
     def forget(self, name: str) -> None:
         """Remove the weights of a training whose result is known."""

@@ -86,6 +86,8 @@ class Study:
         }
         text = report(before, rates, runs, found, pairs)
         publish(self.lab.folder / "reproduce.md", text)
+        neo_first = sorted(METHODS, key=lambda method: method != "lora_kd")
+        self.lab.page([pair for method in neo_first for pair in zip(runs[method], found[method], strict=True)], before)
         return text
 
     def trained(self, method: str, rate: float, seed: int, *, steps: int | None = None, name: str = "") -> Result:
@@ -93,6 +95,7 @@ class Study:
         return self.lab.train(
             name or f"{method}-{seed}",
             self.dump,
+            self.heldout,
             student={"lora": {"r": 16}} if method.startswith("lora") else {},
             method=method,
             learning_rate=rate,
