@@ -26,7 +26,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run preview plan status verify inspect evaluate merge docs lint check test test-full test-gpu test-vllm test-qlora test-lm-eval test-lowest test-skypilot reproduce frontier bench-dump bench-storage bench-train bench-gpu bench-clusters clean
+.PHONY: help setup demo dump-teacher train-student run preview plan status verify inspect evaluate merge docs lint check test test-full test-gpu test-vllm test-qlora test-lm-eval test-lowest test-skypilot reproduce guidelines frontier bench-dump bench-storage bench-train bench-gpu bench-clusters clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -229,6 +229,9 @@ test-skypilot: $(SKY)/.installed  ## SkyPilot reads the files of examples/skypil
 
 reproduce: $(SETUP)  ## The paper's four methods at the scale of a laptop, two hours: docs/design/evidence.md
 	$(BIN)/python benchmarks/reproduce.py $(ARGS)
+
+guidelines: $(SETUP)  ## Rank, learning rate, alpha, data and LoRA's variants as curves, after reproduce, an hour
+	$(BIN)/python benchmarks/guidelines.py $(ARGS)
 
 frontier: $(SETUP)  ## What each stored byte of a target buys a student, hours: docs/design/evidence.md
 	$(BIN)/python benchmarks/frontier.py $(ARGS)

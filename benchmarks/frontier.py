@@ -130,8 +130,9 @@ class Frontier:
         results = []
         for seed in self.budget.seeds:
             run = self.lab.train(
-                f"{_slug(name)}-{seed}", dump, self.heldout, loss={"alpha": 0.5, "temperature": temperature}, method="lora_kd",
-                learning_rate=self.rate, seed=seed, max_steps=self.budget.steps, shuffle_block_units=1,
+                f"{_slug(name)}-{seed}", dump, self.heldout, loss={"alpha": 0.5, "temperature": temperature},
+                method="lora_kd", learning_rate=self.rate, seed=seed, max_steps=self.budget.steps,
+                shuffle_block_units=1,
             )  # fmt: skip
             results.append(self.lab.evaluate(f"{_slug(name)}-{seed}", [run], self.heldout))
         return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), results=results)

@@ -5,7 +5,7 @@ its directory: every number, and of the claims that it tests whether they hold h
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ METHODS = {"full_sft": 2e-5, "lora_sft": 2e-4, "full_kd": 2e-5, "lora_kd": 2e-4}
 NAMES = {"full_sft": "SFT", "lora_sft": "LoRA", "full_kd": "KD", "lora_kd": "Neo"}
 CHOSEN_BY = {"full_sft": "ce", "lora_sft": "ce", "full_kd": "kl_mean", "lora_kd": "kl_mean"}
 FACTOR = 3.0
+LORA = {"r": 16}
 QUALITY = {"kl_mean": "KL", "ce": "CE", "top1_agreement": "top-1", "ece": "ECE"}
 
 
@@ -58,6 +59,7 @@ class Study:
     def __init__(self, lab: Lab, train: Path, heldout: Path, budget: Budget) -> None:
         """Make the dumps."""
         self.lab, self.budget = lab, budget
+        self.scores: dict[tuple[str, int], dict[float, float]] = {}
         mine, tuning = split(train, lab.folder, held=budget.tuning_samples, limit=budget.conversations)
         evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 5
         lab.plan(len(METHODS) * (budget.rates * budget.tuning_steps + len(budget.seeds) * budget.steps))
@@ -90,28 +92,32 @@ class Study:
         self.lab.page([pair for method in neo_first for pair in zip(runs[method], found[method], strict=True)], before)
         return text
 
-    def trained(self, method: str, rate: float, seed: int, *, steps: int | None = None, name: str = "") -> Result:
-        """One training."""
+    def trained(
+        self, method: str, rate: float, seed: int, *, steps: int | None = None, name: str = "", alpha: float = 0.5,
+        lora: Mapping[str, Any] = LORA,
+    ) -> Result:  # fmt: skip
+        """One training; LoRA's settings are for the methods that have it."""
         return self.lab.train(
             name or f"{method}-{seed}",
             self.dump,
             self.heldout,
-            student={"lora": {"r": 16}} if method.startswith("lora") else {},
+            student={"lora": dict(lora)} if method.startswith("lora") else {},
+            loss={"alpha": alpha},
             method=method,
             learning_rate=rate,
             seed=seed,
             max_steps=steps or self.budget.steps,
         )
 
-    def rate(self, method: str) -> float:
+    def rate(self, method: str, rank: int = LORA["r"]) -> float:
         """The best learning rate on the tuning set; an end of the grid is not the best one before the next is worse."""
         if self.budget.rates == 1:
             return METHODS[method]
-        scores: dict[float, float] = {}
+        scores = self.scores.setdefault((method, rank), {})
 
         def score(rate: float) -> None:
-            name = f"tune-{method}-{rate:.1e}"
-            run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name)
+            name = f"tune-{method}-{rate:.1e}" if rank == LORA["r"] else f"tune-{method}-r{rank}-{rate:.1e}"
+            run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name, lora={"r": rank})
             result = self.lab.evaluate(name, [run], self.tuning)
             self.lab.forget(name)
             scores[rate] = result[CHOSEN_BY[method]]

@@ -91,8 +91,28 @@ def test_contrast_holds_all_of_the_probability_in_its_entries(tmp_path: Path) ->
         assert not np.isfinite(b.tail_logprob).any()
 
 
+def test_guidelines_hold_beyond_the_spread_of_seeds_alone() -> None:
+    from guidelines import verdicts
+
+    def told(ranks: list[float], rates: list[float], variants: list[float], *, spread: float = 0.01) -> dict[str, str]:
+        curve = {str(rank): {"kl_mean": kl} for rank, kl in zip((4, 16, 64), ranks, strict=True)}
+        of = {name: {"kl_mean": kl} for name, kl in zip(("lora", "dora"), variants, strict=True)}
+        return dict(verdicts(spread, dict(zip((4, 16, 64), rates, strict=True)), curve, curve, of))
+
+    good = told([1.0, 0.9, 0.8], [2e-3, 2e-3, 6e-4], [1.0, 1.015])
+    assert [said.split(":")[0] for said in good.values()] == ["holds"] * 4
+    bad = told([1.0, 0.9, 0.92], [6e-4, 2e-3, 6e-4], [1.0, 1.03])
+    assert list(bad.values()) == [
+        "contradicted",
+        "does not hold: r = 4: 6.0e-04, r = 16: 2.0e-03, r = 64: 6.0e-04",
+        "does not hold: dora",
+        "contradicted",
+    ]
+    assert told([1.0, 0.99, 0.9], [2e-3] * 3, [1.0, 1.0])["a larger rank is better"].startswith("not shown")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["reproduce", "frontier"])
+@pytest.mark.parametrize("name", ["reproduce", "guidelines", "frontier"])
 def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it with a few steps, on tiny models; what is there already is not made again."""
     import importlib
@@ -114,7 +134,8 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     module = importlib.import_module(name)
     module.main([*words, "--teacher", str(tmp_path / "teacher")])
     report = (tmp_path / "out" / f"{name}.md").read_text()
-    assert {"reproduce": "| Neo - KD |", "frontier": "k = 4, renormalised |"}[name] in report
+    said = {"reproduce": "| Neo - KD |", "guidelines": "| more data is better |", "frontier": "k = 4, renormalised |"}
+    assert said[name] in report
     capsys.readouterr()
     module.main([*words, "--teacher", str(tmp_path / "teacher")])
     assert "%  " not in capsys.readouterr().out

@@ -1,0 +1,155 @@
+"""`make guidelines`: rank, learning rate, alpha, data and LoRA's variants as curves (docs/design/evidence.md).
+
+Goes on in the directory of `make reproduce`, whose dumps, student and learning rate it takes. An hour on two cores;
+what is done stays done. Ends with `guidelines.md`.
+"""
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evidence import BATCH, EVALUATION, Result, parser, prepared
+from reproduce import LORA, SMOKE, Budget, Study
+
+from storage_schemas.common.publish import publish
+
+NEO = "lora_kd"
+QUALITY = {"kl_mean": "KL", "ce": "CE", "top1_agreement": "top-1"}
+Curve = dict[str, Result]
+"""Setting -> what `llm-neo evaluate` says of the student that it made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is varied."""
+
+    ranks: tuple[int, ...] = (4, 16, 64)
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    conversations: tuple[int, ...] = (300, 1200, 2800)
+    variants: tuple[str, ...] = ("lora", "rslora", "dora", "pissa", "moslora")
+
+    @property
+    def runs(self) -> int:
+        """Trainings, but for those that look for a learning rate."""
+        return len(self.ranks) + len(self.alphas) + len(self.conversations) + len(self.variants)
+
+
+SMALL = Grid(ranks=(2, 16), alphas=(0.0, 0.5), conversations=(16, 32), variants=("lora", "dora"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the tables."""
+    arguments = parser("make guidelines", __doc__, out="runs/reproduce")
+    chosen = arguments.parse_args(argv)
+    lab, train, heldout = prepared(arguments, chosen)
+    study = Study(lab, train, heldout, SMOKE if chosen.smoke else Budget())
+    text = Guidelines(study, SMALL if chosen.smoke else Grid()).run()
+    publish(lab.folder / "guidelines.md", text)
+    print(text)
+
+
+class Guidelines:
+    """Neo with one setting varied at a time, one seed each."""
+
+    def __init__(self, study: Study, grid: Grid) -> None:
+        """Announce the work."""
+        self.study, self.grid, self.lab = study, grid, study.lab
+        budget = study.budget
+        self.lab.plan(grid.runs * (budget.steps + EVALUATION))
+        self.lab.plan((len(grid.ranks) - 1) * budget.rates * (budget.tuning_steps + EVALUATION))
+
+    def run(self) -> str:
+        """All of it; returns the tables."""
+        rates = {rank: self.study.rate(NEO, rank) for rank in self.grid.ranks}
+        best = self.study.rate(NEO)
+        seeds = [self.point("", best, seed=seed)["kl_mean"] for seed in self.study.budget.seeds]
+        ranks = {f"{rank}": self.point(f"r{rank}", rates[rank], lora={"r": rank}) for rank in self.grid.ranks}
+        alphas = {f"{alpha:g}": self.point(f"alpha-{alpha:g}", best, alpha=alpha) for alpha in self.grid.alphas}
+        data = {
+            f"{count:,}": self.point(f"data-{count}", best, steps=count // BATCH) for count in self.grid.conversations
+        }
+        variants = {
+            name: self.point(name, best, lora=LORA if name == "lora" else LORA | {"variant": name})
+            for name in self.grid.variants
+        }
+        spread = statistics.stdev(seeds) if len(seeds) > 1 else float("inf")
+        scores = {rank: self.study.scores.get((NEO, rank), {}) for rank in self.grid.ranks}
+        return "\n".join([
+            f"Neo, one seed per row; the standard deviation of Neo's KL over {len(seeds)} seeds is {spread:.4f}.",
+            "",
+            *rate_table(scores),
+            "",
+            *table("rank, at its own best rate", ranks),
+            "",
+            *table("alpha", alphas),
+            "",
+            *table("conversations, one epoch", data),
+            "",
+            *table("variant", variants),
+            "",
+            "| claim | here |",
+            "|---|---|",
+            *(f"| {claim} | {told} |" for claim, told in verdicts(spread, rates, ranks, data, variants)),
+        ]) + "\n"  # fmt: skip
+
+    def point(
+        self, name: str, rate: float, *, seed: int = 0, steps: int | None = None, alpha: float = 0.5,
+        lora: Mapping[str, Any] = LORA,
+    ) -> Result:  # fmt: skip
+        """One training and what came out on held-out samples; that of `make reproduce` where it is the same."""
+        as_there = (steps or self.study.budget.steps, alpha, lora) == (self.study.budget.steps, 0.5, LORA)
+        name = f"{NEO}-{seed}" if as_there else f"{NEO}-{name}"
+        run = self.study.trained(NEO, rate, seed, steps=steps, name=name, alpha=alpha, lora=lora)
+        return self.lab.evaluate(name, [run], self.study.heldout)
+
+
+def rate_table(scores: Mapping[int, Mapping[float, float]]) -> list[str]:
+    """KL on the tuning set by rank and learning rate."""
+    rates = sorted({rate for of_rank in scores.values() for rate in of_rank})
+    lines = ["| rank, KL on the tuning set at | " + " | ".join(f"{rate:.1e}" for rate in rates) + " |"]
+    lines.append("|---|" + "---:|" * len(rates))
+    for rank, of_rank in scores.items():
+        cells = [f"{of_rank[rate]:.4f}" if rate in of_rank else "" for rate in rates]
+        lines.append(f"| {rank} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(title: str, curve: Curve) -> list[str]:
+    """A row for each setting."""
+    lines = [f"| {title} | " + " | ".join(QUALITY.values()) + " |", "|---|" + "---:|" * len(QUALITY)]
+    for setting, result in curve.items():
+        lines.append(f"| {setting} | " + " | ".join(f"{result[name]:.4f}" for name in QUALITY) + " |")
+    return lines
+
+
+def verdicts(
+    spread: float, rates: Mapping[int, float], ranks: Curve, data: Curve, variants: Curve
+) -> list[tuple[str, str]]:
+    """Each claim, and whether it holds by the rule of docs/design/evidence.md; `spread` is that of seeds."""
+
+    def falls(curve: Curve) -> str:
+        kl = [result["kl_mean"] for result in curve.values()]
+        steps = [after - before for before, after in itertools.pairwise(kl)]
+        if all(step < -2 * spread for step in steps):
+            return "holds"
+        if any(step > spread for step in steps):
+            return "contradicted"
+        return "not shown: a difference is within the spread of seeds"
+
+    chosen = [rates[rank] for rank in sorted(rates)]
+    lower = chosen == sorted(chosen, reverse=True) and chosen[0] > chosen[-1]
+    plain = variants["lora"]["kl_mean"]
+    worse = [name for name, result in variants.items() if result["kl_mean"] > plain + 2 * spread]
+    return [
+        ("a larger rank is better", falls(ranks)),
+        ("a larger rank wants a lower rate", f"{'holds' if lower else 'does not hold'}: "
+                                             + ", ".join(f"r = {rank}: {rates[rank]:.1e}" for rank in sorted(rates))),
+        ("LoRA's variants do no harm", f"does not hold: {', '.join(worse)}" if worse else "holds"),
+        ("more data is better", falls(data)),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
