@@ -100,16 +100,17 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
         ("Learning rate", lambda event: event.learning_rate, None),
     ]
     found = []
+    names = [run.name if len(run.name) <= 40 else f"…{run.name[-39:]}" for run in runs]
     # Text stays text, and the same runs give the same bytes.
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "llm-neo", "text.color": _INK, "axes.labelcolor": _INK,
                   "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 9}  # fmt: skip
     with matplotlib.rc_context(style):
         for title, of_event, of_evaluation in drawn:
-            figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+            figure = Figure(figsize=(5.2, 2.9 + 0.1 * len(runs)), layout="constrained")
             axes = figure.add_subplot()
-            for run in runs:
+            for run, short in zip(runs, names, strict=True):
                 steps = [event.step for event in run.events]
-                (line,) = axes.plot(steps, [of_event(event) for event in run.events], linewidth=1, label=run.name)
+                (line,) = axes.plot(steps, [of_event(event) for event in run.events], linewidth=1, label=short)
                 if of_evaluation is not None:
                     held = run.summary.heldout
                     values = [getattr(result, of_evaluation) for result in held]
@@ -117,7 +118,7 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
             axes.set_xlabel("step")
             axes.grid(alpha=0.2)
             if len(runs) > 1:
-                axes.legend(frameon=False)
+                figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
             out = io.StringIO()
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
             svg = out.getvalue()
