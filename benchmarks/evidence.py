@@ -218,14 +218,24 @@ class Lab:
 
 def split(file: Path, folder: Path, *, held: int, limit: int | None = None) -> tuple[Path, Path]:
     """Conversations to train on, and the last ones, `held` or a fifth of them, on which settings are chosen."""
-    lines = [f"{line}\n" for line in file.read_text().split("\n") if line.strip()][:limit]
-    held = min(held, len(lines) // 5)
-    parts = {"train": lines[: len(lines) - held], "tuning": lines[len(lines) - held :]}
-    for name, part in parts.items():
-        target = folder / f"{name}.jsonl"
-        if not target.is_file() or target.read_text() != "".join(part):
-            publish(target, "".join(part))
-    return folder / "train.jsonl", folder / "tuning.jsonl"
+    lines = _lines(file)[:limit]
+    cut = len(lines) - min(held, len(lines) // 5)
+    return _written(folder / "train.jsonl", lines[:cut]), _written(folder / "tuning.jsonl", lines[cut:])
+
+
+def first(file: Path, target: Path, count: int) -> Path:
+    """The first conversations of a file, in a file of their own."""
+    return _written(target, _lines(file)[:count])
+
+
+def _lines(file: Path) -> list[str]:
+    return [f"{line}\n" for line in file.read_text().split("\n") if line.strip()]
+
+
+def _written(target: Path, lines: Sequence[str]) -> Path:
+    if not target.is_file() or target.read_text() != "".join(lines):
+        publish(target, "".join(lines))
+    return target
 
 
 def spread(values: Sequence[float]) -> str:

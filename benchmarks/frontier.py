@@ -1,16 +1,18 @@
 """`make frontier`: what each stored byte of a target buys, as docs/design/evidence.md lays down.
 
 Neo is trained from dumps of the same samples that store less or more of the teacher's distribution. Hours on two cores;
-what is done stays done. Ends with `frontier.md` in its directory.
+what is done stays done. Ends with `frontier.md`, a picture and a page of the runs in its directory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
-from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread
+from evidence import EVALUATION, Lab, Result, first, interval, parser, prepared, spread
 
+from pipeline.views.run_page import INK, STYLE, svg
 from storage_schemas.common.publish import publish
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.reader import Dump
@@ -19,6 +21,8 @@ from storage_schemas.writer import DumpWriter
 from student_train.results.measures import by_seed
 
 FULL = "all of the vocabulary"
+SHOWN = (FULL, "topk, k = 64", "adaptive, mass 0.8, k <= 12, 4 draws")
+"""Whose runs are on the page."""
 TEMPERATURES = (1.0, 2.0, 4.0)
 QUALITY = {"kl_mean": "KL", "ce": "CE", "top1_agreement": "top-1", "acceptance_rate_min": "acceptance"}
 ESTIMATORS: dict[str, Estimator] = {
@@ -40,6 +44,7 @@ class Budget:
 
     steps: int = 120
     conversations: int = 320
+    heldout: int = 200
     heldout_k: int = 256
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -54,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = arguments.parse_args(argv)
     lab, train, heldout = prepared(arguments, chosen)
     frontier = Frontier(lab, train, heldout, SMOKE if chosen.smoke else Budget(), rate=chosen.learning_rate)
-    text = frontier.run([FULL] if chosen.smoke else [*ESTIMATORS, FULL], smoke=chosen.smoke)
-    publish(lab.folder / "frontier.md", text)
-    print(text)
+    print(frontier.run([FULL] if chosen.smoke else [*ESTIMATORS, FULL], smoke=chosen.smoke))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Point:
 
     name: str
     bytes_per_token: float
+    runs: list[Result]
     results: list[Result]
 
     def values(self, name: str) -> list[float]:
@@ -78,12 +82,13 @@ class Frontier:
     def __init__(self, lab: Lab, train: Path, heldout: Path, budget: Budget, *, rate: float) -> None:
         """Make the held-out dump, and count the vocabulary."""
         self.lab, self.budget, self.rate = lab, budget, rate
-        self.data, _ = split(train, lab.folder, held=0, limit=budget.conversations)
-        self.heldout = lab.dump("dump-heldout", heldout, TopK(k=budget.heldout_k, mass=1.0))
+        self.data = first(train, lab.folder / "train.jsonl", budget.conversations)
+        held = first(heldout, lab.folder / "heldout.jsonl", budget.heldout)
+        self.heldout = lab.dump("dump-heldout", held, TopK(k=budget.heldout_k, mass=1.0))
         self.vocabulary = Dump.open(str(self.heldout)).provenance.teacher.lm_head_rows
 
     def run(self, estimators: Sequence[str], *, smoke: bool) -> str:
-        """All of it; returns the tables."""
+        """All of it; returns the tables, and writes them, the picture and the page."""
         gates, renormalised, temperatures = ((), RENORMALISED[:1], ()) if smoke else (GATES, RENORMALISED, TEMPERATURES)
         runs = len(estimators) + len(gates) + len(renormalised) + 2 * len(temperatures[1:])
         self.lab.plan(runs * len(self.budget.seeds) * (self.budget.steps + EVALUATION))
@@ -100,7 +105,7 @@ class Frontier:
             # From a coarse grid on, which is refined until the gate is kept.
             coarse = self.lab.dump(_slug(name), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
             gated.append(self.trained(name, coarse))
-        return "\n".join([
+        text = "\n".join([
             *table(points, full),
             "",
             "Top-k renormalised to 1, as most tools store it:",
@@ -109,6 +114,12 @@ class Frontier:
             *(["", "The gate on the KL of stored log-probs:", "", *table(gated, full)] if gates else []),
             *(["", "Temperature, k = 16:", "", *self.tempered(full)] if temperatures else []),
         ]) + "\n"  # fmt: skip
+        publish(self.lab.folder / "frontier.md", text)
+        publish(self.lab.folder / "frontier.svg", picture(points, contrast, full))
+        before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
+        shown = sorted((point for point in points if point.name in SHOWN), key=lambda point: SHOWN.index(point.name))
+        self.lab.page([pair for point in shown for pair in zip(point.runs, point.results, strict=True)], before)
+        return text
 
     def point(self, name: str) -> Point:
         """Of an estimator by its name."""
@@ -127,15 +138,16 @@ class Frontier:
 
     def trained(self, name: str, dump: Path, *, temperature: float = 1.0) -> Point:
         """Neo from one dump, with each seed."""
-        results = []
+        runs, results = [], []
         for seed in self.budget.seeds:
             run = self.lab.train(
                 f"{_slug(name)}-{seed}", dump, self.heldout, loss={"alpha": 0.5, "temperature": temperature},
                 method="lora_kd", learning_rate=self.rate, seed=seed, max_steps=self.budget.steps,
                 shuffle_block_units=1,
             )  # fmt: skip
+            runs.append(run)
             results.append(self.lab.evaluate(f"{_slug(name)}-{seed}", [run], self.heldout))
-        return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), results=results)
+        return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), runs=runs, results=results)
 
 
 def table(points: Sequence[Point], full: Point) -> list[str]:
@@ -149,6 +161,37 @@ def table(points: Sequence[Point], full: Point) -> list[str]:
         off = "" if point is full else interval(by_seed(full.values("kl_mean"), point.values("kl_mean")))
         lines.append(f"| {point.name} | {point.bytes_per_token:,.1f} | " + " | ".join(cells) + f" | {off} |")
     return lines
+
+
+def picture(points: Sequence[Point], contrast: Sequence[Point], full: Point) -> str:
+    """Held-out KL over bytes per supervised token, with the seeds' spread; SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    series: dict[str, list[Point]] = {}
+    for point in points:
+        if point is not full:
+            kind = "topk, cut at a mass" if "k = 64, mass" in point.name else point.name.split(",")[0]
+            series.setdefault(kind, []).append(point)
+    series["topk renormalised, no tail"] = list(contrast)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot(xscale="log", xlabel="bytes per supervised token", ylabel="held-out KL, nats")
+        for name, found in series.items():
+            found.sort(key=lambda point: point.bytes_per_token)
+            x, kl = [point.bytes_per_token for point in found], [point.values("kl_mean") for point in found]
+            axes.errorbar(x, list(map(fmean, kl)), list(map(_deviation, kl)), marker="o", markersize=3, linewidth=1,
+                          capsize=2, label=name)  # fmt: skip
+        mean, deviation = fmean(full.values("kl_mean")), _deviation(full.values("kl_mean"))
+        axes.axhspan(mean - deviation, mean + deviation, color=INK, alpha=0.3, linewidth=0)
+        axes.axhline(mean, color=INK, linewidth=1, label=f"{full.name}, {full.bytes_per_token:,.0f} bytes")
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False, fontsize=8)
+        return str(svg(figure))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def bytes_per_supervised_token(dump: Path) -> float:

@@ -14,8 +14,13 @@ from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.secrets import visible
 from student_train.results.evaluate import Evaluated
 
-_INK = "#808080"
+INK = "#808080"
 """Of axes and text of a figure: legible on white and on black."""
+STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "llm-neo", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "font.size": 9,
+}  # fmt: skip
+"""Of a figure: its text stays text, and the same runs give the same bytes."""
 
 
 class StudentToken(NamedTuple):
@@ -101,10 +106,7 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     ]
     found = []
     names = [run.name if len(run.name) <= 40 else f"…{run.name[-39:]}" for run in runs]
-    # Text stays text, and the same runs give the same bytes.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "llm-neo", "text.color": _INK, "axes.labelcolor": _INK,
-                  "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 9}  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         for title, of_event, of_evaluation in drawn:
             figure = Figure(figsize=(5.2, 2.9 + 0.1 * len(runs)), layout="constrained")
             axes = figure.add_subplot()
@@ -119,8 +121,13 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
             axes.grid(alpha=0.2)
             if len(runs) > 1:
                 figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-            out = io.StringIO()
-            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-            svg = out.getvalue()
-            found.append((title, Markup(svg[svg.index("<svg") :])))
+            found.append((title, svg(figure)))
     return found
+
+
+def svg(figure: Any) -> Markup:
+    """A matplotlib figure as an element of a page."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    drawn = out.getvalue()
+    return Markup(drawn[drawn.index("<svg") :])
