@@ -236,10 +236,11 @@ class TrainSection(FrozenModel):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile): a fifth more tokens per second on GPUs and less memory, after a first
-    minute; needs a C++ compiler. Results differ by rounding; with dropout in the adapter also by other masks, which
-    inductor draws in its own way at the same seed, and by the noise of NEFTune that is drawn after them. It may change
-    between two starts of a run. Not with stage 3, which gathers weights inside of the layers."""
+    """Compile each decoder layer, and what the head does over the vocabulary (torch.compile): a fifth more tokens per
+    second on GPUs and less memory, after a first minute; needs a C++ compiler. Results differ by rounding; with dropout
+    in the adapter also by other masks, which inductor draws in its own way at the same seed, and by the noise of
+    NEFTune that is drawn after them. It may change between two starts of a run. Not with stage 3, which gathers weights
+    inside of the layers."""
     shuffle: Literal["windows", "epoch"] = "windows"
     """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
     written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
@@ -250,8 +251,9 @@ class TrainSection(FrozenModel):
     """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
     """With `shuffle: windows`: units that are shuffled together, and open at the same time."""
-    head_chunk_tokens: int = Field(512, ge=1)
-    """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary."""
+    head_chunk_tokens: int | None = Field(None, ge=1)
+    """Supervised tokens per pass of the fused head; bounds its memory at chunk * vocabulary. Null: as many as have
+    256 MiB of logits in float32, 523 with Llama 3's vocabulary."""
     logging_steps: int = Field(1, ge=1)
     """Steps between two records in events.jsonl."""
     eval_steps: int | None = Field(None, ge=1)

@@ -41,7 +41,7 @@ class DumpTrainer(Trainer):  # type: ignore[misc]
         *,
         loss: LossSection | None = None,
         eval_dataset: DumpDataset | None = None,
-        chunk_tokens: int = 512,
+        chunk_tokens: int | None = None,
         **trainer: Any,
     ) -> None:
         """Prepare to train; the first argument that does not fit is refused.
@@ -52,7 +52,7 @@ class DumpTrainer(Trainer):  # type: ignore[misc]
             train_dataset: read in its own order, an epoch at a time.
             loss: weight, divergence and temperature. None: the defaults, as in LLM-Neo.
             eval_dataset: another dump of the same tokenizer; the same loss is evaluated on it.
-            chunk_tokens: supervised tokens per pass of the head.
+            chunk_tokens: supervised tokens per pass of the head. None: as many as have 256 MiB of logits.
             trainer: more of Trainer's arguments. A `processing_class` is compared with the dump's tokenizer.
 
         Raises:

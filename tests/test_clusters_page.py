@@ -16,6 +16,7 @@ from pipeline.config import load_config
 from storage_schemas.common.exits import Exit
 from storage_schemas.stores.requests import PATIENCE
 from student_train.config import TrainSection
+from student_train.model.student import LOGITS_BYTES
 from student_train.world import COLLECTIVE_TIMEOUT
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +165,7 @@ def test_the_worked_example_adds_up() -> None:
         "GPU memory of a rank, frozen": f"{1.24e9 * 2 / 1e9:.1f} GB",
         "trained parameters of LoRA": f"128 x {inputs_and_outputs:,} = {trained / 1e6:.0f} million",
         "GPU memory of a rank, trained": f"{trained * 6 / 1e9:.2f} GB and {trained * 12 / ranks / 1e9:.2f} GB",
-        "logits of a rank": f"{config.train.head_chunk_tokens * 128_256 * 4 / 1e9:.2f} GB",
+        "logits of a rank": f"{LOGITS_BYTES / 1e9:.2f} GB",
         "a checkpoint": f"{trained * 12 / 1e9:.1f} GB",
         "host memory of a rank, for shards": (
             f"{2 * config.train.shuffle_block_units * unit * tokens * entries * 8 / 1e9:.1f} GB"

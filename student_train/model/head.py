@@ -19,10 +19,11 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from storage_schemas.logits import LogitTransform, finish_logits
+from storage_schemas.logits import LogitTransform
 from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
-from student_train.model.losses import ABSENT, entry_divergence, overlap, ranks_first
+from student_train.model.losses import entry_divergence, overlap, ranks_first
+from student_train.model.vocabulary import Fused, Gradient, InPlace, Logits, Passes, Transform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +38,26 @@ class HeadSpec:
     """Gemma's `final_logit_softcapping`."""
     chunk_tokens: int = 512
     """Tokens per pass; peak memory is a small multiple of chunk_tokens * vocabulary."""
+    compile: bool = False
+    """Whether torch.compile makes two kernels of the operations over the vocabulary."""
 
     @classmethod
-    def of(cls, config: Any, *, valid_vocab: int | None = None, chunk_tokens: int = 512) -> "HeadSpec":
+    def of(
+        cls, config: Any, *, valid_vocab: int | None = None, chunk_tokens: int = 512, compile: bool = False
+    ) -> "HeadSpec":
         """From a transformers model config.
 
         Raises:
             MismatchError: the model scales its logits in a way that is not known, see `LogitTransform.of`.
         """
         transform = LogitTransform.of(config, role="student")
-        return cls(valid_vocab=valid_vocab, scale=transform.scale, softcap=transform.softcap, chunk_tokens=chunk_tokens)
+        return cls(
+            valid_vocab=valid_vocab,
+            scale=transform.scale,
+            softcap=transform.softcap,
+            chunk_tokens=chunk_tokens,
+            compile=compile,
+        )
 
 
 class HeadLoss(NamedTuple):
@@ -128,7 +139,7 @@ class _FusedHead(torch.autograd.Function):
 
 
 class _Rows(NamedTuple):
-    """Rows of logits at one temperature after `_tail_softmax`, which leaves exp(z / T - top) in their place."""
+    """Log-probs of rows of logits at one temperature."""
 
     log_q: Tensor
     """(rows, K) of the entries."""
@@ -137,11 +148,9 @@ class _Rows(NamedTuple):
     log_z: Tensor
     """(rows,) log Z."""
     q: Tensor
-    """(rows, K) of the head's entries, 0 elsewhere: what the exponentials lack."""
-    mass: Tensor
-    """(rows,) sum of the exponentials, which makes them s."""
+    """(rows, K) of the head's entries, 0 elsewhere."""
     factor: Tensor
-    """(rows,) Q / mass, which makes them q."""
+    """(rows,) Q over the mass outside the head: what makes q of an exponential there."""
 
 
 class _Pass:
@@ -163,11 +172,11 @@ class _Pass:
         n = len(hidden)
         # Chunks of equal size: a short last one would waste the matrix product.
         self.chunk = max(1, -(-n // max(1, -(-n // head.chunk_tokens))))
-        # `product` is what the matrix products read and write, `logits` what the loss does; one buffer if it can be.
         self.product = hidden.new_empty(min(self.chunk, n), vocab)
-        self.logits = self.product if hidden.dtype == self.dtype else torch.empty_like(self.product, dtype=self.dtype)
-        warm = loss.alpha > 0 and loss.temperature != 1.0
-        self.tempered = torch.empty_like(self.logits) if warm else None
+        self.temperature = loss.temperature if loss.alpha > 0 else 1.0
+        transform = Transform(self.bias, head.scale, head.softcap)
+        passes = Fused if head.compile else InPlace
+        self.passes: Passes = passes(self.product, self.dtype, transform, self.temperature)
         self.ce, self.divergence, self.overlap_least, self.overlap_most = (
             torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(4)
         )
@@ -178,21 +187,13 @@ class _Pass:
 
     def add_chunk(self, tokens: slice, targets: SparseTargets) -> None:
         """Add the sums and the gradients of some tokens."""
-        hidden = self.hidden[tokens]
-        product, logits = self.product[: len(hidden)], self.logits[: len(hidden)]
-        torch.mm(hidden, self.weight.T, out=product)
-        if logits is not product:
-            logits.copy_(product)
-        if self.bias is not None:
-            logits.add_(self.bias)
-        slope = finish_logits(logits, scale=self.head.scale, softcap=self.head.softcap, slope=any(self.needs))
-        self._loss_to_gradient(logits, targets[tokens])
-        if not any(self.needs):
+        hidden, targets, needed = self.hidden[tokens], targets[tokens], any(self.needs)
+        product = torch.mm(hidden, self.weight.T, out=self.product[: len(hidden)])
+        logits = self.passes.read(product, targets, slope=needed)
+        to = self._loss(logits, targets)
+        if not needed:
             return
-        if slope is not None:
-            logits.mul_(slope)
-        if logits is not product:
-            product.copy_(logits)
+        gradient = self.passes.write(product, targets, logits, to)
         vocab, scale = len(self.weight), self.head.scale
         if self.d_hidden is not None:
             d_hidden = torch.mm(product, self.weight, out=self.d_hidden[tokens])
@@ -201,60 +202,47 @@ class _Pass:
         if self.d_weight is not None:
             self.d_weight[:vocab].add_(_wide_product(product.T, hidden, self.dtype), alpha=scale)
         if self.d_bias is not None:
-            self.d_bias[:vocab].add_(logits.sum(0), alpha=scale)
+            self.d_bias[:vocab].add_(gradient.sum(0, dtype=self.dtype), alpha=scale)
 
-    def _loss_to_gradient(self, z: Tensor, targets: SparseTargets) -> None:
-        """Add the rows' losses to the sums; z, the logits, becomes dLoss/dz."""
-        alpha, temperature = self.loss.alpha, self.loss.temperature
-        distils = alpha > 0
-        ids = targets.ids.long()
-        label, entries = z.gather(1, targets.labels[:, None]), z.gather(1, ids)
-        z.scatter_add_(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(z.dtype))
-        tempered = None if self.tempered is None else torch.div(z, temperature, out=self.tempered[: len(z)])
-        top = z.amax(1)
-        self.agreement += ranks_first(entries, top, targets).sum()
-
-        plain = _tail_softmax(z, top, entries, targets)
-        self.ce += (plain.log_z - label[:, 0]).sum(dtype=torch.float64)
+    def _loss(self, z: Logits, targets: SparseTargets) -> Gradient:
+        """Add the rows' losses to the sums; their gradient in the logits."""
+        alpha, temperature = self.loss.alpha, self.temperature
+        self.agreement += ranks_first(z.entries, z.top, targets).sum()
+        plain = _rows(z.entries, z.top, z.mass, targets)
+        self.ce += (plain.log_z - z.label[:, 0]).sum(dtype=torch.float64)
         factor, at_entries = (1 - alpha) * plain.factor, (1 - alpha) * plain.q
-        if distils:
-            rows = plain
-            if tempered is not None:
-                rows = _tail_softmax(tempered, top / temperature, entries / temperature, targets)
-            value, g, g_tail = _entry_gradients(rows, targets, self.loss)
-            self.divergence += value
-            least, most = overlap(rows.log_q, rows.log_q_tail, targets)
-            self.overlap_least += least.sum(dtype=torch.float64)
-            self.overlap_most += most.sum(dtype=torch.float64)
-            total = g.sum(1) + g_tail
-            at_entries = at_entries + alpha * temperature * (g - rows.q * total[:, None])
-            tail_factor = alpha * temperature * (g_tail / rows.mass - total * rows.factor)
-            if tempered is None:
-                factor = factor + tail_factor
-        if not any(self.needs):
-            return
-        z.mul_(factor[:, None])
-        if tempered is not None:
-            z.addcmul_(tempered, tail_factor[:, None])
-        z.scatter_add_(1, ids, at_entries)
-        z.scatter_add_(1, targets.labels[:, None], torch.full_like(label, alpha - 1))
+        if alpha == 0:
+            return Gradient(factor, None, at_entries, -1.0)
+        rows = plain
+        if temperature != 1.0:
+            rows = _rows(z.entries / temperature, z.top / temperature, z.warm, targets)
+        value, g, g_tail = _entry_gradients(rows, targets, self.loss)
+        self.divergence += value
+        least, most = overlap(rows.log_q, rows.log_q_tail, targets)
+        self.overlap_least += least.sum(dtype=torch.float64)
+        self.overlap_most += most.sum(dtype=torch.float64)
+        total = g.sum(1) + g_tail
+        at_entries = at_entries + alpha * temperature * (g - rows.q * total[:, None])
+        warm = alpha * temperature * (g_tail / z.warm - total * rows.factor)
+        if temperature == 1.0:
+            return Gradient(factor + warm, None, at_entries, alpha - 1)
+        return Gradient(factor, warm, at_entries, alpha - 1)
 
 
-def _tail_softmax(z: Tensor, top: Tensor, entries: Tensor, targets: SparseTargets) -> _Rows:
-    """exp(z - top) in place, and what it makes of the entries.
+def _rows(entries: Tensor, top: Tensor, mass: Tensor, targets: SparseTargets) -> _Rows:
+    """What the entries and the sum outside the head come to.
 
     Args:
-        z: logits over the temperature; the head's columns are masked.
-        top: highest of each row.
-        entries: the same logits at the targets' entries, before the mask.
+        entries: logits over the temperature at the targets' entries.
+        top: highest of them outside the head.
+        mass: sum of exp(logit - top) there.
     """
-    mass = z.sub_(top[:, None]).exp_().sum(1)
     log_tail = top + mass.log()
     head = torch.where(targets.in_head, entries, -torch.inf)
     log_z = torch.cat([head, log_tail[:, None]], 1).logsumexp(1)
     log_q, log_q_tail = entries - log_z[:, None], log_tail - log_z
     q = torch.where(targets.in_head, log_q.exp(), 0.0)
-    return _Rows(log_q=log_q, log_q_tail=log_q_tail, log_z=log_z, q=q, mass=mass, factor=log_q_tail.exp() / mass)
+    return _Rows(log_q=log_q, log_q_tail=log_q_tail, log_z=log_z, q=q, factor=log_q_tail.exp() / mass)
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

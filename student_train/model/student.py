@@ -194,19 +194,25 @@ def load_student(
     if train.neftune_noise_alpha is not None:
         add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
     minimised = losses if train.distils else [loss.model_copy(update={"alpha": 0.0}) for loss in losses]
-    module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens)
+    module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens, compile=train.compile)
     module.router_loss = RouterLoss.of(base)
     if train.packing:
         refuse_mixed_samples(module)
     return Student(module=module, initial=start)
 
 
+LOGITS_BYTES = 2**28
+"""Of the logits of a pass of the head, in float32, where the number of its tokens is not said."""
+
+
 def distilled(
-    student: nn.Module, losses: Sequence[LossSection], provenance: Provenance, *, chunk_tokens: int = 512
-) -> Distilled:
+    student: nn.Module, losses: Sequence[LossSection], provenance: Provenance, *, chunk_tokens: int | None = None,
+    compile: bool = False,
+) -> Distilled:  # fmt: skip
     """A student with the losses on the dumps' targets. Raises MismatchError if its head is not understood."""
     valid_vocab = min(vocab_rows(student), provenance.teacher.lm_head_rows)
-    head = HeadSpec.of(causal_of(student).config, valid_vocab=valid_vocab, chunk_tokens=chunk_tokens)
+    config, chunk_tokens = causal_of(student).config, chunk_tokens or max(1, LOGITS_BYTES // (4 * valid_vocab))
+    head = HeadSpec.of(config, valid_vocab=valid_vocab, chunk_tokens=chunk_tokens, compile=compile)
     module = Distilled(student, losses=tuple(losses), head=head)
     refuse_unknown_head(module)
     return module

@@ -1,5 +1,7 @@
 """The fused head equals the unfused definition in loss and gradients, and never holds [tokens, vocabulary]."""
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -7,14 +9,17 @@ import torch
 import transformers
 from reference import DIVERGENCES, SMOOTH, drawn_targets, head_logits, head_targets, naive_loss, unfused_loss
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
+from student_train.model import vocabulary
 from student_train.model.head import HeadLoss, HeadSpec, fused_head_loss
 
 pytestmark = pytest.mark.exact
+both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["in place", "fused"])
 
 N, HIDDEN, VOCAB = 11, 8, 29
 SIZES = [1, 4, 7, 2, 7, 21, 3, 5, 6, 7, 4]
@@ -26,6 +31,12 @@ VARIANTS = {
     "padded": HeadSpec(valid_vocab=24, chunk_tokens=4),
     "all": HeadSpec(valid_vocab=24, scale=1.7, softcap=3.0, chunk_tokens=4),
 }
+
+
+@pytest.fixture(autouse=True)
+def functions_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling them takes half a minute; one test does."""
+    monkeypatch.setattr(vocabulary, "_compiled", lambda function: function)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Tensor:
@@ -49,14 +60,16 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 def compare(
     targets: SparseTargets, loss: LossSection, head: HeadSpec, *, bias: bool = False, rtol: float = 1e-10
 ) -> HeadLoss:
-    """Fused against unfused: sums, and gradients in hidden, weight and bias."""
+    """Fused, in both ways, against unfused: sums, and gradients in hidden, weight and bias."""
     leaves = inputs()[: 3 if bias else 2]
-    got = fused_head_loss(*leaves[:2], targets, loss=loss, head=head, bias=leaves[2] if bias else None)
     expected = unfused_loss(*leaves[:2], targets, loss=loss, head=head, bias=leaves[2] if bias else None)
-    for one, other in zip(got[:3], expected, strict=True):
-        torch.testing.assert_close(one, other.detach() if not one.requires_grad else other, rtol=rtol, atol=1e-11)
-    for one, other in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(expected[0], leaves), strict=True):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-11)
+    gradients = torch.autograd.grad(expected[0], leaves)
+    for way in (replace(head, compile=True), head):
+        got = fused_head_loss(*leaves[:2], targets, loss=loss, head=way, bias=leaves[2] if bias else None)
+        for one, other in zip(got[:3], expected, strict=True):
+            torch.testing.assert_close(one, other.detach() if not one.requires_grad else other, rtol=rtol, atol=1e-11)
+        for one, other in zip(torch.autograd.grad(got.loss, leaves), gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=rtol, atol=1e-11)
     return got
 
 
@@ -106,15 +119,16 @@ def test_full_vocabulary_equals_the_dense_loss_in_float32(temperature: float) ->
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@both_ways
 @pytest.mark.parametrize("kind", SMOOTH)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-def test_student_equal_to_teacher_has_zero_loss_and_gradient(kind: str, temperature: float) -> None:
+def test_student_equal_to_teacher_has_zero_loss_and_gradient(kind: str, temperature: float, compiled: bool) -> None:
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         hidden, weight, _ = inputs(dtype)
         teacher = (hidden @ weight.T).detach()
         targets = head_targets(teacher, SIZES, temperature=temperature, dtype=dtype)
         spec = LossSection(alpha=1.0, divergence=kind, temperature=temperature)
-        got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec())
+        got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec(compile=compiled))
         assert abs(got.loss) <= bound
         for gradient in torch.autograd.grad(got.loss, (hidden, weight)):
             assert gradient.abs().max() <= bound
@@ -131,8 +145,9 @@ def test_nothing_supervised_is_a_zero_on_the_graph(alpha: float) -> None:
         assert not gradient.any()
 
 
+@both_ways
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_extreme_logits_stay_finite(kind: str) -> None:
+def test_extreme_logits_stay_finite(kind: str, compiled: bool) -> None:
     peaked = torch.zeros(3, VOCAB)
     peaked[0, 3], peaked[1, 5], peaked[2, 7] = 90.0, 1e3, 1e4
     for temperature in (1.0, 2.0):
@@ -140,19 +155,22 @@ def test_extreme_logits_stay_finite(kind: str) -> None:
             targets = head_targets(teacher, [1, 4, VOCAB], temperature=temperature, dtype=torch.float32)
             hidden = torch.eye(3).requires_grad_()
             spec = LossSection(divergence=kind, temperature=temperature)
-            got = fused_head_loss(hidden, peaked.flip(1).T.contiguous(), targets, loss=spec, head=HeadSpec())
+            got = fused_head_loss(
+                hidden, peaked.flip(1).T.contiguous(), targets, loss=spec, head=HeadSpec(compile=compiled)
+            )
             assert torch.isfinite(got.loss)
             assert torch.isfinite(torch.autograd.grad(got.loss, hidden)[0]).all()
 
 
-def test_a_student_without_the_tail_that_the_teacher_has_stays_finite() -> None:
+@both_ways
+def test_a_student_without_the_tail_that_the_teacher_has_stays_finite(compiled: bool) -> None:
     # The teacher's padded columns leave it a tail beyond the student's last column.
     teacher = random(2, VOCAB + 3, seed=8)
     teacher[:, VOCAB:] = -20.0
     targets = head_targets(teacher, [VOCAB, VOCAB], dtype=torch.float32)
     hidden = random(2, HIDDEN, seed=9, dtype=torch.float32).requires_grad_()
     weight = random(VOCAB, HIDDEN, seed=2, dtype=torch.float32)
-    got = fused_head_loss(hidden, weight, targets, loss=LossSection(), head=HeadSpec())
+    got = fused_head_loss(hidden, weight, targets, loss=LossSection(), head=HeadSpec(compile=compiled))
     assert torch.isfinite(got.loss)
     assert got.loss < 100
     assert torch.isfinite(torch.autograd.grad(got.loss, hidden)[0]).all()
@@ -169,6 +187,28 @@ def test_chunks_do_not_change_anything(kind: str) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_two_graphs_of_each_kernel_serve_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for chunks that fill the buffer and one for shorter ones, whatever the number of tokens."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = cache(lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend=counter))
+    monkeypatch.setattr(vocabulary, "_compiled", graph)
+    for kept in (N, 7, 5):
+        hidden, weight, bias = inputs()
+        targets, spec = random_targets(temperature=2.0)[:kept], LossSection(temperature=2.0)
+        for head in (VARIANTS["all"], replace(VARIANTS["all"], chunk_tokens=N)):
+            losses = [
+                fused_head_loss(
+                    hidden[:kept], weight, targets, loss=spec, head=replace(head, compile=way), bias=bias
+                ).loss
+                for way in (True, False)
+            ]
+            gradients = [torch.autograd.grad(loss, (hidden, weight, bias)) for loss in losses]
+            for one, other in zip(*gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+    assert counter.frame_count == 4
 
 
 def test_gradcheck() -> None:
@@ -201,8 +241,9 @@ def test_one_batch_of_8_equals_any_split(split: list[int], kind: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@both_ways
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_bf16_error_is_not_above_that_of_the_naive_path(kind: str) -> None:
+def test_bf16_error_is_not_above_that_of_the_naive_path(kind: str, compiled: bool) -> None:
     n, width, vocab = 64, 64, 2000
     hidden, weight = random(n, width, seed=10, dtype=torch.bfloat16), random(vocab, width, seed=11, spread=0.3)
     weight = weight.to(torch.bfloat16)
@@ -218,7 +259,7 @@ def test_bf16_error_is_not_above_that_of_the_naive_path(kind: str) -> None:
     exact = naive(hidden.double(), weight.double(), torch.float64)
     plain = naive(hidden, weight, torch.float32)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    fused = fused_head_loss(*leaves, targets, loss=spec, head=HeadSpec(chunk_tokens=24)).loss
+    fused = fused_head_loss(*leaves, targets, loss=spec, head=HeadSpec(chunk_tokens=24, compile=compiled)).loss
     ours = (fused, *torch.autograd.grad(fused, leaves))
     assert ours[0].dtype == torch.float32
     for got, other, true in zip(ours, plain, exact, strict=True):
@@ -240,8 +281,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@both_ways
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_memory_is_bounded_by_the_chunk(temperature: float) -> None:
+def test_memory_is_bounded_by_the_chunk(temperature: float, compiled: bool) -> None:
     n, vocab, chunk = 400, 300, 10
     hidden = random(n, HIDDEN, seed=13, dtype=torch.float32).requires_grad_()
     weight = random(vocab, HIDDEN, seed=14, dtype=torch.float32)
@@ -249,7 +291,7 @@ def test_memory_is_bounded_by_the_chunk(temperature: float) -> None:
     targets = head_targets(teacher, [4] * n, temperature=temperature, dtype=torch.float32)
     with Largest() as seen:
         spec = LossSection(temperature=temperature)
-        got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec(chunk_tokens=chunk))
+        got = fused_head_loss(hidden, weight, targets, loss=spec, head=HeadSpec(chunk_tokens=chunk, compile=compiled))
         got.loss.backward()
     assert seen.elements <= max(chunk * vocab, n * HIDDEN, vocab * HIDDEN)
 
