@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from storage_schemas.common.errors import NeoError, TemporaryError
+from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, cannot_write
 from storage_schemas.common.hashes import SETTLED_SECONDS, file_state, this_boot
 from storage_schemas.common.publish import give_name, publish
 from storage_schemas.rows import STATUSES
@@ -79,11 +79,25 @@ def corpus_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> Frozen:
+def why_unknown(found: Sequence[Found], opened: Mapping[int, Records]) -> NeoError:
+    """Why `corpus_key` knows no key; arguments as there."""
+    expected = "files, objects, or a dataset of the hub, which nobody writes to"
+    for number, source in enumerate(found):
+        if number not in opened and _identity(source) is None:
+            got, fix = f"{source.path} was written a moment ago", "run the same command again when it is complete"
+            return TemporaryError("the tokenised corpus cannot be kept", got=got, expected=expected, fix=fix)
+    lines = [source.path for number, source in enumerate(found) if number in opened and not opened[number].identity]
+    got = f"{', '.join(lines) or 'the tokenizer'}: no version of its content is known"
+    fix = "download it, and name the file in corpus.sources[].path"
+    return MismatchError("the tokenised corpus cannot be kept", got=got, expected=expected, fix=fix)
+
+
+def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None], must_keep: bool = False) -> Frozen:
     """The corpus that lies under `folder / key`, or else the one that `make` fills, which lies there afterwards.
 
     What is proven is read without a lock. Of several workers one proves or makes it and the others wait. What is
-    damaged is made again; a cache that cannot be written to is no error. What is not kept never has a name.
+    damaged is made again; a cache that cannot be written to is no error, unless it `must_keep`. What is not kept never
+    has a name.
 
     Args:
         key: of the corpus; None: it cannot be kept.
@@ -104,6 +118,8 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
                 _lock(stack, folder / f"{key}.lock")
                 part.mkdir(exist_ok=True)
         except (OSError, NotImplementedError) as error:
+            if must_keep:
+                raise cannot_write(f"the cache {folder}", error, setting="corpus.cache_dir") from error
             log.warning("nothing is kept in %s between starts: %s", folder, error)
             scratch, keeps = None, False
         if key is not None and target.is_dir() and (found := _proven(target) or _prove(target)):
@@ -120,8 +136,11 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
         try:
             shutil.rmtree(target, ignore_errors=True)
             give_name(part, target)
-            _write_proof(target, _opened(target)[1])
+            found, seen = _opened(target)
+            _write_proof(target, seen)
         except _DAMAGE as error:
+            if must_keep:
+                raise cannot_write(f"the cache {folder}", error, setting="corpus.cache_dir") from error
             log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
         return found
 
@@ -162,7 +181,7 @@ def _opened(folder: Path) -> tuple[Frozen, dict[str, list[int]]]:
     """A kept corpus, and the states of the very files that are mapped."""
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
-        frozen = Frozen(arrays=mapped(files), parts=read_journal(folder))
+        frozen = Frozen(arrays=mapped(files), parts=read_journal(folder), folder=folder)
         return frozen, {name: file_state(file.fileno()) for name, file in files.items()}
 
 
