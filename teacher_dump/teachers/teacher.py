@@ -313,7 +313,7 @@ class Teacher:
                 f"sample {samples[0].sample_index} alone does not fit into the memory of {self.device}",
                 got=f"{padded} tokens: {message}",
                 expected="a device that holds the model and one sample",
-                fix="lower corpus.max_length, or run the teacher in bfloat16 or on a larger device",
+                fix="lower corpus.max_length, run it in bfloat16 or on a larger device, or set teacher.sharding",
             )
         if self._fits is None:
             log.warning("%d padded tokens do not fit into %s: halving such batches", padded, self.device)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from support.distributed import TESTS, environment, run_ranks
 from support.dumps import ESTIMATORS, some_provenance, unit_rows
@@ -159,6 +160,20 @@ def test_heads_that_cannot_be_dealt_are_refused_before_the_corpus_is_read(
     teacher = GroupTeacher(section, group)
     with nullcontext() if fits else pytest.raises(MismatchError, match="num_key_value_heads = 2"):
         teacher.refuse_unloadable()
+
+
+def test_a_batch_that_does_not_fit_is_told_with_what_to_change(tmp_path: Path) -> None:
+    section = TeacherSection(model=str(save_teacher(tmp_path)), dtype="float32", device="cpu", sharding="zero3")
+    none: Any = None
+    teacher = GroupTeacher(section, Group(rank=1, size=2, local_rank=1, on_gpu=False, control=none, answers=none))
+    teacher.__dict__["model"] = tiny_model("llama")
+
+    def no_memory(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    teacher.model.get_decoder().register_forward_pre_hook(no_memory)
+    with pytest.raises(MismatchError, match=r"does not fit into (.|\n)*lower teacher.batch_tokens, or start more"):
+        teacher.launch(BATCHES[0], RECIPE)
 
 
 @pytest.fixture
