@@ -159,14 +159,16 @@ def freeze_corpus(
         _hash(digest, corpus, first=0)
         records = [opened.get(number) or records_of(number) for number in range(len(found))]
         work = partial(_tokenise_part, tokenizer=tokenizer, section=section, lm_head_rows=lm_head_rows)
-        left = sum(each.used for each in records) - sum(done)
-        with pooled(work, processes=_processes(section, left)) as mapped:
+        used = sum(each.used for each in records)
+        with pooled(work, processes=_processes(section, used - sum(done))) as mapped:
             for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
                 raw = islice(read_source(source, each), done[number], None)
                 for part in _larger(mapped(chunked(raw, _BATCH)), check):
                     columns.append(part, source=number, records=part.records, problems=part.problems[:_NAMED])
                     hashed, corpus = len(corpus), _corpus(columns.frozen(), len(found))
                     _hash(digest, corpus, first=hashed)
+                    if (so_far := sum(corpus.source_records)) < used:
+                        log.info("tokenised %d of %d records: %d tokens", so_far, used, len(corpus.input_ids))
         _refuse_useless(corpus)
         columns.finish(fingerprint=digest.hexdigest())
 

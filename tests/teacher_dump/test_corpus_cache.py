@@ -280,11 +280,14 @@ def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path: Path, key: str | N
 
 
 def test_what_an_interrupted_start_has_tokenised_is_kept(
-    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(corpus_module, "_BATCH", 2)
     monkeypatch.setattr(corpus_module, "_PART_SAMPLES", 2)
-    whole = freeze(path, cache_dir=str(path.parent / "other"))
+    with caplog.at_level("INFO", logger="teacher_dump"):
+        whole = freeze(path, cache_dir=str(path.parent / "other"))
+    said = [message.partition(":")[0] for message in caplog.messages if message.startswith("tokenised")]
+    assert said == [f"tokenised {count} of 8 records" for count in (2, 4, 6)]
     assert made == [1] * 4
     made.clear()
 
