@@ -26,7 +26,7 @@ PYTEST_ARGS ?=
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dump-teacher train-student run preview plan status verify inspect evaluate merge docs lint check test test-full test-gpu test-vllm test-qlora test-lm-eval test-lowest test-skypilot reproduce guidelines frontier bench-dump bench-storage bench-train bench-gpu bench-clusters clean
+.PHONY: help setup demo dump-teacher train-student run freeze preview plan status verify inspect evaluate merge docs lint check test test-full test-gpu test-vllm test-qlora test-lm-eval test-lowest test-skypilot reproduce guidelines frontier bench-dump bench-storage bench-train bench-gpu bench-clusters clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -123,6 +123,10 @@ train-student: $(TRAIN)  ## Stage two: make train-student CONFIG=x.yaml [NPROC=8
 run: $(TRAIN)  ## Both stages, evaluation, merge and report: make run CONFIG=x.yaml [RETRIES=5]
 	$(with_config)
 	$(door) run "$$CONFIG" $(ranks) $(ARGS)
+
+freeze: $(TEACHER)  ## Tokenise a large corpus before its workers start: make freeze CONFIG=x.yaml [ARGS="--json"]
+	$(with_config)
+	$(door) freeze "$$CONFIG" $(ARGS)
 
 preview: $(TEACHER)  ## What a corpus becomes: make preview CONFIG=x.yaml [ARGS="--samples 3"]
 	$(with_config)

@@ -140,6 +140,19 @@ def dump(
 
 
 @app.command()
+def freeze(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Tokenise the corpus, and `heldout`, into the cache, where the workers of a dump find it. Loads no weights."""
+    from pipeline.commands import run_freeze
+    from pipeline.views.summary import print_frozen
+
+    found = run_freeze(load_config(config, overrides or ()))
+    if as_json:
+        print_result(found, as_json)
+    else:
+        print_frozen(found, Console())
+
+
+@app.command()
 def preview(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -636,7 +649,7 @@ def _refuse_unfit_group(nproc: int | None, teacher: TeacherSection) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: errors become messages and exit codes."""
     words = sys.argv[1:] if arguments is None else arguments
-    goes_on = words[:1] in (["dump"], ["train"], ["run"])
+    goes_on = words[:1] in (["freeze"], ["dump"], ["train"], ["run"])
     stopped = "interrupted; run the same command again to continue" if goes_on else "stopped"
     try:
         interrupt()

@@ -1,4 +1,5 @@
-"""What commands do inside of their own process that needs torch and is more than one call: dumps, plans, recomputing.
+"""What commands do inside of their own process that needs torch and is more than one call: freezing, dumps, plans,
+recomputing.
 
 Each imports its own stage when it is called, since that takes seconds.
 """
@@ -63,6 +64,45 @@ def run_dumps(
             )
             summaries.append(summary.model_dump(mode="json"))
     return summaries[-1] | ({"heldout": summaries[0]} if config.heldout else {})
+
+
+def run_freeze(config: Config) -> dict[str, Any]:
+    """Tokenise the held-out samples, if there are any, and the corpus into the cache, where the workers of a dump find
+    them. No weights are loaded.
+
+    Returns where the corpus lies and what it holds, and under `heldout` the same of the other.
+
+    Raises:
+        NeoError: a dump would refuse them, or they cannot be kept.
+    """
+    from teacher_dump.corpus.freeze import freeze_corpus
+    from teacher_dump.corpus.heldout import refuse_shared
+    from teacher_dump.corpus.preview import DescribedTeacher
+    from teacher_dump.dump import refuse_too_long
+
+    teacher = DescribedTeacher(need(config.teacher, "teacher", "freeze"))
+    corpora, found = [], []
+    for part in [*([config.heldout_config()] if config.heldout else []), config]:
+        started = time.monotonic()
+        section = need(part.corpus, "corpus", "freeze")
+        corpus = freeze_corpus(section, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, must_keep=True)
+        refuse_too_long(corpus, teacher)
+        corpora.append(corpus)
+        found.append(
+            {
+                "folder": str(corpus.folder),
+                "fingerprint": corpus.fingerprint,
+                "samples": len(corpus),
+                "statuses": corpus.status_counts(),
+                "truncated": corpus.truncated,
+                "tokens": len(corpus.input_ids),
+                "supervised_tokens": int(corpus.loss_mask.sum()),
+                "seconds": time.monotonic() - started,
+            }
+        )
+    if config.heldout:
+        refuse_shared(corpora[-1], heldout=corpora[0])
+    return found[-1] | ({"heldout": found[0]} if config.heldout else {})
 
 
 def report_training(config: Config) -> None:

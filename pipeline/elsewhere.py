@@ -179,7 +179,7 @@ COMMANDS = {
     "eval": "`llm-neo evaluate`",
     "generate": "`llm-neo chat`",
     "inference": "`llm-neo chat`",
-    "preprocess": "`llm-neo preview`",
+    "preprocess": "`llm-neo freeze`",
     "validate": "`llm-neo config show` or `llm-neo doctor`",
     "check": "`llm-neo config show` or `llm-neo doctor`",
     "show": "`llm-neo config show`, or `llm-neo inspect` of a dump",

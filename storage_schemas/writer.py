@@ -31,6 +31,7 @@ from storage_schemas.records import (
     records_sha256,
     totals,
     unit_of_data,
+    unit_of_record,
 )
 from storage_schemas.rows import Row, UnitRows, rows_to_unit
 from storage_schemas.stores.store import Store
@@ -107,6 +108,12 @@ class DumpWriter:
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
         return self._dump.list_committed()
+
+    def committed_from(self, unit: int) -> tuple[set[int], bool]:
+        """Committed units from `unit` on, and whether there may be more: one page of the listing of an object store."""
+        keys, more = self.store.list_after(record_key(unit - 1) if unit else "commits/unit")
+        found = map(unit_of_record, keys)
+        return {each for each in found if each is not None and each < self.provenance.units}, more
 
     def is_committed(self, unit: int) -> bool:
         """Whether `unit` is committed now, durably."""

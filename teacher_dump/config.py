@@ -74,7 +74,8 @@ class TeacherSection(FrozenModel):
     offload: bool = False
     """With `zero3`: keep the weights in the host's memory until they are used."""
     batch_tokens: int = Field(16384, ge=1)
-    """Token budget of a forward pass, padding included. Only speed and memory depend on it."""
+    """Token budget of a forward pass, padding included; with `zero3`, of each process. Only speed and memory depend on
+    it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` … Where torchrun, srun or mpirun start several workers on
     one machine, `auto` and `cuda` mean this worker's own GPU, by its local rank."""

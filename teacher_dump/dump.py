@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import tempfile
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,6 @@ from rich.console import Console
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.common.interrupt import in_background
 from storage_schemas.common.signals import StopRequest, stoppable
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.provenance import CorpusIdentity, Provenance, TokenizerIdentity
@@ -35,6 +33,7 @@ from teacher_dump.config import CorpusSection, TeacherSection
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.heldout import refuse_shared
 from teacher_dump.corpus.template import templated
+from teacher_dump.others import Others
 from teacher_dump.progress import DumpProgress, EventLog
 from teacher_dump.teachers.open import opened
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
@@ -45,8 +44,6 @@ _LOADED_HOW = ("local_files_only", "is_local")
 """What transformers writes among a tokenizer's settings and changes with HF_HUB_OFFLINE: workers would disagree."""
 _OF_OTHERS = {"adapter_config.json", "checkpoints", "config.json", "events.jsonl", "final", "summary.json"}
 """Names in directories of runs and models."""
-_LOOK_SECONDS = 10.0
-"""A worker looks again what others have committed so long after it has seen the last answer."""
 
 
 class DumpSummary(FrozenModel):
@@ -266,11 +263,6 @@ class UnitWorker:
         self.rank, self.world_size = rank, world_size
         self.units_done_here = self.units_lost_here = self.tokens = 0
         self.seconds = 0.0
-        self._committed: set[int] = set()
-        """Units that are committed, as far as was seen."""
-        self._looked = 0.0
-        self._listing: Future[set[int]] | None = None
-        """What is asked for and not seen yet."""
         self._collector = ThreadPoolExecutor(1, "targets")
         """Waits for the targets of one batch while the next one goes through the teacher."""
 
@@ -281,15 +273,15 @@ class UnitWorker:
             TemporaryError: the dump is not complete at the end.
         """
         provenance = self.writer.provenance
-        self._looked, self._committed = time.monotonic(), self.writer.committed()
-        events.write("start", world_size=self.world_size, units=provenance.units, done=len(self._committed))
-        if len(self._committed) < provenance.units:
+        others = Others(self.writer)
+        events.write("start", world_size=self.world_size, units=provenance.units, done=len(others.committed))
+        if len(others.committed) < provenance.units:
             self.teacher.start(self.corpus, provenance)
             starts = np.minimum(np.arange(provenance.units + 1) * provenance.samples_per_unit, len(self.corpus))
             sizes = np.diff(self.corpus.offsets[starts])
             progress = DumpProgress(unit_tokens=sizes, world_size=self.world_size, events=events, console=console)
             with progress.shown(), Committer(self.writer) as commits:
-                self._take_all(commits, progress)
+                self._take_all(others, commits, progress)
                 commits.close()
                 progress.update(committed=self.writer.committed(), records=commits.won, last=True)
             self.units_done_here, self.tokens, self.seconds = len(commits.won), progress.tokens, progress.seconds
@@ -301,7 +293,7 @@ class UnitWorker:
                 fix="run the same command again",
             )
 
-    def _take_all(self, commits: Committer, progress: DumpProgress) -> None:
+    def _take_all(self, others: Others, commits: Committer, progress: DumpProgress) -> None:
         """Go through the units, and on from another place among them after meeting somebody.
 
         Workers that do not know of each other, both rank 0 of 1, would otherwise do the same work to the end.
@@ -309,7 +301,7 @@ class UnitWorker:
         units = deque(unit_order(self.writer.provenance.units, rank=self.rank, world_size=self.world_size))
         met = 0
         while units:
-            self._take(units.popleft(), commits, progress)
+            self._take(units.popleft(), others, commits, progress)
             lost = self.units_lost_here + len(commits.lost)
             if lost > met and units:
                 if not met:
@@ -320,9 +312,9 @@ class UnitWorker:
                 met = lost
                 units.rotate(random.Random().randint(1, len(units)))
 
-    def _take(self, unit: int, commits: Committer, progress: DumpProgress) -> None:
+    def _take(self, unit: int, others: Others, commits: Committer, progress: DumpProgress) -> None:
         """Compute a unit and hand it to the committing thread, unless somebody else commits it first."""
-        if unit in self._committed or self.writer.is_committed(unit):
+        if unit in others.committed or self.writer.is_committed(unit):
             return
         samples = [self.corpus.sample(index) for index in self.writer.provenance.unit_range(unit)]
         usable = [sample for sample in samples if sample.status == OK]
@@ -331,8 +323,8 @@ class UnitWorker:
         for batch in self.teacher.batches(usable):
             self.stop.check()
             commits.check()
-            self._look()
-            if unit in self._committed:
+            others.look(unit)
+            if unit in others.committed:
                 self.units_lost_here += waiting is not None
                 return
             pending = self.teacher.launch(batch, self.writer.provenance.recipe)
@@ -340,20 +332,11 @@ class UnitWorker:
                 found |= waiting.result()
             waiting = self._collector.submit(_by_sample, batch, pending)
             progress.count(unit, sum(len(sample.input_ids) for sample in batch))
-            progress.update(committed=self._committed, records=commits.won)
+            progress.update(committed=others.committed, records=commits.won)
         if waiting is not None:
             found |= waiting.result()
         refuse_nonfinite(unit, [found[sample.sample_index] is None for sample in usable], self.teacher)
         commits.commit(unit, [row_of(sample, found.get(sample.sample_index)) for sample in samples])
-
-    def _look(self) -> None:
-        """See what others have committed, from time to time. A thread asks: of many units it takes seconds."""
-        if self._listing is None:
-            if time.monotonic() - self._looked > _LOOK_SECONDS:
-                self._listing = in_background(self.writer.committed)
-        elif self._listing.done():
-            listing, self._listing = self._listing, None
-            self._looked, self._committed = time.monotonic(), listing.result()
 
 
 def _by_sample(batch: Sequence[Row], pending: PendingTargets) -> dict[int, Targets | None]:

@@ -63,6 +63,7 @@ def test_every_command_is_one() -> None:
             seen.add(words[0])
     assert seen == {
         "init",
+        "freeze",
         "preview",
         "plan",
         "status",

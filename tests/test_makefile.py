@@ -130,6 +130,7 @@ def test_doors_pass_on_what_they_were_given(folder: Path) -> None:
     told(folder, "dump-teacher", f"CONFIG={config}", "ARGS=--set 'a.b={c: d}'")
     told(folder, "train-student", f"CONFIG={config}", "NPROC=8")
     told(folder, "plan", f"CONFIG={config}", "ARGS=--json")
+    told(folder, "freeze", f"CONFIG={config}", "ARGS=--json")
     told(folder, "preview", f"CONFIG={config}")
     told(folder, "status", f"CONFIG={config}")
     told(folder, "status", "URL=s3://b/a", "ARGS=runs/a --watch")
@@ -141,6 +142,7 @@ def test_doors_pass_on_what_they_were_given(folder: Path) -> None:
         f"<dump><{config}><--set><a.b={{c: d}}>",
         f"<train><{config}><--nproc><8>",
         f"<plan><{config}><--json>",
+        f"<freeze><{config}><--json>",
         f"<preview><{config}>",
         f"<status><{config}>",
         "<status><s3://b/a><runs/a><--watch>",

@@ -25,11 +25,10 @@ def print_dumps(found: Mapping[str, Any], console: Console) -> None:
 
 def dump_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of what there is to say of one dump."""
-    cut = f", {found['truncated']:,} cut to corpus.max_length" if found["truncated"] else ""
     lines = [
         ("dump", visible(found["url"])),
         ("fingerprint", found["fingerprint"]),
-        ("samples", f"{found['rows']:,} ({counts(found['statuses'])}) in {found['units']:,} units{cut}"),
+        ("samples", f"{found['rows']:,} ({counts(found['statuses'])}) in {found['units']:,} units{_cut(found)}"),
         ("tokens", f"{found['tokens']:,}, {found['supervised_tokens']:,} of them supervised"),
     ]
     if found["bytes_per_supervised_token"] is not None:
@@ -43,6 +42,26 @@ def dump_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     took = timedelta(seconds=round(found["seconds"]))
     done = f"{found['units_done_here']:,} units{lost}; {found['tokens_here']:,} tokens in {took}"
     return [*lines, ("done here", f"{done}, {found['tokens_per_second']:,.0f} tokens/s")]
+
+
+def _cut(found: Mapping[str, Any]) -> str:
+    return f", {found['truncated']:,} cut to corpus.max_length" if found["truncated"] else ""
+
+
+def print_frozen(found: Mapping[str, Any], console: Console) -> None:
+    """Print what `pipeline.commands.run_freeze` returns."""
+    for one in [found, *([found["heldout"]] if "heldout" in found else [])]:
+        if one is not found:
+            console.print()
+            console.print(Text("held-out samples", "italic"))
+        lines = [
+            ("corpus", visible(one["folder"])),
+            ("fingerprint", one["fingerprint"]),
+            ("samples", f"{one['samples']:,} ({counts(one['statuses'])}){_cut(one)}"),
+            ("tokens", f"{one['tokens']:,}, {one['supervised_tokens']:,} of them supervised"),
+            ("took", f"{one['seconds']:,.1f} s"),
+        ]
+        console.print(facts_table(lines))
 
 
 def print_verified(url: str, found: Mapping[str, Any], console: Console) -> None:

@@ -1,6 +1,5 @@
 """Hashes of large local files: one process reads a file, once since the machine was started."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from storage_schemas.canonical import canonical_json, with_checksum
+from storage_schemas.common.locks import locked
 from storage_schemas.common.publish import publish
 
 SETTLED_SECONDS = 2.0
@@ -20,15 +20,14 @@ SETTLED_SECONDS = 2.0
 def file_sha256(path: Path, *, folder: Path) -> str:
     """Hash of a file, read unless `folder` says what it was and nothing has written to the file since.
 
-    Of several processes one reads and the others wait. A folder that cannot be used is no error.
+    Of several processes of a machine one reads and the others wait. A folder that cannot be used is no error.
     """
-    entry = folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    entry = folder / f"{hashlib.sha256(f'{path.resolve()} {this_boot()}'.encode()).hexdigest()[:32]}.json"
     if found := _known(entry, path):
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(entry.with_suffix(".lock"), "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(entry.with_suffix(".lock")):
             return _known(entry, path) or _read(entry, path)
     except OSError:
         return _read(None, path)

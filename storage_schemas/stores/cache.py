@@ -1,14 +1,14 @@
 """Shards that were fetched from an object store, on this node's disk, for all processes of the node."""
 
-import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from storage_schemas.common.errors import cannot_write
+from storage_schemas.common.hashes import file_state
+from storage_schemas.common.locks import locked, read_or_make
 from storage_schemas.common.publish import publish
 
 _SUFFIX = ".parquet"
@@ -18,7 +18,7 @@ class ShardCache:
     """Files named by the hash of their content. Several processes and runs may share the folder.
 
     Above `limit` bytes the files that were not used for longest go. Nobody is ever in their way: a file is read whole
-    under its lock, and one whose lock is held stays.
+    under its lock, which its readers share, and one whose lock is held stays.
     """
 
     def __init__(self, folder: Path, *, limit: int | None) -> None:
@@ -36,17 +36,26 @@ class ShardCache:
             TemporaryError: its disk is full or fails.
         """
         cached = self._folder / f"{sha256}{_SUFFIX}"
+
+        def read() -> bytes | None:
+            if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == sha256:
+                _touch(cached)
+                return data
+            return None
+
+        def make() -> bytes:
+            data = fetch()
+            publish(cached, data)
+            _touch(cached)
+            self._shrink(keep=cached)
+            return data
+
+        def state() -> object:
+            return file_state(cached) if cached.is_file() else None
+
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(sha256):
-                if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == sha256:
-                    _touch(cached)
-                    return data
-                data = fetch()
-                publish(cached, data)
-                _touch(cached)
-                self._shrink(keep=cached)
-                return data
+            return read_or_make(self._lock(sha256), read, make, state=state)
         except OSError as error:
             raise cannot_write(f"the shard cache {self._folder}", error, setting="train.cache_dir") from error
 
@@ -68,18 +77,14 @@ class ShardCache:
             if file == keep:
                 continue
             try:
-                with self._locked(file.name.removesuffix(_SUFFIX), wait=False):
+                with locked(self._lock(file.name.removesuffix(_SUFFIX)), wait=False):
                     file.unlink(missing_ok=True)
             except BlockingIOError:  # Somebody reads it.
                 continue
             total -= size
 
-    @contextmanager
-    def _locked(self, sha256: str, *, wait: bool = True) -> Iterator[None]:
-        """Hold a lock between the processes of this node; the kernel frees it when its holder dies."""
-        with open(self._folder / f".{sha256}.lock", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+    def _lock(self, sha256: str) -> Path:
+        return self._folder / f".{sha256}.lock"
 
 
 def _touch(file: Path) -> None:

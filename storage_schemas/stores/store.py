@@ -32,6 +32,8 @@ KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 """Keys are plain relative names: no absolute path, no `..`, no empty or hidden part, no backslash."""
 PARALLEL_REQUESTS = 32
 """Requests in flight when many small keys are read."""
+_PAGE = 1000
+"""Keys of one answer of a listing, on S3 and GCS."""
 JSON_BYTES = 64 * 2**20
 """The largest JSON file that is read."""
 _CHUNK = 8 * 2**20
@@ -204,6 +206,18 @@ class Store:
         """All keys under the folder `prefix`, in no particular order."""
         _check(prefix)
         return [head["path"] for head in self.heads(prefix) if KEY.fullmatch(head["path"])]
+
+    def list_after(self, key: str) -> tuple[Sequence[str], bool]:
+        """Keys of the folder of `key` behind it, whatever their names, and whether there may be more.
+
+        Of an object store it is one page, in the order of names, and one request; of local files and of the hub all.
+        """
+        _check(key)
+        folder = key.rpartition("/")[0]
+        if self.root is not None or self._hub is not None:
+            return [head["path"] for head in self.heads(folder) if head["path"] > key], False
+        page = self._ask(lambda: next(iter(obstore.list(self._store, folder, offset=key, chunk_size=_PAGE)), []))
+        return [head["path"] for head in page], len(page) >= _PAGE
 
     def heads(self, folder: str) -> Sequence[Any]:
         """What `head` knows of all keys under a folder, whatever their names."""

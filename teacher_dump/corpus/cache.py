@@ -8,14 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from storage_schemas.common.errors import NeoError, TemporaryError
+from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, cannot_write
 from storage_schemas.common.hashes import SETTLED_SECONDS, file_state, this_boot
+from storage_schemas.common.locks import locked, read_or_make
 from storage_schemas.common.publish import give_name, publish
 from storage_schemas.rows import STATUSES
 from teacher_dump.config import CorpusSection
@@ -79,11 +79,25 @@ def corpus_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> Frozen:
+def why_unknown(found: Sequence[Found], opened: Mapping[int, Records]) -> NeoError:
+    """Why `corpus_key` knows no key; arguments as there."""
+    expected = "files, objects, or a dataset of the hub, which nobody writes to"
+    for number, source in enumerate(found):
+        if number not in opened and _identity(source) is None:
+            got, fix = f"{source.path} was written a moment ago", "run the same command again when it is complete"
+            return TemporaryError("the tokenised corpus cannot be kept", got=got, expected=expected, fix=fix)
+    lines = [source.path for number, source in enumerate(found) if number in opened and not opened[number].identity]
+    got = f"{', '.join(lines) or 'the tokenizer'}: no version of its content is known"
+    fix = "download it, and name the file in corpus.sources[].path"
+    return MismatchError("the tokenised corpus cannot be kept", got=got, expected=expected, fix=fix)
+
+
+def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None], must_keep: bool = False) -> Frozen:
     """The corpus that lies under `folder / key`, or else the one that `make` fills, which lies there afterwards.
 
-    What is proven is read without a lock. Of several workers one proves or makes it and the others wait. What is
-    damaged is made again; a cache that cannot be written to is no error. What is not kept never has a name.
+    What is proven is read without a lock. Of several workers one makes it and the others wait; of those of one machine
+    one proves it, on all machines at the same time. What is damaged is made again; a cache that cannot be written to is
+    no error, unless it `must_keep`. What is not kept never has a name.
 
     Args:
         key: of the corpus; None: it cannot be kept.
@@ -92,38 +106,62 @@ def kept(folder: Path, key: str | None, *, make: Callable[[Columns], None]) -> F
     Raises:
         NeoError: whatever `make` raises. Parts are left behind if it is temporary.
     """
-    target, part = folder / f"{key}", folder / f"{key}.part"
+    target, lock = folder / f"{key}", folder / f"{key}.lock"
     if key is not None and (found := _proven(target)):
         return found
-    with ExitStack() as stack:
-        scratch: Path | None = folder
-        keeps = key is not None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if keeps:
-                _lock(stack, folder / f"{key}.lock")
-                part.mkdir(exist_ok=True)
-        except (OSError, NotImplementedError) as error:
-            log.warning("nothing is kept in %s between starts: %s", folder, error)
-            scratch, keeps = None, False
-        if key is not None and target.is_dir() and (found := _proven(target) or _prove(target)):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if key is not None:
+            with suppress(BlockingIOError), locked(lock, shared=True, wait=False):
+                pass
+    except OSError as error:
+        if must_keep:
+            raise cannot_write(f"the cache {folder}", error, setting="corpus.cache_dir") from error
+        log.warning("nothing is kept in %s between starts: %s", folder, error)
+        found = None if key is None else _whole(target)
+        return found or _made(None, None, make)
+    if key is None:
+        return _made(None, folder, make)
+    return read_or_make(
+        lock,
+        partial(_whole, target),
+        partial(_make_and_keep, target, make, must_keep=must_keep),
+        state=lambda: target.stat().st_ino if target.is_dir() else None,
+        waiting="another worker is tokenising the corpus; waiting for it",
+    )
+
+
+def _make_and_keep(target: Path, make: Callable[[Columns], None], *, must_keep: bool) -> Frozen:
+    part = target.with_name(f"{target.name}.part")
+    try:
+        part.mkdir(exist_ok=True)
+        found = _made(part, None, make)
+    except NeoError as error:
+        if not isinstance(error, TemporaryError):
             shutil.rmtree(part, ignore_errors=True)
-            return found
-        if not keeps:
-            return _made(None, scratch, make)
-        try:
-            found = _made(part, None, make)
-        except NeoError as error:
-            if not isinstance(error, TemporaryError):
-                shutil.rmtree(part, ignore_errors=True)
-            raise
-        try:
-            shutil.rmtree(target, ignore_errors=True)
-            give_name(part, target)
-            _write_proof(target, _opened(target)[1])
-        except _DAMAGE as error:
-            log.warning("the tokenised corpus is not kept in %s: %s", folder, error)
-        return found
+        raise
+    except OSError as error:
+        raise cannot_write(f"the cache {part}", error, setting="corpus.cache_dir") from error
+    try:
+        shutil.rmtree(target, ignore_errors=True)
+        give_name(part, target)
+        found, seen = _opened(target)
+        _write_proof(target, seen)
+    except _DAMAGE as error:
+        if must_keep:
+            raise cannot_write(f"the cache {target}", error, setting="corpus.cache_dir") from error
+        log.warning("the tokenised corpus is not kept in %s: %s", target.parent, error)
+    return found
+
+
+def _whole(folder: Path) -> Frozen | None:
+    """A kept corpus that is proven, or that this process proves while others of this machine wait."""
+    if not folder.is_dir():
+        return None
+    with ExitStack() as stack:
+        with suppress(OSError):  # Where nothing can be written, each reads it.
+            stack.enter_context(locked(folder / f".{_proof_name()}.lock"))
+        return _proven(folder) or _prove(folder)
 
 
 def _made(folder: Path | None, scratch: Path | None, make: Callable[[Columns], None]) -> Frozen:
@@ -162,7 +200,7 @@ def _opened(folder: Path) -> tuple[Frozen, dict[str, list[int]]]:
     """A kept corpus, and the states of the very files that are mapped."""
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("rb")) for name in (*COLUMNS, JOURNAL)}
-        frozen = Frozen(arrays=mapped(files), parts=read_journal(folder))
+        frozen = Frozen(arrays=mapped(files), parts=read_journal(folder), folder=folder)
         return frozen, {name: file_state(file.fileno()) for name, file in files.items()}
 
 
@@ -175,15 +213,6 @@ def _write_proof(folder: Path, seen: Mapping[str, Any]) -> None:
 
 def _proof_name() -> str:
     return f"proven-{this_boot()}.json"
-
-
-def _lock(stack: ExitStack, path: Path) -> None:
-    lock = FileLock(path)
-    try:
-        stack.enter_context(lock.acquire(timeout=0))
-    except Timeout:
-        log.info("another worker is tokenising the corpus; waiting for it")
-        stack.enter_context(lock.acquire())
 
 
 def _identity(found: Found) -> Any:

@@ -56,6 +56,8 @@ class Frozen:
     arrays: Arrays
     parts: Sequence[Mapping[str, Any]]
     """Lines of their journal."""
+    folder: Path | None = None
+    """Where they are kept, if they are."""
 
 
 def joined(parts: Sequence[Part]) -> Part:

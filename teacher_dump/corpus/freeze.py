@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.rows import EMPTY, INVALID_TEXT, OK, STATUSES, TOO_LONG, Row
 from storage_schemas.targets import I32, I64
 from teacher_dump.config import CorpusSection
-from teacher_dump.corpus.cache import cache_folder, corpus_key, is_looked_up, kept
+from teacher_dump.corpus.cache import cache_folder, corpus_key, is_looked_up, kept, why_unknown
 from teacher_dump.corpus.columns import Columns, Frozen, Part, joined
 from teacher_dump.corpus.lines import RawRecord
 from teacher_dump.corpus.masks import Tokens, Unusable
@@ -67,6 +68,8 @@ class Corpus:
     """Per source, the first records of status `invalid_text`: where each is, and why."""
     fingerprint: str
     """Hash over every sample's id, status, token ids and loss mask, in order."""
+    folder: Path | None = None
+    """Where it is kept for later starts; None: it is not."""
 
     def __len__(self) -> int:
         return len(self.statuses)
@@ -111,7 +114,7 @@ class Corpus:
         """Samples that were cut to the longest allowed length."""
         starts = range(0, len(self), _STRIDE)
         cut = (np.diff(self.offsets[i : i + _STRIDE + 1]) < self.lengths[i : i + _STRIDE] for i in starts)
-        return sum(map(np.count_nonzero, cut)) - int(np.count_nonzero(self.have(TOO_LONG)))
+        return int(sum(map(np.count_nonzero, cut))) - int(np.count_nonzero(self.have(TOO_LONG)))
 
     @property
     def longest(self) -> int:
@@ -121,7 +124,12 @@ class Corpus:
 
 
 def freeze_corpus(
-    section: CorpusSection, tokenizer: Any, *, lm_head_rows: int, check: Callable[[], None] = lambda: None
+    section: CorpusSection,
+    tokenizer: Any,
+    *,
+    lm_head_rows: int,
+    check: Callable[[], None] = lambda: None,
+    must_keep: bool = False,
 ) -> Corpus:
     """Read, tokenise and hash every record of every source, or take what an earlier start kept of that.
 
@@ -130,11 +138,13 @@ def freeze_corpus(
         tokenizer: the teacher's fast tokenizer.
         lm_head_rows: rows of the teacher's LM head; pre-tokenised ids must be below it.
         check: called often; may raise to stop.
+        must_keep: a corpus that cannot be kept for later starts is an error.
 
     Raises:
         DataError: a source or a record is not readable, or nothing in the corpus can be used.
-        MismatchError: an object store denies access, or the configured chat template cannot be used.
-        TemporaryError: an object store does not answer.
+        MismatchError: an object store denies access, the configured chat template cannot be used, or what must be kept
+            cannot be.
+        TemporaryError: an object store does not answer, or a file that must be kept may still be written to.
     """
     tokenizer = templated(tokenizer, section)
     found = [find_source(source) for source in section.sources]
@@ -149,20 +159,24 @@ def freeze_corpus(
         _hash(digest, corpus, first=0)
         records = [opened.get(number) or records_of(number) for number in range(len(found))]
         work = partial(_tokenise_part, tokenizer=tokenizer, section=section, lm_head_rows=lm_head_rows)
-        left = sum(each.used for each in records) - sum(done)
-        with pooled(work, processes=_processes(section, left)) as mapped:
+        used = sum(each.used for each in records)
+        with pooled(work, processes=_processes(section, used - sum(done))) as mapped:
             for number, (source, each) in enumerate(zip(section.sources, records, strict=True)):
                 raw = islice(read_source(source, each), done[number], None)
                 for part in _larger(mapped(chunked(raw, _BATCH)), check):
                     columns.append(part, source=number, records=part.records, problems=part.problems[:_NAMED])
                     hashed, corpus = len(corpus), _corpus(columns.frozen(), len(found))
                     _hash(digest, corpus, first=hashed)
+                    if (so_far := sum(corpus.source_records)) < used:
+                        log.info("tokenised %d of %d records: %d tokens", so_far, used, len(corpus.input_ids))
         _refuse_useless(corpus)
         columns.finish(fingerprint=digest.hexdigest())
 
     opened = {number: records_of(number) for number, source in enumerate(found) if is_looked_up(source)}
     key = corpus_key(section, found, opened, tokenizer, lm_head_rows=lm_head_rows)
-    corpus = _corpus(kept(cache / "corpora", key, make=make), len(found))
+    if must_keep and key is None:
+        raise why_unknown(found, opened)
+    corpus = _corpus(kept(cache / "corpora", key, make=make, must_keep=must_keep), len(found))
     _refuse_bad(corpus, section)
     if corpus.truncated:
         log.warning(
@@ -213,6 +227,7 @@ def _corpus(frozen: Frozen, sources: int) -> Corpus:
         source_records=records,
         problems=problems,
         fingerprint=fingerprint,
+        folder=frozen.folder,
         **frozen.arrays,
     )
 

@@ -108,11 +108,13 @@ def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
     Raises:
         MismatchError: there is no such teacher, or code that it brings is another model's, or fails.
     """
-    described = _Described(teacher)
+    described = DescribedTeacher(teacher)
     return described.tokenizer, described.lm_head_rows
 
 
-class _Described(Teacher):
+class DescribedTeacher(Teacher):
+    """A teacher without its weights, which are neither needed nor fetched: tokenizer, config, what these say."""
+
     @cached_property
     def files(self) -> ModelFiles:
         return find_model(self.section.model, self.section.revision, self.code, weights=False)

@@ -1,16 +1,19 @@
 """One teacher held by several processes. Every forward pass is collective: process 0 leads, the others follow.
 
 The leader is a worker like any other: it takes units, chooses and commits targets. What it sends through the teacher it
-sends to the followers first, as JSON, and they run the same batch. They know nothing of the dump.
+sends to the followers first, as JSON. Under tensor parallelism they run the same batch; under ZeRO-3 each runs its part
+of it, and sends back the targets. They know nothing of the dump.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,13 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 from pydantic import TypeAdapter
+from safetensors.numpy import load, save
 from transformers.distributed import DistributedConfig
 
 from storage_schemas.common.errors import MismatchError, first_line
 from storage_schemas.provenance import Recipe
 from storage_schemas.rows import Row
+from storage_schemas.targets import Targets, concatenate
 from teacher_dump.config import TeacherSection
 from teacher_dump.teachers.teacher import PendingTargets, Teacher, cuda_or_no_gpu, launch
 
@@ -46,6 +51,9 @@ class Group:
     local_rank: int
     on_gpu: bool
     control: dist.ProcessGroup
+    """For what the leader sends."""
+    answers: dist.ProcessGroup
+    """For what it is sent: a group of its own, since another thread waits there."""
 
     @classmethod
     def join(cls, rank: int, size: int, local_rank: int, *, device: str, rendezvous: str = "env://") -> "Group":
@@ -65,7 +73,8 @@ class Group:
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=_COLLECTIVE, init_method=rendezvous)
         control = dist.new_group(backend="gloo", timeout=_CONTROL)
-        return cls(rank=rank, size=size, local_rank=local_rank, on_gpu=on_gpu, control=control)
+        answers = dist.new_group(backend="gloo", timeout=_COLLECTIVE)
+        return cls(rank=rank, size=size, local_rank=local_rank, on_gpu=on_gpu, control=control, answers=answers)
 
     @property
     def leads(self) -> bool:
@@ -86,6 +95,19 @@ class Group:
         dist.broadcast(data, src=0, group=self.control)
         return json.loads(data.numpy().tobytes())
 
+    def answer(self, data: bytes) -> None:
+        """Send the leader what it waits for in `read_answer`."""
+        dist.send(torch.tensor(len(data)), dst=0, group=self.answers)
+        dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=0, group=self.answers)
+
+    def read_answer(self, rank: int) -> bytes:
+        """Wait for the answer of another process."""
+        size = torch.zeros((), dtype=torch.int64)
+        dist.recv(size, src=rank, group=self.answers)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, src=rank, group=self.answers)
+        return data.numpy().tobytes()
+
     def close(self) -> None:
         """Leave. Collective."""
         if self.leads:
@@ -99,6 +121,17 @@ class GroupTeacher(Teacher):
     def __init__(self, section: TeacherSection, group: Group) -> None:
         super().__init__(section)
         self.group = group
+        self._answers = ThreadPoolExecutor(1, "answers")
+        """Waits for the targets of a batch, and for those of the other processes, or sends them; in turn."""
+
+    @property
+    def ways(self) -> int:
+        """Processes that share the samples of a batch.
+
+        Under tensor parallelism each computes a share of every sample. Under ZeRO-3 all must run the same modules in
+        the same order, in which weights are gathered; only transformers' own models are known to do so.
+        """
+        return self.group.size if self.section.sharding == "zero3" and not self.code else 1
 
     @property
     def devices(self) -> int:
@@ -138,7 +171,7 @@ class GroupTeacher(Teacher):
         return torch.device("cuda", self.group.local_rank) if self.group.on_gpu else torch.device("cpu")
 
     def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
-        """As `Teacher.launch`, with every process of the group.
+        """As `Teacher.launch`, with every process of the group; in the others, what it returns waits for their part.
 
         Raises:
             MismatchError: the batch does not fit into a device's memory. It is not halved: the other processes may be
@@ -152,7 +185,7 @@ class GroupTeacher(Teacher):
             }
             self.group.send(plain)
         try:
-            return launch(self.model, samples, recipe)
+            return launch(self.model, samples, recipe) if self.ways == 1 else self._launch_part(samples, recipe)
         except torch.OutOfMemoryError as error:
             raise MismatchError(
                 f"a batch does not fit into the memory of {self.device}",
@@ -161,13 +194,40 @@ class GroupTeacher(Teacher):
                 fix="lower teacher.batch_tokens, or start more processes",
             ) from error
 
+    def _launch_part(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
+        parts = shares(samples, self.ways)
+        # Who has no sample keeps the others company with one of theirs.
+        mine = parts[self.group.rank]
+        most = max(sum(len(sample.positions.tokens) for sample in part) for part in parts)
+        pending = launch(self.model, mine or samples[-1:], recipe, least_tokens=most)
+
+        def gathered() -> list[Targets | None]:
+            found = pending()
+            for rank in range(1, sum(map(bool, parts))):
+                found += unpacked(self.group.read_answer(rank))
+            return found
+
+        def sent() -> list[Targets | None]:
+            found = pending()
+            if mine:
+                self.group.answer(packed(found))
+            return found
+
+        return self._answers.submit(gathered if self.group.leads else sent).result
+
     def follow(self) -> None:
         """Run what the leader sends, until it has nothing more to send."""
+        before: PendingTargets = list
         while (message := self.group.receive()) is not None:
             if message == LOAD:
                 _ = self.model
                 continue
-            self.launch([_sample(plain) for plain in message["samples"]], _RECIPE.validate_python(message["recipe"]))
+            recipe = _RECIPE.validate_python(message["recipe"])
+            after = self.launch([_sample(plain) for plain in message["samples"]], recipe)
+            if self.ways > 1:
+                before()
+                before = after
+        before()
 
     def load_model(self) -> Any:
         """This process's share of the weights. Collective."""
@@ -181,6 +241,33 @@ class GroupTeacher(Teacher):
         return load_partitioned(
             self.read_weights, dtype=self.section.dtype, offload=self.section.offload, on_gpu=self.group.on_gpu
         )
+
+
+def shares(samples: Sequence[Row], ways: int) -> list[Sequence[Row]]:
+    """The part of each process, in order: as many samples, or one less."""
+    each, more = divmod(len(samples), ways)
+    stops = [i * each + min(i, more) for i in range(ways + 1)]
+    return [samples[start:stop] for start, stop in pairwise(stops)]
+
+
+def packed(found: Sequence[Targets | None]) -> bytes:
+    """Targets of samples, for another process; nothing of it is unpickled there."""
+    arrays = {"tokens": np.array([-1 if targets is None else len(targets) for targets in found])}
+    if some := [targets for targets in found if targets is not None]:
+        whole = concatenate(some)
+        columns = {field.name: getattr(whole, field.name) for field in fields(Targets)}
+        arrays |= {name: column for name, column in columns.items() if column is not None}
+    return bytes(save(arrays))
+
+
+def unpacked(data: bytes) -> list[Targets | None]:
+    """What `packed` was given."""
+    arrays = load(data)
+    tokens = arrays.pop("tokens")
+    stops = np.cumsum(np.maximum(tokens, 0))
+    whole = Targets(**(dict.fromkeys(("counts", "logsumexp")) | arrays)) if arrays else None
+    pairs = zip(tokens.tolist(), stops.tolist(), strict=True)
+    return [None if whole is None or count < 0 else whole.slice(stop - count, stop) for count, stop in pairs]
 
 
 def _plain(sample: Row) -> dict[str, Any]:

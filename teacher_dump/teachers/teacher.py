@@ -129,6 +129,11 @@ class Teacher:
             raise no_such_device(name, error, setting="teacher.device") from error
 
     @property
+    def ways(self) -> int:
+        """Processes that share the samples of a batch."""
+        return 1
+
+    @property
     def devices(self) -> int:
         """How many devices it runs on; the host's memory and disk, where layers wait, are none."""
         places = getattr(self.model, "hf_device_map", {}).values()
@@ -238,7 +243,8 @@ class Teacher:
     def batches(self, samples: Sequence[Row]) -> list[list[Row]]:
         """Samples that go through the model together: of like length, within the budget of padded tokens."""
         lengths = [forward_tokens(sample) for sample in samples]
-        cuts = length_sorted_batches(lengths, budget=self.section.batch_tokens, apart_at=self.short_context)
+        budget, apart_at = self.section.batch_tokens, self.short_context
+        cuts = length_sorted_batches(lengths, budget=budget, apart_at=apart_at, ways=self.ways)
         return [[samples[place] for place in places] for places in cuts]
 
     def targets(self, samples: Sequence[Row], recipe: Recipe) -> list[Targets | None]:
@@ -307,7 +313,7 @@ class Teacher:
                 f"sample {samples[0].sample_index} alone does not fit into the memory of {self.device}",
                 got=f"{padded} tokens: {message}",
                 expected="a device that holds the model and one sample",
-                fix="lower corpus.max_length, or run the teacher in bfloat16 or on a larger device",
+                fix="lower corpus.max_length, run it in bfloat16 or on a larger device, or set teacher.sharding",
             )
         if self._fits is None:
             log.warning("%d padded tokens do not fit into %s: halving such batches", padded, self.device)
@@ -367,19 +373,27 @@ def _relative_difference(got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"]
 
 
 @torch.inference_mode()
-def launch(model: Any, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
+def launch(model: Any, samples: Sequence[Row], recipe: Recipe, *, least_tokens: int = 0) -> PendingTargets:
+    """Send samples through a model, see `Teacher.launch`.
+
+    Args:
+        least_tokens: call the head as often as for so many supervised tokens, where processes must call it together.
+    """
     hidden = _supervised_hidden(model, samples)
     # What the draws of a token depend on.
     sizes = [len(sample.positions.tokens) for sample in samples]
     sample_index = np.repeat([sample.sample_index for sample in samples], sizes)
     position = np.concatenate([sample.positions.tokens for sample in samples])
     transform = LogitTransform.of(model.config, role="teacher")
-    chunk = min(_chunk_tokens(model), len(hidden))
+    most = max(least_tokens, len(hidden))
+    chunk = min(_chunk_tokens(model), most)
     scratch = hidden.new_empty(chunk, head_rows(model), dtype=torch.float32)
     parts: list[Entries] = []
-    for start in range(0, len(hidden), chunk):
+    for start in range(0, most, chunk):
         tokens = slice(start, start + chunk)
         logits = _logits(model, hidden[tokens], transform, scratch)
+        if not len(logits):
+            continue
         if recipe.masked_from is not None:
             logits[:, recipe.masked_from :] = -torch.inf
         parts.append(

@@ -27,6 +27,7 @@ from storage_schemas.writer import DumpWriter
 COMMANDS = [
     "init",
     "dump",
+    "freeze",
     "preview",
     "train",
     "run",

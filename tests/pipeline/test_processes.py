@@ -62,6 +62,8 @@ def alive(pid: int) -> bool:
         ([-11, 78], 70),
         ([-15, 0], 75),
         ([143], 75),
+        ([-6] * 8, 75),  # NCCL's watchdogs, once a collective hangs: every rank dies without a word.
+        ([134, 137], 75),
         ([-2, 65], 65),
     ],
 )

@@ -4,8 +4,14 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from storage_schemas.stores import cache as cache_module
 from storage_schemas.stores.cache import ShardCache
 
 SIZE = 1000
@@ -82,6 +88,30 @@ def test_a_file_that_is_being_read_stays(tmp_path: Path) -> None:
         assert kept(tmp_path) == {0, 1}
     cache.get(2)
     assert kept(tmp_path) == {2}
+
+
+def test_readers_do_not_wait_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three fetches, and the others read at the same time: each waits here for the other."""
+    fetched: list[int] = []
+    together = threading.Barrier(2, timeout=20)
+    original = cache_module._touch
+
+    def touch(file: Path) -> None:
+        original(file)
+        if threading.get_ident() not in fetched:
+            together.wait()
+
+    def fetch() -> bytes:
+        fetched.append(threading.get_ident())
+        time.sleep(0.1)
+        return content(0)
+
+    monkeypatch.setattr(cache_module, "_touch", touch)
+    cache = ShardCache(tmp_path, limit=None)
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda _: cache.get(key(0), fetch=fetch), range(3))
+        assert list(found) == [content(0)] * 3
+    assert len(fetched) == 1
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:

@@ -86,3 +86,17 @@ def test_of_several_one_reads_and_a_folder_that_cannot_be_used_is_no_error(
         found = set(pool.map(work, range(4)))
     assert len(reads) == 1
     assert found == {file_sha256(file, folder=file)}
+
+
+def test_machines_read_a_file_at_the_same_time_and_each_once(
+    tmp_path: Path, file: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, counted = threading.Barrier(2, timeout=20), hashlib.file_digest
+    monkeypatch.setattr(hashes, "this_boot", lambda: threading.current_thread().name.split("_")[0])
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: (together.wait(), counted(*a))[1])
+    with ThreadPoolExecutor(2, "a") as one, ThreadPoolExecutor(2, "b") as other:
+        found = [
+            pool.submit(file_sha256, file, folder=tmp_path / "cache") for pool in (one, other, one, other, one, other)
+        ]
+        assert len({each.result() for each in found}) == 1
+    assert len(reads) == 2

@@ -3,23 +3,26 @@
 import hashlib
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
 from support.races import race
-from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, moto, options, seaweedfs, tls
+from support.s3_proxy import Proxy
+from support.s3_servers import BUCKET, READER, TinyS3, be_impatient, free_ports, moto, options, seaweedfs, tls
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
-from storage_schemas.records import TokenizerRecord
+from storage_schemas.records import TokenizerRecord, record_key
 from storage_schemas.stores import requests as remote
 from storage_schemas.stores.store import Store
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
+from teacher_dump import others
 
 URL = f"s3://{BUCKET}/dumps/a"
 WRONG = {"access_key_id": "testkey", "secret_access_key": "wrong"}
@@ -199,6 +202,36 @@ def make_again(provenance: object, tiny: TinyS3) -> bool:
     for unit in sorted({0, 1, 2} - writer.committed()):
         assert writer.commit_unit(unit, unit_rows(some_provenance(), unit)) is not None
     return writer.seal() and verify(URL, options=options(tiny.port)).ok
+
+
+def test_a_worker_sees_what_is_new_by_one_or_two_requests(seaweed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,250 units, among which a dead worker has left gaps: a page of the listing, and the unit under way."""
+    monkeypatch.setattr(others, "LOOK_SECONDS", -1.0)
+    url, provenance = f"s3://{BUCKET}/many", some_provenance(samples=5000)
+    assert provenance.units == 1250
+
+    def commit(units: Iterable[int]) -> None:
+        files = Store(url, options=options(seaweed_port))
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda unit: files.put_new(record_key(unit), b"{}"), units))
+
+    commit(unit for unit in range(1100) if unit % 16)
+    (port,) = free_ports(1)
+    proxy = Proxy(port=port, store_port=seaweed_port)
+    try:
+        seen = others.Others(DumpWriter(Store(url, options=options(port)), provenance))
+        assert (len(proxy.seen), len(seen.committed)) == (2, 1031)
+        commit([0, 16, 800, 1150, 1248])
+        # A page ends before unit 1,100: the second look begins behind it, the third at the first gap again.
+        for under_way, requests, more in ((1248, 2, 4), (1200, 1, 5), (48, 1, 5)):
+            before = len(proxy.seen)
+            seen.look(under_way)
+            while seen._answer is not None:
+                time.sleep(0.01)
+                seen.look(under_way)
+            assert (len(proxy.seen) - before, len(seen.committed) - 1031) == (requests, more)
+    finally:
+        proxy.close()
 
 
 # The cache of a node

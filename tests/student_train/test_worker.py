@@ -7,19 +7,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import environment, start
 from support.tiny_student import save_student
 
-from storage_schemas.common.ranks import read_codes
+from storage_schemas.common.ranks import ExitCodes, read_codes
 from student_train.config import TrainSection
 from student_train.metrics import read_events
-from student_train.worker import main
+from student_train.worker import main, read_config, run
 
 
 def resolved(folder: Path, output: Path, **train: Any) -> Path:
@@ -123,6 +125,33 @@ def test_failing_rank_ends_all(folder: Path, tmp_path: Path, fault: str, code: i
     assert read_codes(output) == ({0: code} if killed else {0: code, 1: code})
     assert ranks.logs.count(message) == 1, ranks.logs
     assert "Traceback" not in ranks.logs or not killed
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "says"),
+    [
+        (lambda: torch.empty(2**60), 78, ("out of memory", "micro_batch_size", "gradient_checkpointing", "zero_stage")),
+        (lambda: ecc_error(), 75, ("a device has failed", "take this machine or GPU out of the job")),
+    ],
+)  # fmt: skip
+def test_what_a_machine_lacks_is_told_with_what_to_change(
+    fails: Callable[[], object], code: int, says: Sequence[str], folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("student_train.engine.join", lambda *_, **__: None)
+    monkeypatch.setattr("student_train.train.train", lambda *_, **__: fails())
+    config = read_config(resolved(folder, tmp_path / "run"))
+    place = {"rank": 0, "world_size": 1, "local_rank": 0}
+    left = run(config, ExitCodes(tmp_path, 0, 1), **place, rendezvous="", stop=threading.Event())
+    told = capfd.readouterr().err
+    assert left == code, told
+    for words in says:
+        assert words in told
+    assert "Traceback" not in told
+
+
+def ecc_error() -> None:
+    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
 
 def test_failing_final_check_ends_all(folder: Path, tmp_path: Path) -> None:

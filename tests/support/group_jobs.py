@@ -9,14 +9,25 @@ from storage_schemas.provenance import Recipe
 from storage_schemas.rows import Row
 from storage_schemas.targets import Targets
 from teacher_dump.config import TeacherSection
+from teacher_dump.teachers import group as group_module
+from teacher_dump.teachers import teacher as teacher_module
 from teacher_dump.teachers.group import Group, GroupTeacher
 
 
 def targets(
     rank: int, world_size: int, rendezvous: str, *, cases: list[dict[str, Any]], batches: list[list[Row]],
     estimator: Estimator,
-) -> list[tuple[int, list[list[Targets | None]]]]:  # fmt: skip
-    """Per case, a teacher section: elements of the weights that this rank holds, and the leader's targets."""
+) -> list[tuple[int, list[list[Targets | None]], list[int]]]:  # fmt: skip
+    """Per case, a teacher section: elements of the weights that this rank holds, the leader's targets, and the samples
+    that went through the model here. The head sees 16 tokens at a time."""
+    teacher_module._CHUNK_BYTES = dict.fromkeys(("cpu", "cuda"), 1)
+    launched, original = list[int](), group_module.launch
+
+    def launch(model: Any, samples: list[Row], *arguments: Any, **options: Any) -> Any:
+        launched.extend(sample.sample_index for sample in samples)
+        return original(model, samples, *arguments, **options)
+
+    group_module.launch = launch
     group = Group.join(rank, world_size, rank, device=cases[0].get("device", "cpu"), rendezvous=rendezvous)
     found = []
     for case in cases:
@@ -28,7 +39,8 @@ def targets(
             group.send(None)
         else:
             teacher.follow()
-        found.append((_held(teacher.model), answers))
+        found.append((_held(teacher.model), answers, launched.copy()))
+        launched.clear()
     dist.destroy_process_group()
     return found
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +280,14 @@ def test_a_full_disk_is_temporary_and_loses_no_part(tmp_path: Path, key: str | N
 
 
 def test_what_an_interrupted_start_has_tokenised_is_kept(
-    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+    path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(corpus_module, "_BATCH", 2)
     monkeypatch.setattr(corpus_module, "_PART_SAMPLES", 2)
-    whole = freeze(path, cache_dir=str(path.parent / "other"))
+    with caplog.at_level("INFO", logger="teacher_dump"):
+        whole = freeze(path, cache_dir=str(path.parent / "other"))
+    said = [message.partition(":")[0] for message in caplog.messages if message.startswith("tokenised")]
+    assert said == [f"tokenised {count} of 8 records" for count in (2, 4, 6)]
     assert made == [1] * 4
     made.clear()
 
@@ -327,6 +331,54 @@ def test_of_several_workers_one_tokenises(path: Path, made: list[int]) -> None:
     assert made == [1]
     for other in corpora[1:]:
         assert_equal(corpora[0], other)
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Threads are processes of machines, by their name. Grows by the machine of each reading of a whole corpus."""
+    proofs: list[str] = []
+    original = kept_module.whole_parts
+
+    def machine() -> str:
+        return threading.current_thread().name.split("_")[0]
+
+    def whole_parts(folder: Path) -> list[dict[str, Any]]:
+        proofs.append(machine())
+        return original(folder)
+
+    monkeypatch.setattr(kept_module, "_proof_name", lambda: f"proven-{machine()}.json")
+    monkeypatch.setattr(kept_module, "whole_parts", whole_parts)
+    return proofs
+
+
+def on_machines(names: Sequence[str], path: Path) -> list[Corpus]:
+    """The corpora that two processes of each machine freeze at the same time."""
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(2, name)) for name in names]
+        return [future.result() for future in [pool.submit(freeze, path) for pool in pools for _ in range(2)]]
+
+
+def test_machines_prove_a_kept_corpus_at_the_same_time_and_each_once(
+    path: Path, made: list[int], machines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = freeze(path)
+    together, counted = threading.Barrier(3, timeout=20), kept_module.whole_parts
+    monkeypatch.setattr(kept_module, "whole_parts", lambda folder: (together.wait(), counted(folder))[1])
+    for corpus in on_machines("abc", path):
+        assert_equal(first, corpus)
+    assert (sorted(machines), made) == (["a", "b", "c"], [1])
+
+
+def test_of_several_machines_one_makes_a_damaged_corpus_again(path: Path, made: list[int], machines: list[str]) -> None:
+    first = freeze(path)
+    (damaged,) = (path.parent / "neo" / "corpora").glob("*/lengths")
+    data = damaged.read_bytes()
+    damaged.unlink()
+    damaged.write_bytes(data[:-1] + b"\x07")
+    for corpus in on_machines("abc", path):
+        assert_equal(first, corpus)
+    assert made == [1, 1]
+    assert {"a", "b", "c"} <= set(machines)
 
 
 def test_a_failure_leaves_nothing_behind_and_no_lock(path: Path, made: list[int]) -> None:

@@ -7,29 +7,32 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from packaging.version import Version
 from pydantic import ValidationError
 from support.distributed import TESTS, environment, run_ranks
+from support.dumps import ESTIMATORS, some_provenance, unit_rows
 from support.rounding import LOGPROB
 from support.tiny_teachers import sample_of, save_teacher, tiny_model
 
 from pipeline.commands import run_plan
 from pipeline.config import load_config
 from storage_schemas.common.errors import MismatchError, UsageError
-from storage_schemas.config import TopK
+from storage_schemas.config import Estimator, TopK
 from storage_schemas.provenance import Recipe
 from storage_schemas.targets import Targets
 from storage_schemas.verify import verify
 from teacher_dump.config import TeacherSection
 from teacher_dump.teachers import group
-from teacher_dump.teachers.group import TENSOR_PARALLEL_FROM, Group, GroupTeacher
+from teacher_dump.teachers.group import TENSOR_PARALLEL_FROM, Group, GroupTeacher, packed, unpacked
 from teacher_dump.teachers.open import open_teacher
 from teacher_dump.teachers.teacher import Teacher
 
@@ -38,7 +41,7 @@ RECIPE = Recipe(estimator=ESTIMATOR, temperatures=(1.0, 2.0), logsumexp=True)
 TENSOR_PARALLEL = Version(version("transformers")) >= TENSOR_PARALLEL_FROM
 WAYS = [{"sharding": "tensor"}, {"sharding": "zero3"}, {"sharding": "zero3", "offload": True}][not TENSOR_PARALLEL :]
 
-LENGTHS = [[9, 31], [90], [5, 6, 7]]
+LENGTHS = [[9, 31], [90], [5, 6, 7], [90, 9]]
 BATCHES = [[sample_of(length, index=length) for length in lengths] for lengths in LENGTHS]
 
 
@@ -52,13 +55,14 @@ def assert_close(found: list[Targets | None], expected: list[Targets | None]) ->
             np.testing.assert_allclose(getattr(here, name), getattr(there, name), atol=LOGPROB)
 
 
-def check(folder: Path, architectures: list[str]) -> None:
-    """Every way of every architecture on two ranks."""
-    for name in architectures:
+def check(folder: Path, architectures: list[str], *, mixture: str | None = None) -> None:
+    """Every way of every architecture on two ranks, and of a `mixture` ZeRO-3 alone."""
+    pairs = [*product(architectures, WAYS), *([] if mixture is None else [(mixture, WAYS[1])])]
+    for name in {name for name, _ in pairs}:
         save_teacher(folder / name, name)
-    cases = [{"model": str(folder / name), "device": "cpu"} | way for name, way in product(architectures, WAYS)]
+    cases = [{"model": str(folder / name), "device": "cpu"} | way for name, way in pairs]
     found = run_ranks("support.group_jobs:targets", 2, cases=cases, batches=BATCHES, estimator=ESTIMATOR)
-    for number, (name, way) in enumerate(product(architectures, WAYS)):
+    for number, (name, way) in enumerate(pairs):
         whole = Teacher(TeacherSection(model=str(folder / name), dtype="float32", device="cpu"))
         for batch, targets in zip(BATCHES, found[0][number][1], strict=True):
             assert_close(targets, whole.targets(batch, RECIPE))
@@ -66,6 +70,9 @@ def check(folder: Path, architectures: list[str]) -> None:
         for held in (rank[number][0] for rank in found):
             # A group of one layer's norms and the like is whole everywhere under tensor parallelism.
             assert held < 0.62 * size, (name, way)
+        # Under ZeRO-3 each has its part of a batch, and something to do where there is none for it.
+        shared = [[9, 90, 5, 6, 90], [31, 90, 7, 9]] if way["sharding"] == "zero3" else [list(chain(*LENGTHS))] * 2
+        assert [rank[number][2] for rank in found] == shared, (name, way)
 
 
 def test_tensor_parallel_and_partitioned_teachers(tmp_path: Path) -> None:
@@ -75,7 +82,20 @@ def test_tensor_parallel_and_partitioned_teachers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kind_of_head(tmp_path: Path) -> None:
-    check(tmp_path, ["llama-tied", "qwen3", "gemma2"])
+    check(tmp_path, ["llama-tied", "qwen3", "gemma2"], mixture="mixtral")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_targets_arrive_as_they_were_sent(estimator: Estimator) -> None:
+    rows = unit_rows(some_provenance(estimator=estimator, temperatures=(1.0,)), 0)
+    sent = [None, *(row.targets for row in rows), None]
+    assert sum(targets is not None for targets in sent) > 1
+    for there, here in zip(unpacked(packed(sent)), sent, strict=True):
+        assert (there is None) == (here is None)
+        if there is not None and here is not None:
+            for field in fields(Targets):
+                np.testing.assert_array_equal(getattr(there, field.name), getattr(here, field.name))
+    assert unpacked(packed([None, None])) == [None, None]
 
 
 def ties(found: list[Targets | None]) -> int:
@@ -89,7 +109,7 @@ def test_bfloat16_heads_give_float32_wherever_their_weight_is(tmp_path: Path) ->
     common = {"model": str(tmp_path / "llama"), "device": "cpu", "dtype": "bfloat16"}
     cases = [common | way for way in WAYS if "offload" not in way]
     ranks = run_ranks("support.group_jobs:targets", 2, cases=cases, batches=BATCHES, estimator=ESTIMATOR)
-    answers = {way["sharding"]: answer for way, (_, answer) in zip(WAYS, ranks[0], strict=False)}
+    answers = {way["sharding"]: answer for way, (_, answer, _) in zip(WAYS, ranks[0], strict=False)}
     place = {"sharding": "device_map", "max_memory": {"cpu": "90KB"}, "offload_folder": str(tmp_path / "offload")}
     teachers = {"none": {}, "device_map": place}
     for name, way in teachers.items():
@@ -133,8 +153,8 @@ def test_what_does_not_go_together_is_refused() -> None:
 def grouped(folder: Path, sharding: str, size: int) -> GroupTeacher:
     """The leader of a group that has not met."""
     section = TeacherSection.model_validate({"model": str(save_teacher(folder)), "device": "cpu", "sharding": sharding})
-    control: Any = None
-    return GroupTeacher(section, Group(rank=0, size=size, local_rank=0, on_gpu=False, control=control))
+    none: Any = None
+    return GroupTeacher(section, Group(rank=0, size=size, local_rank=0, on_gpu=False, control=none, answers=none))
 
 
 def test_tensor_parallelism_of_an_older_transformers_is_refused(
@@ -155,6 +175,20 @@ def test_heads_that_cannot_be_dealt_are_refused_before_the_corpus_is_read(
     monkeypatch.setattr(group, "version", lambda _: "5.21")
     with nullcontext() if fits else pytest.raises(MismatchError, match="num_key_value_heads = 2"):
         grouped(tmp_path, sharding, size).refuse_unloadable()
+
+
+def test_a_batch_that_does_not_fit_is_told_with_what_to_change(tmp_path: Path) -> None:
+    section = TeacherSection(model=str(save_teacher(tmp_path)), dtype="float32", device="cpu", sharding="zero3")
+    none: Any = None
+    teacher = GroupTeacher(section, Group(rank=1, size=2, local_rank=1, on_gpu=False, control=none, answers=none))
+    teacher.__dict__["model"] = tiny_model("llama")
+
+    def no_memory(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    teacher.model.get_decoder().register_forward_pre_hook(no_memory)
+    with pytest.raises(MismatchError, match=r"does not fit into (.|\n)*lower teacher.batch_tokens, or start more"):
+        teacher.launch(BATCHES[0], RECIPE)
 
 
 @pytest.fixture

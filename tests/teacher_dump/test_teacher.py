@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from support.rounding import LOGPROB
 from support.tiny_teachers import ARCHITECTURES, VOCABULARY, sample_of, save_teacher, tiny_model
+from transformers import AutoModelForCausalLM
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.config import Adaptive, Estimator, TopK
@@ -214,8 +215,15 @@ def test_a_sample_that_alone_does_not_fit_is_a_clear_error(tmp_path: Path) -> No
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     teacher.model.get_output_embeddings().register_forward_pre_hook(no_memory)
-    with pytest.raises(MismatchError, match=r"sample 3 alone does not fit(.|\n)*max_length"):
+    with pytest.raises(MismatchError, match=r"sample 3 alone does not fit(.|\n)*max_length(.|\n)*teacher.sharding"):
         ask(teacher, [sample_of(9, index=3)])
+
+
+def test_a_teacher_that_does_not_fit_is_told_how_to_spread_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = teacher_of(save_teacher(tmp_path))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(MismatchError, match=r"out of memory(.|\n)*teacher.sharding: device_map, tensor or zero3"):
+        _ = teacher.model
 
 
 def test_a_model_that_is_not_causal_is_refused(tmp_path: Path) -> None:

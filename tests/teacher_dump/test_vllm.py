@@ -16,18 +16,20 @@ import pytest
 import torch
 from support.dump_checks import SAMPLES, assert_each_sample_once, rows_of, sections, vllm_sections
 from support.rounding import LOGPROB
-from support.tiny_teachers import VOCABULARY, tiny_model, tiny_tokenizer
+from support.tiny_teachers import VOCABULARY, sample_of, tiny_model, tiny_tokenizer
 from test_vllm_logprobs import Flat
 
 from pipeline.cli import main
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.config import Adaptive, Sampled
+from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.targets import Targets
 from teacher_dump.compare import TOLERANCES, compare
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
 from teacher_dump.teachers import vllm as vllm_backend
+from teacher_dump.teachers.teacher import Teacher
 from teacher_dump.teachers.vllm import VllmTeacher, check_samples
 
 LIMIT = {"max_model_len": 96}
@@ -164,6 +166,26 @@ def test_a_disagreement_stops_the_run_with_the_figures(
         run_dump(**job)
     assert caught.value.exit_code == 78
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_the_model_that_vllm_is_compared_with_is_spread_over_all_devices(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM spreads does not fit into one of them."""
+    placed = []
+
+    class Watched(Teacher):
+        def read_weights(self, **options: Any) -> Any:
+            placed.append(options["device_map"])
+            return super().read_weights(**options)
+
+    monkeypatch.setattr(vllm_backend, "Teacher", Watched)
+    section = TeacherSection(
+        model=str(model_folder), dtype="float32", device="cpu", backend="vllm", vllm={"tensor_parallel_size": 8}
+    )
+    recipe = Recipe(estimator=TopK(k=5), temperatures=(1.0,), logsumexp=False)
+    assert vllm_backend._reference(section, [sample_of(9)], recipe)[0] is not None
+    assert placed == ["auto"]
 
 
 def test_without_the_check_the_log_says_so(

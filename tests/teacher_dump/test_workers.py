@@ -19,7 +19,7 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.provenance import Recipe
 from storage_schemas.rows import Row
 from storage_schemas.writer import DumpWriter
-from teacher_dump import dump as dump_module
+from teacher_dump import others
 from teacher_dump.dump import run_dump, unit_order
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
 
@@ -72,13 +72,12 @@ def test_a_slow_listing_delays_no_batch(
     """Others are looked for after every batch here, by a listing that answers once the units are done."""
     job = sections(tmp_path, corpus_file, model_folder)
     asked, answered = threading.Event(), threading.Event()
-    committed = DumpWriter.committed
+    committed = DumpWriter.committed_from
 
-    def slow(writer: DumpWriter) -> set[int]:
-        if threading.current_thread() is not threading.main_thread():
-            asked.set()
-            answered.wait(30)
-        return committed(writer)
+    def slow(writer: DumpWriter, unit: int) -> tuple[set[int], bool]:
+        asked.set()
+        answered.wait(30)
+        return committed(writer, unit)
 
     class Watched(Teacher):
         batches_while_asking = 0
@@ -87,8 +86,8 @@ def test_a_slow_listing_delays_no_batch(
             self.batches_while_asking += asked.is_set()
             return super().launch(samples, recipe)
 
-    monkeypatch.setattr(DumpWriter, "committed", slow)
-    monkeypatch.setattr(dump_module, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(DumpWriter, "committed_from", slow)
+    monkeypatch.setattr(others, "LOOK_SECONDS", 0.0)
     teacher = Watched(job["teacher"])
     started = time.monotonic()
     assert run_dump(**job | {"teacher": teacher}).units_done_here == UNITS
