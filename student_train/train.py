@@ -163,8 +163,8 @@ class _Vote(NamedTuple):
     """Exit code of its error, 0 for none."""
     stop: float
     """Whether it is asked to stop."""
-    ready: float
-    """Whether it has its micro-batches."""
+    batches: float
+    """Micro-batches that it has, -1 while it waits for them."""
     supervised: float
     """Supervised tokens of these."""
     tokens: float
@@ -282,7 +282,7 @@ class _Loop:
             mine = _Vote(
                 code=exit_code(self._trouble),
                 stop=self._stop(),
-                ready=batches is not None,
+                batches=-1 if batches is None else len(batches),
                 supervised=sum(batch.supervised for batch in batches or ()),
                 tokens=sum(batch.tokens for batch in batches or ()),
                 wait=wait,
@@ -292,8 +292,9 @@ class _Loop:
             stream.allow(int(votes[0].allowed))
             if any(vote.code or vote.stop for vote in votes):
                 return None, votes
-            if all(vote.ready for vote in votes):
-                return batches, votes
+            if batches is not None and all(vote.batches >= 0 for vote in votes):
+                missing = int(max(vote.batches for vote in votes)) - len(batches)
+                return batches + [stream.filler()] * missing, votes
 
     def _evaluate(self) -> bool:
         """Evaluate on the held-out samples, if it is due; whether it was done. Collective.
@@ -435,7 +436,7 @@ class _Loop:
             make,
             rank=world.rank,
             world_size=world.world_size,
-            micro_batch_size=run.train.micro_batch_size,
+            limit=run.train.micro_batch,
             start=self._start,
             stop=run.steps,
             allowed=int(world.told(lambda: self._followers.steps(run.steps))),

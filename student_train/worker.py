@@ -36,8 +36,8 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.run_directory import TRAINING, held
 
 MEMORY = (
-    "lower train.micro_batch_size, set train.gradient_checkpointing, raise train.zero_stage, or use more GPUs; "
-    "the last checkpoint is kept"
+    "lower train.micro_batch_size (or micro_batch_tokens), set train.gradient_checkpointing, raise train.zero_stage, "
+    "or use more GPUs; the last checkpoint is kept"
 )
 """What to change when training runs out of memory."""
 

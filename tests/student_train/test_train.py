@@ -32,6 +32,7 @@ SAME: dict[str, dict[str, Any]] = {
     "bf16": {"train": {"zero_stage": 2, "precision": "bf16"}},
     "pissa": {"train": {"zero_stage": 1, "weight_decay": 0.1}, "lora": {"variant": "pissa", "dropout": 0.2}},
     "kd": {"train": {"zero_stage": 2, "arm": "kd"}},
+    "tokens": {"train": {"zero_stage": 2, "micro_batch_tokens": 60, "packing": True}},
 }
 """Runs that are interrupted and go on where they were."""
 WINDOWS = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
@@ -183,6 +184,14 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, training: Trainings) ->
     assert largest_difference(rest["state"], whole["state"]) == 0
     assert rest["summary"]["resumed_from"] == half["step"]
     assert rest["summary"]["supervised_tokens"] == whole["summary"]["supervised_tokens"]
+
+
+def test_micro_batches_of_tokens_change_nothing(training: Trainings) -> None:
+    """But the order in which sums are taken."""
+    found, expected = training("tokens whole"), training("zero2 whole")
+    assert found.losses == pytest.approx(expected.losses, rel=FORWARD)
+    assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-6)
+    assert update_excess(found["state"], expected["state"], first=training("half")["state"], rate=1e-2, steps=6) < 1
 
 
 @pytest.mark.parametrize("stage", [1, 3])

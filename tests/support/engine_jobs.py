@@ -12,7 +12,7 @@ from torch import Tensor
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
-from student_train.data.order import rank_slice
+from student_train.data.deal import rank_slice
 from student_train.engine import Engine, join, load_weights
 from student_train.metrics import Event, HeldoutResult
 from student_train.model.student import Distilled, load_student
@@ -25,6 +25,8 @@ T = TypeVar("T")
 def train_section(folder: Path, **changes: Any) -> TrainSection:
     """A small fp32 run."""
     defaults = {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 6, "learning_rate": 1e-2}
+    if changes.get("micro_batch_tokens"):
+        del defaults["micro_batch_size"]
     return TrainSection(output=folder, **(defaults | changes))
 
 
@@ -77,9 +79,7 @@ def batches_of_step(
         unit, place = divmod(sample % dump.provenance.corpus.samples, unit_size)
         rows.append(dump.read_unit(unit).row(place))
     tokens = sum(len(row.targets) for row in rows if row.targets is not None)
-    shares = rank_slice(
-        np.arange(g), rank, world_size, train.micro_batch_size, lengths=[len(row.input_ids) for row in rows]
-    )
+    shares = rank_slice(np.arange(g), rank, world_size, train.micro_batch, lengths=[len(row.input_ids) for row in rows])
     make = lambda share: collate(  # noqa: E731
         [rows[i] for i in share],
         temperature_index=dump.provenance.temperature_index(temperature),
