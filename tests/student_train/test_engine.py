@@ -94,6 +94,17 @@ def test_equals_plain_torch(
     assert_same_steps(found, expected, rate=RATE)
 
 
+def test_values_are_read_once_the_gradient_is_there(folder: Path) -> None:
+    """No micro-batch waits for a value, and of what comes after the gradient, the update, none is read."""
+    cases: list[dict[str, Any]] = [
+        {"model": str(folder / "student"), "train": {"zero_stage": stage, "micro_batch_size": 3}} for stage in (0, 2, 3)
+    ]
+    found = run_ranks("support.engine_jobs:reads_of_a_step", 1, dump=str(folder / "dump"), cases=cases)[0]
+    # At stage 0 clipping is this project's; at the others DeepSpeed has looked at the gradient before the update.
+    assert found[0] == ["update", "ClippedAdamW.step", "Underway.read"]
+    assert all(reads == ["update", "Underway.read", "Underway.read"] for reads in found[1:])
+
+
 def test_offloading_to_the_host_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
     """Weights and optimizer on the host: the steps and the state of ZeRO-3 without it."""
     found, expected = results[2][-1], dict(zip(CASES, results[2][ON_TWO:-1], strict=True))["neo", False, 3]

@@ -1,9 +1,12 @@
 """What the engine tests run on every rank."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -147,6 +150,37 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
 def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]) -> list[Result]:
     """Several cases one after the other, in one process."""
     return on_rank(rank, world_size, rendezvous, lambda world: [run_case(world, Dump.open(dump), c) for c in cases])
+
+
+def reads_of_a_step(
+    rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]
+) -> list[list[str]]:
+    """Of each case, the functions of student_train that read a tensor's value in a step, and "update" where the
+    optimizer begins."""
+
+    def seen(world: World, case: dict[str, Any]) -> list[str]:
+        train = train_section(Path("unused"), **case["train"])
+        engine, found = make_engine(world, Dump.open(dump), case["model"], train), list[str]()
+        batches, tokens = batches_of_step(Dump.open(dump), train, 0, rank=world.rank, world_size=world.world_size)
+        engine._inner().register_step_pre_hook(lambda *_: found.append("update"))
+        with ExitStack() as stack:
+            for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__"):
+                stack.enter_context(mock.patch.object(Tensor, name, _telling(getattr(Tensor, name), found)))
+            engine.step(batches, tokens=tokens, learning_rate=1e-3)
+        engine.close()
+        return found
+
+    return on_rank(rank, world_size, rendezvous, lambda world: [seen(world, case) for case in cases])
+
+
+def _telling(read: Callable[..., Any], found: list[str]) -> Callable[..., Any]:
+    def telling(tensor: Tensor, *arguments: Any) -> Any:
+        code = sys._getframe(1).f_code
+        if Path(code.co_filename).parent.name == "student_train" and "tests" not in Path(code.co_filename).parts:
+            found.append(code.co_qualname)
+        return read(tensor, *arguments)
+
+    return telling
 
 
 def on_rank(rank: int, world_size: int, rendezvous: str, work: Callable[[World], T]) -> T:
