@@ -244,6 +244,10 @@ class TrainSection(FrozenModel):
     minute; needs a C++ compiler. Results differ by rounding; with dropout in the adapter also by other masks, which
     inductor draws in its own way at the same seed, and by the noise of NEFTune that is drawn after them. It may change
     between two starts of a run. Not with stage 3, which gathers weights inside of the layers."""
+    deterministic: bool = False
+    """On GPUs, let a run that is resumed or repeated on as many ranks be the same to the bit, as it is on CPUs anyway:
+    kernels that add in a fixed order, flash attention's backward pass and cuBLAS among them. They are slower. What has
+    no such kernel, the divergence `akl` for one, ends the run with 78. It may change between two starts of a run."""
     shuffle: Literal["windows", "epoch"] = "windows"
     """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
     written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""

@@ -24,6 +24,7 @@ from student_train.config import LossSection, StudentSection, TrainSection, sect
 from student_train.data.batch import TrainBatch, collate_mixed
 from student_train.data.follower import Followers
 from student_train.data.stream import Stream
+from student_train.deterministic import set_deterministic
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
@@ -93,6 +94,7 @@ def train(
         TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
         PeerError: another rank raised one of these.
     """
+    set_deterministic(settings.deterministic)
     early = partial(refuse_early, student, settings)
     wait = partial(await_dump, world, seconds=settings.data_wait_seconds, stop=stop, early=early)
     for section in sections_of(dump, settings):

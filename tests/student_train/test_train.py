@@ -31,7 +31,7 @@ SAME: dict[str, dict[str, Any]] = {
     "zero3": {"train": {"zero_stage": 3}},
     "bf16": {"train": {"zero_stage": 2, "precision": "bf16"}},
     "pissa": {"train": {"zero_stage": 1, "weight_decay": 0.1}, "lora": {"variant": "pissa", "dropout": 0.2}},
-    "kd": {"train": {"zero_stage": 2, "arm": "kd"}},
+    "kd": {"train": {"zero_stage": 2, "arm": "kd", "deterministic": True}},
     "tokens": {"train": {"zero_stage": 2, "micro_batch_tokens": 60, "packing": True}},
 }
 """Runs that are interrupted and go on where they were."""
@@ -184,6 +184,11 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, training: Trainings) ->
     assert largest_difference(rest["state"], whole["state"]) == 0
     assert rest["summary"]["resumed_from"] == half["step"]
     assert rest["summary"]["supervised_tokens"] == whole["summary"]["supervised_tokens"]
+
+
+def test_deterministic_kernels_are_asked_for_by_a_switch(training: Trainings) -> None:
+    assert training("kd whole")["deterministic"]
+    assert not training("zero2 whole")["deterministic"]
 
 
 def test_micro_batches_of_tokens_change_nothing(training: Trainings) -> None:

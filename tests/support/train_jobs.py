@@ -84,6 +84,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     except NeoError as error:
         result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
     result["seconds"] = time.monotonic() - began
+    result["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if world.main:
         newest = Checkpoints(str(output / "checkpoints")).newest()
         result["events"] = read_events(output / EVENTS)
