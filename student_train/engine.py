@@ -120,10 +120,18 @@ class Engine:
         self.updates = 0
         """Optimizer updates of these weights so far, in other runs too; Adam's step count."""
 
-    def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[TrainBatch],
+        *,
+        tokens: int,
+        learning_rate: float,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> StepResult:
         """One optimizer step over the global batch. Collective; every rank brings the same number of micro-batches.
 
-        `tokens` are the supervised tokens of the global batch.
+        `tokens` are the supervised tokens of the global batch; `meanwhile` is called while a device computes their
+        gradient, if there are any.
 
         Raises:
             DataError: the loss or the gradient is not finite; the weights are untouched.
@@ -133,6 +141,7 @@ class Engine:
         sums = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
+        meanwhile()
         self._norm = None
         self._engine.step()
         # DeepSpeed has waited for the gradient, so all that is read here is there; the update is still to be done.

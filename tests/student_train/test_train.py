@@ -186,6 +186,12 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, training: Trainings) ->
     assert rest["summary"]["supervised_tokens"] == whole["summary"]["supervised_tokens"]
 
 
+def test_a_step_is_agreed_on_while_the_one_before_runs(training: Trainings) -> None:
+    """Unless it is the first one, or follows a checkpoint."""
+    usual, first = ["begin", "update", "reach"], ["update", "reach"]
+    assert training("zero2 whole")["order"] == ["reach", *3 * usual, *first, *usual, "update"]
+
+
 def test_deterministic_kernels_are_asked_for_by_a_switch(training: Trainings) -> None:
     assert training("kd whole")["deterministic"]
     assert not training("zero2 whole")["deterministic"]
