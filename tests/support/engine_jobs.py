@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
@@ -155,8 +156,8 @@ def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: 
 def reads_of_a_step(
     rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]
 ) -> list[list[str]]:
-    """Of each case, the functions of student_train that read a tensor's value in a step, and "update" where the
-    optimizer begins."""
+    """Of each case, the functions of student_train that read a value in a step, "look" where transformers looks
+    for packed samples, and "update" where the optimizer begins."""
 
     def seen(world: World, case: dict[str, Any]) -> list[str]:
         train = train_section(Path("unused"), **case["train"])
@@ -164,6 +165,9 @@ def reads_of_a_step(
         batches, tokens = batches_of_step(Dump.open(dump), train, 0, rank=world.rank, world_size=world.world_size)
         engine._inner().register_step_pre_hook(lambda *_: found.append("update"))
         with ExitStack() as stack:
+            look = masking_utils.find_packed_sequence_indices
+            looking = mock.Mock(side_effect=lambda *given: found.append("look") or look(*given))
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", looking))
             for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__"):
                 stack.enter_context(mock.patch.object(Tensor, name, _telling(getattr(Tensor, name), found)))
             engine.step(batches, tokens=tokens, learning_rate=1e-3)
