@@ -97,14 +97,14 @@ def test_equals_plain_torch(
 def test_values_are_read_once_the_gradient_is_there(folder: Path) -> None:
     """No micro-batch waits for a value, and of what comes after the gradient, the update, none is read."""
     cases: list[dict[str, Any]] = [
-        {"model": str(folder / "student"), "train": {"zero_stage": stage, "micro_batch_size": 3}} for stage in (0, 2, 3)
+        {"model": str(folder / "student"), "train": {"zero_stage": stage, "micro_batch_size": 3}} for stage in (0, 3)
     ]
     cases.append({"model": str(folder / "student"), "train": {"micro_batch_size": 3, "packing": True}})
     found = run_ranks("support.engine_jobs:reads_of_a_step", 1, dump=str(folder / "dump"), cases=cases)[0]
     # At stage 0 clipping is this project's; at the others DeepSpeed has looked at the gradient before the update.
     assert found[0] == ["update", "ClippedAdamW.step", "Underway.read"]
     usual = ["update", "Underway.read", "Underway.read"]
-    assert found[1:] == [usual, usual, ["look", "look", *usual]]
+    assert found[1:] == [usual, ["look", "look", *usual]]
 
 
 def test_offloading_to_the_host_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
