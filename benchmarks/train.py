@@ -186,14 +186,14 @@ def loop(work: Workload) -> Rows:
     class Timed(Engine):
         """An engine that stands aside for the bare student, before or after its own step, in turn."""
 
-        def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
+        def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float, **more: Any) -> StepResult:
             nonlocal since
             first = interleave and len(whole) % 2 == 1
             if first:
                 before = time.perf_counter()
                 bare.append(bare_step(batches, tokens))
                 since += time.perf_counter() - before
-            result = super().step(batches, tokens=tokens, learning_rate=learning_rate)
+            result = super().step(batches, tokens=tokens, learning_rate=learning_rate, **more)
             whole.append(time.perf_counter() - since)
             if interleave and not first:
                 bare.append(bare_step(batches, tokens))

@@ -100,7 +100,7 @@ def stream_speed(url: Path) -> float:
     )  # fmt: skip
     begin, tokens = time.process_time(), 0
     stream = Stream(
-        [dump], mix, make, rank=0, world_size=1, micro_batch_size=train.micro_batch_size, start=0,
+        [dump], mix, make, rank=0, world_size=1, limit=train.micro_batch, start=0,
         stop=mix.steps_per_epoch, allowed=mix.steps_per_epoch,
     )  # fmt: skip
     for step in range(mix.steps_per_epoch):
@@ -119,7 +119,7 @@ def datasets_speed(url: Path, *, collated: bool) -> float:
     begin, tokens = time.process_time(), 0
     found = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True).with_format("torch")
     if collated:
-        for batch in DataLoader(found, batch_size=TrainSection(output=SCRATCH).micro_batch_size, collate_fn=pad):
+        for batch in DataLoader(found, batch_size=TrainSection(output=SCRATCH).micro_batch.samples, collate_fn=pad):
             tokens += len(batch["target_ids"])
     else:
         for row in found:

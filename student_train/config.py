@@ -10,6 +10,7 @@ from storage_schemas.common.dtypes import Wide, dtype_name
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import DumpSection
 from storage_schemas.stores.address import DumpUrl, LocalFolder, StoreUrl
+from student_train.data.deal import Limit
 
 Metric = Literal["kl", "ce"]
 Schedule = Literal[
@@ -197,8 +198,11 @@ class TrainSection(FrozenModel):
     always float32."""
     global_batch_size: int = Field(32, ge=1)
     """Samples per optimizer step, over all ranks. World size and micro-batch size change neither loss nor gradient."""
-    micro_batch_size: int = Field(4, ge=1)
-    """Samples per forward pass and rank, at most."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples per forward pass and rank, at most. Null: 4, unless `micro_batch_tokens` is given."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """In place of it, tokens per forward pass and rank, at most: samples times the longest of them, or with `packing`
+    their sum. A longer sample is alone. Where lengths differ, passes are then of like size, so fewer small ones."""
     packing: bool = False
     """Put the samples of a micro-batch one after the other in one row, without attention across them, instead of
     padding them. Micro-batches are sorted by length, so there is little padding to save, and the attention of one long
@@ -241,6 +245,10 @@ class TrainSection(FrozenModel):
     in the adapter also by other masks, which inductor draws in its own way at the same seed, and by the noise of
     NEFTune that is drawn after them. It may change between two starts of a run. Not with stage 3, which gathers weights
     inside of the layers."""
+    deterministic: bool = False
+    """On GPUs, let a run that is resumed or repeated on as many ranks be the same to the bit, as it is on CPUs anyway:
+    kernels that add in a fixed order, flash attention's backward pass and cuBLAS among them. They are slower. What has
+    no such kernel, the divergence `akl` for one, ends the run with 78. It may change between two starts of a run."""
     shuffle: Literal["windows", "epoch"] = "windows"
     """`windows`: samples are shuffled inside windows that follow each other, which can be done while the dump is being
     written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
@@ -323,6 +331,11 @@ class TrainSection(FrozenModel):
         """Whether the loss has a divergence term."""
         return self.method in ("full_kd", "lora_kd")
 
+    @property
+    def micro_batch(self) -> Limit:
+        """What a micro-batch may hold."""
+        return Limit(self.micro_batch_size or 4, self.micro_batch_tokens or 0, packed=self.packing)
+
     @model_validator(mode="after")
     def _supported(self) -> "TrainSection":
         if self.precision == "bf16" and self.zero_stage == 0:
@@ -330,6 +343,10 @@ class TrainSection(FrozenModel):
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile does not go with zero_stage 3, which gathers weights inside of layers; use stage 2"
+            )
+        if self.micro_batch_size is not None and self.micro_batch_tokens is not None:
+            raise ValueError(
+                "micro_batch_size and micro_batch_tokens both say what a micro-batch may hold; set one of them to null"
             )
         watching = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, name)]
         if watching and self.eval_steps is None:

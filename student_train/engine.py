@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
@@ -45,6 +44,7 @@ from student_train.metrics import Part
 from student_train.model.head import SUMS
 from student_train.model.student import DTYPES, Distilled, causal_of
 from student_train.optimizer import ClippedAdamW, adamw
+from student_train.underway import Underway
 from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
 
@@ -114,34 +114,47 @@ class Engine:
             world.raise_on_all(_not_taken(error))
         if train.zero_stage == 3:
             module.head.gather = _gather
+        self._norm: Underway | None = None
+        if train.zero_stage:
+            self._inner().register_step_pre_hook(self._ask_norm)
         self.updates = 0
         """Optimizer updates of these weights so far, in other runs too; Adam's step count."""
 
-    def step(self, batches: Sequence[TrainBatch], *, tokens: int, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[TrainBatch],
+        *,
+        tokens: int,
+        learning_rate: float,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> StepResult:
         """One optimizer step over the global batch. Collective; every rank brings the same number of micro-batches.
 
-        `tokens` are the supervised tokens of the global batch.
+        `tokens` are the supervised tokens of the global batch; `meanwhile` is called while a device computes their
+        gradient, if there are any.
 
         Raises:
             DataError: the loss or the gradient is not finite; the weights are untouched.
         """
         if not tokens:
             return StepResult(0, 0, 0, [])
-        loss, router_aux, parts = self._accumulate(batches, tokens)
+        sums = self._accumulate(batches, tokens)
         for group in self._inner().param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        finite = all(map(math.isfinite, (loss, *chain(*parts))))
-        if not finite:
-            # DeepSpeed drops what it has accumulated if a gradient is not finite; this one is not, for sure.
-            self._backward(max(batches, key=lambda batch: batch.supervised), math.nan)
+        meanwhile()
+        self._norm = None
         self._engine.step()
+        # DeepSpeed has waited for the gradient, so all that is read here is there; the update is still to be done.
+        *each, loss, router_aux = sums.read()
         if not self._engine.was_step_applied():
-            raise _not_finite("gradient" if finite else "loss")
-        assert finite
+            raise _not_finite("gradient" if all(map(math.isfinite, (loss, *each))) else "loss")
         if not self.updates:
             self._link_moments()
         self.updates += 1
-        return StepResult(loss, router_aux, float(self._engine.get_global_grad_norm()), parts)
+        (norm,) = self._norm.read() if self._norm else [float(self._engine.get_global_grad_norm())]
+        dumps = len(self.module.head.losses)
+        parts = [Part(int(each[dump]), *each[dumps + dump * SUMS :][:3]) for dump in range(dumps)]
+        return StepResult(loss, router_aux, norm, parts)
 
     @torch.no_grad()
     def evaluate(self, batch: TrainBatch, *, temperature: float) -> list[float]:
@@ -200,25 +213,27 @@ class Engine:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
-    def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> tuple[float, float, list[Part]]:
-        """Gradients of the mean loss per token; over all ranks the sums of loss and routers, and those of each dump."""
-        dumps = range(len(self.module.head.losses))
-        sums = torch.zeros(len(dumps) * SUMS + 2, dtype=torch.float64, device=self._world.device)
+    def _accumulate(self, batches: Sequence[TrainBatch], tokens: int) -> Underway:
+        """Gradients of the mean loss per token. Over all ranks, supervised tokens of each dump, its sums of `HeadLoss`,
+        and those of loss and routers."""
+        dumps = len(self.module.head.losses)
+        sums = torch.zeros(dumps * (1 + SUMS) + 2, dtype=torch.float64, device=self._world.device)
+        for dump in range(dumps):
+            sums[dump] = sum(len(batch.parts[dump]) for batch in batches)
         self.module.train()
         for batch in batches:
-            # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone.
-            sums += self._backward(batch, self._world.world_size / tokens)
-        supervised = [sum(len(batch.parts[dump]) for batch in batches) for dump in dumps]
-        told = self._world.gather([*supervised, *sums.tolist()])
-        *each, loss, router_aux = [sum(column) for column in zip(*told, strict=True)]
-        rows = [each[len(dumps) + dump * SUMS :][:SUMS] for dump in dumps]
-        return loss, router_aux, [Part(int(each[dump]), *rows[dump][:3]) for dump in dumps]
+            loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
+            sums[dumps:] += parts
+            # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone. DeepSpeed
+            # drops a step whose gradient is not finite, so where a sum is not, neither must that be: 0 * inf is NaN.
+            factor = 0 * parts.sum().to(loss.dtype) + self._world.world_size / tokens
+            self._engine.backward(loss * factor, scale_wrt_gas=False)
+        torch.distributed.all_reduce(sums, group=self._engine.data_parallel_group)
+        return Underway(sums)
 
-    def _backward(self, batch: TrainBatch, factor: float) -> Tensor:
-        """Add the gradients of factor * loss; the sums that `Distilled` gives over the micro-batch."""
-        loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
-        self._engine.backward(loss * factor, scale_wrt_gas=False)
-        return parts  # type: ignore[no-any-return]
+    def _ask_norm(self, *_: object) -> None:
+        """Ask for the gradient's norm before the first part of the update is launched."""
+        self._norm = self._norm or Underway(self._engine.optimizer._global_grad_norm)
 
     def _inner(self) -> torch.optim.Optimizer:
         """The AdamW inside DeepSpeed's wrapper."""

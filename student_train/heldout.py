@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
+import numpy as np
+
 from storage_schemas.common.errors import DataError, exit_code
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from student_train.config import Metric
 from student_train.data.batch import TrainBatch, collate
+from student_train.data.deal import Limit, rank_slice
 from student_train.metrics import HeldoutResult
 from student_train.model.head import SUMS
 from student_train.world import World
@@ -22,20 +25,20 @@ from student_train.world import World
 class Heldout:
     """A sealed dump of held-out samples, ready to be evaluated on."""
 
-    def __init__(self, dump: Dump, *, temperature: float, micro_batch_size: int) -> None:
+    def __init__(self, dump: Dump, *, temperature: float, limit: Limit) -> None:
         """Nothing is read yet.
 
         Args:
             dump: sealed.
             temperature: of both distributions; one that the dump was made with.
-            micro_batch_size: samples per forward pass and rank, at most.
+            limit: of a micro-batch.
 
         Raises:
             MismatchError: the dump does not have this temperature.
         """
         self.dump, self.temperature = dump, temperature
         self._index = dump.provenance.temperature_index(temperature)
-        self._micro_batch_size = micro_batch_size
+        self._limit = limit._replace(packed=False)
 
     def evaluate(
         self,
@@ -122,8 +125,9 @@ class Heldout:
         for unit in range(self.dump.provenance.units):
             rows = self.dump.read_unit(unit)
             used = [rows.row(i) for i in range(len(rows)) if rows.status[i] == OK]
-            used.sort(key=lambda row: -len(row.input_ids))
-            yield from (used[i : i + self._micro_batch_size] for i in range(0, len(used), self._micro_batch_size))
+            lengths = [len(row.input_ids) for row in used]
+            for share in rank_slice(np.arange(len(used)), 0, 1, self._limit, lengths=lengths):
+                yield [used[i] for i in share.tolist()]
 
 
 def best(results: Sequence[HeldoutResult], metric: Metric) -> HeldoutResult | None:

@@ -4,26 +4,26 @@ import gc
 import hashlib
 import logging
 import resource
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from storage_schemas.common import faults
-from storage_schemas.common.errors import DataError, NeoError, TemporaryError, exit_code
+from storage_schemas.common.errors import DataError, NeoError, TemporaryError
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
 from storage_schemas.rows import Row
+from student_train.agreement import Agreement, Vote
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState
 from student_train.config import LossSection, StudentSection, TrainSection, sections_of
 from student_train.data.batch import TrainBatch, collate_mixed
-from student_train.data.follower import Followers
 from student_train.data.stream import Stream
+from student_train.deterministic import set_deterministic
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
@@ -54,8 +54,6 @@ from student_train.world import PeerError, World
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
-"""How long a rank waits for its data before it tells the others that it is still there."""
 WHOLE = "dump, which train.shuffle: epoch needs, while `windows` follows one that is being written,"
 PROBE_TOKENS = 64
 """Tokens of the row that the saved student is compared on, at most."""
@@ -78,7 +76,8 @@ def train(
         world: all ranks, see `engine.join`.
         dump: where the targets lie; the rest of the section is stage one's. With `train.dumps` it is one of these.
         settings: the section `train`.
-        stop: asked before each step, on any rank; once it says yes, all ranks write a checkpoint and leave.
+        stop: asked before each step, on any rank, while the step before it runs; once it says yes, all ranks write a
+            checkpoint and leave.
         stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
             dump's.
         heldout: where the targets of held-out samples lie, for `train.eval_steps`.
@@ -93,6 +92,7 @@ def train(
         TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
         PeerError: another rank raised one of these.
     """
+    set_deterministic(settings.deterministic)
     early = partial(refuse_early, student, settings)
     wait = partial(await_dump, world, seconds=settings.data_wait_seconds, stop=stop, early=early)
     for section in sections_of(dump, settings):
@@ -156,25 +156,6 @@ def _student(
     return learner
 
 
-class _Vote(NamedTuple):
-    """What each rank tells the others before a step."""
-
-    code: float
-    """Exit code of its error, 0 for none."""
-    stop: float
-    """Whether it is asked to stop."""
-    ready: float
-    """Whether it has its micro-batches."""
-    supervised: float
-    """Supervised tokens of these."""
-    tokens: float
-    """All their tokens."""
-    wait: float
-    """Seconds that it waited for them."""
-    allowed: float
-    """On the main rank: steps whose data may be read."""
-
-
 class _Loop:
     """The steps of a run."""
 
@@ -189,6 +170,7 @@ class _Loop:
         stop: Callable[[], bool],
     ) -> None:
         self._world, self._run, self._learner, self._engine, self._stop = world, run, learner, engine, stop
+        self._agreement = Agreement(world, run, stop)
         self._resumed: int | None
         self._resumed, self._start = (start.step, start.step) if start else (None, 0)
         self._results = list(start.heldout) if start else []
@@ -196,13 +178,10 @@ class _Loop:
         self._done = self._saved = self._start
         self._given_up = False
         """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
-        self._followers = Followers(run.dumps, run.mix)
         names = [source.name for source in run.mixed]
         self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.mix.steps_per_epoch, dumps=names)
         self._write: Write | None = None
         """Where the rank that reports writes its events."""
-        self._trouble: BaseException | None = None
-        """An error of this rank that the others have not been told of yet."""
 
     def run(self) -> Summary:
         """All steps that are left, and the end."""
@@ -218,10 +197,10 @@ class _Loop:
             stack.callback(gc.unfreeze)
             self._evaluate()
             while self._given_up or not over(run, self._done, self._results):
-                batches, votes = self._next(stream, self._done)
+                batches, votes = self._agreement.reach(stream, self._done)
                 if batches is None:
                     self._leave(votes)
-                self._train(batches, votes, self._done)
+                self._train(batches, votes, stream)
                 self._done += 1
                 evaluated = self._evaluate()
                 save = self._done % run.train.save_steps == 0 or over(run, self._done, self._results)
@@ -233,15 +212,20 @@ class _Loop:
                     self._save()
         return self._finish()
 
-    def _train(self, batches: Sequence[TrainBatch], votes: Sequence[_Vote], step: int) -> None:
-        train = self._run.train
+    def _train(self, batches: Sequence[TrainBatch], votes: Sequence[Vote], stream: Stream) -> None:
+        train, step = self._run.train, self._done
         supervised = int(sum(vote.supervised for vote in votes))
         rate = rate_of(train, step, total_steps=self._run.steps)
+        # Unless there is more to do before the next step, it is agreed on while this one runs.
+        ahead = partial(self._agreement.begin, stream, step + 1)
+        busy = step + 1 == self._run.steps or (step + 1) % train.save_steps == 0 or self._evaluates(step + 1)
         # Dropout must not depend on what was drawn before the last start.
         torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))
         faults.point("train:step")
         try:
-            result = self._engine.step(batches, tokens=supervised, learning_rate=rate)
+            result = self._engine.step(
+                batches, tokens=supervised, learning_rate=rate, meanwhile=(lambda: None) if busy else ahead
+            )
         except NeoError as error:
             self._world.raise_on_all(error)
         self._supervised += supervised
@@ -258,42 +242,10 @@ class _Loop:
             )
         )
 
-    def _next(self, stream: Stream, step: int) -> tuple[list[TrainBatch] | None, list[_Vote]]:
-        """Wait until every rank has its micro-batches of this step, or one has a reason to leave. Collective.
-
-        Returns:
-            This rank's micro-batches, None if the step is not done, and what all ranks have told.
-        """
-        world, began = self._world, time.monotonic()
-        batches: list[TrainBatch] | None = None
-        allowed, wait = 0, 0.0
-        while True:
-            try:
-                if world.main and self._trouble is None:
-                    allowed = self._followers.steps(self._run.steps)
-                    stream.allow(allowed)
-                    if allowed <= step:
-                        self._refuse_stalled(time.monotonic() - began)
-                if batches is None and self._trouble is None:
-                    batches = stream.get(step, timeout=POLL_SECONDS)
-                    wait = time.monotonic() - began
-            except Exception as caught:
-                self._trouble = caught
-            mine = _Vote(
-                code=exit_code(self._trouble),
-                stop=self._stop(),
-                ready=batches is not None,
-                supervised=sum(batch.supervised for batch in batches or ()),
-                tokens=sum(batch.tokens for batch in batches or ()),
-                wait=wait,
-                allowed=allowed,
-            )
-            votes = [_Vote(*told) for told in world.gather(mine)]
-            stream.allow(int(votes[0].allowed))
-            if any(vote.code or vote.stop for vote in votes):
-                return None, votes
-            if all(vote.ready for vote in votes):
-                return batches, votes
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after so many steps."""
+        run, every = self._run, self._run.train.eval_steps
+        return run.heldout is not None and every is not None and (step % every == 0 or step == run.steps)
 
     def _evaluate(self) -> bool:
         """Evaluate on the held-out samples, if it is due; whether it was done. Collective.
@@ -302,7 +254,7 @@ class _Loop:
         What one rank has met alone in a forward pass ends it as in a step of training.
         """
         run, step, heldout = self._run, self._done, self._run.heldout
-        if heldout is None or run.train.eval_steps is None or (step % run.train.eval_steps and step < run.steps):
+        if heldout is None or not self._evaluates(step):
             return False
         if any(result.step == step for result in run.comparable(self._results)):
             return False  # By the start before this one.
@@ -327,12 +279,12 @@ class _Loop:
             if error.exit_code == Exit.BUG:
                 raise
         except NeoError as caught:
-            self._trouble = caught
+            self._agreement.trouble = caught
         return not self._given_up
 
-    def _leave(self, votes: Sequence[_Vote]) -> NoReturn:
+    def _leave(self, votes: Sequence[Vote]) -> NoReturn:
         """Save what was trained, and raise. Collective."""
-        codes, error, step = [vote.code for vote in votes], self._trouble, self._done
+        codes, error, step = [vote.code for vote in votes], self._agreement.trouble, self._done
         if step > self._saved and Exit.BUG not in codes:
             self._report()
             self._save()
@@ -345,17 +297,6 @@ class _Loop:
                 fix="run the same command again; it goes on from the checkpoint",
             )
         )
-
-    def _refuse_stalled(self, waited: float) -> None:
-        if waited > self._run.train.data_wait_seconds:
-            found = zip(self._run.sources, self._followers.windows(), self._run.mix.orders, strict=True)
-            ready = [f"{source.name}: {windows} of {order.windows}" for source, windows, order in found]
-            raise TemporaryError(
-                "timed out waiting for the dump",
-                got=f"{'; '.join(ready)} shuffle windows ready after {waited:.0f} s",
-                expected="the next window of units to be committed",
-                fix="see that stage one runs, then run the same command again; or raise train.data_wait_seconds",
-            )
 
     def _save(self) -> None:
         """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
@@ -395,7 +336,7 @@ class _Loop:
             self._told = self._meter.event(self._done)
             self._write(self._told)
         except Exception as caught:
-            self._trouble = caught
+            self._agreement.trouble = caught
 
     def _reporting(self) -> AbstractContextManager[Write]:
         run = self._run
@@ -435,10 +376,10 @@ class _Loop:
             make,
             rank=world.rank,
             world_size=world.world_size,
-            micro_batch_size=run.train.micro_batch_size,
+            limit=run.train.micro_batch,
             start=self._start,
             stop=run.steps,
-            allowed=int(world.told(lambda: self._followers.steps(run.steps))),
+            allowed=int(world.told(self._agreement.allowed)),
             dealt=run.train.shuffle == "epoch",
         )
 
@@ -452,8 +393,8 @@ class _Loop:
         stray = self._engine.stray()
 
         def write() -> None:
-            if self._trouble is not None:
-                raise self._trouble
+            if self._agreement.trouble is not None:
+                raise self._agreement.trouble
             assert not stray, f"working copies are not their masters: {stray}"
             if world.main:
                 self._leave_behind(int(peak))

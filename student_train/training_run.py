@@ -468,7 +468,7 @@ def _open_heldout(section: DumpSection, sources: Sequence[Source], loss: LossSec
     temperature = loss.temperature
     if not train.distils:
         temperature = min(found.provenance.temperatures, key=lambda stored: stored != 1.0)
-    return Heldout(found, temperature=temperature, micro_batch_size=train.micro_batch_size)
+    return Heldout(found, temperature=temperature, limit=train.micro_batch)
 
 
 def trained_on(run: TrainingRun, step: int, event: Event) -> dict[str, TrainedOn]:

@@ -7,8 +7,8 @@ The protocol with whoever starts it (`pipeline`, or torchrun by hand):
   says where the ranks meet, by default where the environment says.
 - All ranks leave with the same exit code. Each also leaves it, as text, in `<train.output>/exit/rank-<RANK>`: for the
   others, and because torchrun turns every failure into 1. Who starts the ranks empties that directory before.
-- SIGTERM or SIGINT to any rank, or a file `<train.output>/exit/stop`: a checkpoint at the next step boundary, and 75 on
-  all.
+- SIGTERM or SIGINT to any rank, or a file `<train.output>/exit/stop`: a checkpoint at the next step boundary, or at the
+  one after it once the step's micro-batches are launched, and 75 on all.
 - Errors are printed once, by the rank that met them, on standard error.
 - A rank that fails where it cannot tell the others: see `storage_schemas/common/ranks.py`.
 """
@@ -36,8 +36,8 @@ from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.run_directory import TRAINING, held
 
 MEMORY = (
-    "lower train.micro_batch_size, set train.gradient_checkpointing, raise train.zero_stage, or use more GPUs; "
-    "the last checkpoint is kept"
+    "lower train.micro_batch_size (or micro_batch_tokens), set train.gradient_checkpointing, raise train.zero_stage, "
+    "or use more GPUs; the last checkpoint is kept"
 )
 """What to change when training runs out of memory."""
 

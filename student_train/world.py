@@ -1,4 +1,4 @@
-"""The ranks of a job, and the few numbers they exchange before each step so that they go on, or leave, together.
+"""The ranks of a job, and the few numbers they exchange for each step so that they go on, or leave, together.
 
 All of this runs on its own gloo group, beside whatever DeepSpeed does: a rank that has met an error says so here
 instead of staying away from the next collective, where the others would wait for it.
@@ -52,10 +52,19 @@ class World:
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every rank, by rank. Collective; float64, so that integers are exact up to 2^53."""
+        return self.ask(values)()
+
+    def ask(self, values: Sequence[float]) -> Callable[[], list[list[float]]]:
+        """As `gather`, but it does not wait for the others: calling what it gives does. Collective."""
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyone, mine, group=self.control)
-        return [one.tolist() for one in everyone]
+        asked = dist.all_gather(everyone, mine, group=self.control, async_op=True)
+
+        def told() -> list[list[float]]:
+            asked.wait()
+            return [one.tolist() for one in everyone]
+
+        return told
 
     def leave_together(self, codes: Sequence[float], error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own on the lowest such rank, PeerError elsewhere.

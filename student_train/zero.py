@@ -102,8 +102,9 @@ def monitors(deepspeed: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _claims(train: TrainSection) -> dict[str, tuple[Any, str]]:
     """Dotted DeepSpeed key -> (value, who decides it)."""
     norm = "the normalisation by global tokens"
+    micro_batch = "micro_batch_tokens" if train.micro_batch_tokens else "micro_batch_size"
     return {
-        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch.samples, f"train.{micro_batch}"),
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "gradient_accumulation_steps": (1, norm),
         # Every step() is a boundary, so that the number of micro-batches follows from the world size.

@@ -75,6 +75,9 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     low, got = text.lower(), f"{type(error).__name__}: {text[:300]}"
     if isinstance(error, MemoryError) or any(sign in low for sign in _NO_MEMORY):
         return MismatchError("out of memory", got=got, fix=memory)
+    if "does not have a deterministic implementation" in low:
+        fix = "set train.deterministic to false, or choose a model and a loss without this operation"
+        return MismatchError("train.deterministic does not go with an operation of this training", got=got, fix=fix)
     if any(sign in low for sign in _HARDWARE):
         fix = "take this machine or GPU out of the job, then run the same command again"
         return TemporaryError("a device has failed", got=got, fix=fix)

@@ -14,6 +14,7 @@ from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row, UnitRows
 from student_train.data.batch import TrainBatch, collate, collate_mixed
+from student_train.data.deal import Limit
 from student_train.data.mix import Mix
 from student_train.data.order import Order, Span
 from student_train.data.stream import Stream
@@ -149,7 +150,7 @@ class DumpDataset(Dataset[Row]):
 
         def read() -> Iterator[TrainBatch]:
             stream = Stream(
-                [self.dump], mix, make, rank=rank, world_size=world_size, micro_batch_size=batch_size, start=start,
+                [self.dump], mix, make, rank=rank, world_size=world_size, limit=Limit(batch_size), start=start,
                 stop=stop, allowed=stop,
             )  # fmt: skip
             with closing(stream):

@@ -70,10 +70,6 @@ class Mix:
             parts += [first + order.samples_of(span) for span in spans]
         return np.concatenate(parts)
 
-    def micro_batches(self, step: int, world_size: int, most: int) -> int:
-        """How many micro-batches of at most `most` samples each rank makes of a step."""
-        return -(-(sum(self.taken(step + 1)) - sum(self.taken(step))) // (world_size * most))
-
     def locate(self, sample: int) -> tuple[int, int]:
         """The dump of a sample of `step_samples`, and its index there."""
         dump = bisect_right(self._firsts, sample) - 1

@@ -1,5 +1,6 @@
-"""The order in which a dump is read, a pure function of (seed, position), and how a step is dealt to ranks. No state,
-no I/O. Which positions a step owns, of one dump or of several, says `mix.py`.
+"""The order in which a dump is read, a pure function of (seed, position). No state, no I/O.
+
+Which positions a step owns, of one dump or of several, says `mix.py`, and which micro-batches it is cut into `deal.py`.
 
 Windows of `window_units` consecutive units follow each other. Inside a window the units are shuffled and cut into
 blocks of `block_units`, and the rows of a block are shuffled together: a reader has one block open at a time, and who
@@ -8,7 +9,6 @@ at single points, so that nothing is stored and any position is reached at once.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -138,36 +138,6 @@ def _block(order: Order, epoch: int, number: int, block: int) -> tuple[Span, I64
     units += window.start
     units.setflags(write=False)
     return Span(epoch, start, stop), units
-
-
-def rank_slice(
-    samples: I64,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    *,
-    lengths: Sequence[int] | I64 | None = None,
-) -> list[I64]:
-    """Micro-batches of one rank, of at most `micro_batch_size` samples.
-
-    Every rank gets the same number of them, ceil(samples / (world_size * micro_batch_size)), so some may be empty
-    (fillers). Over all ranks they hold each sample exactly once.
-
-    Args:
-        samples: sample indices of a step's global batch, of any length.
-        micro_batch_size: samples per forward pass, at most.
-        lengths: tokens per sample, parallel to `samples` and the same on every rank. Sorts, longest first, so that the
-            samples of a micro-batch, and the micro-batches that ranks run at the same time, are of similar length.
-            None: keep the order.
-    """
-    assert 0 <= rank < world_size
-    if lengths is not None:
-        assert len(lengths) == len(samples)
-        samples = samples[np.argsort(-np.asarray(lengths, np.int64), kind="stable")]
-    per_rank = -(-len(samples) // (world_size * micro_batch_size))
-    if not per_rank:
-        return []
-    return np.array_split(samples, per_rank * world_size)[rank::world_size]
 
 
 def _permute(index: I64, n: int, keys: U64) -> I64:

@@ -16,8 +16,8 @@ from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from student_train.data.batch import TrainBatch
 from student_train.data.blocks import READERS, Blocks, Held, Sample
+from student_train.data.deal import Limit, rank_slice
 from student_train.data.mix import Mix
-from student_train.data.order import rank_slice
 
 AHEAD = 4
 """Steps that are ready before they are due, at most."""
@@ -37,7 +37,7 @@ class Stream:
         *,
         rank: int,
         world_size: int,
-        micro_batch_size: int,
+        limit: Limit,
         start: int,
         stop: int,
         allowed: int,
@@ -48,13 +48,14 @@ class Stream:
         Args:
             dumps: that the orders of `mix` are of.
             collate: makes a micro-batch of the rows of each dump; of none, a filler.
-            micro_batch_size: samples per micro-batch, at most.
+            limit: of a micro-batch.
             allowed: how many steps of the run may be read by now, see `allow`.
             dealt: whether samples are dealt to ranks as they stand in a step, so that a rank keeps its own alone; else
-                by their lengths, which balances ranks better and needs all rows of a step on each.
+                by their lengths, which balances ranks better and needs all rows of a step on each. Ranks may then have
+                different numbers of micro-batches, see `filler`.
         """
         self._mix, self._collate = mix, collate
-        self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
+        self._rank, self._world_size, self._limit = rank, world_size, limit
         self._start, self._stop, self._allowed = start, stop, allowed
         self._ready: deque[tuple[int, list[TrainBatch] | BaseException]] = deque()
         self._changed = threading.Condition()
@@ -86,6 +87,10 @@ class Stream:
             self._ready.popleft()
             self._changed.notify_all()
             return result
+
+    def filler(self) -> TrainBatch:
+        """A micro-batch without samples, for a rank that has fewer than others."""
+        return self._collate([[] for _ in self.blocks])
 
     def allow(self, steps: int) -> None:
         """Say how many steps of the run may be read; it never falls."""
@@ -134,14 +139,8 @@ class Stream:
         taken = self._take(step)
         lengths = [sample.tokens for _, sample in taken]
         numbers = np.arange(len(taken))
-        if self._dealt:
-            shares = rank_slice(numbers, 0, 1, self._micro_batch_size, lengths=lengths)
-            # As many as other ranks may have.
-            shares += [numbers[:0]] * (
-                self._mix.micro_batches(step, self._world_size, self._micro_batch_size) - len(shares)
-            )
-        else:
-            shares = rank_slice(numbers, self._rank, self._world_size, self._micro_batch_size, lengths=lengths)
+        place = (0, 1) if self._dealt else (self._rank, self._world_size)
+        shares = rank_slice(numbers, *place, self._limit, lengths=lengths)
         return [self._collate(self._by_dump([taken[i] for i in share.tolist()])) for share in shares]
 
     def _by_dump(self, samples: Sequence[tuple[int, Sample]]) -> list[list[Row]]:

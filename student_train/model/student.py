@@ -23,6 +23,7 @@ from student_train.model.adapter import attach, initial_factors
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
+from student_train.model.packed import looking_for_packed_samples
 from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation, refuse_unquantised
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
@@ -93,6 +94,8 @@ class Distilled(nn.Module):
         self._causal = [causal_of(student)]
         self.head = Head(self._causal[0].get_output_embeddings(), losses=losses, spec=head)
         self.router_loss: RouterLoss | None = None
+        self.packed = True
+        """Whether rows may hold several samples one after the other."""
 
     def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
         """Sums over the micro-batch: the loss to differentiate, and of each dump the sums of `HeadLoss` as float64.
@@ -132,8 +135,10 @@ class Distilled(nn.Module):
         return self._states(input_ids, position_ids).last_hidden_state  # type: ignore[no-any-return]
 
     def _states(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+        body = body_of(self._causal[0], role="student")
         # Without a mask and a cache, transformers keeps apart what position ids say is apart.
-        return body_of(self._causal[0], role="student")(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        with looking_for_packed_samples(self.packed):
+            return body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +200,7 @@ def load_student(
         add_noise(base.get_input_embeddings(), train.neftune_noise_alpha)
     minimised = losses if train.distils else [loss.model_copy(update={"alpha": 0.0}) for loss in losses]
     module = distilled(model, minimised, provenance, chunk_tokens=train.head_chunk_tokens, compile=train.compile)
-    module.router_loss = RouterLoss.of(base)
+    module.router_loss, module.packed = RouterLoss.of(base), train.packing
     if train.packing:
         refuse_mixed_samples(module)
     return Student(module=module, initial=start)

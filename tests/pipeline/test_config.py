@@ -149,6 +149,7 @@ BOUNDS = [
     ("train.precision", "fp16"),
     ("train.global_batch_size", 0),
     ("train.micro_batch_size", 0),
+    ("train.micro_batch_tokens", 0),
     ("train.learning_rate", 0),
     ("train.epochs", 0),
     ("train.max_steps", 0),

@@ -18,6 +18,7 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), Exit.MISMATCH),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), Exit.MISMATCH),
         (MemoryError(), Exit.MISMATCH),
+        (RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you"), Exit.MISMATCH),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Exit.TEMPORARY),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), Exit.TEMPORARY),
         (RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'), Exit.TEMPORARY),

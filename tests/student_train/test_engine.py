@@ -21,8 +21,14 @@ CASES = [
     ("lora", False, 2), ("sft", True, 2),
 ]  # fmt: skip
 """(arm, tied head, ZeRO stage)"""
-SPLITS = [(1, 8), (1, 1), (1, 3), (2, 4), (2, 1)]
-"""(ranks, micro-batch size) of one global batch of 8"""
+SPLITS: list[tuple[int, dict[str, Any]]] = [
+    (1, {"micro_batch_size": 8}), (1, {"micro_batch_size": 1}), (1, {"micro_batch_size": 3}),
+    (1, {"micro_batch_size": 3, "packing": True}), (1, {"micro_batch_tokens": 90}),
+    (2, {"micro_batch_size": 4}), (2, {"micro_batch_size": 1}), (2, {"micro_batch_tokens": 70}),
+    (2, {"micro_batch_tokens": 70, "packing": True}), (2, {"micro_batch_tokens": 20, "zero_stage": 3}),
+]  # fmt: skip
+"""(ranks, how a global batch of 8 is cut)"""
+ON_TWO = len([n for n, _ in SPLITS if n == 2])
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +57,13 @@ def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
         ranks: [
             {
                 "model": str(folder / "tied"),
-                "train": {"arm": "kd", "micro_batch_size": micro, "global_batch_size": 8, "max_grad_norm": 0.0},
+                "train": {"arm": "kd", "global_batch_size": 8, "max_grad_norm": 0.0, **cut},
             }
-            for n, micro in SPLITS
+            for n, cut in SPLITS
             if n == ranks
         ]
         for ranks in (1, 2)
     }
-    packed = {"arm": "kd", "micro_batch_size": 3, "global_batch_size": 8, "max_grad_norm": 0.0, "packing": True}
-    splits[1].append({"model": str(folder / "tied"), "train": packed})
     function, dump = "support.engine_jobs:run_cases", str(folder / "dump")
     return {
         1: run_ranks(function, 1, dump=dump, cases=splits[1])[0],
@@ -85,14 +89,27 @@ def test_equals_plain_torch(
 ) -> None:
     """Losses, gradients, the logged norm and, after some clipped steps, the weights."""
     arm, tied, _ = CASES[case]
-    expected, found = plain[arm, tied], results[2][len([n for n, _ in SPLITS if n == 2]) + case]
+    expected, found = plain[arm, tied], results[2][ON_TWO + case]
     assert min(expected.norms) > CLIP, "clipping must be active"
     assert_same_steps(found, expected, rate=RATE)
 
 
+def test_values_are_read_once_the_gradient_is_there(folder: Path) -> None:
+    """No micro-batch waits for a value, and of what comes after the gradient, the update, none is read."""
+    cases: list[dict[str, Any]] = [
+        {"model": str(folder / "student"), "train": {"zero_stage": stage, "micro_batch_size": 3}} for stage in (0, 3)
+    ]
+    cases.append({"model": str(folder / "student"), "train": {"micro_batch_size": 3, "packing": True}})
+    found = run_ranks("support.engine_jobs:reads_of_a_step", 1, dump=str(folder / "dump"), cases=cases)[0]
+    # At stage 0 clipping is this project's; at the others DeepSpeed has looked at the gradient before the update.
+    assert found[0] == ["update", "ClippedAdamW.step", "Underway.read"]
+    usual = ["update", "Underway.read", "Underway.read"]
+    assert found[1:] == [usual, ["look", "look", *usual]]
+
+
 def test_offloading_to_the_host_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
     """Weights and optimizer on the host: the steps and the state of ZeRO-3 without it."""
-    found, expected = results[2][-1], dict(zip(CASES, results[2][2:-1], strict=True))["neo", False, 3]
+    found, expected = results[2][-1], dict(zip(CASES, results[2][ON_TWO:-1], strict=True))["neo", False, 3]
     for here, there in zip(found["steps"], expected["steps"], strict=True):
         assert here == pytest.approx(there, rel=GRADIENT)
     assert update_excess(found["last"], expected["last"], first=expected["first"], rate=RATE, steps=STEPS) < 1
@@ -100,8 +117,8 @@ def test_offloading_to_the_host_changes_nothing(results: dict[int, list[dict[str
 
 
 def test_split_of_the_batch_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
-    """One batch of 8 = eight of 1 = a ragged split = packed rows = two ranks, for loss and gradients."""
-    found = [*results[1], *results[2][:2]]
+    """One batch of 8 = eight of 1 = a ragged split = packed rows = cut by tokens = two ranks: loss and gradients."""
+    found = [*results[1], *results[2][:ON_TWO]]
     whole = found[0]
     for other in found[1:]:
         assert other["steps"][0][0] == pytest.approx(whole["steps"][0][0], rel=FORWARD)
@@ -111,7 +128,7 @@ def test_split_of_the_batch_changes_nothing(results: dict[int, list[dict[str, An
 
 def test_first_step_of_neo_is_that_of_full_distillation(results: dict[int, list[dict[str, Any]]]) -> None:
     """The adapter starts at zero: same loss as the full arm, and no gradient for A, since B is 0."""
-    by_case = dict(zip(CASES, results[2][2:-1], strict=True))
+    by_case = dict(zip(CASES, results[2][ON_TWO:-1], strict=True))
     for tied in (False, True):
         neo, kd = by_case["neo", tied, 2], by_case["kd", tied, 2]
         assert neo["steps"][0][:3] == pytest.approx(kd["steps"][0][:3], rel=FORWARD)
@@ -122,7 +139,7 @@ def test_first_step_of_neo_is_that_of_full_distillation(results: dict[int, list[
 
 def test_arms_without_divergence_need_none(results: dict[int, list[dict[str, Any]]]) -> None:
     """`sft` and `lora` minimise the cross-entropy alone."""
-    by_case = dict(zip(CASES, results[2][2:-1], strict=True))
+    by_case = dict(zip(CASES, results[2][ON_TWO:-1], strict=True))
     for case in (("lora", False, 2), ("sft", True, 2)):
         for loss, ce, divergence, _ in by_case[case]["steps"]:
             assert loss == pytest.approx(ce, rel=1e-6)

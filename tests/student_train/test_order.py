@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from student_train.data.deal import Limit, rank_slice
 from student_train.data.mix import Mix
-from student_train.data.order import Order, Span, rank_slice
+from student_train.data.order import Order, Span
 
 SHAPES = [  # samples, samples per unit, window units, block units, global batch
     (1000, 7, 5, 3, 32),
@@ -96,7 +97,7 @@ def test_any_world_size_trains_on_the_same_samples(world_size: int) -> None:
         for micro_batch_size in (1, 3, 4, 64):
             for given_lengths in (None, lengths[samples]):
                 ranks = [
-                    rank_slice(samples, rank, world_size, micro_batch_size, lengths=given_lengths)
+                    rank_slice(samples, rank, world_size, Limit(micro_batch_size), lengths=given_lengths)
                     for rank in range(world_size)
                 ]
                 assert {len(batches) for batches in ranks} == {-(-len(samples) // (world_size * micro_batch_size))}
@@ -106,21 +107,21 @@ def test_any_world_size_trains_on_the_same_samples(world_size: int) -> None:
 
 
 def test_more_ranks_than_samples_leaves_fillers() -> None:
-    ranks = [rank_slice(np.array([5, 6, 7]), rank, 5, 2) for rank in range(5)]
+    ranks = [rank_slice(np.array([5, 6, 7]), rank, 5, Limit(2)) for rank in range(5)]
     assert [[len(batch) for batch in batches] for batches in ranks] == [[1], [1], [1], [0], [0]]
-    assert rank_slice(np.empty(0, np.int64), 0, 2, 4) == []
+    assert rank_slice(np.empty(0, np.int64), 0, 2, Limit(4)) == []
 
 
 def test_lengths_sort_micro_batches_and_keep_the_steps_membership() -> None:
     samples, lengths = np.arange(100, 124), np.random.default_rng(1).permutation(24) * 10 + 5
     length_of = dict(zip(samples, lengths, strict=True))
-    ranks = [rank_slice(samples, rank, 2, 3, lengths=lengths) for rank in range(2)]
+    ranks = [rank_slice(samples, rank, 2, Limit(3), lengths=lengths) for rank in range(2)]
     assert sorted(np.concatenate([batch for batches in ranks for batch in batches])) == list(samples)
     for i in range(4):  # what ranks run at the same time: neighbours in length
         together = sorted(length_of[s] for batches in ranks for s in batches[i])
         assert together[-1] - together[0] == 50
     padded = sum(max(length_of[s] for s in batch) * len(batch) for batches in ranks for batch in batches)
-    unsorted = [rank_slice(samples, rank, 2, 3) for rank in range(2)]
+    unsorted = [rank_slice(samples, rank, 2, Limit(3)) for rank in range(2)]
     padded_unsorted = sum(max(length_of[s] for s in batch) * len(batch) for batches in unsorted for batch in batches)
     assert padded < 0.8 * padded_unsorted
 

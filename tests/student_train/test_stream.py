@@ -15,6 +15,7 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row, UnitRows
 from student_train.data import stream as streams
+from student_train.data.deal import Limit
 from student_train.data.follower import Follower
 from student_train.data.mix import Mix
 from student_train.data.order import Order
@@ -79,7 +80,7 @@ def streaming(dumps: Sequence[Dump], what: Mix, **more: int) -> Stream:
     def rows(found: Sequence[Sequence[Row]]) -> Any:
         return [row for dump in found for row in dump]
 
-    return Stream(dumps, what, rows, micro_batch_size=2, **more)
+    return Stream(dumps, what, rows, limit=Limit(2), **more)
 
 
 def indices(batches: Any) -> list[int]:

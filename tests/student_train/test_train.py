@@ -31,7 +31,8 @@ SAME: dict[str, dict[str, Any]] = {
     "zero3": {"train": {"zero_stage": 3}},
     "bf16": {"train": {"zero_stage": 2, "precision": "bf16"}},
     "pissa": {"train": {"zero_stage": 1, "weight_decay": 0.1}, "lora": {"variant": "pissa", "dropout": 0.2}},
-    "kd": {"train": {"zero_stage": 2, "arm": "kd"}},
+    "kd": {"train": {"zero_stage": 2, "arm": "kd", "deterministic": True}},
+    "tokens": {"train": {"zero_stage": 2, "micro_batch_tokens": 60, "packing": True}},
 }
 """Runs that are interrupted and go on where they were."""
 WINDOWS = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
@@ -183,6 +184,25 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, training: Trainings) ->
     assert largest_difference(rest["state"], whole["state"]) == 0
     assert rest["summary"]["resumed_from"] == half["step"]
     assert rest["summary"]["supervised_tokens"] == whole["summary"]["supervised_tokens"]
+
+
+def test_a_step_is_agreed_on_while_the_one_before_runs(training: Trainings) -> None:
+    """Unless it is the first one, or follows a checkpoint."""
+    usual, first = ["begin", "update", "reach"], ["update", "reach"]
+    assert training("zero2 whole")["order"] == ["reach", *3 * usual, *first, *usual, "update"]
+
+
+def test_deterministic_kernels_are_asked_for_by_a_switch(training: Trainings) -> None:
+    assert training("kd whole")["deterministic"]
+    assert not training("zero2 whole")["deterministic"]
+
+
+def test_micro_batches_of_tokens_change_nothing(training: Trainings) -> None:
+    """But the order in which sums are taken."""
+    found, expected = training("tokens whole"), training("zero2 whole")
+    assert found.losses == pytest.approx(expected.losses, rel=FORWARD)
+    assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-6)
+    assert update_excess(found["state"], expected["state"], first=training("half")["state"], rate=1e-2, steps=6) < 1
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -47,6 +47,8 @@ def test_an_error_on_one_rank_reaches_all(world_size: int) -> None:
             assert all(f"rank {speaker} has stopped" in one["result"] for one in found if one["peer"]), name
         assert all(one["after"] == [[number, rank, 2.0**53] for rank in range(world_size)] for one in found), name
         assert all(one["seconds"] < 20 for one in found), name
+    assert [results[-1]["values"] for results in by_rank] == [[[rank] for rank in range(world_size)]] * world_size
+    assert by_rank[0][-1]["asking"] < 0.4 < by_rank[0][-1]["asking"] + by_rank[0][-1]["waiting"]
 
 
 def test_a_rank_that_waits_for_the_others_says_so(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """What the engine tests run on every rank."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
-from student_train.data.order import rank_slice
+from student_train.data.deal import rank_slice
 from student_train.engine import Engine, join, load_weights
 from student_train.metrics import Event, HeldoutResult
 from student_train.model.student import Distilled, load_student
@@ -25,6 +29,8 @@ T = TypeVar("T")
 def train_section(folder: Path, **changes: Any) -> TrainSection:
     """A small fp32 run."""
     defaults = {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 6, "learning_rate": 1e-2}
+    if changes.get("micro_batch_tokens"):
+        del defaults["micro_batch_size"]
     return TrainSection(output=folder, **(defaults | changes))
 
 
@@ -77,9 +83,7 @@ def batches_of_step(
         unit, place = divmod(sample % dump.provenance.corpus.samples, unit_size)
         rows.append(dump.read_unit(unit).row(place))
     tokens = sum(len(row.targets) for row in rows if row.targets is not None)
-    shares = rank_slice(
-        np.arange(g), rank, world_size, train.micro_batch_size, lengths=[len(row.input_ids) for row in rows]
-    )
+    shares = rank_slice(np.arange(g), rank, world_size, train.micro_batch, lengths=[len(row.input_ids) for row in rows])
     make = lambda share: collate(  # noqa: E731
         [rows[i] for i in share],
         temperature_index=dump.provenance.temperature_index(temperature),
@@ -147,6 +151,40 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
 def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]) -> list[Result]:
     """Several cases one after the other, in one process."""
     return on_rank(rank, world_size, rendezvous, lambda world: [run_case(world, Dump.open(dump), c) for c in cases])
+
+
+def reads_of_a_step(
+    rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]
+) -> list[list[str]]:
+    """Of each case, the functions of student_train that read a value in a step, "look" where transformers looks
+    for packed samples, and "update" where the optimizer begins."""
+
+    def seen(world: World, case: dict[str, Any]) -> list[str]:
+        train = train_section(Path("unused"), **case["train"])
+        engine, found = make_engine(world, Dump.open(dump), case["model"], train), list[str]()
+        batches, tokens = batches_of_step(Dump.open(dump), train, 0, rank=world.rank, world_size=world.world_size)
+        engine._inner().register_step_pre_hook(lambda *_: found.append("update"))
+        with ExitStack() as stack:
+            look = masking_utils.find_packed_sequence_indices
+            looking = mock.Mock(side_effect=lambda *given: found.append("look") or look(*given))
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", looking))
+            for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__"):
+                stack.enter_context(mock.patch.object(Tensor, name, _telling(getattr(Tensor, name), found)))
+            engine.step(batches, tokens=tokens, learning_rate=1e-3)
+        engine.close()
+        return found
+
+    return on_rank(rank, world_size, rendezvous, lambda world: [seen(world, case) for case in cases])
+
+
+def _telling(read: Callable[..., Any], found: list[str]) -> Callable[..., Any]:
+    def telling(tensor: Tensor, *arguments: Any) -> Any:
+        code = sys._getframe(1).f_code
+        if Path(code.co_filename).parent.name == "student_train" and "tests" not in Path(code.co_filename).parts:
+            found.append(code.co_qualname)
+        return read(tensor, *arguments)
+
+    return telling
 
 
 def on_rank(rank: int, world_size: int, rendezvous: str, work: Callable[[World], T]) -> T:

@@ -4,6 +4,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,12 +13,15 @@ from unittest import mock
 import torch
 from support.engine_jobs import train_section
 from support.tiny_student import write_dump
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from storage_schemas.common import extras
 from storage_schemas.common.errors import NeoError
 from storage_schemas.config import DumpSection
+from student_train.agreement import Agreement
 from student_train.checkpoint import Checkpoints
 from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.data.stream import Stream
 from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
 from student_train.train import train
@@ -45,6 +50,17 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     settings = train_section(output, **(defaults | dict(job.get("train", {}))))
     asked = job.get("stop_after")
 
+    order, reached = list[str](), 0
+
+    def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(agreement: Agreement, stream: Stream, step: int) -> Any:
+            nonlocal reached
+            reached = step
+            order.append(name)
+            return method(agreement, stream, step)
+
+        return noted
+
     def stop() -> bool:
         last = world.rank == world.world_size - 1
         if "stop_evaluating" in job:
@@ -52,7 +68,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
             done = len(read_events(output / EVENTS))
             evaluated = len((output / EVENTS).read_text().splitlines()) - done if done else 0
             return last and done == job["stop_evaluating"] and evaluated == job["evaluated"]
-        return asked is not None and last and len(read_events(output / EVENTS)) >= asked
+        return asked is not None and last and reached >= asked
 
     if world.main and job.get("grow"):
         grown = output, Path(job.get("grows", job["dump"])), job["grow"], job.get("shape", {})
@@ -61,9 +77,13 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         threading.Thread(target=_arrive, args=(job["arrive"], Path(job["dump"])), daemon=True).start()
     result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
     began = time.monotonic()
-    installed = mock.patch.object(extras, "installed", lambda name: name != job.get("hide"))
-    try:
-        with installed:
+    with ExitStack() as stack:
+        installed = mock.patch.object(extras, "installed", lambda name: name != job.get("hide"))
+        stack.enter_context(installed)
+        for name in ("begin", "reach"):
+            stack.enter_context(mock.patch.object(Agreement, name, noting(name, getattr(Agreement, name))))
+        stack.callback(register_optimizer_step_pre_hook(lambda *_: order.append("update")).remove)
+        try:
             summary = train(
                 world,
                 DumpSection(url=job["dump"]),
@@ -80,10 +100,12 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
                 stated=job.get("stated"),
                 heldout=DumpSection(url=job["heldout"]) if job.get("heldout") else None,
             )
-        result["summary"] = summary.model_dump(mode="json")
-    except NeoError as error:
-        result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
+            result["summary"] = summary.model_dump(mode="json")
+        except NeoError as error:
+            result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
     result["seconds"] = time.monotonic() - began
+    result["order"] = [name for name, _ in groupby(order)]
+    result["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if world.main:
         newest = Checkpoints(str(output / "checkpoints")).newest()
         result["events"] = read_events(output / EVENTS)

@@ -45,8 +45,18 @@ def run_world(rank: int, world_size: int, rendezvous: str, *, cases: list[Case])
     """Each case in turn, on the same ranks; and a gather after it, which must be in step again."""
     world = join(rank, world_size, rank, device=torch.device("cpu"), rendezvous=rendezvous)
     results = [one(world, number, broken) for number, (_, broken) in enumerate(cases)]
+    results.append(asking(world))
     world.close()
     return results
+
+
+def asking(world: World) -> dict[str, Any]:
+    """The others ask half a second after rank 0."""
+    time.sleep(0.5 if world.rank else 0.0)
+    began = time.monotonic()
+    told = world.ask([world.rank])
+    asked = time.monotonic()
+    return {"values": told(), "asking": asked - began, "waiting": time.monotonic() - asked}
 
 
 def one(world: World, number: int, broken: dict[int, str]) -> dict[str, Any]:
