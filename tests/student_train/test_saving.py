@@ -75,11 +75,11 @@ def standing(run: dict[str, Any]) -> float:
 
 
 def test_training_goes_on_while_a_slow_store_writes(training: Trainings, whole: dict[str, Any]) -> None:
-    """A checkpoint of step 4 takes a second, of which training waits for less than a quarter; it is of step 4, to the
-    bit. The last one is waited for."""
+    """A checkpoint of step 4 takes a second, of which training waits for less than half; it is of step 4, to the bit.
+    The last one is waited for."""
     seconds = 0.2
     run = training("slow", train=STAGE_0, slow_saves=seconds)
-    assert standing(run) < FILES * seconds / 4
+    assert standing(run) < FILES * seconds / 2
     assert run["summary"]["save_wait_seconds"] > FILES * seconds
     assert [event.loss for event in run["events"]] == [event.loss for event in whole["events"]]
     kinds = (MASTER, EXP_AVG, EXP_AVG_SQ)
