@@ -12,6 +12,7 @@ from storage_schemas.common.errors import TemporaryError, exit_code
 from student_train.data.batch import TrainBatch
 from student_train.data.follower import Followers
 from student_train.data.stream import Stream
+from student_train.saving import Saver
 from student_train.training_run import TrainingRun
 from student_train.world import World
 
@@ -36,6 +37,8 @@ class Vote(NamedTuple):
     """Seconds that it waited for them."""
     allowed: float
     """On the main rank: steps whose data may be read."""
+    save: float
+    """On the main rank: whether a checkpoint is due after this step."""
 
 
 class _Asked(NamedTuple):
@@ -52,9 +55,9 @@ class _Asked(NamedTuple):
 class Agreement:
     """One rank's part in it."""
 
-    def __init__(self, world: World, run: TrainingRun, stop: Callable[[], bool]) -> None:
-        """Nothing is told yet. `stop` is asked for each step."""
-        self._world, self._run, self._stop = world, run, stop
+    def __init__(self, world: World, run: TrainingRun, stop: Callable[[], bool], saver: Saver) -> None:
+        """Nothing is told yet. `stop` and `saver` are asked for each step."""
+        self._world, self._run, self._stop, self._saver = world, run, stop, saver
         self._followers = Followers(run.dumps, run.mix)
         self._ahead: _Asked | None = None
         self.trouble: BaseException | None = None
@@ -94,6 +97,7 @@ class Agreement:
         allowed = 0
         try:
             if self._world.main and self.trouble is None:
+                self._saver.check()
                 allowed = self.allowed()
                 stream.allow(allowed)
                 if allowed <= step:
@@ -111,6 +115,7 @@ class Agreement:
             tokens=sum(batch.tokens for batch in batches or ()),
             wait=wait,
             allowed=allowed,
+            save=self._saver.due(step + 1),
         )
         return _Asked(batches, wait, self._world.ask(mine))
 

@@ -275,7 +275,12 @@ class TrainSection(FrozenModel):
     early_stopping_patience: int | None = Field(None, ge=1)
     """End after this many evaluations in a row without a new best. Null: never."""
     save_steps: int = Field(100, ge=1)
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints, which are written while training goes on."""
+    save_minutes: float | None = Field(None, gt=0.0)
+    """One more checkpoint wherever so many minutes have passed since the last one. Null: none."""
+    snapshot_bytes: int = Field(8 * 2**30, ge=0)
+    """Memory of the first rank's host for a copy of the training state, 12 bytes per trained parameter, from which a
+    checkpoint is written while training goes on. While a larger state is written, training waits."""
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints that are kept."""
     checkpoint_url: StoreUrl | None = None

@@ -68,6 +68,9 @@ class Event(FrozenModel):
     """Of these steps: how long the slowest rank waited for data."""
     eta_seconds: float
     """Estimated time to the last step."""
+    save_wait_seconds: float = 0.0
+    """Since the line before: how long training stood still for checkpoints, to copy the state and to wait until the one
+    before was written."""
     router_aux: float | None = None
     """Auxiliary loss of a mixture of experts, without its coefficient; absent for other students."""
     dumps: dict[str, DumpLosses] | None = None
@@ -148,11 +151,12 @@ class Meter:
         self._dumps = dumps
         self._first, self._stop, self._steps_per_epoch = start, stop, steps_per_epoch
         self._begin = self._since = time.monotonic()
-        self.total_tokens, self.total_wait = 0, 0.0
-        """Tokens, and seconds of waiting for data, since the beginning."""
+        self.total_tokens, self.total_wait, self.total_save_wait = 0, 0.0, 0.0
+        """Tokens, and seconds of waiting for data and for checkpoints, since the beginning."""
         self.paused = 0.0
         """Seconds since the beginning that were no training."""
         self._steps: list[Step] = []
+        self._save_wait = 0.0
 
     @property
     def empty(self) -> bool:
@@ -169,6 +173,11 @@ class Meter:
         self.paused += seconds
         self._since += seconds
 
+    def wait(self, seconds: float) -> None:
+        """Training has stood still so long for a checkpoint."""
+        self._save_wait += seconds
+        self.total_save_wait += seconds
+
     def add(self, step: Step) -> None:
         """One step."""
         self._steps.append(step)
@@ -179,6 +188,7 @@ class Meter:
         """The event after `done` steps; starts the next one."""
         steps, self._steps = self._steps, []
         since, self._since = self._since, time.monotonic()
+        save_wait, self._save_wait = self._save_wait, 0.0
         supervised = sum(step.supervised for step in steps)
         return Event(
             step=done,
@@ -191,6 +201,7 @@ class Meter:
             supervised_tokens=supervised,
             tokens_per_second=sum(step.tokens for step in steps) / max(1e-9, self._since - since),
             data_wait_seconds=sum(step.wait for step in steps),
+            save_wait_seconds=save_wait,
             eta_seconds=(self.seconds + self.paused) / max(1, done - self._first) * (self._stop - done),
             router_aux=sum(step.router_aux for step in steps) / max(1, supervised) or None,
             dumps={name: _mean([step.parts[i] for step in steps if step.parts]) for i, name in enumerate(self._dumps)}

@@ -54,6 +54,8 @@ class Summary(FrozenModel):
     """Of training, since the last start."""
     data_wait_seconds: float
     """Of these, waited for data by the slowest rank."""
+    save_wait_seconds: float = 0.0
+    """Of these, stood still for checkpoints, the last one with all that it took to write."""
     peak_rss_bytes: int
     """Largest resident memory of any rank."""
     world_size: int

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +35,7 @@ from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
 from student_train.results.saved import ADAPTER_WEIGHTS, begin_from
 from student_train.resume import consumed_root, decide, finished, identity_of, over, refuse_other_run
+from student_train.saving import Saver
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
@@ -170,7 +170,6 @@ class _Loop:
         stop: Callable[[], bool],
     ) -> None:
         self._world, self._run, self._learner, self._engine, self._stop = world, run, learner, engine, stop
-        self._agreement = Agreement(world, run, stop)
         self._resumed: int | None
         self._resumed, self._start = (start.step, start.step) if start else (None, 0)
         self._results = list(start.heldout) if start else []
@@ -180,6 +179,8 @@ class _Loop:
         """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
         names = [source.name for source in run.mixed]
         self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.mix.steps_per_epoch, dumps=names)
+        self._saver = Saver(world, run.checkpoints, run.train, waited=self._meter.wait)
+        self._agreement = Agreement(world, run, stop, self._saver)
         self._write: Write | None = None
         """Where the rank that reports writes its events."""
 
@@ -189,6 +190,7 @@ class _Loop:
         if self._resumed is None:
             self._save()
         with ExitStack() as stack:
+            stack.enter_context(self._saver)
             self._write = world.on_main(lambda: stack.enter_context(self._reporting()))
             stream = stack.enter_context(closing(self._open_stream()))
             # Of what lives by now nothing dies before the end: no collection needs to walk over libraries and model.
@@ -203,7 +205,7 @@ class _Loop:
                 self._train(batches, votes, stream)
                 self._done += 1
                 evaluated = self._evaluate()
-                save = self._done % run.train.save_steps == 0 or over(run, self._done, self._results)
+                save = votes[0].save > 0 or over(run, self._done, self._results)
                 if evaluated and run.train.load_best_model_at_end:
                     save |= run.exported(self._done, self._results) == self._done
                 if save or self._done % run.train.logging_steps == 0:
@@ -218,7 +220,7 @@ class _Loop:
         rate = rate_of(train, step, total_steps=self._run.steps)
         # Unless there is more to do before the next step, it is agreed on while this one runs.
         ahead = partial(self._agreement.begin, stream, step + 1)
-        busy = step + 1 == self._run.steps or (step + 1) % train.save_steps == 0 or self._evaluates(step + 1)
+        busy = step + 1 == self._run.steps or votes[0].save > 0 or self._evaluates(step + 1)
         # Dropout must not depend on what was drawn before the last start.
         torch.manual_seed(_number(f"{train.seed}/{step}/{self._world.rank}"))
         faults.point("train:step")
@@ -227,6 +229,7 @@ class _Loop:
                 batches, tokens=supervised, learning_rate=rate, meanwhile=(lambda: None) if busy else ahead
             )
         except NeoError as error:
+            self._saver.settle()
             self._world.raise_on_all(error)
         self._supervised += supervised
         self._meter.add(
@@ -288,6 +291,7 @@ class _Loop:
         if step > self._saved and Exit.BUG not in codes:
             self._report()
             self._save()
+        self._saver.settle()
         self._world.leave_together(codes, error)
         self._world.raise_on_all(
             TemporaryError(
@@ -299,33 +303,24 @@ class _Loop:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
+        """Begin a checkpoint. Collective. At step 0 there is nothing in it but the start of a decomposed adapter."""
         run, learner, done = self._run, self._learner, self._done
-        exported = self._engine.export() if done else iter(())
 
-        def write() -> None:
-            try:
-                if not self._world.main:
-                    return
-                state = TrainState(
-                    step=done,
-                    updates=self._engine.updates,
-                    consumed=consumed_root(run.dumps, run.mix, done),
-                    identity=identity_of(run) | learner.identified(),
-                    began=run.began,
-                    extended=run.extended,
-                    heldout=tuple(self._results),
-                    supervised_tokens=self._supervised,
-                    told=self._told,
-                )
-                initial = ((f"{INITIAL}/{name}", tensor) for name, tensor in learner.initial.items())
-                keep, best_step = run.train.save_total_limit, run.exported(done, self._results)
-                run.checkpoints.save(state, chain(exported, initial), keep=keep, best=best_step)
-            finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
-                for _ in exported:
-                    pass
+        def state() -> TrainState:
+            return TrainState(
+                step=done,
+                updates=self._engine.updates,
+                consumed=consumed_root(run.dumps, run.mix, done),
+                identity=identity_of(run) | learner.identified(),
+                began=run.began,
+                extended=run.extended,
+                heldout=tuple(self._results),
+                supervised_tokens=self._supervised,
+                told=self._told,
+            )
 
-        self._world.together(write)
+        exported, best_step = self._engine.export() if done else iter(()), run.exported(done, self._results)
+        self._saver.save(state, exported, learner.initial, best=best_step)
         self._saved = done
 
     def _report(self) -> None:
@@ -386,6 +381,7 @@ class _Loop:
     def _finish(self) -> Summary:
         """Write `final/`, prove it, and write the summary, which is what says that the run is done. Collective."""
         world, run = self._world, self._run
+        self._saver.settle()
         # Checkpoints of before do not know how many tokens were trained on.
         if not self._supervised and (run.train.warm_start is not None or not self._engine.updates):
             world.raise_on_all(nothing_usable(run))
@@ -412,8 +408,7 @@ class _Loop:
             events = [self._told]
         if not events:
             raise DataError(f"{run.train.output / EVENTS} is gone", fix="restore it, then run the same command again")
-        student = run.student
-        found = identity(student.model, student.revision, code=student.trust_remote_code)
+        found = identity(run.student.model, run.student.revision, code=run.student.trust_remote_code)
         if found != self._learner.files:
             raise DataError(
                 f"the student {run.student.model} has changed since it was loaded",
@@ -451,6 +446,7 @@ class _Loop:
             tokens_per_second=self._meter.total_tokens / max(1e-9, seconds),
             seconds=seconds,
             data_wait_seconds=self._meter.total_wait,
+            save_wait_seconds=self._meter.total_save_wait,
             peak_rss_bytes=peak_rss_bytes,
             world_size=self._world.world_size,
             zero_stage=run.train.zero_stage,

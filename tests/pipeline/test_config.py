@@ -176,6 +176,8 @@ BOUNDS = [
     ("train.head_chunk_tokens", 0),
     ("train.logging_steps", 0),
     ("train.save_steps", 0),
+    ("train.save_minutes", 0),
+    ("train.snapshot_bytes", -1),
     ("train.save_total_limit", 0),
     ("train.resume", "yes"),
     ("train.report_to", ["excel"]),

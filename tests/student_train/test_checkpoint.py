@@ -224,6 +224,36 @@ def test_death_at_every_step_of_saving(tmp_path: Path, monkeypatch: pytest.Monke
     assert outcomes == sorted(outcomes)
 
 
+def test_a_file_is_hashed_once_and_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for commit record and state: who reads a checkpoint compares the hashes."""
+    hashed, read = [], []
+    digest, get = hashlib.sha256, Store.get
+    monkeypatch.setattr(hashlib, "sha256", lambda data=b"": [hashed.append(len(data)), digest(data)][1])
+    monkeypatch.setattr(Store, "get", lambda store, key: [read.append(key), get(store, key)][1])
+    saved(tmp_path, 1)
+    sizes = [file.stat().st_size for file in tmp_path.glob("*/*.safetensors")]
+    assert len(sizes) == len(KINDS)
+    assert all(hashed.count(size) == sizes.count(size) for size in sizes)
+    assert sorted(key.split("-", 2)[-1] for key in read) == ["00000001/COMMIT.json", "state.json"]
+
+
+@pytest.mark.parametrize("how", ["lost", "cut off"])
+def test_what_the_store_does_not_keep_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """And the older checkpoint stays although only one is kept."""
+    found = saved(tmp_path, 1, keep=1)
+    put = Store.put_new
+
+    def keep_less(store: Store, key: str, data: bytes) -> bool:
+        if "exp_avg_sq" in key:
+            return how == "lost" or put(store, key, data[:-1])
+        return put(store, key, data)
+
+    monkeypatch.setattr(Store, "put_new", keep_less)
+    with pytest.raises(DataError, match="exp_avg_sq"):
+        found.save(state(2), tensors(2), keep=1)
+    assert newest(found) == 1
+
+
 def test_full_disk_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 75, and the older checkpoint stays although only one is kept."""
     found = saved(tmp_path, 1, keep=1)

@@ -63,6 +63,7 @@ def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
             grad_norm=9.0,
         )
     )
+    meter.wait(0.25)
     last = {"learning_rate": 1e-3, "grad_norm": 2.0}
     meter.add(step(loss=90.0, parts=[Part(30, 90.0, 60.0, 15.0)], supervised=30, tokens=150, wait=0.25, **last))
     now[0] += 4.0
@@ -71,11 +72,13 @@ def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.learning_rate, found.grad_norm) == (1e-3, 2.0), "of the last step"
     assert found.supervised_tokens == 40
     assert found.tokens_per_second == 50.0
-    assert found.data_wait_seconds == 0.75
+    assert (found.data_wait_seconds, found.save_wait_seconds) == (0.75, 0.25)
     assert found.epoch == 0.75
     assert found.eta_seconds == 8.0, "4 of 10 steps are left, 2 s each"
     assert meter.empty
-    assert (meter.total_tokens, meter.total_wait) == (200, 0.75)
+    assert (meter.total_tokens, meter.total_wait, meter.total_save_wait) == (200, 0.75, 0.25)
+    meter.add(step())
+    assert meter.event(7).save_wait_seconds == 0
 
 
 def test_means_of_several_dumps(tmp_path: Path) -> None:

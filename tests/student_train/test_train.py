@@ -433,7 +433,7 @@ def test_events_and_summary(training: Trainings) -> None:
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     names = {
         "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens_per_second",
-        "data_wait_seconds", "eta_seconds",
+        "data_wait_seconds", "save_wait_seconds", "eta_seconds",
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(line) == names for line in lines)
@@ -446,6 +446,7 @@ def test_events_and_summary(training: Trainings) -> None:
     assert summary["supervised_tokens"] == sum(line["supervised_tokens"] for line in lines)
     assert summary["peak_rss_bytes"] > 100e6
     assert summary["tokens_per_second"] > 0
+    assert summary["save_wait_seconds"] > sum(line["save_wait_seconds"] for line in lines) > 0  # And the last one.
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000006"]
 

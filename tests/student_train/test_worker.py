@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from support.distributed import environment, start
 from support.tiny_student import save_student
 
 from storage_schemas.common.ranks import ExitCodes, read_codes
+from student_train.checkpoint import Checkpoints
 from student_train.config import TrainSection
 from student_train.metrics import read_events
 from student_train.worker import main, read_config, run
@@ -47,7 +48,7 @@ def resolved(folder: Path, output: Path, **train: Any) -> Path:
 class Ranks:
     """Two workers, under the variables of torchrun, but each with a log and an environment of its own."""
 
-    def __init__(self, config: Path, output: Path, *, fault_on_rank_1: str | None = None) -> None:
+    def __init__(self, config: Path, output: Path, *, faults: Mapping[int, str] | None = None) -> None:
         self.output = output
         self._logs = [output.with_suffix(f".log-{rank}") for rank in range(2)]
         with socket.socket() as probe:
@@ -57,8 +58,8 @@ class Ranks:
         for rank in range(2):
             more = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
             more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            if fault_on_rank_1 and rank:
-                more["LLM_NEO_FAULT"] = fault_on_rank_1
+            if faults and rank in faults:
+                more["LLM_NEO_FAULT"] = faults[rank]
             argv = ["--config", str(config)]
             self.processes.append(start(main, argv, log=self._logs[rank], env=environment(**more)))
 
@@ -117,7 +118,7 @@ def test_sigterm_on_one_rank_stops_all(folder: Path, tmp_path: Path) -> None:
 def test_failing_rank_ends_all(folder: Path, tmp_path: Path, fault: str, code: int, message: str) -> None:
     """Within 30 seconds and with the same code, and the message is printed once."""
     output = tmp_path / "run"
-    ranks = Ranks(resolved(folder, output, epochs=400), output, fault_on_rank_1=fault)
+    ranks = Ranks(resolved(folder, output, epochs=400), output, faults={1: fault})
     ranks.wait_for(lambda: ranks.steps() >= 2)
     found = ranks.wait(30)
     killed = fault.endswith("kill")
@@ -152,6 +153,36 @@ def test_what_a_machine_lacks_is_told_with_what_to_change(
 
 def ecc_error() -> None:
     raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
+def test_a_bug_while_a_checkpoint_is_written_ends_all(folder: Path, tmp_path: Path) -> None:
+    """On the thread of the main rank: 70 on both, told once, with the lines that it is in, long before the next one."""
+    output = tmp_path / "run"
+    ranks = Ranks(resolved(folder, output, epochs=400, save_steps=20), output, faults={0: "put:step:before:4:thread"})
+    assert ranks.wait(120) == [70, 70], ranks.logs
+    assert read_codes(output) == {0: 70, 1: 70}
+    assert ranks.logs.count("injected failure at put:step:before") == 1, ranks.logs
+    assert "in put_new" in ranks.logs
+    assert 20 <= ranks.steps() < 40
+
+
+@pytest.mark.slow
+def test_death_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
+    """The main rank is killed in the middle of the second one; the same command goes on from the first, to the bit."""
+
+    def trained(name: str, *codes: int, **more: Any) -> list[float]:
+        output = tmp_path / name
+        ranks = Ranks(resolved(folder, output, max_steps=6, epochs=9, save_steps=2), output, **more)
+        assert ranks.wait(120) == list(codes), ranks.logs
+        return [event.loss for event in read_events(output / "events.jsonl")]
+
+    trained("killed", -signal.SIGKILL, 75, faults={0: "put:step:before:9:kill"})
+    assert Checkpoints(str(tmp_path / "killed" / "checkpoints")).newest().step == 2
+    assert trained("killed", 0, 0) == trained("whole", 0, 0)
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    for name in names:
+        one, other = (tmp_path / run / "final" / name for run in ("killed", "whole"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_failing_final_check_ends_all(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the training tests run on every rank."""
 
+import os
 import shutil
 import threading
 import time
@@ -15,15 +16,17 @@ from support.engine_jobs import train_section
 from support.tiny_student import write_dump
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from storage_schemas.common import extras
+from storage_schemas.common import extras, faults
 from storage_schemas.common.errors import NeoError
 from storage_schemas.config import DumpSection
+from storage_schemas.stores.store import Store
 from student_train.agreement import Agreement
 from student_train.checkpoint import Checkpoints
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.data.stream import Stream
 from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
+from student_train.saving import Saver
 from student_train.train import train
 from student_train.world import PeerError, World
 
@@ -31,7 +34,8 @@ Job = Mapping[str, Any]
 
 
 def run_training(world: World, job: Job) -> dict[str, Any]:
-    """One training: what it returned or raised, its events, and the state of its newest checkpoint.
+    """One training: what it returned or raised, whether a checkpoint was incomplete when this rank left it, its events,
+    and the state of its newest checkpoint.
 
     Of `job`: `dump`, `model`, `output`, `train`, `lora`, `loss`; `copy` begins with a copy of that run directory;
     `spoil` damages the run directory first; `hide` is a package that is not installed; `stop_after` asks to stop after
@@ -39,7 +43,9 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     `grows` and `shape` say which dump grows, if not `dump`, and how it is written;
     `arrive` is a dump that is copied to `dump` while it waits; `heldout` is the held-out dump, and `stop_evaluating`
     asks to stop in the middle of the evaluation after so many steps; `adapter` is what training begins from; `trust`
-    runs the student's code; `quantization` is the student's.
+    runs the student's code; `quantization` is the student's; each file of a checkpoint takes `slow_saves` seconds to
+    write, and the last step waits until all before are there; `fault` is one of the main rank, see `faults`; with
+    `other_clock`, no checkpoint is ever due on the other ranks.
     """
     output = Path(job["output"])
     if world.main and job.get("copy"):
@@ -63,6 +69,10 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
 
     def stop() -> bool:
         last = world.rank == world.world_size - 1
+        while (
+            job.get("slow_saves") and len(read_events(output / EVENTS)) == settings.max_steps - 1 and _unsaved(output)
+        ):
+            time.sleep(0.01)
         if "stop_evaluating" in job:
             # Between two micro-batches of the evaluation, the training events are written and this result is not.
             done = len(read_events(output / EVENTS))
@@ -78,8 +88,8 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"code": 0, "message": "", "summary": None}
     began = time.monotonic()
     with ExitStack() as stack:
-        installed = mock.patch.object(extras, "installed", lambda name: name != job.get("hide"))
-        stack.enter_context(installed)
+        stack.enter_context(mock.patch.object(extras, "installed", lambda name: name != job.get("hide")))
+        _trouble(stack, job, main=world.main)
         for name in ("begin", "reach"):
             stack.enter_context(mock.patch.object(Agreement, name, noting(name, getattr(Agreement, name))))
         stack.callback(register_optimizer_step_pre_hook(lambda *_: order.append("update")).remove)
@@ -103,7 +113,7 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
             result["summary"] = summary.model_dump(mode="json")
         except NeoError as error:
             result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}
-    result["seconds"] = time.monotonic() - began
+    result |= {"seconds": time.monotonic() - began, "unsaved": _unsaved(output)}
     result["order"] = [name for name, _ in groupby(order)]
     result["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if world.main:
@@ -112,6 +122,29 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
         result["step"] = newest.step if newest else None
         result["state"] = dict(newest.tensors(("master", "exp_avg", "exp_avg_sq"))) if newest else {}
     return result
+
+
+def _trouble(stack: ExitStack, job: Job, *, main: bool) -> None:
+    """What a job says of slow stores, faults and clocks."""
+    put = Store.put_new
+
+    def slow(store: Store, key: str, data: bytes) -> bool:
+        won = put(store, key, data)
+        time.sleep(job["slow_saves"])
+        return won
+
+    if job.get("slow_saves"):
+        stack.enter_context(mock.patch.object(Store, "put_new", slow))
+    if job.get("fault") and main:
+        stack.enter_context(mock.patch.dict(os.environ, {"LLM_NEO_FAULT": job["fault"]}))
+        stack.enter_context(mock.patch.dict(faults._passed, clear=True))
+    if job.get("other_clock") and not main:
+        stack.enter_context(mock.patch.object(Saver, "due", return_value=False))
+
+
+def _unsaved(output: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(not (step / "COMMIT.json").exists() for step in (output / "checkpoints").glob("step-*"))
 
 
 def trainer(rank: int, world_size: int, rendezvous: str) -> Callable[..., dict[str, Any]]:
