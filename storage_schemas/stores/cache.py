@@ -38,10 +38,12 @@ class ShardCache:
         cached = self._folder / f"{sha256}{_SUFFIX}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(sha256, alone=False):  # Readers are in nobody's way.
+                if (found := _proven(cached, sha256)) is not None:
+                    return found
             with self._locked(sha256):
-                if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == sha256:
-                    _touch(cached)
-                    return data
+                if (found := _proven(cached, sha256)) is not None:
+                    return found
                 data = fetch()
                 publish(cached, data)
                 _touch(cached)
@@ -75,11 +77,19 @@ class ShardCache:
             total -= size
 
     @contextmanager
-    def _locked(self, sha256: str, *, wait: bool = True) -> Iterator[None]:
+    def _locked(self, sha256: str, *, alone: bool = True, wait: bool = True) -> Iterator[None]:
         """Hold a lock between the processes of this node; the kernel frees it when its holder dies."""
         with open(self._folder / f".{sha256}.lock", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
             yield
+
+
+def _proven(cached: Path, sha256: str) -> bytes | None:
+    """The content, if it is there and has this hash."""
+    if not cached.is_file() or hashlib.sha256(data := cached.read_bytes()).hexdigest() != sha256:
+        return None
+    _touch(cached)
+    return data
 
 
 def _touch(file: Path) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 from storage_schemas.stores.cache import ShardCache
@@ -82,6 +83,17 @@ def test_a_file_that_is_being_read_stays(tmp_path: Path) -> None:
         assert kept(tmp_path) == {0, 1}
     cache.get(2)
     assert kept(tmp_path) == {2}
+
+
+def test_readers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Ranks that prove a shard at once each take as long as one of them alone."""
+    Cache(tmp_path, None).get(0)
+    with open(tmp_path / f".{key(0)}.lock", "ab") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        thread = threading.Thread(target=Cache(tmp_path, None).get, args=(0,), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
