@@ -11,7 +11,8 @@ from itertools import islice
 
 from storage_schemas.common.errors import DataError, exit_code
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK, Row
+from storage_schemas.rows import UnitRows
+from storage_schemas.shared_unit import SharedUnit
 from student_train.config import Metric
 from student_train.data.batch import TrainBatch, collate
 from student_train.metrics import HeldoutResult
@@ -114,16 +115,18 @@ class Heldout:
         """This rank's micro-batches; every rank has as many, the last one may be a filler."""
         micro_batches = self._micro_batches()
         while together := list(islice(micro_batches, world.world_size)):
-            rows = together[world.rank] if world.rank < len(together) else []
+            unit, places = together[world.rank] if world.rank < len(together) else (None, [])
+            rows = [unit.row(i) for i in places] if unit is not None else []
             yield collate(rows, temperature_index=self._index, temperature=self.temperature, vocab_size=vocab_size)
 
-    def _micro_batches(self) -> Iterator[list[Row]]:
-        """Unit by unit, its samples with targets, longest first."""
+    def _micro_batches(self) -> Iterator[tuple[UnitRows | SharedUnit, list[int]]]:
+        """Unit by unit, the places of its samples with targets, longest first."""
         for unit in range(self.dump.provenance.units):
-            rows = self.dump.read_unit(unit)
-            used = [rows.row(i) for i in range(len(rows)) if rows.status[i] == OK]
-            used.sort(key=lambda row: -len(row.input_ids))
-            yield from (used[i : i + self._micro_batch_size] for i in range(0, len(used), self._micro_batch_size))
+            opened = self.dump.open_unit(unit)
+            lengths = opened.used_tokens.tolist()
+            used = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+            for first in range(0, len(used), self._micro_batch_size):
+                yield opened, used[first : first + self._micro_batch_size]
 
 
 def best(results: Sequence[HeldoutResult], metric: Metric) -> HeldoutResult | None:

@@ -164,10 +164,11 @@ def rank_slice(
     if lengths is not None:
         assert len(lengths) == len(samples)
         samples = samples[np.argsort(-np.asarray(lengths, np.int64), kind="stable")]
-    per_rank = -(-len(samples) // (world_size * micro_batch_size))
-    if not per_rank:
-        return []
-    return np.array_split(samples, per_rank * world_size)[rank::world_size]
+    parts = -(-len(samples) // (world_size * micro_batch_size)) * world_size
+    # As np.array_split, but of this rank's parts alone: the first `longer` hold one sample more.
+    least, longer = divmod(len(samples), parts or 1)
+    mine = range(rank, parts, world_size)
+    return [samples[i * least + min(i, longer) : (i + 1) * least + min(i + 1, longer)] for i in mine]
 
 
 def _permute(index: I64, n: int, keys: U64) -> I64:
