@@ -1,8 +1,8 @@
 """Stage two against what users run today: `make bench-train`. Writes runs/bench/train.json and prints the tables.
 
     make bench-train                       # about a quarter of an hour on two quiet cores
-    make bench-train ARGS="--only loader"  # one section: steps, memory, loop, loader, start, profile, vocabulary,
-                                           # entries, length; several: --only loader start
+    make bench-train ARGS="--only loader"  # one section: steps, memory, loop, loader, ranks, start, profile,
+                                           # vocabulary, entries, length; several: --only loader start
 
 Every section runs in a process of its own. All contenders of a section take turns in one process, in alternating
 order, on the same batch; only peak memory takes a process for each. What is made once, the student and the dump of
@@ -31,7 +31,7 @@ import torch
 import train_workload
 from storage import processor
 from torch.profiler import ProfilerActivity, profile
-from train_scale import Rows, entries, length, loader, say, start, turns, vocabulary
+from train_scale import Rows, entries, length, loader, ranks, say, start, turns, vocabulary
 from train_workload import (
     BATCH,
     CONTENDERS,
@@ -277,6 +277,7 @@ SECTIONS: dict[str, Callable[[Workload], Rows]] = {
     "memory": memory,
     "loop": loop,
     "loader": loader,
+    "ranks": ranks,
     "start": start,
     "profile": profiled,
     "vocabulary": vocabulary,

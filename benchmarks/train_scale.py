@@ -28,6 +28,7 @@ from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes, totals
 from storage_schemas.rows import OK
+from storage_schemas.stores.shared import KEPT
 from storage_schemas.stores.store import Store
 from storage_schemas.writer import DumpWriter
 from student_train.config import LossSection, TrainSection
@@ -41,6 +42,10 @@ from student_train.resume import consumed_root
 
 Rows = dict[str, float]
 LOADER_UNITS, LOADER_SAMPLES = 32, 128
+RANKS = {"1": (1, 1), "8": (8, 1), "64 on one node": (64, 1), "64 on 8 nodes": (64, 8)}
+"""Ranks, and the nodes that they are on."""
+RANKS_SAMPLES, RANKS_BATCH = 512, 256
+"""Samples of a unit, and of a step: a micro-batch of 4 for each of 64 ranks."""
 HUGE_SAMPLES, HUGE_UNITS = 10**9, 100_000
 HIDDEN, HEAD_TOKENS, STEP_TOKENS = 576, 256, 1024
 
@@ -53,12 +58,17 @@ def say(text: str) -> None:
 def loader(work: Workload) -> Rows:
     """Our stream and `datasets` over the same files, taking turns on one core, in processor seconds."""
     to_the_end = dump(work, SCRATCH / "dump-to-the-end", TopK(k=K, mass=1.0))
+    one_core()
+    return loader_rows(f"k={K}", work.dump) | loader_rows(f"k={K} to the end", to_the_end)
+
+
+def one_core() -> None:
+    """Let this process use one core alone."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     gc.collect()
     gc.freeze()  # As training does; it serves all contenders.
-    return loader_rows(f"k={K}", work.dump) | loader_rows(f"k={K} to the end", to_the_end)
 
 
 def loader_rows(title: str, source: Path) -> Rows:
@@ -77,13 +87,13 @@ def loader_rows(title: str, source: Path) -> Rows:
     return rows
 
 
-def loader_dump(source: Path) -> Path:
+def loader_dump(source: Path, *, units: int = LOADER_UNITS, each: int = LOADER_SAMPLES) -> Path:
     """A dump's rows several times over, in units of ordinary size."""
     url = SCRATCH / "loader"
     shutil.rmtree(url, ignore_errors=True)
-    rows, provenance, samples = rows_of(source), Dump.open(str(source)).provenance, LOADER_UNITS * LOADER_SAMPLES
-    corpus = provenance.corpus.model_copy(update={"samples": samples})
-    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": LOADER_SAMPLES})
+    rows, provenance = rows_of(source), Dump.open(str(source)).provenance
+    corpus = provenance.corpus.model_copy(update={"samples": units * each})
+    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": each})
     writer = DumpWriter.open(str(url), provenance)
     for unit in range(provenance.units):
         writer.commit_unit(unit, [replace(rows[i % len(rows)], sample_index=i) for i in provenance.unit_range(unit)])
@@ -93,23 +103,61 @@ def loader_dump(source: Path) -> Path:
 def stream_speed(url: Path) -> float:
     """Supervised tokens per processor second from files to micro-batches, every check included."""
     dump = Dump.open(str(url))
-    train = TrainSection(output=SCRATCH)
+    tokens, taken = streamed(dump, TrainSection(output=SCRATCH))
+    assert tokens == dump.provenance.corpus.samples * SUPERVISED
+    return tokens / taken
+
+
+def streamed(dump: Dump, train: TrainSection, *, world_size: int = 1, epochs: int = 1) -> tuple[int, float]:
+    """Supervised tokens of the first rank, and the processor seconds that their stream takes."""
     mix = mix_of(dump.provenance, train)
     make = partial(
         collate_mixed, temperature_indices=[0], temperature=1.0, vocab_size=dump.provenance.teacher.lm_head_rows
     )  # fmt: skip
-    begin, tokens = time.process_time(), 0
+    begin, tokens, steps = time.process_time(), 0, epochs * mix.steps_per_epoch
     stream = Stream(
-        [dump], mix, make, rank=0, world_size=1, limit=train.micro_batch, start=0,
-        stop=mix.steps_per_epoch, allowed=mix.steps_per_epoch,
+        [dump], mix, make, rank=0, world_size=world_size, limit=train.micro_batch, start=0, stop=steps, allowed=steps,
     )  # fmt: skip
-    for step in range(mix.steps_per_epoch):
+    for step in range(steps):
         batches = stream.get(step, timeout=60)
         assert batches is not None
         tokens += sum(len(batch.targets) for batch in batches)
     stream.close()
-    assert tokens == dump.provenance.corpus.samples * SUPERVISED
-    return tokens / (time.process_time() - begin)
+    return tokens, time.process_time() - begin
+
+
+def ranks(work: Workload) -> Rows:
+    """What its supervised tokens cost one rank of many, in processor seconds: its own stream, and its share of decoding
+    each unit once per node. One rank decodes for itself. Sizes take turns on one core."""
+    one_core()
+    url = loader_dump(work.dump, units=KEPT, each=RANKS_SAMPLES)
+    train = TrainSection(output=SCRATCH, global_batch_size=RANKS_BATCH)
+    speeds: dict[str, list[float]] = {name: [] for name in RANKS}
+    for i in range(-1, 6):
+        shutil.rmtree(SCRATCH / "decoded", ignore_errors=True)
+        dump = Dump.open(str(url))
+        dump.share(SCRATCH / "decoded")
+        begin = time.process_time()
+        for unit in range(KEPT):
+            dump.open_unit(unit)
+        decoding = time.process_time() - begin
+        for place in in_turn(i, len(RANKS)):
+            name, (world_size, nodes) = list(RANKS.items())[place]
+            # All of them stream as many tokens, so that what is done once weighs alike.
+            tokens, taken = streamed(
+                Dump.open(str(url)) if world_size == 1 else dump, train, world_size=world_size, epochs=world_size
+            )
+            if world_size > 1:
+                taken += decoding * nodes  # In so many epochs, 1 / (world_size / nodes) of each.
+            if i >= 0:
+                speeds[name].append(tokens / taken)
+        say(", ".join(f"{name}: {found[-1]:,.0f}" for name, found in speeds.items() if found))
+    rows = {f"loader of a rank of {name}: own supervised tokens/s on one core": statistics.median(found)
+            for name, found in speeds.items()}  # fmt: skip
+    for name in list(speeds)[1:]:
+        ratios = [many / one for many, one in zip(speeds[name], speeds["1"], strict=True)]
+        rows[f"loader of a rank of {name} / of 1"] = statistics.median(ratios)
+    return rows
 
 
 def datasets_speed(url: Path, *, collated: bool) -> float:

@@ -1,9 +1,10 @@
 """Stage two's end of the dump: read it, and trust nothing that is not proven."""
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +31,13 @@ from storage_schemas.records import (
     unit_of_record,
 )
 from storage_schemas.rows import FIRST_SCHEMA, OK, SCHEMA, STATUSES, UnitRows, in_head
+from storage_schemas.shared_unit import SharedUnit, write_shared
 from storage_schemas.stores.cache import ShardCache
+from storage_schemas.stores.shared import SharedFiles
 from storage_schemas.stores.store import Store
 from storage_schemas.targets import I32, Targets
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_BYTES = 2**30
 """The largest file of a tokenizer that is read."""
@@ -47,6 +52,7 @@ class Dump:
 
     def __init__(self, store: Store, provenance: Provenance, *, cache: ShardCache | None = None) -> None:
         self.store, self.provenance, self._cache = store, provenance, cache
+        self._shared: SharedFiles | None = None
         self._records: dict[int, CommitRecord] = {}
         self._seal: Seal | None = None
         self._manifest: Manifest | None = None
@@ -157,6 +163,16 @@ class Dump:
         records = self.store.parsed_many([record_key(unit) for unit in units], CommitRecord.from_json)
         return map(self._own, records, units)
 
+    def _committed(self, unit: int) -> CommitRecord:
+        record = self.read_record(unit)
+        if record is None:
+            raise DataError(
+                f"unit {unit} of {self.store.url} is not committed",
+                expected=f"commit records 0 ... {self.provenance.units - 1}",
+                fix="let stage one finish: run `llm-neo dump` again",
+            )
+        return record
+
     def _own(self, record: CommitRecord, unit: int) -> CommitRecord:
         refuse_foreign(record, unit, self.provenance, name=f"{self.store.url}/{record_key(unit)}")
         return record
@@ -168,18 +184,55 @@ class Dump:
             DataError: the unit is not committed, its file is missing, torn or tampered with, or breaks a rule of the
                 format.
         """
-        record = self.read_record(unit)
-        if record is None:
-            raise DataError(
-                f"unit {unit} of {self.store.url} is not committed",
-                expected=f"commit records 0 ... {self.provenance.units - 1}",
-                fix="let stage one finish: run `llm-neo dump` again",
-            )
+        return self._read_unit(self._committed(unit))
+
+    def _read_unit(self, record: CommitRecord) -> UnitRows:
         if self._cache is None or self.store.root is not None:
             data = self._fetch(record)
         else:
             data = self._cache.get(record.sha256, fetch=lambda: self._fetch(record))
         return parse_unit(data, record, self.provenance, name=f"{self.store.url}/{record.file}")
+
+    def share(self, folder: Path) -> None:
+        """From now on, have units of which rows are taken (`open_unit`) decoded once for all processes that share them.
+
+        The last units lie there decoded until the last of these processes is gone; if they cannot, each decodes for
+        itself, with a warning.
+
+        Args:
+            folder: on a disk of this node, for its user alone. Each node has its own.
+        """
+        self._shared = SharedFiles(folder)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether `open_unit` decodes for other processes, too."""
+        return self._shared is not None
+
+    def open_unit(self, unit: int) -> UnitRows | SharedUnit:
+        """A committed unit, to take some of its rows: it has `used_tokens`, and `row(i)`.
+
+        A unit that is shared was proven by the process that decoded it, and each row is proven again when it is taken.
+
+        Raises:
+            DataError: as `read_unit`.
+        """
+        shared = self._shared
+        if shared is None:
+            return self.read_unit(unit)
+        record = self._committed(unit)
+
+        def fill(file: BinaryIO) -> None:
+            write_shared(file, self._read_unit(record), record)
+
+        try:
+            file = shared.get(record.sha256, fill)
+            return SharedUnit(file, record, self.provenance, again=partial(self._read_unit, record))
+        except OSError as error:
+            if self._shared is not None:
+                log.warning("units are decoded by each process for itself, since %s", error)
+            self._shared = None
+            return self._read_unit(record)
 
     def read_tokenizer(self) -> dict[str, bytes]:
         """Name and content of the tokenizer's files.

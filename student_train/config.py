@@ -314,7 +314,8 @@ class TrainSection(FrozenModel):
     """DeepSpeed's own settings, merged over the defaults of the ZeRO stage: a mapping, the path of a JSON file, or
     `zero1`, `zero2`, `zero3`, `zero3_offload`. What contradicts this section is an error that names both."""
     cache_dir: LocalFolder | None = None
-    """Where shards are cached on this node. Null: `cache/` in the run directory."""
+    """Where shards are cached on this node, and where its ranks share the units that one of them has decoded: best a
+    fast disk of the node, or memory (`/dev/shm`). Null: `cache/` in the run directory."""
     cache_bytes: int | None = Field(64 * 2**30, ge=1)
     """What that folder may hold; above it, the shards that were not used for longest go. Give it room for a block of
     units, better for the dump: then each shard is fetched once per node. Null: no limit."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from storage_schemas.common.errors import DataError, exit_code
 from storage_schemas.reader import Dump
-from storage_schemas.rows import OK, Row
+from storage_schemas.rows import UnitRows
+from storage_schemas.shared_unit import SharedUnit
 from student_train.config import Metric
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.deal import Limit, rank_slice
@@ -117,17 +118,17 @@ class Heldout:
         """This rank's micro-batches; every rank has as many, the last one may be a filler."""
         micro_batches = self._micro_batches()
         while together := list(islice(micro_batches, world.world_size)):
-            rows = together[world.rank] if world.rank < len(together) else []
+            unit, places = together[world.rank] if world.rank < len(together) else (None, [])
+            rows = [unit.row(i) for i in places] if unit is not None else []
             yield collate(rows, temperature_index=self._index, temperature=self.temperature, vocab_size=vocab_size)
 
-    def _micro_batches(self) -> Iterator[list[Row]]:
-        """Unit by unit, its samples with targets, longest first."""
+    def _micro_batches(self) -> Iterator[tuple[UnitRows | SharedUnit, list[int]]]:
+        """Unit by unit, the places of its samples with targets, longest first."""
         for unit in range(self.dump.provenance.units):
-            rows = self.dump.read_unit(unit)
-            used = [rows.row(i) for i in range(len(rows)) if rows.status[i] == OK]
-            lengths = [len(row.input_ids) for row in used]
-            for share in rank_slice(np.arange(len(used)), 0, 1, self._limit, lengths=lengths):
-                yield [used[i] for i in share.tolist()]
+            opened = self.dump.open_unit(unit)
+            used = np.flatnonzero(opened.used_tokens)
+            for share in rank_slice(used, 0, 1, self._limit, lengths=opened.used_tokens[used]):
+                yield opened, share.tolist()
 
 
 def best(results: Sequence[HeldoutResult], metric: Metric) -> HeldoutResult | None:

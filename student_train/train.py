@@ -107,6 +107,8 @@ def train(
         world.on_main(partial(refuse_other_start, settings, checkpoint.state.began))
     if done is not None:
         return done
+    if world.world_size > 1:
+        run.share()
     run, trained = begin(world, run, checkpoint)
     learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main))
     if trained is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 FEW_UNITS = 4
 """Fewer that are open at a time mix so little that it is warned of."""
+OPEN_UNITS = 512
+"""Units that ranks share are open files of each, and a process may have 1,024 by default."""
 LOOK_SECONDS = 2.0
 """Between two looks for a dump that has not begun."""
 
@@ -89,6 +92,15 @@ class TrainingRun:
     def mixed(self) -> tuple[Source, ...]:
         """The sources, if there are several."""
         return self.sources if len(self.sources) > 1 else ()
+
+    def share(self) -> None:
+        """Have each unit decoded once per node, for all its ranks."""
+        if self.train.shuffle == "windows" and 2 * sum(order.block_units for order in self.mix.orders) > OPEN_UNITS:
+            log.info("each rank decodes every unit, since blocks of so many units would be open files on each")
+            return
+        heldout = [] if self.heldout is None else [self.heldout.dump]
+        for dump in (*self.dumps, *heldout):
+            dump.share(_cache_dir(self.train) / f"decoded-{socket.gethostname()}")
 
     def comparable(self, results: Sequence[HeldoutResult]) -> list[HeldoutResult]:
         """Those on the same held-out samples at the same temperature as now."""
@@ -406,8 +418,12 @@ def _open_sources(section: DumpSection, loss: LossSection, train: TrainSection) 
 
 
 def _open_dump(section: DumpSection, train: TrainSection) -> Dump:
-    cache = train.cache_dir or train.output / "cache"
-    return Dump.open(section.url, options=section.storage_options, cache_dir=cache, cache_bytes=train.cache_bytes)
+    place, options, limit = _cache_dir(train), section.storage_options, train.cache_bytes
+    return Dump.open(section.url, options=options, cache_dir=place, cache_bytes=limit)
+
+
+def _cache_dir(train: TrainSection) -> Path:
+    return train.cache_dir or train.output / "cache"
 
 
 def refuse_unlike(first: Dump, other: Dump) -> None:

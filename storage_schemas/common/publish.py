@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -34,6 +35,23 @@ def publish(path: Path, data: str | bytes, *, private: bool = False) -> None:
     except OSError as error:
         error.filename = error.filename or str(path)  # A full disk names none.
         raise
+
+
+@contextmanager
+def publishing_shared(path: Path) -> Iterator[BinaryIO]:
+    """A new file, readable by its owner alone, that takes the name `path` once the block ends well.
+
+    It is for processes that run now: nobody waits for the disk, and no start after a power cut may trust it.
+    """
+    staged = path.with_name(f".{path.name}.staged")
+    staged.unlink(missing_ok=True)
+    try:
+        staged.touch(0o600, exist_ok=False)
+        with staged.open("r+b") as file:
+            yield file
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def give_name(staged: Path, path: Path) -> None:

@@ -2,13 +2,12 @@
 
 One block is read, and of the next one as many units are fetched as this one has used up. If a rank knows which rows
 will be its own, it keeps these alone, in memory of their own, which costs a copy of each: both blocks together then
-hold little more than the rank's share of one. Else a unit is kept whole until all of its rows are used, which in a
-shuffled block is at its end, and there are two blocks at most.
+hold little more than the rank's share of one. Else a unit stays open until its block is read, and there are two blocks
+at most. Where ranks share units, an open one is an index, and its rows are read when they are used; else it is whole.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,27 +15,34 @@ import numpy as np
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import CommitRecord
-from storage_schemas.rows import OK, Row
+from storage_schemas.rows import Row
 from student_train.data.order import I64, Order, Span
 
 READERS = 2
 """Threads that fetch and decode units."""
+WAITING = 2
+"""More of them where ranks share units: one that another rank decodes keeps a thread waiting."""
 SPARE = 4
 """Units that are fetched before the block that is read has made room for them."""
 _ROW_BYTES = 2048
 """Of a row as objects of Python and numpy, beside what it holds."""
 
 
-class Sample(NamedTuple):
-    """A sample in memory."""
+class Held(NamedTuple):
+    """A unit that is open."""
 
-    tokens: int
-    """What it costs; 0 if it is not used."""
-    row: Callable[[], Row]
+    dump: int
+    """Number of its dump."""
+    tokens: list[int]
+    """Of each sample, what it costs; 0 if it is not used."""
+    row: Callable[[int], Row]
+    """A sample of it. One of a rank's own is let go with that, so that it is there once."""
+    own: dict[int, Row] | None
+    """What is left of the rank's own samples; None where they are not known."""
 
 
-Held = list[Sample | None]
-"""Samples of a unit; None for one that is used, or not the rank's."""
+Sample = tuple[int, Held, int]
+"""What a sample costs, the unit that it is of, and its place there."""
 
 
 class Block(NamedTuple):
@@ -52,12 +58,17 @@ class Blocks:
     """Reads one dump in its order, forward only."""
 
     def __init__(
-        self, dump: Dump, order: Order, readers: ThreadPoolExecutor, own: Callable[[int, int], I64] | None
+        self,
+        number: int,
+        dump: Dump,
+        order: Order,
+        readers: ThreadPoolExecutor,
+        own: Callable[[int, int], I64] | None,
     ) -> None:
         """Nothing is asked for yet. `own` tells which positions of a range are the rank's; None: all may be."""
-        self._dump, self._order, self._readers, self._own = dump, order, readers, own
+        self._number, self._dump, self._order, self._readers, self._own = number, dump, order, readers, own
         self._rest: dict[int, set[int] | None] = {}
-        """Of the blocks that are open, by their beginning, the samples that are kept; None: all."""
+        """Of the blocks that are open, by their beginning, the rank's samples; None: any may be."""
         self._current: list[Block] = []
         self.units: dict[tuple[int, int], Future[Held]] = {}
         """Those that are open, by the beginning of their block and their number: one may be in the next epoch's too."""
@@ -96,14 +107,14 @@ class Blocks:
         Raises:
             NeoError: a unit is missing, torn or out of range, or the store is away.
         """
-        taken = []
+        taken: list[Sample] = []
         for block in self._current:
-            for sample in self._samples(block, max(start, block.first), min(stop, block.last)).tolist():
-                unit, place = divmod(sample, self._order.samples_per_unit)
-                held = result(self.units[block.first, unit])
-                found, held[place] = held[place], None
-                assert found is not None
-                taken.append(found)
+            samples = self._samples(block, max(start, block.first), min(stop, block.last))
+            units, places = (part.tolist() for part in np.divmod(samples, self._order.samples_per_unit))
+            there = {unit: result(self.units[block.first, unit]) for unit in set(units)}
+            held = [there[unit] for unit in units]
+            tokens = [unit.tokens[place] for unit, place in zip(held, places, strict=True)]
+            taken += zip(tokens, held, places, strict=True)
         return taken
 
     def _block(self, position: int) -> Block:
@@ -125,32 +136,23 @@ class Blocks:
         return samples if self._own is None else samples[self._own(start, stop) - start]
 
     def _ask(self, block: Block, units: I64, *, after: int = 0) -> None:
-        """For some units of a block; of one that others have begun before, for what comes after a position."""
+        """For some units of a block; of the rank's samples, if they are known, for those after a position."""
         missing = [unit for unit in units.tolist() if (block.first, unit) not in self.units]
         if missing and block.first not in self._rest:
-            rest = None
-            if self._own is not None or after > block.first:
-                rest = set(self._samples(block, max(after, block.first), block.last).tolist())
+            start = max(after, block.first)
+            rest = None if self._own is None else set(self._samples(block, start, block.last).tolist())
             self._rest[block.first] = rest
         for unit in missing:
             self.units[block.first, unit] = self._readers.submit(self._load, unit, self._rest[block.first])
 
     def _load(self, unit: int, samples: Collection[int] | None) -> Held:
         """The rows of a unit that are among some samples of the dump; None: all of them."""
-        rows, first, held = self._dump.read_unit(unit), unit * self._order.samples_per_unit, Held()
-        lengths = np.diff(rows.token_offsets).tolist()
-        for i, (status, tokens) in enumerate(zip(rows.status, lengths, strict=True)):
-            if samples is not None and first + i not in samples:
-                held.append(None)
-                continue
-            # Where it may be another rank's, it is made a row only when it is used.
-            row = partial(rows.row, i) if self._own is None else partial(_itself, rows.row(i, own=True))
-            held.append(Sample(tokens if status == OK else 0, row))
-        return held
-
-
-def _itself(row: Row) -> Row:
-    return row
+        opened, first = self._dump.open_unit(unit), unit * self._order.samples_per_unit
+        tokens = opened.used_tokens.tolist()
+        if samples is None:  # It may be another rank's: it is made a row only when it is used.
+            return Held(self._number, tokens, opened.row, None)
+        own = {i: opened.row(i, own=True) for i in range(len(tokens)) if first + i in samples}
+        return Held(self._number, tokens, own.pop, own)
 
 
 def decoded_bytes(record: CommitRecord, provenance: Provenance) -> int:

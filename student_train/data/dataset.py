@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from storage_schemas.common.errors import MismatchError, TemporaryError
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row, UnitRows
+from storage_schemas.shared_unit import SharedUnit
 from student_train.data.batch import TrainBatch, collate, collate_mixed
 from student_train.data.deal import Limit
 from student_train.data.mix import Mix
@@ -58,7 +59,7 @@ class DumpDataset(Dataset[Row]):
             seed=seed,
         )
         self._epoch, self._process = 0, os.getpid()
-        self._units: dict[int, UnitRows] = {}
+        self._units: dict[int, UnitRows | SharedUnit] = {}
 
     def __len__(self) -> int:
         return self._order.samples
@@ -86,7 +87,7 @@ class DumpDataset(Dataset[Row]):
         if unit not in self._units:
             while len(self._units) >= self._order.block_units:
                 del self._units[next(iter(self._units))]
-            self._units[unit] = self.dump.read_unit(unit)
+            self._units[unit] = self.dump.open_unit(unit)
         return self._units[unit].row(place)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,10 +46,11 @@ def rank_slice(
     if limit.tokens:
         assert lengths is not None
         return _by_tokens(samples[lengths > 0], lengths[lengths > 0], world_size, limit)[rank::world_size]
-    per_rank = -(-len(samples) // (world_size * limit.samples))
-    if not per_rank:
-        return []
-    return np.array_split(samples, per_rank * world_size)[rank::world_size]
+    parts = -(-len(samples) // (world_size * limit.samples)) * world_size
+    # As np.array_split, but of this rank's parts alone: the first `longer` hold one sample more.
+    least, longer = divmod(len(samples), parts or 1)
+    mine = range(rank, parts, world_size)
+    return [samples[i * least + min(i, longer) : (i + 1) * least + min(i + 1, longer)] for i in mine]
 
 
 def _by_tokens(samples: I64, lengths: I64, world_size: int, limit: Limit) -> list[I64]:

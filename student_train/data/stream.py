@@ -1,7 +1,7 @@
 """A rank's micro-batches, step by step, decoded ahead of their use by a thread.
 
 The only state is the number of the step: what a step holds is a function of the order, and prefetching is forgotten
-when a run ends. Units are fetched and decoded whole; which of them are in memory says `blocks.py`.
+when a run ends. Which units are open meanwhile says `blocks.py`.
 """
 
 import threading
@@ -15,7 +15,7 @@ import numpy as np
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from student_train.data.batch import TrainBatch
-from student_train.data.blocks import READERS, Blocks, Held, Sample
+from student_train.data.blocks import READERS, WAITING, Blocks, Held, Sample
 from student_train.data.deal import Limit, rank_slice
 from student_train.data.mix import Mix
 
@@ -60,12 +60,13 @@ class Stream:
         self._ready: deque[tuple[int, list[TrainBatch] | BaseException]] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="unit-reader")
+        threads = READERS + WAITING * any(dump.is_shared for dump in dumps)
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="unit-reader")
         self._dealt = dealt
         self.blocks = []
         for i, (dump, order) in enumerate(zip(dumps, mix.orders, strict=True)):
             own = partial(mix.dealt, i, rank=rank, world_size=world_size) if dealt else None
-            self.blocks.append(Blocks(dump, order, self._readers, own))
+            self.blocks.append(Blocks(i, dump, order, self._readers, own))
         """What is open of each dump."""
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
@@ -137,17 +138,18 @@ class Stream:
 
     def _prepare(self, step: int) -> list[TrainBatch]:
         taken = self._take(step)
-        lengths = [sample.tokens for _, sample in taken]
+        lengths = [sample[0] for sample in taken]
         numbers = np.arange(len(taken))
         place = (0, 1) if self._dealt else (self._rank, self._world_size)
         shares = rank_slice(numbers, *place, self._limit, lengths=lengths)
         return [self._collate(self._by_dump([taken[i] for i in share.tolist()])) for share in shares]
 
-    def _by_dump(self, samples: Sequence[tuple[int, Sample]]) -> list[list[Row]]:
-        return [[sample.row() for of, sample in samples if of == dump] for dump in range(len(self.blocks))]
+    def _by_dump(self, samples: Sequence[Sample]) -> list[list[Row]]:
+        dumps = range(len(self.blocks))
+        return [[held.row(place) for _, held, place in samples if held.dump == dump] for dump in dumps]
 
-    def _take(self, step: int) -> list[tuple[int, Sample]]:
-        """(dump, sample) of a step, all or the rank's own; one may be there twice, if its dump is small."""
+    def _take(self, step: int) -> list[Sample]:
+        """The samples of a step, all or the rank's own; one may be there twice, if its dump is small."""
         spans = list(zip(self.blocks, self._mix.taken(step), self._mix.taken(step + 1), strict=True))
         # What the step itself waits for comes before what is read ahead.
         for blocks, start, stop in spans:
@@ -155,8 +157,7 @@ class Stream:
         limits = zip(self._mix.taken(self._stop), self._mix.windows(self._allowed), strict=True)
         for (blocks, _, stop), (end, windows) in zip(spans, limits, strict=True):
             blocks.read_ahead(stop, end=end, windows=windows)
-        taken = [blocks.take(start, stop, self._result) for blocks, start, stop in spans]
-        return [(dump, sample) for dump, samples in enumerate(taken) for sample in samples]
+        return [sample for blocks, start, stop in spans for sample in blocks.take(start, stop, self._result)]
 
     def _result(self, future: Future[Held]) -> Held:
         """A unit's samples. A store may take its time to answer; closing does not wait for it."""

@@ -122,6 +122,19 @@ def test_windows_that_take_much_memory_are_told(folder: Path, caplog: pytest.Log
         assert len([line for line in caplog.messages if "two blocks of 1 units" in line]) == told
 
 
+@pytest.mark.parametrize(("changes", "shared"), [
+    ({}, True),
+    ({"shuffle_block_units": 256}, True),
+    ({"shuffle_block_units": 257}, False),
+    ({"shuffle": "epoch"}, True),
+])  # fmt: skip
+def test_ranks_share_units_unless_too_many_are_open(changes: dict[str, Any], shared: bool, folder: Path) -> None:
+    """In windows a unit stays open for as long as its block, on every rank."""
+    run = opened(folder, changes)
+    run.share()
+    assert run.dump.is_shared == shared
+
+
 def test_rows_have_memory_of_their_own_only_if_asked(tmp_path: Path) -> None:
     """A view of one row keeps the entries of its whole unit."""
     make_dump(tmp_path / "dump")
@@ -148,9 +161,9 @@ def test_memory_is_one_block_and_little_more(start: int, world_size: int, tmp_pa
     stream._stop = stop
     largest = 0
     for step in range(start, stop):
-        found = [sample.row().sample_index for _, sample in stream._take(step)]
+        found = [held.row(place).sample_index for _, held, place in stream._take(step)]
         assert found == mix.step_samples(step)[1 % world_size :: world_size].tolist()
-        held = sum(row is not None for unit in stream.blocks[0].units.values() for row in unit.result())
+        held = sum(len(unit.result().own or ()) for unit in stream.blocks[0].units.values())
         largest = max(largest, held)
     stream.close()
     # Of a unit of 3 rows the rank may have more than one.

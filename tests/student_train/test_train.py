@@ -362,6 +362,9 @@ def test_an_imported_dump_trains_like_the_one_it_was_made_of(training: Trainings
 def test_following_makes_no_difference(training: Trainings, folder: Path) -> None:
     """Training while the dump is written sees the same samples at each step as training afterwards."""
     sealed = training("sealed")
+    # Its ranks have shared decoded units, and left none.
+    (shared,) = (sealed.output / "cache").glob("decoded-*")
+    assert not list(shared.glob("*.rows"))
     following = training("following", train=WINDOWS, dump="growing", grow=(range(2, 4), range(4, 5)))
     late = training("late", train=WINDOWS, dump="late dump", arrive=str(folder / "dump"))
     assert sealed.codes == following.codes == late.codes == [0, 0]
