@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage_schemas.provenance import Recipe
 from storage_schemas.rows import (
     SCHEMA,
     UnitRows,
@@ -222,8 +223,8 @@ def levels(file: pq.ParquetFile) -> list[tuple[int, int]]:
     return [(column.max_definition_level, column.max_repetition_level) for column in columns]
 
 
-def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
-    """Flat arrays of a data file with the right schema.
+def decode_file(file: pq.ParquetFile, recipe: Recipe) -> UnitRows:
+    """Flat arrays of a data file with the right schema, whose targets were made by `recipe`.
 
     Raises:
         ValueError: lists that do not fit together.
@@ -237,7 +238,7 @@ def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsume
     start = 0
     for batch in file.iter_batches(max(1, metadata.num_rows * _CELLS // max(entries, 1)), use_threads=False):
         columns = dict(zip(SCHEMA.names, batch.columns, strict=True))
-        part = columns_to_unit(columns, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
+        part = columns_to_unit(columns, recipe)
         # Out of the reader's memory, which the next rows take: beside its values it takes two levels per entry,
         # decompressed pages and buffers that grow by doubling.
         stop = start + len(part.targets.ids)

@@ -238,12 +238,7 @@ def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, nam
     try:
         file = codec.open_parquet(data)
         _check_footer(file, data, record, provenance, name=name)
-        unit = codec.decode_file(
-            codec.open_parquet(data, checked=file),
-            temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.draws > 0,
-            logsumexp=provenance.logsumexp,
-        )
+        unit = codec.decode_file(codec.open_parquet(data, checked=file), provenance.recipe)
         _check_values(unit, record, provenance)
     except _UNREADABLE as error:
         raise DataError(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage_schemas.common.errors import DataError
+from storage_schemas.provenance import Recipe
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I32, I64, Targets, concatenate, joined_offsets
 
@@ -121,8 +122,8 @@ class UnitRows:
         )
 
 
-def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
-    """Flatten the rows of one unit.
+def rows_to_unit(rows: Sequence[Row], recipe: Recipe) -> UnitRows:
+    """Flatten the rows of one unit, whose targets were made by `recipe`.
 
     Raises:
         ValueError: a row's targets and its loss mask disagree; a bug in what made the row.
@@ -147,7 +148,6 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
         if len(row.input_ids) != len(row.loss_mask):
             raise ValueError(f"sample {row.sample_index}: {len(row.input_ids)} ids, {len(row.loss_mask)} mask entries")
     counts = np.array([0 if row.targets is None else len(row.targets) for row in rows], np.int64)
-    parts = [row.targets for row in rows if row.targets is not None]
     return UnitRows(
         sample_index=np.array([row.sample_index for row in rows], np.int64),
         sample_id=[row.sample_id for row in rows],
@@ -156,22 +156,21 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
         input_ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
         loss_mask=np.concatenate([np.empty(0, bool), *(row.loss_mask for row in rows)]),
         target_offsets=_offsets(counts),
-        targets=concatenate(parts)
-        if parts
-        else no_targets(temperatures=temperatures, draws=draws, logsumexp=logsumexp),
+        targets=concatenate([no_targets(recipe), *(row.targets for row in rows if row.targets is not None)]),
     )
 
 
-def no_targets(*, temperatures: int, draws: bool, logsumexp: bool) -> Targets:
+def no_targets(recipe: Recipe) -> Targets:
     """Targets of zero tokens."""
+    per_temperature = np.empty((0, len(recipe.temperatures)), np.float32)
     return Targets(
         offsets=np.zeros(1, np.int64),
         ids=np.empty(0, np.int32),
         logprobs=np.empty(0, np.float32),
         head_size=np.empty(0, np.int32),
-        counts=np.empty(0, np.int32) if draws else None,
-        tail_logprob=np.empty((0, temperatures), np.float32),
-        logsumexp=np.empty((0, temperatures), np.float32) if logsumexp else None,
+        counts=np.empty(0, np.int32) if recipe.estimator.draws else None,
+        tail_logprob=per_temperature,
+        logsumexp=per_temperature if recipe.logsumexp else None,
     )
 
 
@@ -216,13 +215,14 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+def columns_to_unit(columns: Mapping[str, pa.Array], recipe: Recipe) -> UnitRows:
     """Flat arrays of the columns of SCHEMA, at Arrow level and sharing their memory.
 
     Raises:
         ValueError: the lists of one token disagree in length, or a null stands where none may.
     """
-    there = {"target_counts": draws, "logsumexp": logsumexp}
+    temperatures, draws = len(recipe.temperatures), recipe.estimator.draws > 0
+    there = {"target_counts": draws, "logsumexp": recipe.logsumexp}
     names = [name for name in SCHEMA.names if pa.types.is_list(SCHEMA.field(name).type) and there.get(name, True)]
     levels, values = {}, {}
     for name in names:
@@ -262,7 +262,7 @@ def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws
             head_size=values["head_size"],
             counts=counts,
             tail_logprob=values["tail_logprob"].reshape(-1, temperatures),
-            logsumexp=values["logsumexp"].reshape(-1, temperatures) if logsumexp else None,
+            logsumexp=values["logsumexp"].reshape(-1, temperatures) if recipe.logsumexp else None,
         ),
     )
 

@@ -199,12 +199,7 @@ class DumpWriter:
 
     def _encode(self, unit: int, rows: Sequence[Row], attempt: str) -> tuple[CommitRecord, bytes]:
         provenance = self.provenance
-        flat = rows_to_unit(
-            rows,
-            temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.draws > 0,
-            logsumexp=provenance.logsumexp,
-        )
+        flat = rows_to_unit(rows, provenance.recipe)
         ids = sum(len(row.sample_id.encode()) + 4 for row in rows)
         most = codec.string_limit(len(rows), len(flat.input_ids))
         if ids > most:
