@@ -188,10 +188,22 @@ class Dump:
             TemporaryError: stage one has not written all of it yet.
             DataError: a file is not the one that was written.
         """
+        if seal := self.read_seal():
+            files = seal.tokenizer
+        elif record := self.read_tokenizer_record():
+            self.store.settle("tokenizer")
+            files = record.files
+        else:
+            raise TemporaryError(
+                f"the tokenizer of {self.store.url} is not complete yet",
+                got=f"no {TOKENIZER}",
+                expected="what stage one writes before its first unit",
+                fix="run the same command again when `llm-neo dump` has come to its first unit",
+            )
         fix = "restore the file: it is one of the teacher's tokenizer"
         return {
             name: self.store.parsed(f"tokenizer/{name}", partial(proven, sha256=sha256, fix=fix), limit=TOKENIZER_BYTES)
-            for name, sha256 in sorted(self._tokenizer_hashes().items())
+            for name, sha256 in sorted(files.items())
         }
 
     def read_tokenizer_record(self) -> TokenizerRecord | None:
@@ -201,21 +213,6 @@ class Dump:
             claims = {"fingerprint": (record.fingerprint, self.fingerprint)}
             refuse_elsewhere(f"{self.store.url}/{TOKENIZER}", claims)
         return record
-
-    def _tokenizer_hashes(self) -> Mapping[str, str]:
-        seal = self.read_seal()
-        if seal is not None:
-            return seal.tokenizer
-        record = self.read_tokenizer_record()
-        if record is None:
-            raise TemporaryError(
-                f"the tokenizer of {self.store.url} is not complete yet",
-                got=f"no {TOKENIZER}",
-                expected="what stage one writes before its first unit",
-                fix="run the same command again when `llm-neo dump` has come to its first unit",
-            )
-        self.store.settle("tokenizer")
-        return record.files
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file."""

@@ -102,7 +102,10 @@ def verify(
     errors += _absent(units, dump.provenance.units, sealed=sealed)
     orphans: list[str] = []
     with _noted(errors, "data"):
-        orphans = _orphans(dump, records) if sealed else []
+        if sealed:
+            named = {record.file for record in records.values()}
+            unnamed = set(dump.store.list("data")) - named
+            orphans = sorted(key for key in unnamed if unit_of_data(key) in records)
 
     seal = dump.read_seal() if sealed else None
     sums = totals(records)
@@ -143,12 +146,6 @@ def _absent(units: Sequence[int], expected: int, *, sealed: bool) -> list[str]:
     return [f"unit {unit}: {what}" for unit in first] + rest
 
 
-def _orphans(dump: Dump, records: Mapping[int, CommitRecord]) -> list[str]:
-    """Data files that no record names: other tools read all of data/ as it is."""
-    named = {record.file for record in records.values()}
-    return sorted(key for key in dump.store.list("data") if key not in named and unit_of_data(key) in records)
-
-
 def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
     """The unit's own commit record, after everything it says was compared with its file and the manifest."""
     record = dump.fetch_record(unit)
@@ -164,18 +161,17 @@ def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
 def _contradictions(unit: UnitRows, record: CommitRecord, provenance: Provenance) -> Iterator[str]:
     """What a record says that its unit's rows do not: every statistic is computed again."""
     targets = unit.targets
-    exact = {
-        "statuses": (record.statuses, dict(sorted(Counter(unit.status).items()))),
-        "max_id": (record.max_id, int(targets.ids.max(initial=-1))),
+    figures = {
+        "statuses": dict(sorted(Counter(unit.status).items())),
+        "max_id": int(targets.ids.max(initial=-1)),
+        "mean_kept_mass": mean_kept_mass(targets),
+        "mean_entropy": mean_entropy(targets),
     }
-    means = {
-        "mean_kept_mass": (record.mean_kept_mass, mean_kept_mass(targets)),
-        "mean_entropy": (record.mean_entropy, mean_entropy(targets)),
-    }
-    yield from (f"{name} is {got}, the rows give {here}" for name, (got, here) in exact.items() if got != here)
-    for name, (got, here) in means.items():
+    for name, here in figures.items():
+        got = getattr(record, name)
         # NaN must not pass.
-        if not abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)):
+        near = abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)) if isinstance(here, float) else got == here
+        if not near:
             yield f"{name} is {got}, the rows give {here}"
     if not all(-_MEAN_ERROR <= value <= provenance.max_kl for value in record.fidelity):
         yield f"fidelity is {record.fidelity}, the gate {provenance.max_kl}"

@@ -84,14 +84,14 @@ class DumpWriter:
         """
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         record = TokenizerRecord(fingerprint=self.provenance.fingerprint, files=hashes)
-        present = self._tokenizer()
+        present = self._dump.read_tokenizer_record()
         if present is None:
             for name, data in files.items():
                 if not self.store.put_new(f"tokenizer/{name}", data):
                     there = hashlib.sha256(self.store.get(f"tokenizer/{name}")).hexdigest()
                     self._refuse_other_tokenizer({name: there}, {name: hashes[name]})
             self.store.put_new(TOKENIZER, record.to_json())
-            present = self._tokenizer()
+            present = self._dump.read_tokenizer_record()
         self._refuse_other_tokenizer(present.files if present else {}, hashes)
 
     def _refuse_other_tokenizer(self, present: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -99,10 +99,7 @@ class DumpWriter:
 
     def has_tokenizer(self) -> bool:
         """Whether the dump has its tokenizer; run.json says that it is the one that made the ids."""
-        return self._tokenizer() is not None
-
-    def _tokenizer(self) -> TokenizerRecord | None:
-        return self._dump.read_tokenizer_record()
+        return self._dump.read_tokenizer_record() is not None
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
@@ -173,7 +170,7 @@ class DumpWriter:
         self.store.settle("commits")
         records = {record.unit: record for record in self._dump.fetch_records(range(self.provenance.units))}
         manifest = manifest_bytes(records)
-        tokenizer = self._tokenizer()
+        tokenizer = self._dump.read_tokenizer_record()
         seal = Seal(
             fingerprint=self.provenance.fingerprint,
             units=self.provenance.units,
