@@ -5,9 +5,10 @@ ids, log-probs natural logs. How the settings were chosen: `benchmarks/storage.m
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +142,21 @@ def fidelity(exact: Targets, stored: Targets, *, temperatures: tuple[float, ...]
             totals[i] += (p.weights * gap * p.in_head).sum() + tail.sum()
             totals[i] += abs((p.weights * gap * ~p.in_head).sum())
     return tuple(float(total) / max(len(exact), 1) for total in totals)
+
+
+def figures(unit: UnitRows) -> dict[str, Any]:
+    """What the commit record of a unit says of its rows, by field."""
+    targets = unit.targets
+    return {
+        "rows": len(unit),
+        "tokens": len(unit.input_ids),
+        "supervised_tokens": len(targets),
+        "entries": len(targets.ids),
+        "max_id": int(targets.ids.max(initial=-1)),
+        "statuses": dict(sorted(Counter(unit.status).items())),
+        "mean_kept_mass": mean_kept_mass(targets),
+        "mean_entropy": mean_entropy(targets),
+    }
 
 
 def mean_kept_mass(targets: Targets) -> float:

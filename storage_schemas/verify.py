@@ -1,12 +1,11 @@
 """Prove a dump without the teacher: every record, every file, every value, and that they add up."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
+from storage_schemas.codec import figures, worst_mass_error
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
@@ -160,14 +159,7 @@ def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
 
 def _contradictions(unit: UnitRows, record: CommitRecord, provenance: Provenance) -> Iterator[str]:
     """What a record says that its unit's rows do not: every statistic is computed again."""
-    targets = unit.targets
-    figures = {
-        "statuses": dict(sorted(Counter(unit.status).items())),
-        "max_id": int(targets.ids.max(initial=-1)),
-        "mean_kept_mass": mean_kept_mass(targets),
-        "mean_entropy": mean_entropy(targets),
-    }
-    for name, here in figures.items():
+    for name, here in figures(unit).items():
         got = getattr(record, name)
         # NaN must not pass.
         near = abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)) if isinstance(here, float) else got == here
@@ -177,5 +169,5 @@ def _contradictions(unit: UnitRows, record: CommitRecord, provenance: Provenance
         yield f"fidelity is {record.fidelity}, the gate {provenance.max_kl}"
     if not 0.0 <= record.logprob_step <= provenance.logprob_step:
         yield f"logprob_step is {record.logprob_step}, the coarsest allowed {provenance.logprob_step}"
-    if (error := worst_mass_error(targets, record.logprob_step)) > _MASS_ERROR:
+    if (error := worst_mass_error(unit.targets, record.logprob_step)) > _MASS_ERROR:
         yield f"a token's head and tail hold 1 +- {error:.3g}, beyond rounding"

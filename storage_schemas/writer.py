@@ -3,7 +3,7 @@
 import hashlib
 import json
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Self
@@ -228,23 +228,15 @@ class DumpWriter:
             "llm_neo.run": json.dumps(provenance.model_dump(mode="json"), sort_keys=True),
         }
         data = codec.encode(stored, metadata, step=rounded.step)
-        targets = rounded.targets
         record = CommitRecord(
             fingerprint=provenance.fingerprint,
             unit=unit,
             file=data_key(unit, attempt),
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
-            rows=len(rows),
-            tokens=len(flat.input_ids),
-            supervised_tokens=len(targets),
-            entries=len(targets.ids),
-            max_id=int(np.max(targets.ids, initial=-1)),
-            statuses=dict(sorted(Counter(row.status for row in rows).items())),
-            mean_kept_mass=codec.mean_kept_mass(targets),
-            mean_entropy=codec.mean_entropy(targets),
             fidelity=rounded.fidelity,
             logprob_step=rounded.step,
+            **codec.figures(stored),
         )
         _refuse_difference(parse_unit(data, record, provenance, name=record.file), stored, name=record.file)
         return record, data

@@ -174,9 +174,7 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
     recompute, the next one of its unit that has.
     """
     units = np.array(sorted(dump.read_records()), np.int64)
-    starts = np.concatenate([[0], np.cumsum([len(dump.provenance.unit_range(int(unit))) for unit in units])]).astype(
-        np.int64
-    )
+    starts = np.cumsum([0, *(len(dump.provenance.unit_range(int(unit))) for unit in units)])
     total = int(starts[-1])
     bounds = np.arange(min(count, total) + 1) * total // max(1, min(count, total))
     places = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:])

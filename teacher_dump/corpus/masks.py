@@ -43,6 +43,13 @@ class Tokens:
     loss_mask: npt.NDArray[np.bool_]
     """(tokens,) never true for the first."""
 
+    @classmethod
+    def of(cls, input_ids: Any, mask: Any) -> "Tokens":
+        """The same of a mask that may be true for the first."""
+        loss_mask = np.array(mask, bool)
+        loss_mask[:1] = False
+        return cls(np.array(input_ids, np.int32), loss_mask)
+
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
@@ -262,7 +269,7 @@ def _by_generation_marks(
         for i, start, stop in zip(turns, starts, stops, strict=True):
             if i in conversation.silent:
                 mask[start:stop] = False
-    return _tokens(ids, mask)
+    return Tokens.of(ids, mask)
 
 
 def _tokenise(
@@ -276,7 +283,7 @@ def _tokenise(
             expected="a fast tokenizer (tokenizer.json)",
             fix="convert the tokenizer, or tokenise the corpus elsewhere and give `input_ids` + `loss_mask`",
         )
-    results: list[Tokens | Unusable] = [text if isinstance(text, Unusable) else _tokens([], []) for text in texts]
+    results: list[Tokens | Unusable] = [text if isinstance(text, Unusable) else Tokens.of([], []) for text in texts]
     bos = tokenizer.bos_token
     doubled = [isinstance(text, str) and bool(bos) and text.startswith(bos) for text in texts]
     for special in (True, False):
@@ -291,7 +298,7 @@ def _tokenise(
             [texts[i] for i in chosen], add_special_tokens=special, return_offsets_mapping=True, verbose=False
         )
         for i, ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            results[i] = _tokens(ids, covered(offsets, spans[i]))
+            results[i] = Tokens.of(ids, covered(offsets, spans[i]))
     return results
 
 
@@ -312,9 +319,3 @@ def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> npt.NDArray[np.bo
         if stop > start:
             mask[first:last] = True
     return mask
-
-
-def _tokens(input_ids: Any, mask: Any) -> Tokens:
-    loss_mask = np.array(mask, bool)
-    loss_mask[:1] = False
-    return Tokens(np.array(input_ids, np.int32), loss_mask)
