@@ -21,7 +21,6 @@ from storage_schemas.rows import (
     UnitRows,
     columns_to_unit,
     concatenate_units,
-    in_head,
     unit_to_table,
 )
 from storage_schemas.targets import F32, Targets, decode
@@ -112,9 +111,8 @@ def worst_mass_error(targets: Targets, step: float) -> float:
     worst = 0.0
     for start, stop in _slices(targets):
         part = targets.slice(start, stop)
-        head = in_head(part.offsets, part.head_size)
         token = np.repeat(np.arange(len(part)), part.head_size)
-        logprobs = part.logprobs[head]
+        logprobs = part.logprobs[part.in_head]
         p = np.exp(logprobs.astype(np.float64))
         tail = np.maximum(part.tail_logprob[:, 0].astype(np.float64), _NO_TAIL)
         tail_mass = np.exp(tail)

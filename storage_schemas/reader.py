@@ -29,7 +29,7 @@ from storage_schemas.records import (
     refuse_foreign,
     unit_of_record,
 )
-from storage_schemas.rows import FIRST_SCHEMA, OK, SCHEMA, STATUSES, UnitRows, in_head
+from storage_schemas.rows import FIRST_SCHEMA, OK, SCHEMA, STATUSES, UnitRows
 from storage_schemas.stores.cache import ShardCache
 from storage_schemas.stores.store import Store
 from storage_schemas.targets import I32, Targets
@@ -301,7 +301,6 @@ def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) 
     tokens, entries, max_entries = lengths.max(initial=0), targets.lengths.max(initial=0), provenance.max_entries
     # Extremes are NaN where a value is; so no mask as long as the entries is made.
     lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
-    drawn = None if targets.counts is None else targets.counts[~in_head(targets.offsets, targets.head_size)]
     unknown = sorted(set(unit.status) - set(STATUSES))
     rules = {
         f"sample_index is not {span.start} ... {span.stop - 1} in order": not in_order,
@@ -322,7 +321,7 @@ def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) 
             targets.counts is None and np.any(targets.head_size != targets.lengths),
         "a token has a head, the estimator only draws":
             provenance.estimator.kind == "sampled" and targets.head_size.any(),
-        "a draw was counted less than once": drawn is not None and np.any(drawn < 1),
+        "a draw was counted less than once": (drawn := targets.draw_counts) is not None and np.any(drawn < 1),
         "a logsumexp is not finite": targets.logsumexp is not None and not np.isfinite(targets.logsumexp).all(),
     }  # fmt: skip
     if broken := [rule for rule, is_broken in rules.items() if is_broken]:

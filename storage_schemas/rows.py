@@ -197,7 +197,6 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
         return column
 
     rows, entries = unit.target_offsets, targets.offsets
-    drawn = None if targets.counts is None else targets.counts[~in_head(entries, targets.head_size)]
     per_temperature = _offsets(np.full(len(targets), targets.tail_logprob.shape[1]))
     columns = [
         pa.array(unit.sample_index),
@@ -208,7 +207,7 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
         lists("target_ids", targets.ids, rows, entries),
         lists("target_logprobs", targets.logprobs, rows, entries),
         lists("head_size", targets.head_size, rows),
-        lists("target_counts", drawn, rows, _offsets(targets.lengths - targets.head_size)),
+        lists("target_counts", targets.draw_counts, rows, _offsets(targets.lengths - targets.head_size)),
         lists("tail_logprob", targets.tail_logprob, rows, per_temperature),
         lists("logsumexp", targets.logsumexp, rows, per_temperature),
     ]
@@ -230,23 +229,29 @@ def columns_to_unit(columns: Mapping[str, pa.Array], recipe: Recipe) -> UnitRows
     (token_offsets,) = levels["input_ids"]
     target_offsets, entry_offsets = levels["target_ids"]
     per_temperature = _offsets(np.full(len(entry_offsets) - 1, temperatures))
-    expected = {
-        "loss_mask": [token_offsets],
-        "target_logprobs": [target_offsets, entry_offsets],
-        "head_size": [target_offsets],
-        "tail_logprob": [target_offsets, per_temperature],
-        "logsumexp": [target_offsets, per_temperature],
-    }
-    for name, offsets in expected.items():
-        if name in levels and not all(map(np.array_equal, levels[name], offsets)):
+
+    def agree(name: str, *expected: I64) -> None:
+        if name in levels and not all(map(np.array_equal, levels[name], expected)):
             raise ValueError(f"the lists of {name} disagree in length with their neighbours")
-    counts = None
+
+    agree("loss_mask", token_offsets)
+    agree("target_logprobs", target_offsets, entry_offsets)
+    agree("head_size", target_offsets)
+    agree("tail_logprob", target_offsets, per_temperature)
+    agree("logsumexp", target_offsets, per_temperature)
     if draws:
-        drawn = _offsets(np.diff(entry_offsets) - values["head_size"])
-        if not all(map(np.array_equal, levels["target_counts"], [target_offsets, drawn])):
-            raise ValueError("the lists of target_counts disagree in length with their neighbours")
-        counts = np.zeros(len(values["target_ids"]), np.int32)
-        counts[~in_head(entry_offsets, values["head_size"])] = values["target_counts"]
+        agree("target_counts", target_offsets, _offsets(np.diff(entry_offsets) - values["head_size"]))
+    targets = Targets(
+        offsets=entry_offsets,
+        ids=values["target_ids"],
+        logprobs=values["target_logprobs"],
+        head_size=values["head_size"],
+        counts=np.zeros(len(values["target_ids"]), np.int32) if draws else None,
+        tail_logprob=values["tail_logprob"].reshape(-1, temperatures),
+        logsumexp=values["logsumexp"].reshape(-1, temperatures) if recipe.logsumexp else None,
+    )
+    if targets.counts is not None:
+        targets.counts[~targets.in_head] = values["target_counts"]
     return UnitRows(
         sample_index=columns["sample_index"].to_numpy(),
         sample_id=_texts(columns["sample_id"]),
@@ -255,15 +260,7 @@ def columns_to_unit(columns: Mapping[str, pa.Array], recipe: Recipe) -> UnitRows
         input_ids=values["input_ids"],
         loss_mask=values["loss_mask"],
         target_offsets=target_offsets,
-        targets=Targets(
-            offsets=entry_offsets,
-            ids=values["target_ids"],
-            logprobs=values["target_logprobs"],
-            head_size=values["head_size"],
-            counts=counts,
-            tail_logprob=values["tail_logprob"].reshape(-1, temperatures),
-            logsumexp=values["logsumexp"].reshape(-1, temperatures) if recipe.logsumexp else None,
-        ),
+        targets=targets,
     )
 
 
@@ -283,12 +280,6 @@ def concatenate_units(parts: Sequence[UnitRows]) -> UnitRows:
 
 def _offsets(lengths: Any) -> I64:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
-    """(entries,) whether an entry is among the leading `head_size` of its token."""
-    parts = np.stack([head_size, np.diff(offsets) - head_size], axis=1)
-    return np.repeat(np.tile([True, False], len(head_size)), parts.reshape(-1))
 
 
 def _texts(array: pa.Array) -> list[str]:

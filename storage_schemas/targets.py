@@ -46,6 +46,17 @@ class Targets:
         """(n,) entries per token."""
         return np.diff(self.offsets)
 
+    @property
+    def in_head(self) -> npt.NDArray[np.bool_]:
+        """(E,) true for exact entries: the leading `head_size` of each token."""
+        parts = np.stack([self.head_size, self.lengths - self.head_size], axis=1)
+        return np.repeat(np.tile([True, False], len(self)), parts.reshape(-1))
+
+    @property
+    def draw_counts(self) -> I32 | None:
+        """(draws,) counts of the draws alone; None when the estimator draws nothing."""
+        return None if self.counts is None else self.counts[~self.in_head]
+
     def slice(self, start: int, stop: int, *, own: bool = False) -> "Targets":
         """Tokens start:stop, sharing memory; with `own`, the entries have memory of their own."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])

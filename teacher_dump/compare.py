@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.codec import round_logprobs
-from storage_schemas.rows import in_head
 from storage_schemas.targets import F32, I32, I64, Targets, decode
 
 F64 = npt.NDArray[np.float64]
@@ -77,7 +76,7 @@ def _matched(exact: Targets, found: Targets, *, heads: bool) -> tuple[_Entries, 
     """The heads, or the draws, of both."""
     sides = []
     for each in (exact, found):
-        place = in_head(each.offsets, each.head_size) == heads
+        place = each.in_head == heads
         token = np.repeat(np.arange(len(each)), each.lengths)[place]
         sides.append((token, each.ids[place], each.logprobs[place], place))
     p, q = (token << 32 | ids for token, ids, *_ in sides)

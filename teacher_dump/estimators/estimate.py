@@ -124,7 +124,7 @@ def adaptive(logits: Logits, u: Float64[Tensor, " n"], estimator: Adaptive, temp
 def sampled(logits: Logits, u: Float64[Tensor, "n draws"], temperatures: Sequence[float]) -> Entries:
     """Independent draws from p, one per column of `u`, in [0, 1). Leaves exp(z - the largest) in `logits`."""
     top = logits.amax(1).double()
-    logsumexp = _log_sums(logits, top, temperatures) + top[:, None] * _inverse(temperatures, logits.device)
+    logsumexp = _log_sums(logits, top, temperatures)
     drawn, weights = draw_from_weights(logits, u)
     ids, logprobs, counts = _merged(drawn, (weights.log() + (top - logsumexp[:, 0])[:, None]).float())
     return Entries(
@@ -182,7 +182,7 @@ def _head(logits: Logits, *, k_min: int, k_max: int, mass: float, temperatures: 
     values, ids = values[:, :k].double(), ids[:, :k]
     logits.scatter_(1, ids, -torch.inf)
     scale = _inverse(temperatures, logits.device)
-    rest = _log_sums(logits, rest_top, temperatures) + rest_top[:, None] * scale
+    rest = _log_sums(logits, rest_top, temperatures)
     everything = torch.cat([values[:, None, :] * scale[:, None], rest[:, :, None]], 2)
     logsumexp = everything.logsumexp(2)
 
@@ -202,12 +202,12 @@ def _head(logits: Logits, *, k_min: int, k_max: int, mass: float, temperatures: 
 def _log_sums(
     logits: Logits, top: Float64[Tensor, " n"], temperatures: Sequence[float]
 ) -> Float64[Tensor, "n temperatures"]:
-    """Log sum exp((z - top) / T), where `top` bounds z. Leaves exp(z - top) in `logits`."""
+    """Log sum exp(z / T), where `top` bounds z. Leaves exp(z - top) in `logits`."""
     shift = top.masked_fill(top.isneginf(), 0.0).float()[:, None]
     logits.sub_(shift)
     sums = [torch.exp(logits / T).sum(1) for T in temperatures[1:]]
     sums.insert(0, logits.exp_().sum(1))
-    return torch.stack(sums, 1).double().log()
+    return torch.stack(sums, 1).double().log() + top[:, None] * _inverse(temperatures, logits.device)
 
 
 def _inverse(temperatures: Sequence[float], device: torch.device) -> Float64[Tensor, " temperatures"]:
