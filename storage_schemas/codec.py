@@ -16,13 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas.provenance import Recipe
-from storage_schemas.rows import (
-    SCHEMA,
-    UnitRows,
-    columns_to_unit,
-    concatenate_units,
-    unit_to_table,
-)
+from storage_schemas.rows import SCHEMA, UnitRows, columns_to_unit, concatenate_units, unit_to_table
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20

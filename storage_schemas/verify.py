@@ -10,14 +10,7 @@ from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import (
-    CommitRecord,
-    count_statuses,
-    record_key,
-    records_sha256,
-    totals,
-    unit_of_data,
-)
+from storage_schemas.records import CommitRecord, count_statuses, record_key, records_sha256, totals, unit_of_data
 from storage_schemas.rows import UnitRows
 
 _MEAN_ERROR = 2.0**-21

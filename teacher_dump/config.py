@@ -44,8 +44,7 @@ class TeacherSection(FrozenModel):
     these load. With the backend `transformers` alone, and never for the tokenizer, which stage two must be able to
     load."""
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        BeforeValidator(dtype_name, json_schema_input_type=Spelling),
+        Literal["float32", "bfloat16", "float16"], BeforeValidator(dtype_name, json_schema_input_type=Spelling)
     ] = "bfloat16"
     """Compute dtype of the forward pass; `bf16`, `fp16` and `fp32` mean the same. Statistics are always taken in
     float32 or better."""

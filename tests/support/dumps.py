@@ -42,10 +42,7 @@ def some_provenance(
     """A run.json of a made-up teacher."""
     provenance = Provenance(
         teacher=TeacherIdentity(
-            config_sha256=HASH,
-            weights_sha256={"model.safetensors": HASH},
-            dtype="float32",
-            lm_head_rows=lm_head_rows,
+            config_sha256=HASH, weights_sha256={"model.safetensors": HASH}, dtype="float32", lm_head_rows=lm_head_rows
         ),
         tokenizer=TokenizerIdentity(vocab_size=lm_head_rows, vocab_sha256=vocab_sha256, chat_template_sha256=None),
         corpus=CorpusIdentity(

@@ -6,14 +6,7 @@ from typing import Any
 import pytest
 
 from storage_schemas.common.errors import DataError
-from teacher_dump.corpus.formats import (
-    Completion,
-    Conversation,
-    Pretokenised,
-    detect_format,
-    normalise,
-    unread_columns,
-)
+from teacher_dump.corpus.formats import Completion, Conversation, Pretokenised, detect_format, normalise, unread_columns
 
 QUESTION = {"role": "user", "content": "why"}
 ANSWER = {"role": "assistant", "content": "because"}

@@ -75,10 +75,7 @@ def test_a_good_dump_passes_in_other_batches(place: Path, kind: str, batch_token
     dump = Dump.open(str(place / kind))
     seen = []
     report = recompute_rows(
-        dump,
-        teacher_of(place, batch_tokens=batch_tokens),
-        rows=SAMPLES,
-        progress=lambda *counts: seen.append(counts),
+        dump, teacher_of(place, batch_tokens=batch_tokens), rows=SAMPLES, progress=lambda *counts: seen.append(counts)
     )
     assert report.errors == []
     assert report.rows == sorted(set(range(SAMPLES)) - EMPTY_AND_TOO_LONG)
@@ -196,10 +193,7 @@ def test_heads_that_end_too_early_are_caught(place: Path, tmp_path: Path) -> Non
 
 
 def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place: Path, tmp_path: Path) -> None:
-    for field, nats, words in (
-        ("tail_logprob", -0.2, "log tail mass"),
-        ("logsumexp", 0.1, "logsumexp"),
-    ):
+    for field, nats, words in (("tail_logprob", -0.2, "log tail mass"), ("logsumexp", 0.1, "logsumexp")):
         for column in (0, 1):
 
             def change(row: Row, field: str = field, nats: float = nats, column: int = column) -> Row:
