@@ -1,7 +1,9 @@
 """Rows of Parquet, Arrow and JSONL files, in order: how most projects store their samples."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,17 +158,19 @@ def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
 
 def named_hashes(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each file, by its name, and its folder's where two have the same; read once, unless a file changes.
+    """sha256 of each file, by as much of the end of its path as no other has; read once, unless a file changes.
 
     Raises:
         MismatchError: a file is not there.
     """
-    names = [path.name for path in files]
+    ends = {path: ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in files}
+    shared = Counter(chain.from_iterable(ends.values()))
     found = {}
     for path in files:
-        name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         try:
-            found[name] = file_sha256(path, folder=cache_folder() / "hashes")
+            found[next(end for end in ends[path] if shared[end] == 1)] = file_sha256(
+                path, folder=cache_folder() / "hashes"
+            )
         except OSError as error:
             raise MismatchError(
                 f"{path} cannot be read", got=error.strerror, expected="a file of the store", fix="copy it there"

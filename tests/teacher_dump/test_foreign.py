@@ -37,7 +37,7 @@ from teacher_dump.foreign import export
 from teacher_dump.foreign.bring import ImportSummary, bring
 from teacher_dump.foreign.export import export_axolotl
 from teacher_dump.foreign.sample import Claims, Made, Survey
-from teacher_dump.foreign.tables import files_of, integers
+from teacher_dump.foreign.tables import files_of, integers, named_hashes
 
 SAMPLES, TOKENS, PROMPT, K = 24, 30, 6, 40
 OF_T_1 = {"temperature": 1.0, "mask": "loss_mask"}
@@ -226,6 +226,17 @@ def test_numbers_in_the_names_of_files_count_as_numbers(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     assert [path.name for path in files_of(tmp_path)] == names
+
+
+def test_no_file_of_a_store_is_missing_in_its_hashes(tmp_path: Path) -> None:
+    """Those of one name in folders of one name too: a change of any is another store."""
+    files = [
+        tmp_path / place for place in ("x.parquet", "de/train/y.parquet", "en/train/y.parquet", "en/test/y.parquet")
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(file))
+    assert list(named_hashes(files)) == ["x.parquet", "de/train/y.parquet", "en/train/y.parquet", "test/y.parquet"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
