@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from support.dump_checks import rows_of
 from support.foreign_stores import (
     EXACT_CODEC,
     README_CODEC,
@@ -70,11 +71,6 @@ class World:
         columns = claims.pop("columns", None)
         teacher = TeacherSection(model=str(self.folder / "teacher"))
         return bring(layout, source, section, teacher=teacher, claims=claims, tokens=tokens, columns=columns)
-
-
-def rows_of(url: Path) -> list[Row]:
-    dump = Dump.open(str(url))
-    return [unit.row(i) for unit in map(dump.read_unit, range(dump.provenance.units)) for i in range(len(unit))]
 
 
 @pytest.fixture(scope="module")

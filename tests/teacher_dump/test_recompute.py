@@ -278,12 +278,6 @@ def test_a_damaged_unit_is_named_and_the_others_are_recomputed(place: Path, tmp_
 # The comparison alone
 
 
-def targets_of(p: list[float], *, k: int, mass: float = 1.0) -> Targets:
-    logits = np.log(np.array([p]))
-    kept = int(np.searchsorted(np.cumsum(-np.sort(-logits)), mass)) if mass < 1 else k
-    return dense_targets(logits, k=min(k, kept or k))
-
-
 def problems_of(exact: Targets, stored: Targets, estimator: Estimator, *, step: float = 0.0) -> dict[int, str]:
     return problems(
         exact,
@@ -297,7 +291,7 @@ def problems_of(exact: Targets, stored: Targets, estimator: Estimator, *, step: 
 
 
 def test_ties_may_be_broken_otherwise_and_nothing_else() -> None:
-    tied = targets_of([0.5, 0.2, 0.1, 0.1, 0.1], k=3)
+    tied = dense_targets(np.log([[0.5, 0.2, 0.1, 0.1, 0.1]]), k=3)
     other = replace(tied, ids=np.array([0, 1, 4], np.int32))
     assert problems_of(tied, tied, TopK(k=3)) == {}
     assert problems_of(tied, other, TopK(k=3)) == {}
