@@ -264,16 +264,11 @@ def _check_footer(
         raise ValueError(f"the columns are {schema}")
     # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
     tokens, targets, entries = record.tokens, record.supervised_tokens, record.entries
-    per_temperature = targets * len(provenance.temperatures)
     limits = {
-        "input_ids": tokens,
-        "loss_mask": tokens,
-        "target_ids": entries,
-        "target_logprobs": entries,
+        **dict.fromkeys(("input_ids", "loss_mask"), tokens),
+        **dict.fromkeys(("target_ids", "target_logprobs", "target_counts"), entries),
         "head_size": targets,
-        "target_counts": entries,
-        "tail_logprob": per_temperature,
-        "logsumexp": per_temperature,
+        **dict.fromkeys(("tail_logprob", "logsumexp"), targets * len(provenance.temperatures)),
     }
     for column, values in zip(SCHEMA.names, claimed_values(data, codec.levels(file)), strict=True):
         limit = limits.get(column, 0) + record.rows + targets

@@ -75,10 +75,8 @@ def read(source: Path, files: Sequence[Path], *, mask: str) -> Iterator[ForeignS
             yield sample_of(record, np.empty((0, config.k), np.int64), np.empty((0, config.k)), mask=mask)
             continue
         try:
-            values, ids = (
-                logprobs(packed.astype(np.uint8), config),
-                _unpacked(bits.astype(np.uint8), config.id_bits, config.k),
-            )
+            values = logprobs(packed.astype(np.uint8), config)
+            ids = _unpacked(bits.astype(np.uint8), config.id_bits, config.k)
         except ValueError as error:
             raise record.unusable(str(error), f"rows as {CONFIG} says") from error
         yield sample_of(record, integers(ids), values, mask=mask)

@@ -93,7 +93,7 @@ def export_axolotl(
         with pq.ParquetWriter(staged, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             for unit in range(units):
                 flat = dump.read_unit(unit)
-                usable = [row for row in map(flat.row, range(len(flat))) if row.targets is not None]
+                usable = [row for row in flat if row.targets is not None]
                 step = max(1, _ENTRIES // (k * max((len(row.input_ids) for row in usable), default=1)))
                 for start in range(0, len(usable), step):
                     part = [_columns(row, k) for row in usable[start : start + step]]
