@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Bool = npt.NDArray[np.bool_]
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
@@ -180,7 +182,7 @@ def _per_token(reduce: np.ufunc, values: Any, offsets: I64, *, empty: float) -> 
     return reduced
 
 
-def _padded(values: Any, filled: npt.NDArray[np.bool_], dtype: type) -> Any:
+def _padded(values: Any, filled: Bool, dtype: type) -> Any:
     """(n, K) the values of all tokens, one token a row, and 0 behind them; `filled` says where they are."""
     if len(values) == filled.size:
         return values.reshape(filled.shape).astype(dtype)

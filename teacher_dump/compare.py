@@ -7,10 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.codec import round_logprobs
-from storage_schemas.targets import F32, I32, I64, Targets, decode
-
-F64 = npt.NDArray[np.float64]
-Bool = npt.NDArray[np.bool_]
+from storage_schemas.targets import F32, F64, I32, I64, Bool, Targets, decode
 
 _LEAST_MASS = 1e-6
 """Of the bucket: an engine that only names the largest entries does not know the rest's mass any better."""

@@ -14,8 +14,9 @@ from pydantic import Field, ValidationError
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.targets import F64, I64
 from teacher_dump.foreign.lists import sample_of
-from teacher_dump.foreign.sample import F64, I64, ForeignSample
+from teacher_dump.foreign.sample import ForeignSample
 from teacher_dump.foreign.tables import integers, records
 
 CONFIG = "compression_config.yaml"

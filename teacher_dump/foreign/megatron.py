@@ -20,7 +20,8 @@ import torch
 import zstandard
 
 from storage_schemas.common.errors import DataError, MismatchError
-from teacher_dump.foreign.sample import F64, I64, ForeignSample
+from storage_schemas.targets import F64, I64
+from teacher_dump.foreign.sample import ForeignSample
 from teacher_dump.foreign.tables import integers, records
 
 _TAR = re.compile(r"(?:cp(?P<cp>\d+)_)?dp(?P<dp>\d+)__(?:\d+-)?(?P<last>\d+)\.tar")

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
-from storage_schemas.targets import Targets
-
-Bool = npt.NDArray[np.bool_]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
+from storage_schemas.targets import F64, I64, Bool, Targets
 
 OVER_ONE = 0.01
 """By how much 16-bit values may bring the probability of a token's entries above 1; more is no distribution."""

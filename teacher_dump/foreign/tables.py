@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.hashes import file_sha256
+from storage_schemas.targets import I64, Bool
 from teacher_dump.corpus.cache import cache_folder
 from teacher_dump.corpus.lines import READERS
 from teacher_dump.corpus.masks import Unusable
-from teacher_dump.foreign.sample import I64, Bool
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl")
 _ROWS = 64
