@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.targets import I64, Targets
 from teacher_dump.estimators.draws import uniforms
 from teacher_dump.estimators.selection import draw_from_weights, largest
@@ -67,10 +68,9 @@ class _Head:
     """Of all z / T."""
 
 
-def estimate(
-    logits: Logits, estimator: Estimator, *, temperatures: Sequence[float], sample_index: I64, position: I64
-) -> Entries:
+def estimate(logits: Logits, recipe: Recipe, *, sample_index: I64, position: I64) -> Entries:
     """Targets of n tokens; `sample_index` and `position` (n,) say which, for the draws. Leaves no logits behind."""
+    estimator, temperatures = recipe.estimator, recipe.temperatures
     if isinstance(estimator, TopK):
         return topk(logits, estimator, temperatures)
     draws = estimator.draws if isinstance(estimator, Sampled) else 1

@@ -382,15 +382,7 @@ def launch(model: Any, samples: Sequence[Row], recipe: Recipe) -> PendingTargets
         logits = _logits(model, hidden[tokens], transform, scratch)
         if recipe.masked_from is not None:
             logits[:, recipe.masked_from :] = -torch.inf
-        parts.append(
-            estimate(
-                logits,
-                recipe.estimator,
-                temperatures=recipe.temperatures,
-                sample_index=sample_index[tokens],
-                position=position[tokens],
-            )
-        )
+        parts.append(estimate(logits, recipe, sample_index=sample_index[tokens], position=position[tokens]))
     gathered = gather(parts, logsumexp=recipe.logsumexp)
     stops = np.cumsum(sizes).tolist()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.dump_checks import SAMPLES, rows_of, sections, write_corpus
-from support.dumps import dense_targets
+from support.dumps import dense_targets, some_provenance
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from storage_schemas import codec
@@ -22,7 +22,7 @@ from storage_schemas.rows import NONFINITE, Row
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
-from teacher_dump.compare import TOLERANCES, compare, problems
+from teacher_dump.compare import compare, problems
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
@@ -279,15 +279,7 @@ def test_a_damaged_unit_is_named_and_the_others_are_recomputed(place: Path, tmp_
 
 
 def problems_of(exact: Targets, stored: Targets, estimator: Estimator, *, step: float = 0.0) -> dict[int, str]:
-    return problems(
-        exact,
-        stored,
-        compare(exact, stored),
-        tolerance=TOLERANCES["float32"],
-        step=step,
-        mass=estimator.mass,
-        max_kl=1e-4,
-    )
+    return problems(exact, stored, compare(exact, stored), some_provenance(estimator=estimator), step=step)
 
 
 def test_ties_may_be_broken_otherwise_and_nothing_else() -> None:
