@@ -175,10 +175,9 @@ def proven(data: bytes, name: str, *, sha256: str, size: int | None = None, fix:
 
 _MANIFEST_SCHEMA = pa.schema(
     [
-        pa.field("unit", pa.int64()),
-        *[pa.field(name, pa.int64()) for name in ("bytes", "rows", "tokens", "supervised_tokens", "entries", "max_id")],
-        *[pa.field(name, pa.string()) for name in ("file", "sha256", "statuses", "fidelity")],
-        *[pa.field(name, pa.float64()) for name in ("mean_kept_mass", "mean_entropy", "logprob_step")],
+        *[(n, pa.int64()) for n in ("unit", "bytes", "rows", "tokens", "supervised_tokens", "entries", "max_id")],
+        *[(n, pa.string()) for n in ("file", "sha256", "statuses", "fidelity")],
+        *[(n, pa.float64()) for n in ("mean_kept_mass", "mean_entropy", "logprob_step")],
     ]
 )
 

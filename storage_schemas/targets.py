@@ -5,7 +5,7 @@ what the head leaves out, and the log mass of that rest, the *tail*. `docs/forma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -78,24 +78,13 @@ class Targets:
 
 
 def concatenate(parts: Sequence[Targets]) -> Targets:
-    """All tokens of `parts`, in order. The parts agree on draws, temperatures and logsumexp.
-
-    Raises:
-        ValueError: no parts, since the number of temperatures would be unknown.
-    """
-
-    def joined(arrays: Sequence[Any]) -> Any:
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    return Targets(
-        offsets=joined_offsets([part.offsets for part in parts]),
-        ids=joined([part.ids for part in parts]),
-        logprobs=joined([part.logprobs for part in parts]),
-        head_size=joined([part.head_size for part in parts]),
-        counts=joined([part.counts for part in parts]),
-        tail_logprob=joined([part.tail_logprob for part in parts]),
-        logsumexp=joined([part.logsumexp for part in parts]),
-    )
+    """All tokens of `parts`, one at least, in order. The parts agree on draws, temperatures and logsumexp."""
+    columns: dict[str, Any] = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Targets)}
+    offsets = joined_offsets(columns.pop("offsets"))
+    joined: dict[str, Any] = {
+        name: None if arrays[0] is None else np.concatenate(arrays) for name, arrays in columns.items()
+    }
+    return Targets(offsets=offsets, **joined)
 
 
 def joined_offsets(parts: Sequence[I64]) -> I64:

@@ -112,7 +112,7 @@ def _located(
     """A rendered conversation with the spans of the assistant's turns; as `assistant_spans`."""
 
     def render(messages: list[Message], prompt: bool) -> str | None:
-        found = _render(tokenizer, template, conversation, messages, add_generation_prompt=prompt)
+        found = _render(tokenizer, template, conversation, messages, prompt=prompt)
         return found if isinstance(found, str) else None
 
     messages, silent = conversation.messages, conversation.silent
@@ -179,23 +179,17 @@ def _chat_template(tokenizer: Any) -> str:
     return _CLOCK + template if "strftime_now" in template else template
 
 
+def _apply(tokenizer: Any, template: str, conversation: Conversation, messages: list[Message], **how: Any) -> Any:
+    """The template over messages, with what else the conversation gives it."""
+    given: dict[str, Any] = {"tools": conversation.tools, "chat_template": template}
+    return tokenizer.apply_chat_template(messages, **given, **how, **conversation.options)
+
+
 def _render(
-    tokenizer: Any,
-    template: str,
-    conversation: Conversation,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool = False,
+    tokenizer: Any, template: str, conversation: Conversation, messages: list[Message], *, prompt: bool = False
 ) -> str | Unusable:
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=conversation.tools,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **conversation.options,
-        )
+        text = _apply(tokenizer, template, conversation, messages, tokenize=False, add_generation_prompt=prompt)
     except (TemplateError, TypeError, ValueError) as error:
         return Unusable(f"the chat template refuses it: {error}")
     return valid_text(str(text))
@@ -243,15 +237,9 @@ def _warn_once(text: str) -> None:
 def _by_generation_marks(
     tokenizer: Any, template: str, conversation: Conversation, special: set[str]
 ) -> Tokens | Unusable:
-    encoded = tokenizer.apply_chat_template(
-        conversation.messages,
-        tools=conversation.tools,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-        **conversation.options,
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _apply(
+        tokenizer, template, conversation, conversation.messages, **how, tokenizer_kwargs={"verbose": False}
     )
     ids, mask = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], bool)
     stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
