@@ -150,8 +150,7 @@ def refuse_foreign(record: CommitRecord, unit: int, provenance: Provenance, *, n
 
 def refuse_elsewhere(name: str, claims: Mapping[str, tuple[object, object]]) -> None:
     """Raise DataError if what a file claims, (got, expected) by field, is not what its dump says."""
-    wrong = {field: claim for field, claim in claims.items() if claim[0] != claim[1]}
-    if wrong:
+    if wrong := {field: claim for field, claim in claims.items() if claim[0] != claim[1]}:
         raise DataError(
             f"{name} belongs elsewhere: {', '.join(wrong)}",
             got="; ".join(str(got) for got, _ in wrong.values()),

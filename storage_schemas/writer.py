@@ -246,8 +246,7 @@ def _refuse_difference(read: UnitRows, written: UnitRows, *, name: str) -> None:
     """Raise DataError unless the encoded unit reads back as what was encoded."""
     pairs = [(f.name, getattr(read, f.name), getattr(written, f.name)) for f in fields(UnitRows) if f.name != "targets"]
     pairs += [(f.name, getattr(read.targets, f.name), getattr(written.targets, f.name)) for f in fields(Targets)]
-    different = [field for field, here, there in pairs if not np.array_equal(here, there)]
-    if different:
+    if different := [field for field, here, there in pairs if not np.array_equal(here, there)]:
         raise DataError(
             f"{name} does not read back as what was encoded",
             got=f"other values in {', '.join(different)}",

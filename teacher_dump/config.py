@@ -201,8 +201,7 @@ class CorpusSection(FrozenModel):
     @field_validator("template_kwargs")
     @classmethod
     def _arguments(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        wrong = [name for name in value if not _ARGUMENT.fullmatch(name) or name in _GIVEN_TO_TEMPLATES]
-        if wrong:
+        if wrong := [name for name in value if not _ARGUMENT.fullmatch(name) or name in _GIVEN_TO_TEMPLATES]:
             raise ValueError(f"no argument of a template: {', '.join(wrong)}; what the corpus decides is not set here")
         return value
 

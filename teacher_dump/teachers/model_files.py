@@ -80,8 +80,7 @@ def find_model(name: str, revision: str | None, code: Code = NO_CODE, *, weights
 
 def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     names = named_in(folder / INDEX) if (folder / INDEX).is_file() else [WEIGHTS]
-    missing = [file for file in names if not (folder / file).is_file()]
-    if missing:
+    if missing := [file for file in names if not (folder / file).is_file()]:
         raise _no_model(name, f"no {', '.join(missing[:5])}")
     return tuple(folder / file for file in names)
 
