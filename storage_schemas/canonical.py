@@ -58,20 +58,13 @@ def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
 
 
 def refuse_other_version(
-    content: Mapping[str, Any],
-    *,
-    name: str,
-    readable: Collection[object] = (FORMAT_VERSION,),
-    fix: str = OTHER_VERSION,
+    content: Mapping[str, Any], *, name: str, readable: Collection[object] = (FORMAT_VERSION,), fix: str = OTHER_VERSION
 ) -> None:
     """Raise MismatchError unless `content` is of a version that this code reads."""
     version = content.get("format_version")
     if version not in readable or isinstance(version, bool):
         raise MismatchError(
-            f"{name} has another format version",
-            got=version,
-            expected=" or ".join(map(str, readable)),
-            fix=fix,
+            f"{name} has another format version", got=version, expected=" or ".join(map(str, readable)), fix=fix
         )
 
 

@@ -5,23 +5,18 @@ ids, log-probs natural logs. How the settings were chosen: `benchmarks/storage.m
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.rows import (
-    SCHEMA,
-    UnitRows,
-    columns_to_unit,
-    concatenate_units,
-    in_head,
-    unit_to_table,
-)
+from storage_schemas.provenance import Recipe
+from storage_schemas.rows import SCHEMA, UnitRows, columns_to_unit, concatenate_units, unit_to_table
 from storage_schemas.targets import F32, Targets, decode
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -110,9 +105,8 @@ def worst_mass_error(targets: Targets, step: float) -> float:
     worst = 0.0
     for start, stop in _slices(targets):
         part = targets.slice(start, stop)
-        head = in_head(part.offsets, part.head_size)
         token = np.repeat(np.arange(len(part)), part.head_size)
-        logprobs = part.logprobs[head]
+        logprobs = part.logprobs[part.in_head]
         p = np.exp(logprobs.astype(np.float64))
         tail = np.maximum(part.tail_logprob[:, 0].astype(np.float64), _NO_TAIL)
         tail_mass = np.exp(tail)
@@ -140,6 +134,21 @@ def fidelity(exact: Targets, stored: Targets, *, temperatures: tuple[float, ...]
             totals[i] += (p.weights * gap * p.in_head).sum() + tail.sum()
             totals[i] += abs((p.weights * gap * ~p.in_head).sum())
     return tuple(float(total) / max(len(exact), 1) for total in totals)
+
+
+def figures(unit: UnitRows) -> dict[str, Any]:
+    """What the commit record of a unit says of its rows, by field."""
+    targets = unit.targets
+    return {
+        "rows": len(unit),
+        "tokens": len(unit.input_ids),
+        "supervised_tokens": len(targets),
+        "entries": len(targets.ids),
+        "max_id": int(targets.ids.max(initial=-1)),
+        "statuses": dict(sorted(Counter(unit.status).items())),
+        "mean_kept_mass": mean_kept_mass(targets),
+        "mean_entropy": mean_entropy(targets),
+    }
 
 
 def mean_kept_mass(targets: Targets) -> float:
@@ -222,8 +231,8 @@ def levels(file: pq.ParquetFile) -> list[tuple[int, int]]:
     return [(column.max_definition_level, column.max_repetition_level) for column in columns]
 
 
-def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
-    """Flat arrays of a data file with the right schema.
+def decode_file(file: pq.ParquetFile, recipe: Recipe) -> UnitRows:
+    """Flat arrays of a data file with the right schema, whose targets were made by `recipe`.
 
     Raises:
         ValueError: lists that do not fit together.
@@ -237,7 +246,7 @@ def decode_file(file: pq.ParquetFile, *, temperatures: int, draws: bool, logsume
     start = 0
     for batch in file.iter_batches(max(1, metadata.num_rows * _CELLS // max(entries, 1)), use_threads=False):
         columns = dict(zip(SCHEMA.names, batch.columns, strict=True))
-        part = columns_to_unit(columns, temperatures=temperatures, draws=draws, logsumexp=logsumexp)
+        part = columns_to_unit(columns, recipe)
         # Out of the reader's memory, which the next rows take: beside its values it takes two levels per entry,
         # decompressed pages and buffers that grow by doubling.
         stop = start + len(part.targets.ids)

@@ -15,17 +15,17 @@ tags:
 - llm-neo
 ---
 
-# Teacher distributions of {teacher}
+# Teacher distributions of {run.origin.model}
 
 | | |
 |---|---|
-| teacher | `{teacher}`, revision {revision}, {dtype} |
+| teacher | `{run.origin.model}`, revision {revision}, {run.teacher.dtype} |
 | estimator | `{estimator}` |
 | temperatures | {temperatures} |
-| samples | {rows:,} in {units:,} units |
-| supervised tokens | {supervised:,} |
+| samples | {seal.rows:,} in {seal.units:,} units |
+| supervised tokens | {seal.supervised_tokens:,} |
 | bytes per supervised token | {per_token:.1f} |
-| fingerprint | `{fingerprint}` |
+| fingerprint | `{run.fingerprint}` |
 
 One row is one sample. Per supervised token `t` (`loss_mask[t]`), in order, `target_ids` and `target_logprobs` hold the
 teacher's distribution of token `t` given the tokens before it: absolute token ids and natural log-probabilities at
@@ -54,17 +54,13 @@ SmolLM2-135M-Instruct in bfloat16, the mean KL divergence was 8.1e-4 nats per to
 def dataset_card(provenance: Provenance, seal: Seal) -> str:
     """The card of a sealed dump."""
     return _CARD.format(
-        teacher=provenance.origin.model,
+        run=provenance,
+        seal=seal,
         revision=provenance.origin.revision
         or ("of a model in memory" if provenance.teacher.in_memory else "of a local directory"),
-        dtype=provenance.teacher.dtype,
         estimator=provenance.estimator.model_dump(),
         temperatures=", ".join(map(str, provenance.temperatures)),
-        rows=seal.rows,
-        units=seal.units,
-        supervised=seal.supervised_tokens,
         per_token=seal.bytes / max(seal.supervised_tokens, 1),
-        fingerprint=provenance.fingerprint,
         precision=_precision(provenance),
     )
 

@@ -27,10 +27,24 @@ def claimed_values(data: bytes, levels: Sequence[tuple[int, int]]) -> list[int]:
     Raises:
         ValueError: the footer is torn, or a column chunk is none that pyarrow can describe.
     """
+    totals = [0] * len(levels)
     try:
-        return _totals(_footer(data), levels)
+        for group in _footer(data).get(4, []):
+            chunks = group.get(1, [])
+            if len(chunks) != len(levels):
+                raise ValueError(f"a row group has {len(chunks)} columns, expected {len(levels)}")
+            for i, chunk in enumerate(chunks):
+                about = chunk.get(3, {})
+                histograms = about.get(16, {})
+                if _COLUMN_ELSEWHERE & chunk.keys() or about.get(5, -1) < 0:
+                    raise ValueError(f"column {i} lies elsewhere or has no number of values")
+                for field, level in zip((3, 2), levels[i], strict=True):
+                    if len(histograms.get(field, [])) not in (0, level + 1):
+                        raise ValueError(f"column {i} has a histogram of {len(histograms[field])} levels")
+                totals[i] += about[5]
     except (AttributeError, TypeError) as error:
         raise ValueError("the footer holds other types than Parquet's") from error
+    return totals
 
 
 def string_bytes(data: bytes, column: int) -> int:
@@ -67,24 +81,6 @@ def _footer(data: bytes) -> dict[int, Any]:
     if data[-4:] != _MAGIC or not 0 < size <= len(data) - 12:
         raise ValueError("no Parquet footer")
     return _Thrift(data[-8 - size : -8]).struct()
-
-
-def _totals(footer: dict[int, Any], levels: Sequence[tuple[int, int]]) -> list[int]:
-    totals = [0] * len(levels)
-    for group in footer.get(4, []):
-        chunks = group.get(1, [])
-        if len(chunks) != len(levels):
-            raise ValueError(f"a row group has {len(chunks)} columns, expected {len(levels)}")
-        for i, chunk in enumerate(chunks):
-            about = chunk.get(3, {})
-            histograms = about.get(16, {})
-            if _COLUMN_ELSEWHERE & chunk.keys() or about.get(5, -1) < 0:
-                raise ValueError(f"column {i} lies elsewhere or has no number of values")
-            for field, level in zip((3, 2), levels[i], strict=True):
-                if len(histograms.get(field, [])) not in (0, level + 1):
-                    raise ValueError(f"column {i} has a histogram of {len(histograms[field])} levels")
-            totals[i] += about[5]
-    return totals
 
 
 class _Thrift:

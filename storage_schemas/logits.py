@@ -7,21 +7,14 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.frozen import FrozenModel
 
 _MULTIPLIED_BY = {
-    "cohere": "logit_scale",
-    "cohere2": "logit_scale",
-    "cohere2_moe": "logit_scale",
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), "logit_scale"),
     "falcon_h1": "lm_head_multiplier",
     "hyperclovax": "logits_scaling",
 }
-_DIVIDED_BY = {
-    "granite": "logits_scaling",
-    "granite_swa": "logits_scaling",
-    "granitemoe": "logits_scaling",
-    "granitemoe_swa": "logits_scaling",
-    "granitemoehybrid": "logits_scaling",
-    "granitemoeshared": "logits_scaling",
-    "minicpm3": "logits_scaling",
-}
+_DIVIDED = {
+    "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "minicpm3",
+}  # fmt: skip
+"""Kinds of models whose logits are divided by `logits_scaling`."""
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
@@ -51,13 +44,13 @@ class LogitTransform(FrozenModel):
         scale, kind = 1.0, config.model_type
         if kind in _MULTIPLIED_BY:
             scale = float(getattr(config, _MULTIPLIED_BY[kind]))
-        elif kind in _DIVIDED_BY:
-            scale = 1.0 / float(getattr(config, _DIVIDED_BY[kind]))
+        elif kind in _DIVIDED:
+            scale = 1.0 / float(config.logits_scaling)
         elif found := [name for name in _SCALES if getattr(config, name, None) not in (None, 1, 1.0)]:
             raise MismatchError(
                 f"models of type `{kind}` scale their logits in a way that is not known here",
                 got=", ".join(f"{name} = {getattr(config, name)}" for name in found),
-                expected=f"one of {sorted([*_MULTIPLIED_BY, *_DIVIDED_BY])}, or a model that does not scale its logits",
+                expected=f"one of {sorted(_DIVIDED.union(_MULTIPLIED_BY))}, or a model that does not scale its logits",
                 fix=f"choose another {role}",
             )
         return cls(scale=scale, softcap=softcap)

@@ -30,7 +30,7 @@ from storage_schemas.records import (
     refuse_foreign,
     unit_of_record,
 )
-from storage_schemas.rows import FIRST_SCHEMA, OK, SCHEMA, STATUSES, UnitRows, in_head
+from storage_schemas.rows import FIRST_SCHEMA, OK, SCHEMA, STATUSES, UnitRows
 from storage_schemas.shared_unit import SharedUnit, write_shared
 from storage_schemas.stores.cache import ShardCache
 from storage_schemas.stores.shared import SharedFiles
@@ -241,10 +241,22 @@ class Dump:
             TemporaryError: stage one has not written all of it yet.
             DataError: a file is not the one that was written.
         """
+        if seal := self.read_seal():
+            files = seal.tokenizer
+        elif record := self.read_tokenizer_record():
+            self.store.settle("tokenizer")
+            files = record.files
+        else:
+            raise TemporaryError(
+                f"the tokenizer of {self.store.url} is not complete yet",
+                got=f"no {TOKENIZER}",
+                expected="what stage one writes before its first unit",
+                fix="run the same command again when `llm-neo dump` has come to its first unit",
+            )
         fix = "restore the file: it is one of the teacher's tokenizer"
         return {
             name: self.store.parsed(f"tokenizer/{name}", partial(proven, sha256=sha256, fix=fix), limit=TOKENIZER_BYTES)
-            for name, sha256 in sorted(self._tokenizer_hashes().items())
+            for name, sha256 in sorted(files.items())
         }
 
     def read_tokenizer_record(self) -> TokenizerRecord | None:
@@ -254,21 +266,6 @@ class Dump:
             claims = {"fingerprint": (record.fingerprint, self.fingerprint)}
             refuse_elsewhere(f"{self.store.url}/{TOKENIZER}", claims)
         return record
-
-    def _tokenizer_hashes(self) -> Mapping[str, str]:
-        seal = self.read_seal()
-        if seal is not None:
-            return seal.tokenizer
-        record = self.read_tokenizer_record()
-        if record is None:
-            raise TemporaryError(
-                f"the tokenizer of {self.store.url} is not complete yet",
-                got=f"no {TOKENIZER}",
-                expected="what stage one writes before its first unit",
-                fix="run the same command again when `llm-neo dump` has come to its first unit",
-            )
-        self.store.settle("tokenizer")
-        return record.files
 
     def _fetch(self, record: CommitRecord) -> bytes:
         """The proven bytes of a data file."""
@@ -291,12 +288,7 @@ def parse_unit(data: bytes, record: CommitRecord, provenance: Provenance, *, nam
     try:
         file = codec.open_parquet(data)
         _check_footer(file, data, record, provenance, name=name)
-        unit = codec.decode_file(
-            codec.open_parquet(data, checked=file),
-            temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.draws > 0,
-            logsumexp=provenance.logsumexp,
-        )
+        unit = codec.decode_file(codec.open_parquet(data, checked=file), provenance.recipe)
         _check_values(unit, record, provenance)
     except _UNREADABLE as error:
         raise DataError(
@@ -325,16 +317,11 @@ def _check_footer(
         raise ValueError(f"the columns are {schema}")
     # Values of a column, an empty list or a null counting as one: a file whose footer claims more is a bomb.
     tokens, targets, entries = record.tokens, record.supervised_tokens, record.entries
-    per_temperature = targets * len(provenance.temperatures)
     limits = {
-        "input_ids": tokens,
-        "loss_mask": tokens,
-        "target_ids": entries,
-        "target_logprobs": entries,
+        **dict.fromkeys(("input_ids", "loss_mask"), tokens),
+        **dict.fromkeys(("target_ids", "target_logprobs", "target_counts"), entries),
         "head_size": targets,
-        "target_counts": entries,
-        "tail_logprob": per_temperature,
-        "logsumexp": per_temperature,
+        **dict.fromkeys(("tail_logprob", "logsumexp"), targets * len(provenance.temperatures)),
     }
     for column, values in zip(SCHEMA.names, claimed_values(data, codec.levels(file)), strict=True):
         limit = limits.get(column, 0) + record.rows + targets
@@ -362,7 +349,6 @@ def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) 
     tokens, entries, max_entries = lengths.max(initial=0), targets.lengths.max(initial=0), provenance.max_entries
     # Extremes are NaN where a value is; so no mask as long as the entries is made.
     lowest, highest = targets.logprobs.min(initial=0.0), targets.logprobs.max(initial=0.0)
-    drawn = None if targets.counts is None else targets.counts[~in_head(targets.offsets, targets.head_size)]
     unknown = sorted(set(unit.status) - set(STATUSES))
     rules = {
         f"sample_index is not {span.start} ... {span.stop - 1} in order": not in_order,
@@ -383,7 +369,7 @@ def _check_values(unit: UnitRows, record: CommitRecord, provenance: Provenance) 
             targets.counts is None and np.any(targets.head_size != targets.lengths),
         "a token has a head, the estimator only draws":
             provenance.estimator.kind == "sampled" and targets.head_size.any(),
-        "a draw was counted less than once": drawn is not None and np.any(drawn < 1),
+        "a draw was counted less than once": (drawn := targets.draw_counts) is not None and np.any(drawn < 1),
         "a logsumexp is not finite": targets.logsumexp is not None and not np.isfinite(targets.logsumexp).all(),
     }  # fmt: skip
     if broken := [rule for rule, is_broken in rules.items() if is_broken]:

@@ -150,8 +150,7 @@ def refuse_foreign(record: CommitRecord, unit: int, provenance: Provenance, *, n
 
 def refuse_elsewhere(name: str, claims: Mapping[str, tuple[object, object]]) -> None:
     """Raise DataError if what a file claims, (got, expected) by field, is not what its dump says."""
-    wrong = {field: claim for field, claim in claims.items() if claim[0] != claim[1]}
-    if wrong:
+    if wrong := {field: claim for field, claim in claims.items() if claim[0] != claim[1]}:
         raise DataError(
             f"{name} belongs elsewhere: {', '.join(wrong)}",
             got="; ".join(str(got) for got, _ in wrong.values()),
@@ -175,10 +174,9 @@ def proven(data: bytes, name: str, *, sha256: str, size: int | None = None, fix:
 
 _MANIFEST_SCHEMA = pa.schema(
     [
-        pa.field("unit", pa.int64()),
-        *[pa.field(name, pa.int64()) for name in ("bytes", "rows", "tokens", "supervised_tokens", "entries", "max_id")],
-        *[pa.field(name, pa.string()) for name in ("file", "sha256", "statuses", "fidelity")],
-        *[pa.field(name, pa.float64()) for name in ("mean_kept_mass", "mean_entropy", "logprob_step")],
+        *[(n, pa.int64()) for n in ("unit", "bytes", "rows", "tokens", "supervised_tokens", "entries", "max_id")],
+        *[(n, pa.string()) for n in ("file", "sha256", "statuses", "fidelity")],
+        *[(n, pa.float64()) for n in ("mean_kept_mass", "mean_entropy", "logprob_step")],
     ]
 )
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage_schemas.common.errors import DataError
+from storage_schemas.provenance import Recipe
 from storage_schemas.shift import Positions, supervised_positions
 from storage_schemas.targets import I32, I64, Targets, concatenate, joined_offsets
 
@@ -126,8 +127,8 @@ class UnitRows:
         )
 
 
-def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
-    """Flatten the rows of one unit.
+def rows_to_unit(rows: Sequence[Row], recipe: Recipe) -> UnitRows:
+    """Flatten the rows of one unit, whose targets were made by `recipe`.
 
     Raises:
         ValueError: a row's targets and its loss mask disagree; a bug in what made the row.
@@ -152,7 +153,6 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
         if len(row.input_ids) != len(row.loss_mask):
             raise ValueError(f"sample {row.sample_index}: {len(row.input_ids)} ids, {len(row.loss_mask)} mask entries")
     counts = np.array([0 if row.targets is None else len(row.targets) for row in rows], np.int64)
-    parts = [row.targets for row in rows if row.targets is not None]
     return UnitRows(
         sample_index=np.array([row.sample_index for row in rows], np.int64),
         sample_id=[row.sample_id for row in rows],
@@ -161,22 +161,21 @@ def rows_to_unit(rows: Sequence[Row], *, temperatures: int, draws: bool, logsume
         input_ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
         loss_mask=np.concatenate([np.empty(0, bool), *(row.loss_mask for row in rows)]),
         target_offsets=_offsets(counts),
-        targets=concatenate(parts)
-        if parts
-        else no_targets(temperatures=temperatures, draws=draws, logsumexp=logsumexp),
+        targets=concatenate([no_targets(recipe), *(row.targets for row in rows if row.targets is not None)]),
     )
 
 
-def no_targets(*, temperatures: int, draws: bool, logsumexp: bool) -> Targets:
+def no_targets(recipe: Recipe) -> Targets:
     """Targets of zero tokens."""
+    per_temperature = np.empty((0, len(recipe.temperatures)), np.float32)
     return Targets(
         offsets=np.zeros(1, np.int64),
         ids=np.empty(0, np.int32),
         logprobs=np.empty(0, np.float32),
         head_size=np.empty(0, np.int32),
-        counts=np.empty(0, np.int32) if draws else None,
-        tail_logprob=np.empty((0, temperatures), np.float32),
-        logsumexp=np.empty((0, temperatures), np.float32) if logsumexp else None,
+        counts=np.empty(0, np.int32) if recipe.estimator.draws else None,
+        tail_logprob=per_temperature,
+        logsumexp=per_temperature if recipe.logsumexp else None,
     )
 
 
@@ -203,7 +202,6 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
         return column
 
     rows, entries = unit.target_offsets, targets.offsets
-    drawn = None if targets.counts is None else targets.counts[~in_head(entries, targets.head_size)]
     per_temperature = _offsets(np.full(len(targets), targets.tail_logprob.shape[1]))
     columns = [
         pa.array(unit.sample_index),
@@ -214,20 +212,21 @@ def unit_to_table(unit: UnitRows) -> pa.Table:
         lists("target_ids", targets.ids, rows, entries),
         lists("target_logprobs", targets.logprobs, rows, entries),
         lists("head_size", targets.head_size, rows),
-        lists("target_counts", drawn, rows, _offsets(targets.lengths - targets.head_size)),
+        lists("target_counts", targets.draw_counts, rows, _offsets(targets.lengths - targets.head_size)),
         lists("tail_logprob", targets.tail_logprob, rows, per_temperature),
         lists("logsumexp", targets.logsumexp, rows, per_temperature),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws: bool, logsumexp: bool) -> UnitRows:
+def columns_to_unit(columns: Mapping[str, pa.Array], recipe: Recipe) -> UnitRows:
     """Flat arrays of the columns of SCHEMA, at Arrow level and sharing their memory.
 
     Raises:
         ValueError: the lists of one token disagree in length, or a null stands where none may.
     """
-    there = {"target_counts": draws, "logsumexp": logsumexp}
+    temperatures, draws = len(recipe.temperatures), recipe.estimator.draws > 0
+    there = {"target_counts": draws, "logsumexp": recipe.logsumexp}
     names = [name for name in SCHEMA.names if pa.types.is_list(SCHEMA.field(name).type) and there.get(name, True)]
     levels, values = {}, {}
     for name in names:
@@ -235,23 +234,29 @@ def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws
     (token_offsets,) = levels["input_ids"]
     target_offsets, entry_offsets = levels["target_ids"]
     per_temperature = _offsets(np.full(len(entry_offsets) - 1, temperatures))
-    expected = {
-        "loss_mask": [token_offsets],
-        "target_logprobs": [target_offsets, entry_offsets],
-        "head_size": [target_offsets],
-        "tail_logprob": [target_offsets, per_temperature],
-        "logsumexp": [target_offsets, per_temperature],
-    }
-    for name, offsets in expected.items():
-        if name in levels and not all(map(np.array_equal, levels[name], offsets)):
+
+    def agree(name: str, *expected: I64) -> None:
+        if name in levels and not all(map(np.array_equal, levels[name], expected)):
             raise ValueError(f"the lists of {name} disagree in length with their neighbours")
-    counts = None
+
+    agree("loss_mask", token_offsets)
+    agree("target_logprobs", target_offsets, entry_offsets)
+    agree("head_size", target_offsets)
+    agree("tail_logprob", target_offsets, per_temperature)
+    agree("logsumexp", target_offsets, per_temperature)
     if draws:
-        drawn = _offsets(np.diff(entry_offsets) - values["head_size"])
-        if not all(map(np.array_equal, levels["target_counts"], [target_offsets, drawn])):
-            raise ValueError("the lists of target_counts disagree in length with their neighbours")
-        counts = np.zeros(len(values["target_ids"]), np.int32)
-        counts[~in_head(entry_offsets, values["head_size"])] = values["target_counts"]
+        agree("target_counts", target_offsets, _offsets(np.diff(entry_offsets) - values["head_size"]))
+    targets = Targets(
+        offsets=entry_offsets,
+        ids=values["target_ids"],
+        logprobs=values["target_logprobs"],
+        head_size=values["head_size"],
+        counts=np.zeros(len(values["target_ids"]), np.int32) if draws else None,
+        tail_logprob=values["tail_logprob"].reshape(-1, temperatures),
+        logsumexp=values["logsumexp"].reshape(-1, temperatures) if recipe.logsumexp else None,
+    )
+    if targets.counts is not None:
+        targets.counts[~targets.in_head] = values["target_counts"]
     return UnitRows(
         sample_index=columns["sample_index"].to_numpy(),
         sample_id=_texts(columns["sample_id"]),
@@ -260,15 +265,7 @@ def columns_to_unit(columns: Mapping[str, pa.Array], *, temperatures: int, draws
         input_ids=values["input_ids"],
         loss_mask=values["loss_mask"],
         target_offsets=target_offsets,
-        targets=Targets(
-            offsets=entry_offsets,
-            ids=values["target_ids"],
-            logprobs=values["target_logprobs"],
-            head_size=values["head_size"],
-            counts=counts,
-            tail_logprob=values["tail_logprob"].reshape(-1, temperatures),
-            logsumexp=values["logsumexp"].reshape(-1, temperatures) if logsumexp else None,
-        ),
+        targets=targets,
     )
 
 
@@ -288,12 +285,6 @@ def concatenate_units(parts: Sequence[UnitRows]) -> UnitRows:
 
 def _offsets(lengths: Any) -> I64:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def in_head(offsets: I64, head_size: I32) -> npt.NDArray[np.bool_]:
-    """(entries,) whether an entry is among the leading `head_size` of its token."""
-    parts = np.stack([head_size, np.diff(offsets) - head_size], axis=1)
-    return np.repeat(np.tile([True, False], len(head_size)), parts.reshape(-1))
 
 
 def _texts(array: pa.Array) -> list[str]:

@@ -5,13 +5,15 @@ what the head leaves out, and the log mass of that rest, the *tail*. `docs/forma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+Bool = npt.NDArray[np.bool_]
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
@@ -46,6 +48,17 @@ class Targets:
         """(n,) entries per token."""
         return np.diff(self.offsets)
 
+    @property
+    def in_head(self) -> npt.NDArray[np.bool_]:
+        """(E,) true for exact entries: the leading `head_size` of each token."""
+        parts = np.stack([self.head_size, self.lengths - self.head_size], axis=1)
+        return np.repeat(np.tile([True, False], len(self)), parts.reshape(-1))
+
+    @property
+    def draw_counts(self) -> I32 | None:
+        """(draws,) counts of the draws alone; None when the estimator draws nothing."""
+        return None if self.counts is None else self.counts[~self.in_head]
+
     def slice(self, start: int, stop: int, *, own: bool = False) -> "Targets":
         """Tokens start:stop, sharing memory; with `own`, the entries have memory of their own."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
@@ -65,24 +78,13 @@ class Targets:
 
 
 def concatenate(parts: Sequence[Targets]) -> Targets:
-    """All tokens of `parts`, in order. The parts agree on draws, temperatures and logsumexp.
-
-    Raises:
-        ValueError: no parts, since the number of temperatures would be unknown.
-    """
-
-    def joined(arrays: Sequence[Any]) -> Any:
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    return Targets(
-        offsets=joined_offsets([part.offsets for part in parts]),
-        ids=joined([part.ids for part in parts]),
-        logprobs=joined([part.logprobs for part in parts]),
-        head_size=joined([part.head_size for part in parts]),
-        counts=joined([part.counts for part in parts]),
-        tail_logprob=joined([part.tail_logprob for part in parts]),
-        logsumexp=joined([part.logsumexp for part in parts]),
-    )
+    """All tokens of `parts`, one at least, in order. The parts agree on draws, temperatures and logsumexp."""
+    columns: dict[str, Any] = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Targets)}
+    offsets = joined_offsets(columns.pop("offsets"))
+    joined: dict[str, Any] = {
+        name: None if arrays[0] is None else np.concatenate(arrays) for name, arrays in columns.items()
+    }
+    return Targets(offsets=offsets, **joined)
 
 
 def joined_offsets(parts: Sequence[I64]) -> I64:
@@ -169,7 +171,7 @@ def _per_token(reduce: np.ufunc, values: Any, offsets: I64, *, empty: float) -> 
     return reduced
 
 
-def _padded(values: Any, filled: npt.NDArray[np.bool_], dtype: type) -> Any:
+def _padded(values: Any, filled: Bool, dtype: type) -> Any:
     """(n, K) the values of all tokens, one token a row, and 0 behind them; `filled` says where they are."""
     if len(values) == filled.size:
         return values.reshape(filled.shape).astype(dtype)

@@ -12,10 +12,7 @@ def vocab_sha256(vocab: Mapping[str, int]) -> str:
 
 
 def refuse_other_tokenizer(
-    dump_vocab: Mapping[str, int],
-    student_vocab: Mapping[str, int],
-    *,
-    student_head: int,
+    dump_vocab: Mapping[str, int], student_vocab: Mapping[str, int], *, student_head: int
 ) -> None:
     """Raise MismatchError unless the two maps agree on every id that both can mean.
 

@@ -1,24 +1,16 @@
 """Prove a dump without the teacher: every record, every file, every value, and that they add up."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from storage_schemas.codec import mean_entropy, mean_kept_mass, worst_mass_error
+from storage_schemas.codec import figures, worst_mass_error
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import (
-    CommitRecord,
-    count_statuses,
-    record_key,
-    records_sha256,
-    totals,
-    unit_of_data,
-)
+from storage_schemas.records import CommitRecord, count_statuses, record_key, records_sha256, totals, unit_of_data
 from storage_schemas.rows import UnitRows
 
 _MEAN_ERROR = 2.0**-21
@@ -102,7 +94,10 @@ def verify(
     errors += _absent(units, dump.provenance.units, sealed=sealed)
     orphans: list[str] = []
     with _noted(errors, "data"):
-        orphans = _orphans(dump, records) if sealed else []
+        if sealed:
+            named = {record.file for record in records.values()}
+            unnamed = set(dump.store.list("data")) - named
+            orphans = sorted(key for key in unnamed if unit_of_data(key) in records)
 
     seal = dump.read_seal() if sealed else None
     sums = totals(records)
@@ -143,12 +138,6 @@ def _absent(units: Sequence[int], expected: int, *, sealed: bool) -> list[str]:
     return [f"unit {unit}: {what}" for unit in first] + rest
 
 
-def _orphans(dump: Dump, records: Mapping[int, CommitRecord]) -> list[str]:
-    """Data files that no record names: other tools read all of data/ as it is."""
-    named = {record.file for record in records.values()}
-    return sorted(key for key in dump.store.list("data") if key not in named and unit_of_data(key) in records)
-
-
 def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
     """The unit's own commit record, after everything it says was compared with its file and the manifest."""
     record = dump.fetch_record(unit)
@@ -163,23 +152,15 @@ def _proven_record(dump: Dump, unit: int, *, sealed: bool) -> CommitRecord:
 
 def _contradictions(unit: UnitRows, record: CommitRecord, provenance: Provenance) -> Iterator[str]:
     """What a record says that its unit's rows do not: every statistic is computed again."""
-    targets = unit.targets
-    exact = {
-        "statuses": (record.statuses, dict(sorted(Counter(unit.status).items()))),
-        "max_id": (record.max_id, int(targets.ids.max(initial=-1))),
-    }
-    means = {
-        "mean_kept_mass": (record.mean_kept_mass, mean_kept_mass(targets)),
-        "mean_entropy": (record.mean_entropy, mean_entropy(targets)),
-    }
-    yield from (f"{name} is {got}, the rows give {here}" for name, (got, here) in exact.items() if got != here)
-    for name, (got, here) in means.items():
+    for name, here in figures(unit).items():
+        got = getattr(record, name)
         # NaN must not pass.
-        if not abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)):
+        near = abs(got - here) <= _MEAN_ERROR * (1.0 + abs(here)) if isinstance(here, float) else got == here
+        if not near:
             yield f"{name} is {got}, the rows give {here}"
     if not all(-_MEAN_ERROR <= value <= provenance.max_kl for value in record.fidelity):
         yield f"fidelity is {record.fidelity}, the gate {provenance.max_kl}"
     if not 0.0 <= record.logprob_step <= provenance.logprob_step:
         yield f"logprob_step is {record.logprob_step}, the coarsest allowed {provenance.logprob_step}"
-    if (error := worst_mass_error(targets, record.logprob_step)) > _MASS_ERROR:
+    if (error := worst_mass_error(unit.targets, record.logprob_step)) > _MASS_ERROR:
         yield f"a token's head and tail hold 1 +- {error:.3g}, beyond rounding"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Self
@@ -85,14 +85,14 @@ class DumpWriter:
         """
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         record = TokenizerRecord(fingerprint=self.provenance.fingerprint, files=hashes)
-        present = self._tokenizer()
+        present = self._dump.read_tokenizer_record()
         if present is None:
             for name, data in files.items():
                 if not self.store.put_new(f"tokenizer/{name}", data):
                     there = hashlib.sha256(self.store.get(f"tokenizer/{name}")).hexdigest()
                     self._refuse_other_tokenizer({name: there}, {name: hashes[name]})
             self.store.put_new(TOKENIZER, record.to_json())
-            present = self._tokenizer()
+            present = self._dump.read_tokenizer_record()
         self._refuse_other_tokenizer(present.files if present else {}, hashes)
 
     def _refuse_other_tokenizer(self, present: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -100,10 +100,7 @@ class DumpWriter:
 
     def has_tokenizer(self) -> bool:
         """Whether the dump has its tokenizer; run.json says that it is the one that made the ids."""
-        return self._tokenizer() is not None
-
-    def _tokenizer(self) -> TokenizerRecord | None:
-        return self._dump.read_tokenizer_record()
+        return self._dump.read_tokenizer_record() is not None
 
     def committed(self) -> set[int]:
         """Units that are committed now, by listing the records."""
@@ -180,7 +177,7 @@ class DumpWriter:
         self.store.settle("commits")
         records = {record.unit: record for record in self._dump.fetch_records(range(self.provenance.units))}
         manifest = manifest_bytes(records)
-        tokenizer = self._tokenizer()
+        tokenizer = self._dump.read_tokenizer_record()
         seal = Seal(
             fingerprint=self.provenance.fingerprint,
             units=self.provenance.units,
@@ -206,12 +203,7 @@ class DumpWriter:
 
     def _encode(self, unit: int, rows: Sequence[Row], attempt: str) -> tuple[CommitRecord, bytes]:
         provenance = self.provenance
-        flat = rows_to_unit(
-            rows,
-            temperatures=len(provenance.temperatures),
-            draws=provenance.estimator.draws > 0,
-            logsumexp=provenance.logsumexp,
-        )
+        flat = rows_to_unit(rows, provenance.recipe)
         ids = sum(len(row.sample_id.encode()) + 4 for row in rows)
         most = codec.string_limit(len(rows), len(flat.input_ids))
         if ids > most:
@@ -243,23 +235,15 @@ class DumpWriter:
             "llm_neo.run": json.dumps(provenance.model_dump(mode="json"), sort_keys=True),
         }
         data = codec.encode(stored, metadata, step=rounded.step)
-        targets = rounded.targets
         record = CommitRecord(
             fingerprint=provenance.fingerprint,
             unit=unit,
             file=data_key(unit, attempt),
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
-            rows=len(rows),
-            tokens=len(flat.input_ids),
-            supervised_tokens=len(targets),
-            entries=len(targets.ids),
-            max_id=int(np.max(targets.ids, initial=-1)),
-            statuses=dict(sorted(Counter(row.status for row in rows).items())),
-            mean_kept_mass=codec.mean_kept_mass(targets),
-            mean_entropy=codec.mean_entropy(targets),
             fidelity=rounded.fidelity,
             logprob_step=rounded.step,
+            **codec.figures(stored),
         )
         _refuse_difference(parse_unit(data, record, provenance, name=record.file), stored, name=record.file)
         return record, data
@@ -269,8 +253,7 @@ def _refuse_difference(read: UnitRows, written: UnitRows, *, name: str) -> None:
     """Raise DataError unless the encoded unit reads back as what was encoded."""
     pairs = [(f.name, getattr(read, f.name), getattr(written, f.name)) for f in fields(UnitRows) if f.name != "targets"]
     pairs += [(f.name, getattr(read.targets, f.name), getattr(written.targets, f.name)) for f in fields(Targets)]
-    different = [field for field, here, there in pairs if not np.array_equal(here, there)]
-    if different:
+    if different := [field for field, here, there in pairs if not np.array_equal(here, there)]:
         raise DataError(
             f"{name} does not read back as what was encoded",
             got=f"other values in {', '.join(different)}",

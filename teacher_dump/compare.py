@@ -7,11 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.codec import round_logprobs
-from storage_schemas.rows import in_head
-from storage_schemas.targets import F32, I32, I64, Targets, decode
-
-F64 = npt.NDArray[np.float64]
-Bool = npt.NDArray[np.bool_]
+from storage_schemas.provenance import Provenance
+from storage_schemas.targets import F32, F64, I32, I64, Bool, Targets, decode
 
 _LEAST_MASS = 1e-6
 """Of the bucket: an engine that only names the largest entries does not know the rest's mass any better."""
@@ -77,7 +74,7 @@ def _matched(exact: Targets, found: Targets, *, heads: bool) -> tuple[_Entries, 
     """The heads, or the draws, of both."""
     sides = []
     for each in (exact, found):
-        place = in_head(each.offsets, each.head_size) == heads
+        place = each.in_head == heads
         token = np.repeat(np.arange(len(each)), each.lengths)[place]
         sides.append((token, each.ids[place], each.logprobs[place], place))
     p, q = (token << 32 | ids for token, ids, *_ in sides)
@@ -116,16 +113,18 @@ def compare(exact: Targets, found: Targets, *, temperatures: Sequence[float] = (
 
 
 def problems(
-    exact: Targets, found: Targets, figures: Compared, *, tolerance: Tolerance, step: float, mass: float, max_kl: float
+    exact: Targets, found: Targets, figures: Compared, provenance: Provenance, *, step: float
 ) -> dict[int, str]:
     """By token, the first thing that neither the tolerance nor the rounding of a dump explains.
 
     Args:
         exact: the teacher's.
         found: as stored.
+        provenance: of the dump.
         step: grid of the stored log-probs, see `codec.round_targets`.
-        mass: at which heads end early; 1.0: never.
     """
+    tolerance = TOLERANCES[provenance.teacher.dtype]
+    mass = getattr(provenance.estimator, "mass", 1.0)  # At which heads end early; 1.0: never.
     n, logprob = len(exact), tolerance.logprob
     said: dict[int, str] = {}
 
@@ -172,7 +171,7 @@ def problems(
         for t, i in np.argwhere(_off(found.logsumexp, exact.logsumexp, logprob + step / 8)):
             say(t, f"the logsumexp is stored as {found.logsumexp[t, i]:.4f}, recomputed {exact.logsumexp[t, i]:.4f}")
     # Not `>`: NaN must not pass.
-    for t in np.flatnonzero(~(figures.kl.max(1) <= max_kl + tolerance.token_kl)):
+    for t in np.flatnonzero(~(figures.kl.max(1) <= provenance.max_kl + tolerance.token_kl)):
         say(t, f"KL(recomputed || stored) is {figures.kl[t].max():.3g} nats")
     return said
 

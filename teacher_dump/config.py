@@ -44,8 +44,7 @@ class TeacherSection(FrozenModel):
     these load. With the backend `transformers` alone, and never for the tokenizer, which stage two must be able to
     load."""
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        BeforeValidator(dtype_name, json_schema_input_type=Spelling),
+        Literal["float32", "bfloat16", "float16"], BeforeValidator(dtype_name, json_schema_input_type=Spelling)
     ] = "bfloat16"
     """Compute dtype of the forward pass; `bf16`, `fp16` and `fp32` mean the same. Statistics are always taken in
     float32 or better."""
@@ -203,8 +202,7 @@ class CorpusSection(FrozenModel):
     @field_validator("template_kwargs")
     @classmethod
     def _arguments(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        wrong = [name for name in value if not _ARGUMENT.fullmatch(name) or name in _GIVEN_TO_TEMPLATES]
-        if wrong:
+        if wrong := [name for name in value if not _ARGUMENT.fullmatch(name) or name in _GIVEN_TO_TEMPLATES]:
             raise ValueError(f"no argument of a template: {', '.join(wrong)}; what the corpus decides is not set here")
         return value
 

@@ -182,10 +182,7 @@ def _with(provenance: Provenance, estimator: Estimator) -> Provenance:
 
 
 def _passes(
-    teacher: Teacher,
-    picked: Sequence[Row],
-    recipes: Sequence[Provenance],
-    progress: Callable[[int, int], None] | None,
+    teacher: Teacher, picked: Sequence[Row], recipes: Sequence[Provenance], progress: Callable[[int, int], None] | None
 ) -> list[tuple[dict[int, Targets], float]]:
     """Targets by sample, and seconds, of one pass over the samples per recipe."""
     batches = teacher.batches([sample for sample in picked if sample.status == OK])

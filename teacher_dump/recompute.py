@@ -67,7 +67,6 @@ def recompute_rows(
         for row in picked.values():
             errors += _corpus_problems(row, corpus.sample(row.sample_index))
 
-    tolerance = TOLERANCES[provenance.teacher.dtype]
     results: dict[int, tuple[Compared, dict[int, str]]] = {}
     done = 0
     for batch in teacher.batches(list(picked.values())):
@@ -81,16 +80,7 @@ def recompute_rows(
             record = dump.read_record(index // provenance.samples_per_unit)
             assert record is not None
             figures = compare(exact, stored, temperatures=provenance.temperatures)
-            found = problems(
-                exact,
-                stored,
-                figures,
-                tolerance=tolerance,
-                step=record.logprob_step,
-                mass=getattr(provenance.estimator, "mass", 1.0),
-                max_kl=provenance.max_kl,
-            )
-            results[index] = figures, found
+            results[index] = figures, problems(exact, stored, figures, provenance, step=record.logprob_step)
         done += len(batch)
         if progress is not None:
             progress(done, len(picked))
@@ -174,9 +164,7 @@ def pick_rows(dump: Dump, count: int, *, seed: int) -> tuple[dict[int, Row], lis
     recompute, the next one of its unit that has.
     """
     units = np.array(sorted(dump.read_records()), np.int64)
-    starts = np.concatenate([[0], np.cumsum([len(dump.provenance.unit_range(int(unit))) for unit in units])]).astype(
-        np.int64
-    )
+    starts = np.cumsum([0, *(len(dump.provenance.unit_range(int(unit))) for unit in units)])
     total = int(starts[-1])
     bounds = np.arange(min(count, total) + 1) * total // max(1, min(count, total))
     places = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:])

@@ -22,8 +22,7 @@ def refuse_missing(what: str, *packages: str, extra: str, instead: str | None = 
         extra: of this project, which brings them.
         instead: what else the user may do.
     """
-    missing = [package for package in packages if not installed(package)]
-    if missing:
+    if missing := [package for package in packages if not installed(package)]:
         raise MismatchError(
             f"{what} needs {' and '.join(missing)}",
             got="not installed",

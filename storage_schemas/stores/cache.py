@@ -88,6 +88,6 @@ class ShardCache:
 
 
 def _touch(file: Path) -> None:
-    """Mark as used now: the file system's clock ticks in milliseconds."""
+    """Note its use; the kernel's own clock for files ticks too slowly to tell two apart."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))

@@ -69,19 +69,10 @@ _UNREADABLE = {
 _WEIGHTS = ("weight", "train", "training", "loss")
 """Keys of a message that say whether it is supervised (OpenAI, axolotl, ms-swift)."""
 _ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 
 

@@ -43,6 +43,13 @@ class Tokens:
     loss_mask: npt.NDArray[np.bool_]
     """(tokens,) never true for the first."""
 
+    @classmethod
+    def of(cls, input_ids: Any, mask: Any) -> "Tokens":
+        """The same of a mask that may be true for the first."""
+        loss_mask = np.array(mask, bool)
+        loss_mask[:1] = False
+        return cls(np.array(input_ids, np.int32), loss_mask)
+
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
@@ -105,7 +112,7 @@ def _located(
     """A rendered conversation with the spans of the assistant's turns; as `assistant_spans`."""
 
     def render(messages: list[Message], prompt: bool) -> str | None:
-        found = _render(tokenizer, template, conversation, messages, add_generation_prompt=prompt)
+        found = _render(tokenizer, template, conversation, messages, prompt=prompt)
         return found if isinstance(found, str) else None
 
     messages, silent = conversation.messages, conversation.silent
@@ -172,23 +179,17 @@ def _chat_template(tokenizer: Any) -> str:
     return _CLOCK + template if "strftime_now" in template else template
 
 
+def _apply(tokenizer: Any, template: str, conversation: Conversation, messages: list[Message], **how: Any) -> Any:
+    """The template over messages, with what else the conversation gives it."""
+    given: dict[str, Any] = {"tools": conversation.tools, "chat_template": template}
+    return tokenizer.apply_chat_template(messages, **given, **how, **conversation.options)
+
+
 def _render(
-    tokenizer: Any,
-    template: str,
-    conversation: Conversation,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool = False,
+    tokenizer: Any, template: str, conversation: Conversation, messages: list[Message], *, prompt: bool = False
 ) -> str | Unusable:
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=conversation.tools,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **conversation.options,
-        )
+        text = _apply(tokenizer, template, conversation, messages, tokenize=False, add_generation_prompt=prompt)
     except (TemplateError, TypeError, ValueError) as error:
         return Unusable(f"the chat template refuses it: {error}")
     return valid_text(str(text))
@@ -236,15 +237,9 @@ def _warn_once(text: str) -> None:
 def _by_generation_marks(
     tokenizer: Any, template: str, conversation: Conversation, special: set[str]
 ) -> Tokens | Unusable:
-    encoded = tokenizer.apply_chat_template(
-        conversation.messages,
-        tools=conversation.tools,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-        **conversation.options,
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _apply(
+        tokenizer, template, conversation, conversation.messages, **how, tokenizer_kwargs={"verbose": False}
     )
     ids, mask = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], bool)
     stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
@@ -262,7 +257,7 @@ def _by_generation_marks(
         for i, start, stop in zip(turns, starts, stops, strict=True):
             if i in conversation.silent:
                 mask[start:stop] = False
-    return _tokens(ids, mask)
+    return Tokens.of(ids, mask)
 
 
 def _tokenise(
@@ -276,7 +271,7 @@ def _tokenise(
             expected="a fast tokenizer (tokenizer.json)",
             fix="convert the tokenizer, or tokenise the corpus elsewhere and give `input_ids` + `loss_mask`",
         )
-    results: list[Tokens | Unusable] = [text if isinstance(text, Unusable) else _tokens([], []) for text in texts]
+    results: list[Tokens | Unusable] = [text if isinstance(text, Unusable) else Tokens.of([], []) for text in texts]
     bos = tokenizer.bos_token
     doubled = [isinstance(text, str) and bool(bos) and text.startswith(bos) for text in texts]
     for special in (True, False):
@@ -291,7 +286,7 @@ def _tokenise(
             [texts[i] for i in chosen], add_special_tokens=special, return_offsets_mapping=True, verbose=False
         )
         for i, ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            results[i] = _tokens(ids, covered(offsets, spans[i]))
+            results[i] = Tokens.of(ids, covered(offsets, spans[i]))
     return results
 
 
@@ -312,9 +307,3 @@ def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> npt.NDArray[np.bo
         if stop > start:
             mask[first:last] = True
     return mask
-
-
-def _tokens(input_ids: Any, mask: Any) -> Tokens:
-    loss_mask = np.array(mask, bool)
-    loss_mask[:1] = False
-    return Tokens(np.array(input_ids, np.int32), loss_mask)

@@ -61,9 +61,7 @@ def _pretokenised(form: Pretokenised, mask: str) -> Tokens:
     # Larger than int32 is out of range for any vocabulary; keep it so, instead of wrapping around.
     ids = np.clip(np.array(form.input_ids, np.int64), -1, 2**31 - 1).astype(np.int32)
     given = form.loss_mask if form.loss_mask is not None and mask == "assistant" else np.ones(len(ids), bool)
-    loss_mask = np.array(given, bool)
-    loss_mask[:1] = False
-    return Tokens(ids, loss_mask)
+    return Tokens.of(ids, given)
 
 
 def _content_hash(form: Record | Unusable | None) -> str:

@@ -6,7 +6,7 @@ the lowest id, so that equal logits give equal targets on every device.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from storage_schemas.config import Estimator, Sampled, TopK
+from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.targets import I64, Targets
 from teacher_dump.estimators.draws import uniforms
 from teacher_dump.estimators.selection import draw_from_weights, largest
@@ -57,106 +58,73 @@ class _Head:
     """log p at T = 1."""
     inside: Bool[Tensor, "n k"]
     """Whether an entry belongs to the head: a leading stretch of each row."""
-    values: Float64[Tensor, "n k"]
-    """Their logits."""
+    outside: Float64[Tensor, "n k"]
+    """The logits of those that do not; -inf in the head's places."""
     rest_top: Float64[Tensor, " n"]
     """The largest logit of the rest; -inf where there is none."""
-    rest: Float64[Tensor, "n temperatures"]
-    """Log-sum-exp of the rest's z / T."""
+    tail: Float64[Tensor, "n temperatures"]
+    """Log of the mass outside the head."""
     logsumexp: Float64[Tensor, "n temperatures"]
     """Of all z / T."""
 
 
-def estimate(
-    logits: Logits, estimator: Estimator, *, temperatures: Sequence[float], sample_index: I64, position: I64
-) -> Entries:
+def estimate(logits: Logits, recipe: Recipe, *, sample_index: I64, position: I64) -> Entries:
     """Targets of n tokens; `sample_index` and `position` (n,) say which, for the draws. Leaves no logits behind."""
+    estimator, temperatures = recipe.estimator, recipe.temperatures
     if isinstance(estimator, TopK):
-        return topk(logits, k=estimator.k, mass=estimator.mass, temperatures=temperatures)
+        return topk(logits, estimator, temperatures)
     draws = estimator.draws if isinstance(estimator, Sampled) else 1
     u = on_device(uniforms(estimator.seed, sample_index, position, draws=draws), logits.device)
     if isinstance(estimator, Sampled):
-        return sampled(logits, u, temperatures=temperatures)
-    return adaptive(
-        logits,
-        u[:, 0],
-        mass=estimator.mass,
-        k_min=estimator.k_min,
-        k_max=estimator.k_max,
-        tail_draws=estimator.tail_draws,
-        temperatures=temperatures,
-    )
+        return sampled(logits, u, temperatures)
+    return adaptive(logits, u[:, 0], estimator, temperatures)
 
 
-def topk(logits: Logits, *, k: int, mass: float, temperatures: Sequence[float]) -> Entries:
+def topk(logits: Logits, estimator: TopK, temperatures: Sequence[float]) -> Entries:
     """The k largest probabilities, ending early once they hold `mass` (1.0: never early), and the mass of the rest.
 
     Leaves in `logits` what `_head` does.
     """
-    head = _head(logits, k_min=1, k_max=k, mass=mass, temperatures=temperatures)
-    ids, logprobs = _by_id(head)
-    return Entries(
-        ids=ids,
-        logprobs=logprobs,
-        filled=_leading(head.inside.sum(1), ids.shape[1]),
-        head_size=head.inside.sum(1).int(),
-        counts=None,
-        tail_logprob=_tail(head, temperatures).float(),
-        logsumexp=head.logsumexp.float(),
-        finite=head.logsumexp[:, 0].isfinite(),
-    )
+    head = _head(logits, k_min=1, k_max=estimator.k, mass=estimator.mass, temperatures=temperatures)
+    return _exact(head)
 
 
-def adaptive(
-    logits: Logits,
-    u: Float64[Tensor, " n"],
-    *,
-    mass: float,
-    k_min: int,
-    k_max: int,
-    tail_draws: int,
-    temperatures: Sequence[float],
-) -> Entries:
+def adaptive(logits: Logits, u: Float64[Tensor, " n"], estimator: Adaptive, temperatures: Sequence[float]) -> Entries:
     """The fewest entries that reach `mass`, then systematic draws from the rest: points (u + j) / m, one u per token.
 
     Args:
         logits: left as exp(z - the tail's largest) of the tail, 0 in the head's places.
         u: in [0, 1).
-        mass: probability that the head shall hold.
-        tail_draws: draws m per token.
+        estimator: m are its `tail_draws`.
         temperatures: of the stored tail masses; the first is 1.
     """
-    head = _head(logits, k_min=k_min, k_max=k_max, mass=mass, temperatures=temperatures)
-    tail = _tail(head, temperatures)
+    k_min, k_max, m = estimator.k_min, estimator.k_max, estimator.tail_draws
+    head = _head(logits, k_min=k_min, k_max=k_max, mass=estimator.mass, temperatures=temperatures)
+    exact = _exact(head)
     # `_head` left exp(z - rest_top) of what is not among the k largest. Scale to the largest entry of the tail, and
     # give back those of the k largest that the head left out.
-    outside = head.values.masked_fill(head.inside, -torch.inf)
-    tail_top = torch.maximum(outside.amax(1), head.rest_top)
+    tail_top = torch.maximum(head.outside.amax(1), head.rest_top)
     logits.mul_(torch.exp(head.rest_top - tail_top).nan_to_num_(0.0).float()[:, None])
-    logits.scatter_(1, head.ids, torch.exp(outside - tail_top[:, None]).nan_to_num_(0.0).float())
-    steps = torch.arange(tail_draws, device=u.device, dtype=torch.float64)
-    drawn, weights = draw_from_weights(logits, (u[:, None] + steps) / tail_draws)
+    logits.scatter_(1, head.ids, torch.exp(head.outside - tail_top[:, None]).nan_to_num_(0.0).float())
+    steps = torch.arange(m, device=u.device, dtype=torch.float64)
+    drawn, weights = draw_from_weights(logits, (u[:, None] + steps) / m)
     drawn_logprobs = weights.log() + (tail_top - head.logsumexp[:, 0])[:, None]
 
-    head_ids, head_logprobs = _by_id(head)
     ids, logprobs, counts = _merged(drawn, drawn_logprobs.float())
-    counts = counts.masked_fill((tail[:, 0].exp() <= _NO_DRAWS_BELOW)[:, None], 0)
-    return Entries(
-        ids=torch.cat([head_ids, ids], 1),
-        logprobs=torch.cat([head_logprobs, logprobs], 1),
-        filled=torch.cat([_leading(head.inside.sum(1), head_ids.shape[1]), counts > 0], 1),
-        head_size=head.inside.sum(1).int(),
-        counts=torch.cat([torch.zeros_like(head_ids), counts], 1),
-        tail_logprob=tail.float(),
-        logsumexp=head.logsumexp.float(),
-        finite=head.logsumexp[:, 0].isfinite(),
+    counts = counts.masked_fill((head.tail[:, 0].exp() <= _NO_DRAWS_BELOW)[:, None], 0)
+    return replace(
+        exact,
+        ids=torch.cat([exact.ids, ids], 1),
+        logprobs=torch.cat([exact.logprobs, logprobs], 1),
+        filled=torch.cat([exact.filled, counts > 0], 1),
+        counts=torch.cat([torch.zeros_like(exact.ids), counts], 1),
     )
 
 
-def sampled(logits: Logits, u: Float64[Tensor, "n draws"], *, temperatures: Sequence[float]) -> Entries:
+def sampled(logits: Logits, u: Float64[Tensor, "n draws"], temperatures: Sequence[float]) -> Entries:
     """Independent draws from p, one per column of `u`, in [0, 1). Leaves exp(z - the largest) in `logits`."""
     top = logits.amax(1).double()
-    logsumexp = _log_sums(logits, top, temperatures) + top[:, None] * _inverse(temperatures, logits.device)
+    logsumexp = _log_sums(logits, top, temperatures)
     drawn, weights = draw_from_weights(logits, u)
     ids, logprobs, counts = _merged(drawn, (weights.log() + (top - logsumexp[:, 0])[:, None]).float())
     return Entries(
@@ -214,7 +182,7 @@ def _head(logits: Logits, *, k_min: int, k_max: int, mass: float, temperatures: 
     values, ids = values[:, :k].double(), ids[:, :k]
     logits.scatter_(1, ids, -torch.inf)
     scale = _inverse(temperatures, logits.device)
-    rest = _log_sums(logits, rest_top, temperatures) + rest_top[:, None] * scale
+    rest = _log_sums(logits, rest_top, temperatures)
     everything = torch.cat([values[:, None, :] * scale[:, None], rest[:, :, None]], 2)
     logsumexp = everything.logsumexp(2)
 
@@ -224,27 +192,22 @@ def _head(logits: Logits, *, k_min: int, k_max: int, mass: float, temperatures: 
     inside = before < mass if mass < 1.0 else torch.ones_like(before, dtype=torch.bool)
     inside[:, :k_min] = True
     inside &= logprobs > -torch.inf
-    return _Head(ids, logprobs, inside, values, rest_top, rest, logsumexp)
+    outside = values.masked_fill(inside, -torch.inf)
+    left_out = torch.cat([outside[:, None, :] * scale[:, None], rest[:, :, None]], 2)
+    # Rounding may not push a log-mass above 0.
+    tail = (left_out.logsumexp(2) - logsumexp).clamp_max(0.0)
+    return _Head(ids, logprobs, inside, outside, rest_top, tail, logsumexp)
 
 
 def _log_sums(
     logits: Logits, top: Float64[Tensor, " n"], temperatures: Sequence[float]
 ) -> Float64[Tensor, "n temperatures"]:
-    """Log sum exp((z - top) / T), where `top` bounds z. Leaves exp(z - top) in `logits`."""
+    """Log sum exp(z / T), where `top` bounds z. Leaves exp(z - top) in `logits`."""
     shift = top.masked_fill(top.isneginf(), 0.0).float()[:, None]
     logits.sub_(shift)
     sums = [torch.exp(logits / T).sum(1) for T in temperatures[1:]]
     sums.insert(0, logits.exp_().sum(1))
-    return torch.stack(sums, 1).double().log()
-
-
-def _tail(head: _Head, temperatures: Sequence[float]) -> Float64[Tensor, "n temperatures"]:
-    """Log of the mass outside the head: log-sum-exp of what the head left out and of the rest."""
-    scale = _inverse(temperatures, head.values.device)
-    outside = head.values.masked_fill(head.inside, -torch.inf)
-    parts = torch.cat([outside[:, None, :] * scale[:, None], head.rest[:, :, None]], 2)
-    # Rounding may not push a log-mass above 0.
-    return (parts.logsumexp(2) - head.logsumexp).clamp_max(0.0)
+    return torch.stack(sums, 1).double().log() + top[:, None] * _inverse(temperatures, logits.device)
 
 
 def _inverse(temperatures: Sequence[float], device: torch.device) -> Float64[Tensor, " temperatures"]:
@@ -252,15 +215,19 @@ def _inverse(temperatures: Sequence[float], device: torch.device) -> Float64[Ten
     return on_device(1.0 / np.array(temperatures, np.float64), device)
 
 
-def _by_id(head: _Head) -> tuple[Int32[Tensor, "n k"], Float32[Tensor, "n k"]]:
-    """Ids and log-probs of the head, ascending by id; entries outside it come last."""
+def _exact(head: _Head) -> Entries:
+    """The head and nothing else, ascending by id; what lies outside it comes last, as padding."""
     order = head.ids.masked_fill(~head.inside, 2**31 - 1).argsort(1)
-    return head.ids.gather(1, order).int(), head.logprobs.gather(1, order).float()
-
-
-def _leading(count: Int64[Tensor, " n"], width: int) -> Bool[Tensor, "n {width}"]:
-    """True in the first `count` columns."""
-    return torch.arange(width, device=count.device) < count[:, None]
+    return Entries(
+        ids=head.ids.gather(1, order).int(),
+        logprobs=head.logprobs.gather(1, order).float(),
+        filled=head.inside.gather(1, order),
+        head_size=head.inside.sum(1).int(),
+        counts=None,
+        tail_logprob=head.tail.float(),
+        logsumexp=head.logsumexp.float(),
+        finite=head.logsumexp[:, 0].isfinite(),
+    )
 
 
 def _merged(

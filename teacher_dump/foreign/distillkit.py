@@ -14,8 +14,9 @@ from pydantic import Field, ValidationError
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.targets import F64, I64
 from teacher_dump.foreign.lists import sample_of
-from teacher_dump.foreign.sample import F64, I64, ForeignSample
+from teacher_dump.foreign.sample import ForeignSample
 from teacher_dump.foreign.tables import integers, records
 
 CONFIG = "compression_config.yaml"
@@ -75,10 +76,8 @@ def read(source: Path, files: Sequence[Path], *, mask: str) -> Iterator[ForeignS
             yield sample_of(record, np.empty((0, config.k), np.int64), np.empty((0, config.k)), mask=mask)
             continue
         try:
-            values, ids = (
-                logprobs(packed.astype(np.uint8), config),
-                _unpacked(bits.astype(np.uint8), config.id_bits, config.k),
-            )
+            values = logprobs(packed.astype(np.uint8), config)
+            ids = _unpacked(bits.astype(np.uint8), config.id_bits, config.k)
         except ValueError as error:
             raise record.unusable(str(error), f"rows as {CONFIG} says") from error
         yield sample_of(record, integers(ids), values, mask=mask)

@@ -14,7 +14,7 @@ from storage_schemas.common.errors import MismatchError, UsageError, cannot_writ
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import give_name
 from storage_schemas.reader import Dump
-from storage_schemas.rows import Row, in_head
+from storage_schemas.rows import Row
 from storage_schemas.targets import decode
 from teacher_dump.foreign.tables import IGNORED_LABEL
 
@@ -93,7 +93,7 @@ def export_axolotl(
         with pq.ParquetWriter(staged, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             for unit in range(units):
                 flat = dump.read_unit(unit)
-                usable = [row for row in map(flat.row, range(len(flat))) if row.targets is not None]
+                usable = [row for row in flat if row.targets is not None]
                 step = max(1, _ENTRIES // (k * max((len(row.input_ids) for row in usable), default=1)))
                 for start in range(0, len(usable), step):
                     part = [_columns(row, k) for row in usable[start : start + step]]
@@ -101,7 +101,7 @@ def export_axolotl(
                 rows, left_out = rows + len(usable), left_out + len(flat) - len(usable)
                 tokens += len(flat.targets)
                 tail += float(np.exp(flat.targets.tail_logprob[:, 0].astype(np.float64)).sum())
-                draws += int((~in_head(flat.targets.offsets, flat.targets.head_size)).sum())
+                draws += int((~flat.targets.in_head).sum())
                 if progress is not None:
                     progress(unit + 1, units)
         give_name(staged, out)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from teacher_dump.foreign.sample import ForeignSample
-from teacher_dump.foreign.tables import Record, floats, integers, records
+from teacher_dump.foreign.tables import Record, integers, records
 
 AXOLOTL = {"ids": "target_token_ids", "values": "target_logprobs", "slots": "target_mask"}
 """What axolotl's collators read (`src/axolotl/integrations/kd`)."""
@@ -27,7 +27,7 @@ def read(files: Sequence[Path], columns: dict[str, str], *, mask: str) -> Iterat
     """
     for record in records(files):
         ids = integers(record.entries(columns["ids"], empty=0))
-        values = floats(record.entries(columns["values"], empty=-np.inf, like=columns["ids"]))
+        values = record.entries(columns["values"], empty=-np.inf, like=columns["ids"]).astype(np.float64)
         if "slots" in columns:
             slots = record.entries(columns["slots"], empty=0, like=columns["ids"])
             values = np.where(slots != 0, values, -np.inf)
@@ -37,9 +37,7 @@ def read(files: Sequence[Path], columns: dict[str, str], *, mask: str) -> Iterat
 def sample_of(record: Record, ids: np.ndarray, values: np.ndarray, *, mask: str) -> ForeignSample:
     """A sample from the tokens of a record and its entries; padding, which `attention_mask` marks, is cut off."""
     tokens = integers(record.tokens("input_ids"))
-    supervised = None if mask == "all" else record.supervised(mask)
-    if supervised is not None and len(supervised) != len(tokens):
-        raise record.unusable(f"{len(supervised)} values of {mask} for {len(tokens)} tokens", "one per token")
+    supervised = record.supervised(mask)
     if len(values) not in (len(tokens), len(tokens) - 1):
         raise record.unusable(f"{len(values)} rows of entries for {len(tokens)} tokens", "one row per token")
     if "attention_mask" in record.columns:

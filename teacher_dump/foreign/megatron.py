@@ -20,7 +20,8 @@ import torch
 import zstandard
 
 from storage_schemas.common.errors import DataError, MismatchError
-from teacher_dump.foreign.sample import F64, I64, ForeignSample
+from storage_schemas.targets import F64, I64
+from teacher_dump.foreign.sample import ForeignSample
 from teacher_dump.foreign.tables import integers, records
 
 _TAR = re.compile(r"(?:cp(?P<cp>\d+)_)?dp(?P<dp>\d+)__(?:\d+-)?(?P<last>\d+)\.tar")
@@ -57,10 +58,9 @@ def read(files: Sequence[Path], tokens: Sequence[Path], *, mask: str) -> Iterato
         sequence = integers(record.tokens("input_ids"))
         if len(sequence) - len(values) not in (0, 1):
             raise record.unusable(f"{len(sequence)} tokens for {len(values)} targets", "as many, or one more")
-        supervised = None if mask == "all" else record.supervised(mask)
-        if supervised is not None and len(supervised) != len(sequence):
-            raise record.unusable(f"{len(supervised)} values of {mask} for {len(sequence)} tokens", "one per token")
-        yield ForeignSample(place=record.place, input_ids=sequence, supervised=supervised, ids=ids, values=values)
+        yield ForeignSample(
+            place=record.place, input_ids=sequence, supervised=record.supervised(mask), ids=ids, values=values
+        )
     if next(texts, None) is not None:
         raise _disagree("more sequences of tokens than of targets")
 

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import EMPTY, NONFINITE, OK, Row
-from storage_schemas.targets import Targets
-
-Bool = npt.NDArray[np.bool_]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
+from storage_schemas.targets import F64, I64, Bool, Targets
 
 OVER_ONE = 0.01
 """By how much 16-bit values may bring the probability of a token's entries above 1; more is no distribution."""
@@ -129,15 +124,15 @@ def make_row(sample: ForeignSample, claims: Claims, index: int, *, lm_head_rows:
     p = np.exp(values - total[:, None])
     offset = np.where(short, 0.0, total)
     lengths = filled.sum(1)
+    tail = np.full((len(mass), 1), -np.inf, np.float32)
+    tail[short, 0] = np.log1p(-mass[short])
     targets = Targets(
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         ids=ids[filled].astype(np.int32),
         logprobs=np.minimum((values - offset[:, None])[filled], 0.0).astype(np.float32),
         head_size=lengths.astype(np.int32),
         counts=None,
-        tail_logprob=np.log1p(-np.where(short, mass, 0.0), where=short, out=np.full(len(mass), -np.inf))
-        .astype(np.float32)
-        .reshape(-1, 1),
+        tail_logprob=tail,
         logsumexp=None,
     )
     own, other = picked + 1, picked

@@ -1,7 +1,9 @@
 """Rows of Parquet, Arrow and JSONL files, in order: how most projects store their samples."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +14,10 @@ import pyarrow.parquet as pq
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.hashes import file_sha256
+from storage_schemas.targets import I64, Bool
 from teacher_dump.corpus.cache import cache_folder
 from teacher_dump.corpus.lines import READERS
 from teacher_dump.corpus.masks import Unusable
-from teacher_dump.foreign.sample import F64, I64, Bool
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl")
 _ROWS = 64
@@ -70,12 +72,20 @@ class Record(NamedTuple):
         found[np.arange(found.shape[1]) < lengths[:, None]] = values
         return found
 
-    def supervised(self, name: str) -> Bool:
-        """(tokens,) a mask of zeros and ones, or labels, in which -100 is what no loss is computed on."""
-        found = self.tokens(name)
+    def supervised(self, mask: str) -> Bool | None:
+        """(tokens,) a mask of zeros and ones, or labels, in which -100 is what no loss is computed on.
+
+        Args:
+            mask: name of the column; `all`: there is none.
+        """
+        if mask == "all":
+            return None
+        found, tokens = self.tokens(mask), self.tokens("input_ids")
+        if len(found) != len(tokens):
+            raise self.unusable(f"{len(found)} values of {mask} for {len(tokens)} tokens", "one per token")
         unknown = set(np.unique(found).tolist()) - {0, 1}
-        if unknown and IGNORED_LABEL not in unknown and not np.array_equal(found, self.tokens("input_ids")):
-            raise self.unusable(f"{name} holds {sorted(unknown)[:3]}", "0 and 1, or labels with -100")
+        if unknown and IGNORED_LABEL not in unknown and not np.array_equal(found, tokens):
+            raise self.unusable(f"{mask} holds {sorted(unknown)[:3]}", "0 and 1, or labels with -100")
         return np.asarray(found != IGNORED_LABEL if unknown else found == 1)
 
     def unusable(self, got: str, expected: str) -> DataError:
@@ -148,17 +158,19 @@ def files_of(source: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
 
 def named_hashes(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each file, by its name, and its folder's where two have the same; read once, unless a file changes.
+    """sha256 of each file, by as much of the end of its path as no other has; read once, unless a file changes.
 
     Raises:
         MismatchError: a file is not there.
     """
-    names = [path.name for path in files]
+    ends = {path: ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in files}
+    shared = Counter(chain.from_iterable(ends.values()))
     found = {}
     for path in files:
-        name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         try:
-            found[name] = file_sha256(path, folder=cache_folder() / "hashes")
+            found[next(end for end in ends[path] if shared[end] == 1)] = file_sha256(
+                path, folder=cache_folder() / "hashes"
+            )
         except OSError as error:
             raise MismatchError(
                 f"{path} cannot be read", got=error.strerror, expected="a file of the store", fix="copy it there"
@@ -202,11 +214,6 @@ def integers(values: npt.NDArray[Any]) -> I64:
             fix="name the columns as the store has them: ids and values may be exchanged",
         )
     return found.astype(np.int64)
-
-
-def floats(values: npt.NDArray[Any]) -> F64:
-    """Values as float64."""
-    return np.asarray(values).astype(np.float64)
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from storage_schemas.common.code import NO_CODE, Code, code_sha256, refuse_foreign_code
+from storage_schemas.common.code import NO_CODE, Code, refuse_foreign_code
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.hashes import file_sha256
 from storage_schemas.common.models import INDEX, WEIGHTS, absent, hashes_of, is_hub_id, named_in
@@ -43,10 +43,6 @@ class ModelFiles:
     def weights_sha256(self) -> dict[str, str]:
         """Hash of each weight file, by name."""
         return hashes_of(self.weights, partial(file_sha256, folder=cache_folder() / "hashes"))
-
-    def code_sha256(self) -> dict[str, str]:
-        """Hash of each file of its code, by name."""
-        return code_sha256(self.folder)
 
 
 def find_model(name: str, revision: str | None, code: Code = NO_CODE, *, weights: bool = True) -> ModelFiles:
@@ -84,8 +80,7 @@ def find_model(name: str, revision: str | None, code: Code = NO_CODE, *, weights
 
 def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     names = named_in(folder / INDEX) if (folder / INDEX).is_file() else [WEIGHTS]
-    missing = [file for file in names if not (folder / file).is_file()]
-    if missing:
+    if missing := [file for file in names if not (folder / file).is_file()]:
         raise _no_model(name, f"no {', '.join(missing[:5])}")
     return tuple(folder / file for file in names)
 

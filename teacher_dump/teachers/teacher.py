@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_d
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from storage_schemas.common.batching import length_sorted_batches
-from storage_schemas.common.code import NO_CODE, Code, importing, runs_code
+from storage_schemas.common.code import NO_CODE, Code, code_sha256, importing, runs_code
 from storage_schemas.common.devices import no_such_device, refuse_idle_gpus, refuse_no_compiler
 from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.common.models import refuse_torn, refusing_attention
@@ -286,7 +286,7 @@ class Teacher:
             dtype=self.section.dtype,
             lm_head_rows=self.lm_head_rows,
             # Left out, and not null, where there is none: as in dumps of before.
-            **({"code_sha256": self.files.code_sha256()} if self.code else {}),
+            **({"code_sha256": code_sha256(self.files.folder)} if self.code else {}),
         )
 
     def from_pretrained(self, kind: Any, **options: Any) -> Any:
@@ -396,15 +396,7 @@ def launch(model: Any, samples: Sequence[Row], recipe: Recipe, *, least_tokens: 
             continue
         if recipe.masked_from is not None:
             logits[:, recipe.masked_from :] = -torch.inf
-        parts.append(
-            estimate(
-                logits,
-                recipe.estimator,
-                temperatures=recipe.temperatures,
-                sample_index=sample_index[tokens],
-                position=position[tokens],
-            )
-        )
+        parts.append(estimate(logits, recipe, sample_index=sample_index[tokens], position=position[tokens]))
     gathered = gather(parts, logsumexp=recipe.logsumexp)
     stops = np.cumsum(sizes).tolist()
 

@@ -45,29 +45,12 @@ _STEP_TOKENS = 2048
 planned for itself."""
 _LOOK_SECONDS = 1.0
 """How often to look whether the engine lives."""
-_ONLY_PLACEMENT = frozenset(
-    {
-        "async_scheduling",
-        "block_size",
-        "cpu_offload_gb",
-        "data_parallel_size",
-        "disable_custom_all_reduce",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "enable_chunked_prefill",
-        "enable_expert_parallel",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "load_format",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "max_parallel_loading_workers",
-        "pipeline_parallel_size",
-        "swap_space",
-        "tensor_parallel_size",
-    }
-)
+_ONLY_PLACEMENT = {
+    "async_scheduling", "block_size", "cpu_offload_gb", "data_parallel_size", "disable_custom_all_reduce",
+    "disable_log_stats", "distributed_executor_backend", "enable_chunked_prefill", "enable_expert_parallel",
+    "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "load_format", "max_num_batched_tokens",
+    "max_num_seqs", "max_parallel_loading_workers", "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
+}  # fmt: skip
 """Engine arguments on which only speed, memory and rounding depend. Any other becomes part of the dump's identity."""
 
 
@@ -104,8 +87,7 @@ class VllmTeacher(Teacher):
 
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
         """Raise MismatchError for what cannot be had from vLLM's log-probs."""
-        problems = list(vllm_cannot(estimator, temperatures, logsumexp=logsumexp))
-        if problems:
+        if problems := list(vllm_cannot(estimator, temperatures, logsumexp=logsumexp)):
             raise MismatchError(
                 "teacher.backend: vllm cannot make these targets",
                 got="; ".join(f"{field} = {got}" for field, _, got in problems),

@@ -8,13 +8,9 @@ token 0). Each position begins with the prompt's own token, whatever its rank, a
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.targets import I64, Targets
-
-F64 = npt.NDArray[np.float64]
-Bool = npt.NDArray[np.bool_]
+from storage_schemas.targets import F64, I64, Bool, Targets
 
 TAIL_NOISE = 1e-6
 """Mass. What 1 - sum is off by where the tail is small: the log-probs are float32. At most 6e-7 was seen below 1e-5,

@@ -21,6 +21,16 @@ from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
 
 
+def encoded(provenance: Provenance, rows: UnitRows, unit: int = 0) -> bytes:
+    return codec.encode(rows, metadata_of(provenance, unit))
+
+
+def read_back(folder: Path, provenance: Provenance, data: bytes, *, unit: int = 0, **claims: object) -> UnitRows:
+    """What a reader makes of a unit whose file is `data` now."""
+    replace_unit(folder, provenance, unit, data, **claims)
+    return Dump.open(str(folder)).read_unit(unit)
+
+
 def with_targets(unit: UnitRows, **changes: Callable[[np.ndarray], None]) -> UnitRows:
     for name, change in changes.items():
         change(getattr(unit.targets, name))
@@ -51,9 +61,8 @@ HOSTILE: dict[str, Callable[[UnitRows], UnitRows]] = {
 def test_a_file_that_breaks_a_rule_is_refused(case: str, tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, seal=False)
     unit = HOSTILE[case](good_unit(provenance))
-    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)))
     with pytest.raises(DataError, match="breaks the dump format") as caught:
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, encoded(provenance, unit))
     assert caught.value.fix
     report = verify(str(tmp_path))
     assert any(error.startswith("unit 0:") for error in report.errors)
@@ -103,10 +112,10 @@ def test_what_breaks_one_rule_alone_is_refused(case: str, tmp_path: Path) -> Non
     provenance = make_dump(tmp_path, seal=False)
     change, claims, message = SUBTLE[case]
     record = record_of(tmp_path, 1)
-    data = codec.encode(change(good_unit(provenance, 1)), metadata_of(provenance, 1))
-    replace_unit(tmp_path, provenance, 1, data, **{name: getattr(record, name) + more for name, more in claims.items()})
+    data = encoded(provenance, change(good_unit(provenance, 1)), 1)
+    claimed = {name: getattr(record, name) + more for name, more in claims.items()}
     with pytest.raises(DataError, match=message):
-        Dump.open(str(tmp_path)).read_unit(1)
+        read_back(tmp_path, provenance, data, unit=1, **claimed)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[1:], ids=lambda e: e.kind)
@@ -115,43 +124,38 @@ def test_draws_that_were_never_drawn_are_refused(estimator: Estimator, tmp_path:
     unit = good_unit(provenance)
     assert unit.targets.counts is not None
     unit.targets.counts[unit.targets.counts > 0] = 0
-    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)))
     with pytest.raises(DataError, match="a draw was counted less than once"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, encoded(provenance, unit))
 
 
 def test_heads_where_all_is_drawn_are_refused(tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, some_provenance(estimator=ESTIMATORS[2]), seal=False)
     unit = good_unit(provenance)
     unit.targets.head_size[:] = 1
-    replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)))
     with pytest.raises(DataError, match="the estimator only draws"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, encoded(provenance, unit))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[1:], ids=lambda e: e.kind)
 def test_more_entries_than_the_estimator_chooses_are_refused(estimator: Estimator, tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, some_provenance(estimator=estimator), seal=False)
-    data = codec.encode(good_unit(provenance), metadata_of(provenance, 0))
+    data = encoded(provenance, good_unit(provenance))
     provenance = provenance.model_copy(update={"estimator": Adaptive(kind="adaptive", k_max=2, tail_draws=2)})
     (tmp_path / "run.json").write_bytes(provenance.to_json())
-    replace_unit(tmp_path, provenance, 0, data, fingerprint=provenance.fingerprint)
     with pytest.raises(DataError, match="belongs elsewhere: entries"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, data, fingerprint=provenance.fingerprint)
 
 
 def test_the_unchanged_unit_is_accepted(tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata_of(provenance, 0)))
-    assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
+    assert len(read_back(tmp_path, provenance, encoded(provenance, good_unit(provenance)))) == 4
 
 
 @pytest.mark.parametrize("claim", [{"bytes": 1}, {"sha256": "0" * 64}])
 def test_size_and_hash_of_a_file_are_both_compared(claim: dict[str, object], tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata_of(provenance, 0)), **claim)
     with pytest.raises(DataError, match=r"not the file that was written|larger than it can be"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, encoded(provenance, good_unit(provenance)), **claim)
 
 
 def test_a_size_that_the_record_invents_is_refused_of_a_cached_file_too(tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_a_size_that_the_record_invents_is_refused_of_a_cached_file_too(tmp_path
 
 def rewritten(provenance: Provenance, change: Callable[[pa.Table], pa.Table]) -> bytes:
     """A unit's file after a change to its table: schema drift."""
-    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(provenance), metadata_of(provenance, 0))))
+    table = pq.read_table(pa.BufferReader(encoded(provenance, good_unit(provenance))))
     metadata = table.schema.metadata
     sink = pa.BufferOutputStream()
     pq.write_table(change(table).replace_schema_metadata(metadata), sink, write_page_checksum=True)
@@ -252,26 +256,23 @@ def test_lists_that_do_not_fit_together_are_refused(case: str, tmp_path: Path) -
         edit(rows[name])
         return pa.table(rows, FIRST_SCHEMA)  # Here a null can be written.
 
-    replace_unit(tmp_path, provenance, 0, rewritten(provenance, change))
+    data = rewritten(provenance, change)
     with pytest.raises(DataError, match=message):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, data)
 
 
 @pytest.mark.parametrize("case", DRIFT)
 def test_schema_drift_is_refused(case: str, tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, provenance, 0, rewritten(provenance, DRIFT[case]))
     with pytest.raises(DataError, match="breaks the dump format"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, rewritten(provenance, DRIFT[case]))
 
 
 def test_a_rewritten_but_equal_table_is_accepted(tmp_path: Path) -> None:
     """Encodings are free: what counts is the schema and the values."""
     provenance = make_dump(tmp_path, seal=False)
-    replace_unit(
-        tmp_path, provenance, 0, rewritten(provenance, lambda t: pa.Table.from_arrays(t.columns, schema=SCHEMA))
-    )
-    assert len(Dump.open(str(tmp_path)).read_unit(0)) == 4
+    data = rewritten(provenance, lambda t: pa.Table.from_arrays(t.columns, schema=SCHEMA))
+    assert len(read_back(tmp_path, provenance, data)) == 4
 
 
 @pytest.mark.parametrize(
@@ -287,9 +288,8 @@ def test_footers_of_other_dumps(key: str, value: str | None, error: type[Excepti
     provenance = make_dump(tmp_path, seal=False)
     metadata = metadata_of(provenance, 0)
     metadata = {k: v for k, v in (metadata | {key: value or ""}).items() if v}
-    replace_unit(tmp_path, provenance, 0, codec.encode(good_unit(provenance), metadata))
     with pytest.raises(error):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, codec.encode(good_unit(provenance), metadata))
 
 
 def bomb(provenance: Provenance, values: int) -> bytes:
@@ -314,10 +314,9 @@ def test_a_bomb_is_refused_before_it_unfolds(honest: bool, tmp_path: Path, monke
     provenance = make_dump(tmp_path, seal=False)
     data = bomb(provenance, 20_000_000)
     assert len(data) < 100_000
-    replace_unit(tmp_path, provenance, 0, data, **({"tokens": 20_000_000} if honest else {}))
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match="tokens" if honest else "claims"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, data, **({"tokens": 20_000_000} if honest else {}))
 
 
 @pytest.mark.parametrize("version", [None, b"1"])
@@ -336,15 +335,14 @@ def test_the_smallest_bomb_is_refused_before_it_unfolds(
         pytest.skip(f"pyarrow {pa.__version__} writes no page of so many rows")
     data = sink.getvalue().to_pybytes()
     assert version is not None or len(data) < 700
-    replace_unit(tmp_path, provenance, 0, data)
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(MismatchError if version is None else DataError):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, data)
 
 
 def string_bomb(provenance: Provenance, size: int, **settings: object) -> bytes:
     """A few KB that hold one id of `size` bytes for every row."""
-    table = pq.read_table(pa.BufferReader(codec.encode(good_unit(provenance), metadata_of(provenance, 0))))
+    table = pq.read_table(pa.BufferReader(encoded(provenance, good_unit(provenance))))
     ids = pa.array(["x" * size] * len(table), pa.string())
     sink = pa.BufferOutputStream()
     table = pa.Table.from_arrays([table["sample_index"], ids, *table.columns[2:]], schema=SCHEMA)
@@ -367,21 +365,19 @@ def test_ids_that_unfold_are_refused_before_they_do(
     writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provenance = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, provenance, 0, string_bomb(provenance, 40, **WRITERS[writer]))
     if writer not in ("shared prefixes", "lengths apart"):
-        assert Dump.open(str(tmp_path)).read_unit(0).sample_id == ["x" * 40] * 4
+        small = read_back(tmp_path, provenance, string_bomb(provenance, 40, **WRITERS[writer]))
+        assert small.sample_id == ["x" * 40] * 4
     data = string_bomb(provenance, 2**22, **WRITERS[writer])
     assert len(data) < 20_000
-    replace_unit(tmp_path, provenance, 0, data)
     monkeypatch.setattr(codec, "decode_file", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match=r"sample_id has|encoding that strings may not have"):
-        Dump.open(str(tmp_path)).read_unit(0)
+        read_back(tmp_path, provenance, data)
 
 
 def test_rows_that_share_a_long_id_share_its_memory(tmp_path: Path) -> None:
     provenance = make_dump(tmp_path, seal=False)
-    replace_unit(tmp_path, provenance, 0, string_bomb(provenance, 60_000, use_dictionary=["sample_id"]))
-    ids = Dump.open(str(tmp_path)).read_unit(0).sample_id
+    ids = read_back(tmp_path, provenance, string_bomb(provenance, 60_000, use_dictionary=["sample_id"])).sample_id
     assert ids == ["x" * 60_000] * 4
     assert len({id(text) for text in ids}) == 1
 

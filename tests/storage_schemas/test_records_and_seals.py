@@ -340,10 +340,7 @@ def test_verify_sees_what_no_teacher_says(case: str, tmp_path: Path) -> None:
     else:
         targets.offsets[1] = 0
         targets.head_size[:2] = (0, 16)
-    changes = {
-        "mean_kept_mass": codec.mean_kept_mass(targets), "mean_entropy": codec.mean_entropy(targets),
-        "max_id": int(targets.ids.max()), "fingerprint": provenance.fingerprint,
-    }  # fmt: skip
+    changes = codec.figures(unit) | {"fingerprint": provenance.fingerprint}
     replace_unit(tmp_path, provenance, 0, codec.encode(unit, metadata_of(provenance, 0)), **changes)
     (error,) = [line for line in verify(str(tmp_path)).errors if line.startswith("unit 0")]
     says = {"a longer sample": f"tokens, the corpus at most {longest - 1}", "no entries": "no entry"}

@@ -11,14 +11,18 @@ from hypothesis import strategies as st
 
 from storage_schemas import codec
 from storage_schemas.common.errors import DataError
+from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.rows import EMPTY, INVALID_TEXT, NONFINITE, OK, SCHEMA, TOO_LONG, Row, UnitRows, rows_to_unit
 from storage_schemas.targets import Targets
 
+TOPK = Recipe(estimator=TopK())
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @st.composite
-def targets(draw: st.DrawFn, n: int, vocab: int, temperatures: int, kind: str, logsumexp: bool) -> Targets:
+def targets(draw: st.DrawFn, n: int, vocab: int, recipe: Recipe) -> Targets:
+    kind, temperatures = recipe.estimator.kind, len(recipe.temperatures)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     longest = draw(st.integers(1, min(vocab, 20)))
     heads = np.zeros(n, int) if kind == "sampled" else rng.integers(1, longest + 1, n)
@@ -38,17 +42,16 @@ def targets(draw: st.DrawFn, n: int, vocab: int, temperatures: int, kind: str, l
         head_size=heads.astype(np.int32),
         counts=None if kind == "topk" else np.concatenate(counts),
         tail_logprob=tail,
-        logsumexp=rng.normal(0, 20, (n, temperatures)).astype(np.float32) if logsumexp else None,
+        logsumexp=rng.normal(0, 20, (n, temperatures)).astype(np.float32) if recipe.logsumexp else None,
     )
 
 
 @st.composite
-def units(draw: st.DrawFn) -> tuple[UnitRows, dict[str, object]]:
-    kind = draw(st.sampled_from(["topk", "adaptive", "sampled"]))
+def units(draw: st.DrawFn) -> tuple[UnitRows, Recipe]:
+    estimator = draw(st.sampled_from([TOPK.estimator, Adaptive(kind="adaptive"), Sampled(kind="sampled")]))
     vocab = draw(st.sampled_from([1, 7, 49_152, 151_936, 262_144, 2**31 - 1]))
-    shape = {
-        "temperatures": draw(st.integers(1, 3)), "draws": kind != "topk", "logsumexp": draw(st.booleans())
-    }  # fmt: skip
+    temperatures = (1.0, 2.0, 3.0)[: draw(st.integers(1, 3))]
+    recipe = Recipe(estimator=estimator, temperatures=temperatures, logsumexp=draw(st.booleans()))
     rows = []
     for index in range(draw(st.integers(1, 6))):
         mask = np.array([False, *draw(st.lists(st.booleans(), max_size=8))])
@@ -57,7 +60,7 @@ def units(draw: st.DrawFn) -> tuple[UnitRows, dict[str, object]]:
         mask = mask[:0] if status in (TOO_LONG, INVALID_TEXT) else mask
         found = None
         if status == OK:
-            found = draw(targets(int(mask.sum()), min(vocab, 10**6), shape["temperatures"], kind, shape["logsumexp"]))
+            found = draw(targets(int(mask.sum()), min(vocab, 10**6), recipe))
             if vocab > 10**6:
                 found.ids[:] += vocab - 10**6
         ids = np.random.default_rng(index).integers(0, vocab, len(mask)).astype(np.int32)
@@ -65,17 +68,17 @@ def units(draw: st.DrawFn) -> tuple[UnitRows, dict[str, object]]:
             Row(sample_index=index + 5, sample_id=draw(TEXT), status=status, input_ids=ids, loss_mask=mask,
                 targets=found)
         )  # fmt: skip
-    return rows_to_unit(rows, **shape), shape
+    return rows_to_unit(rows, recipe), recipe
 
 
 @given(units())
 @settings(max_examples=120, deadline=None)
-def test_everything_comes_back(made: tuple[UnitRows, dict[str, object]]) -> None:
-    unit, shape = made
+def test_everything_comes_back(made: tuple[UnitRows, Recipe]) -> None:
+    unit, recipe = made
     data = codec.encode(unit, {"key": "value"})
     file = codec.open_parquet(data)
     assert file.metadata.metadata[b"key"] == b"value"
-    assert_equal(codec.decode_file(file, **shape), unit)
+    assert_equal(codec.decode_file(file, recipe), unit)
 
 
 def assert_equal(got: UnitRows, expected: UnitRows) -> None:
@@ -120,7 +123,7 @@ def test_row_groups_are_small_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) 
         columns = file.metadata.row_group(group)
         ids = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema.startswith("target_"))
         assert ids.num_values * 12 <= 50_000
-    assert_equal(codec.decode_file(file, temperatures=1, draws=False, logsumexp=False), unit)
+    assert_equal(codec.decode_file(file, TOPK), unit)
 
 
 def test_the_file_is_what_the_format_says() -> None:
@@ -166,8 +169,8 @@ def good_row(**changes: object) -> Row:
 )
 def test_rows_that_contradict_themselves_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises((ValueError, DataError), match=r"sample|token 0"):
-        rows_to_unit([good_row(**changes)], temperatures=1, draws=False, logsumexp=False)
-    assert len(rows_to_unit([good_row()], temperatures=1, draws=False, logsumexp=False)) == 1
+        rows_to_unit([good_row(**changes)], TOPK)
+    assert len(rows_to_unit([good_row()], TOPK)) == 1
 
 
 def test_a_unit_of_two_to_the_31_entries_is_refused() -> None:
@@ -182,8 +185,6 @@ def test_a_unit_of_two_to_the_31_entries_is_refused() -> None:
 
 def test_decoding_is_free_of_copies() -> None:
     """What makes decoding fast on every machine: numpy looks at Arrow's memory, no value becomes a Python object."""
-    got = codec.decode_file(
-        codec.open_parquet(codec.encode(large_unit(rows=50, k=8), {})), temperatures=1, draws=False, logsumexp=False
-    )
+    got = codec.decode_file(codec.open_parquet(codec.encode(large_unit(rows=50, k=8), {})), TOPK)
     assert not got.targets.ids.flags.owndata
     assert not got.targets.logprobs.flags.owndata

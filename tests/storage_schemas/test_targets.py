@@ -18,6 +18,8 @@ from storage_schemas.codec import (
     round_targets,
 )
 from storage_schemas.common.errors import DataError
+from storage_schemas.config import TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.rows import no_targets
 from storage_schemas.shift import supervised_positions
 from storage_schemas.targets import Targets, concatenate, decode
@@ -97,7 +99,7 @@ def test_decode_stays_finite_at_the_edges(case: str) -> None:
     z = {"peaked": np.eye(4, vocab) * 500.0, "flat": np.zeros((4, vocab))}.get(case, logits_of(4, vocab, scale=2.0))
     targets = dense_targets(z, k={"k = V": vocab, "k = 1": 1}.get(case, 5), temperatures=TEMPERATURES)
     if case == "no tokens":
-        targets = no_targets(temperatures=2, draws=False, logsumexp=True)
+        targets = no_targets(Recipe(estimator=TopK(), temperatures=(1.0, 2.0), logsumexp=True))
     for i, temperature in enumerate(TEMPERATURES):
         p = decode(targets, temperature_index=i, temperature=temperature)
         assert np.isfinite(p.weights).all()

@@ -186,13 +186,13 @@ def test_workers_with_different_tokenizers_agree_on_one(tmp_path: Path, monkeypa
     """Both find no record; the files of one name decide, or else the record does."""
     provenance = some_provenance()
     first, second = (DumpWriter.open(str(tmp_path), provenance) for _ in range(2))
-    monkeypatch.setattr(second, "_tokenizer", lambda: None)
+    monkeypatch.setattr(second._dump, "read_tokenizer_record", lambda: None)
     first.put_tokenizer(TOKENIZER)
     with pytest.raises(MismatchError, match=r"another tokenizer: tokenizer\.json"):
         second.put_tokenizer({"tokenizer.json": b"other"})
     monkeypatch.undo()
-    looks = iter([lambda: None, second._tokenizer])
-    monkeypatch.setattr(second, "_tokenizer", lambda: next(looks)())
+    looks = iter([lambda: None, second._dump.read_tokenizer_record])
+    monkeypatch.setattr(second._dump, "read_tokenizer_record", lambda: next(looks)())
     with pytest.raises(MismatchError, match=r"another tokenizer: more\.json"):
         second.put_tokenizer(TOKENIZER | {"more.json": b"{}"})
     assert Dump.open(str(tmp_path)).read_tokenizer() == TOKENIZER

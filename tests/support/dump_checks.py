@@ -75,7 +75,7 @@ def rows_of(url: Path | str) -> list[Row]:
     found = Dump.open(str(url))
     assert found.is_sealed()
     units = [found.read_unit(unit) for unit in sorted(found.read_records())]
-    return [unit.row(i) for unit in units for i in range(len(unit))]
+    return [row for unit in units for row in unit]
 
 
 def assert_each_sample_once(url: Path | str) -> None:

@@ -42,10 +42,7 @@ def some_provenance(
     """A run.json of a made-up teacher."""
     provenance = Provenance(
         teacher=TeacherIdentity(
-            config_sha256=HASH,
-            weights_sha256={"model.safetensors": HASH},
-            dtype="float32",
-            lm_head_rows=lm_head_rows,
+            config_sha256=HASH, weights_sha256={"model.safetensors": HASH}, dtype="float32", lm_head_rows=lm_head_rows
         ),
         tokenizer=TokenizerIdentity(vocab_size=lm_head_rows, vocab_sha256=vocab_sha256, chat_template_sha256=None),
         corpus=CorpusIdentity(
@@ -76,31 +73,27 @@ def dense_targets(
     tail = np.stack(
         [_logsumexp(np.where(outside, logits / t, -np.inf)) - lse[:, i] for i, t in enumerate(temperatures)], axis=1
     )
-    if not draws:
-        return Targets(
-            offsets=np.arange(n + 1) * k,
-            ids=head.reshape(-1).astype(np.int32),
-            logprobs=np.take_along_axis(logp, head, axis=1).reshape(-1).astype(np.float32),
-            head_size=np.full(n, k, np.int32),
-            counts=None,
-            tail_logprob=tail.astype(np.float32),
-            logsumexp=lse.astype(np.float32),
-        )
     rng = np.random.default_rng(seed)
     ids, logprobs, counts, offsets = [], [], [], [0]
-    for i in range(n):
+    for i in range(n if draws else 0):
         p_tail = np.where(outside[i], np.exp(logp[i]), 0.0)
         drawn, times = np.unique(rng.choice(vocab, size=draws, p=p_tail / p_tail.sum()), return_counts=True)
         ids += [*head[i], *drawn]
         logprobs += [*logp[i][head[i]], *logp[i][drawn]]
         counts += [*[0] * k, *times]
         offsets.append(len(ids))
+    if not draws:
+        ids, logprobs, offsets = (
+            head.reshape(-1),
+            np.take_along_axis(logp, head, axis=1).reshape(-1),
+            np.arange(n + 1) * k,
+        )
     return Targets(
         offsets=np.array(offsets, np.int64),
         ids=np.array(ids, np.int32),
         logprobs=np.array(logprobs, np.float32),
         head_size=np.full(n, k, np.int32),
-        counts=np.array(counts, np.int32),
+        counts=np.array(counts, np.int32) if draws else None,
         tail_logprob=tail.astype(np.float32),
         logsumexp=lse.astype(np.float32),
     )

@@ -157,10 +157,10 @@ def student() -> None:
 
 def estimates(estimator: Estimator) -> None:
     """Of logits on the device: ids, log-probs, draws."""
-    temperatures = (1.0,) if estimator.draws else (1.0, 2.0)
+    recipe = Recipe(estimator=estimator, temperatures=(1.0,) if estimator.draws else (1.0, 2.0))
     place = {"sample_index": np.zeros(50, np.int64), "position": np.arange(50)}
     with pretended(), Copies() as copies:
-        estimate(torch.randn(50, VOCAB, device=GPU), estimator, temperatures=temperatures, **place)
+        estimate(torch.randn(50, VOCAB, device=GPU), recipe, **place)
     assert not [way for way in copies.seen if way.startswith(GPU)], copies.seen
 
 

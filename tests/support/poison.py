@@ -47,10 +47,4 @@ POISON = {
 
 
 def good_unit(provenance: Provenance, unit: int = 0) -> UnitRows:
-    draws = provenance.estimator.kind != "topk"
-    return rows_to_unit(
-        unit_rows(provenance, unit),
-        temperatures=len(provenance.temperatures),
-        draws=draws,
-        logsumexp=provenance.logsumexp,
-    )
+    return rows_to_unit(unit_rows(provenance, unit), provenance.recipe)

@@ -267,12 +267,6 @@ def test_a_missing_source_is_a_clear_error(tmp_path: Path, name: str) -> None:
         freeze(tmp_path / name)
 
 
-def test_unknown_columns_are_listed(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "what", "reply": "so"}])
-    with pytest.raises(DataError, match="columns question, reply"):
-        freeze(path)
-
-
 def test_a_stated_format_is_not_guessed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "what is it", "messages": []}, {"text": "so", "messages": []}])
     assert statuses_of(freeze(path, format="text")) == ["ok", "ok"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.rounding import BELOW_16
 
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
+from storage_schemas.provenance import Recipe
 from storage_schemas.targets import Targets, decode
 from teacher_dump.estimators.draws import uniforms
 from teacher_dump.estimators.estimate import estimate, gather
@@ -37,8 +38,7 @@ def targets_of(
     n = len(logits)
     entries = estimate(
         logits.clone(),
-        estimator,
-        temperatures=temperatures,
+        Recipe(estimator=estimator, temperatures=temperatures),
         sample_index=np.zeros(n, np.int64) if sample_index is None else sample_index,
         position=np.arange(n) if position is None else position,
     )
@@ -196,7 +196,7 @@ def test_nonfinite_logits_are_reported_and_leave_other_rows_alone(
     good = targets_of(logits, estimator)
     logits[1, column] = bad
     keys = {"sample_index": np.zeros(3, np.int64), "position": np.arange(3)}
-    targets, finite = gather([estimate(logits, estimator, temperatures=(1.0,), **keys)], logsumexp=True)()
+    targets, finite = gather([estimate(logits, Recipe(estimator=estimator), **keys)], logsumexp=True)()
     np.testing.assert_array_equal(finite, [True, False, True])
     for i in (0, 2):
         np.testing.assert_array_equal(targets.slice(i, i + 1).ids, good.slice(i, i + 1).ids)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from support.dump_checks import rows_of
 from support.foreign_stores import (
     EXACT_CODEC,
     README_CODEC,
@@ -37,7 +38,7 @@ from teacher_dump.foreign import export
 from teacher_dump.foreign.bring import ImportSummary, bring
 from teacher_dump.foreign.export import export_axolotl
 from teacher_dump.foreign.sample import Claims, Made, Survey
-from teacher_dump.foreign.tables import files_of, integers
+from teacher_dump.foreign.tables import files_of, integers, named_hashes
 
 SAMPLES, TOKENS, PROMPT, K = 24, 30, 6, 40
 OF_T_1 = {"temperature": 1.0, "mask": "loss_mask"}
@@ -70,11 +71,6 @@ class World:
         columns = claims.pop("columns", None)
         teacher = TeacherSection(model=str(self.folder / "teacher"))
         return bring(layout, source, section, teacher=teacher, claims=claims, tokens=tokens, columns=columns)
-
-
-def rows_of(url: Path) -> list[Row]:
-    dump = Dump.open(str(url))
-    return [unit.row(i) for unit in map(dump.read_unit, range(dump.provenance.units)) for i in range(len(unit))]
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +222,17 @@ def test_numbers_in_the_names_of_files_count_as_numbers(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     assert [path.name for path in files_of(tmp_path)] == names
+
+
+def test_no_file_of_a_store_is_missing_in_its_hashes(tmp_path: Path) -> None:
+    """Those of one name in folders of one name too: a change of any is another store."""
+    files = [
+        tmp_path / place for place in ("x.parquet", "de/train/y.parquet", "en/train/y.parquet", "en/test/y.parquet")
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(file))
+    assert list(named_hashes(files)) == ["x.parquet", "de/train/y.parquet", "en/train/y.parquet", "test/y.parquet"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -6,14 +6,7 @@ from typing import Any
 import pytest
 
 from storage_schemas.common.errors import DataError
-from teacher_dump.corpus.formats import (
-    Completion,
-    Conversation,
-    Pretokenised,
-    detect_format,
-    normalise,
-    unread_columns,
-)
+from teacher_dump.corpus.formats import Completion, Conversation, Pretokenised, detect_format, normalise, unread_columns
 
 QUESTION = {"role": "user", "content": "why"}
 ANSWER = {"role": "assistant", "content": "because"}
@@ -56,6 +49,11 @@ def test_unknown_columns_are_listed() -> None:
             },
             "conversations",
             Conversation([{"role": "system", "content": "be brief"}, QUESTION, {"role": "assistant", "content": "so"}]),
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "x"}, {"role": "function", "content": "y"}]},
+            "messages",
+            Conversation([{"role": "system", "content": "x"}, {"role": "tool", "content": "y"}]),
         ),
         # A columnar file gives every message every key, null or empty.
         (
@@ -243,13 +241,6 @@ def test_a_turn_of_weight_0_is_not_supervised(name: str) -> None:
 def test_keys_of_a_message_that_are_not_understood_are_refused(message: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=says):
         normalise({"messages": [QUESTION, ANSWER | message]}, "messages")
-
-
-def test_other_names_of_roles() -> None:
-    found = normalise(
-        {"messages": [{"role": "developer", "content": "x"}, {"role": "function", "content": "y"}]}, "messages"
-    )
-    assert [message["role"] for message in found.messages] == ["system", "tool"]
 
 
 def test_columns_that_are_not_read() -> None:

@@ -63,12 +63,9 @@ def test_estimates_of_the_same_logits_are_those_of_the_cpu(name: str, vocabulary
     n = 257
     logits = 3 * torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(0))
     place = {"sample_index": np.arange(n) // 7, "position": np.arange(n) % 7}
-    temperatures = (1.0,) if ESTIMATORS[name].draws else (1.0, 2.0)
+    recipe = Recipe(estimator=ESTIMATORS[name], temperatures=(1.0,) if ESTIMATORS[name].draws else (1.0, 2.0))
     found, expected = (
-        gather(
-            [estimate(logits.to(device, copy=True), ESTIMATORS[name], temperatures=temperatures, **place)],
-            logsumexp=True,
-        )()[0]
+        gather([estimate(logits.to(device, copy=True), recipe, **place)], logsumexp=True)()[0]
         for device in ("cuda", "cpu")
     )
     if not ESTIMATORS[name].draws:

@@ -5,24 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support.corpora import supervised_text, tokenise_chats
-from support.tiny_teachers import (
-    CHATML,
-    CHATML_GENERATION,
-    FORGETS_THOUGHTS,
-    HEADERS,
-    INSTRUCTIONS,
-    tiny_tokenizer,
-)
+from support.tiny_teachers import CHATML, CHATML_GENERATION, FORGETS_THOUGHTS, HEADERS, INSTRUCTIONS, tiny_tokenizer
 
 from storage_schemas.common.errors import DataError
 from teacher_dump.corpus import masks
 from teacher_dump.corpus.formats import Completion, Conversation, Message
-from teacher_dump.corpus.masks import (
-    Tokens,
-    Unusable,
-    covered,
-    tokenise_completions,
-)
+from teacher_dump.corpus.masks import Tokens, Unusable, covered, tokenise_completions
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:

@@ -22,11 +22,7 @@ from teacher_dump.plan import WIDTHS, WORKERS, durations, mass_at, plan_dump
 from teacher_dump.teachers.teacher import Teacher
 
 ROOT = Path(__file__).parents[2]
-ESTIMATORS = {
-    "topk": TopK(k=24),
-    "adaptive": Adaptive(kind="adaptive"),
-    "sampled": Sampled(kind="sampled"),
-}
+ESTIMATORS = {"topk": TopK(k=24), "adaptive": Adaptive(kind="adaptive"), "sampled": Sampled(kind="sampled")}
 SAMPLES = 150
 
 # The numbers alone

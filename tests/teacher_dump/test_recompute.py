@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.dump_checks import SAMPLES, rows_of, sections, write_corpus
-from support.dumps import dense_targets
+from support.dumps import dense_targets, some_provenance
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from storage_schemas import codec
@@ -22,7 +22,7 @@ from storage_schemas.rows import NONFINITE, Row
 from storage_schemas.targets import Targets, concatenate
 from storage_schemas.verify import verify
 from storage_schemas.writer import DumpWriter
-from teacher_dump.compare import TOLERANCES, compare, problems
+from teacher_dump.compare import compare, problems
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import freeze_corpus
 from teacher_dump.dump import run_dump
@@ -75,10 +75,7 @@ def test_a_good_dump_passes_in_other_batches(place: Path, kind: str, batch_token
     dump = Dump.open(str(place / kind))
     seen = []
     report = recompute_rows(
-        dump,
-        teacher_of(place, batch_tokens=batch_tokens),
-        rows=SAMPLES,
-        progress=lambda *counts: seen.append(counts),
+        dump, teacher_of(place, batch_tokens=batch_tokens), rows=SAMPLES, progress=lambda *counts: seen.append(counts)
     )
     assert report.errors == []
     assert report.rows == sorted(set(range(SAMPLES)) - EMPTY_AND_TOO_LONG)
@@ -196,10 +193,7 @@ def test_heads_that_end_too_early_are_caught(place: Path, tmp_path: Path) -> Non
 
 
 def test_a_tail_or_a_logsumexp_that_is_wrong_is_caught(place: Path, tmp_path: Path) -> None:
-    for field, nats, words in (
-        ("tail_logprob", -0.2, "log tail mass"),
-        ("logsumexp", 0.1, "logsumexp"),
-    ):
+    for field, nats, words in (("tail_logprob", -0.2, "log tail mass"), ("logsumexp", 0.1, "logsumexp")):
         for column in (0, 1):
 
             def change(row: Row, field: str = field, nats: float = nats, column: int = column) -> Row:
@@ -284,26 +278,12 @@ def test_a_damaged_unit_is_named_and_the_others_are_recomputed(place: Path, tmp_
 # The comparison alone
 
 
-def targets_of(p: list[float], *, k: int, mass: float = 1.0) -> Targets:
-    logits = np.log(np.array([p]))
-    kept = int(np.searchsorted(np.cumsum(-np.sort(-logits)), mass)) if mass < 1 else k
-    return dense_targets(logits, k=min(k, kept or k))
-
-
 def problems_of(exact: Targets, stored: Targets, estimator: Estimator, *, step: float = 0.0) -> dict[int, str]:
-    return problems(
-        exact,
-        stored,
-        compare(exact, stored),
-        tolerance=TOLERANCES["float32"],
-        step=step,
-        mass=estimator.mass,
-        max_kl=1e-4,
-    )
+    return problems(exact, stored, compare(exact, stored), some_provenance(estimator=estimator), step=step)
 
 
 def test_ties_may_be_broken_otherwise_and_nothing_else() -> None:
-    tied = targets_of([0.5, 0.2, 0.1, 0.1, 0.1], k=3)
+    tied = dense_targets(np.log([[0.5, 0.2, 0.1, 0.1, 0.1]]), k=3)
     other = replace(tied, ids=np.array([0, 1, 4], np.int32))
     assert problems_of(tied, tied, TopK(k=3)) == {}
     assert problems_of(tied, other, TopK(k=3)) == {}

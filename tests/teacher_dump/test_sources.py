@@ -347,10 +347,7 @@ def test_compressed_files_are_read_whole_and_by_line(tmp_path: Path, suffix: str
 def test_text_that_looks_like_a_date_stays_text(tmp_path: Path, record: dict[str, Any]) -> None:
     path = write(tmp_path / "a.jsonl", [record, record])
     mixed = write(tmp_path / "b.jsonl", [record, {"id": "x", "prompt": "what", "completion": "it"}, record])
-    dates, others = (
-        freeze(SourceSection(path=path)),
-        freeze(SourceSection(path=mixed)),
-    )
+    dates, others = (freeze(SourceSection(path=path)), freeze(SourceSection(path=mixed)))
     np.testing.assert_array_equal(dates.sample(1).input_ids, others.sample(2).input_ids)
     assert statuses_of(dates) == ["ok", "ok"]
 

@@ -110,8 +110,7 @@ def test_other_numbers_from_the_engine_stop_the_run(tmp_path: Path, corpus_file:
     with pytest.raises(MismatchError, match=r"(?s)disagree.*mean KL") as caught:
         run_dump(**vllm_sections(tmp_path, corpus_file, model_folder, vllm=changed))
     print(caught.value)
-    assert not list(tmp_path.glob("data/*"))
-    assert "rms_norm_eps" in json.loads((tmp_path / "run.json").read_text())["engine"]["version"]
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_a_model_that_the_engine_refuses_is_a_configuration_error(tmp_path: Path, corpus_file: Path) -> None:

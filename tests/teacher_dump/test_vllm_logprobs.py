@@ -12,6 +12,7 @@ import torch
 from support.record_vllm import TARGET
 
 from storage_schemas.common.errors import MismatchError
+from storage_schemas.config import TopK
 from teacher_dump.estimators.estimate import gather, topk
 from teacher_dump.teachers.vllm_logprobs import TAIL_NOISE, ranked, topk_targets
 
@@ -121,7 +122,7 @@ def as_vllm_says(logits: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
 def test_targets_are_those_of_the_estimator_that_sees_all_logits(kind: str, k: int, mass: float) -> None:
     logits = logits_of(kind)
     found, finite = topk_targets(*as_vllm_says(logits, k), mass=mass, vocabulary=500)
-    expected, _ = gather([topk(logits.clone(), k=k, mass=mass, temperatures=(1.0,))], logsumexp=False)()
+    expected, _ = gather([topk(logits.clone(), TopK(k=k, mass=mass), (1.0,))], logsumexp=False)()
     assert finite.all()
     assert found.counts is None
     assert found.logsumexp is None
@@ -181,7 +182,7 @@ def test_ids_that_the_tokenizer_lacks_are_dropped(k: int) -> None:
     ids = np.argsort(-every, axis=1)[:, :k]
     found, finite = topk_targets(ids, np.take_along_axis(every, ids, 1), mass=0.9, vocabulary=40, masked_from=30)
     logits[:, 30:] = -torch.inf
-    exact, _ = gather([topk(logits, k=40, mass=0.9, temperatures=(1.0,))], logsumexp=False)()
+    exact, _ = gather([topk(logits, TopK(k=40, mass=0.9), (1.0,))], logsumexp=False)()
     assert finite.all()
     assert found.ids.max() < 30
     if k == 40:
