@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 import warnings
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -109,6 +110,8 @@ def dump(
     result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
+    from pipeline.views.summary import print_dumps
+
     # A worker that another command has started leaves a result, and repeats no notices.
     found = load_config(config, overrides or (), quiet=result is not None)
     teacher = need(found.teacher, "teacher", "dump")
@@ -131,12 +134,7 @@ def dump(
         summary = run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    if as_json or result is not None:
-        print_result(summary, as_json, result)
-    else:
-        from pipeline.views.summary import print_dumps
-
-        print_dumps(summary, Console())
+    print_result(summary, as_json, result, show=print_dumps)
 
 
 @app.command()
@@ -403,10 +401,7 @@ def plan(
         from pipeline.commands import run_plan
 
         found = run_plan(whole, pilot)
-    if as_json:
-        print_result(found, as_json)
-    else:
-        print_plan(found, Console())
+    print_result(found, as_json, show=print_plan)
 
 
 @app.command()
@@ -428,6 +423,7 @@ def verify(
 ) -> None:
     """Verify a dump's integrity: every record, file and value. Only --recompute needs the teacher."""
     from pipeline.commands import recomputing, shown_progress
+    from pipeline.views.summary import print_verified
     from storage_schemas.verify import verify as verify_dump
 
     if recompute is None and (config is not None or model is not None):
@@ -442,12 +438,7 @@ def verify(
         again = compare()
         found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
         found["recompute"] = again
-    if as_json:
-        print_result(found, as_json)
-    else:
-        from pipeline.views.summary import print_verified
-
-        print_verified(url, found, Console())
+    print_result(found, as_json, show=partial(print_verified, url))
     if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 

@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from pipeline.credentials import has_secret, instead, is_secret_option
 from storage_schemas.common.publish import publish
@@ -35,18 +36,27 @@ def pairs(texts: list[str] | None, *, option: str = "--store") -> dict[str, str]
     return dict(text.split("=", 1) for text in texts or ())
 
 
-def print_result(found: dict[str, Any], as_json: bool, result: Path | None = None) -> None:
+def print_result(
+    found: dict[str, Any],
+    as_json: bool,
+    result: Path | None = None,
+    *,
+    show: Callable[[dict[str, Any], Console], None] | None = None,
+) -> None:
     """Print a result, or leave it in a file.
 
     Args:
         found: the result.
         as_json: whether as one JSON object.
         result: leave it there, and print nothing.
+        show: how it is printed for people; None: a line per value.
     """
     if result is not None:
         publish(result, json.dumps(found))
     elif as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
+    elif show is not None:
+        show(found, Console())
     else:
         lines = list(_plain(found))
         width = max([28, *(len(name) for name, _ in lines)])

@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -99,28 +100,31 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
             yield Finding(subject="configuration", state="ok", said=str(path))
 
     yield from _guarded("configuration", configuration)
-    yield from _guarded("python", _python)
-    yield from _guarded("packages", _packages)
-    yield from _guarded("torch", lambda: _torch(env))
+    for subject, check in _checks(config, env).items():
+        yield from _guarded(subject, check)
+
+
+def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
+    """What there is to look at, by subject."""
     lacking = [package for package in STAGE_TWO if not installed(package)]
-    if lacking:
-        yield _no_stage_two(lacking, config)
-    else:
-        yield from _guarded("DeepSpeed", lambda: _deepspeed(env))
-    yield from _guarded("ranks", lambda: _ranks(env))
-    for subject, folder in _disks(config).items():
-        yield from _guarded(subject, lambda subject=subject, folder=folder: _disk(subject, folder))  # type: ignore[misc]
+    checks: dict[str, Check] = {
+        "python": _python,
+        "packages": _packages,
+        "torch": partial(_torch, env),
+        "DeepSpeed": partial(_no_stage_two, lacking, config) if lacking else partial(_deepspeed, env),
+        "ranks": partial(_ranks, env),
+    }
+    checks |= {subject: partial(_disk, subject, folder) for subject, folder in _disks(config).items()}
     if config is None:
-        return
+        return checks
     stores = {f"dump {place.url}": place for place in sections_of(config.dump, config.train)}
     stores = {"dump": config.dump} if len(stores) == 1 else stores
     if config.heldout is not None:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
-    for subject, section in stores.items():
-        yield from _guarded(subject, lambda subject=subject, section=section: _store(subject, section, config))  # type: ignore[misc]
+    checks |= {subject: partial(_store, subject, section, config) for subject, section in stores.items()}
     if config.student is not None and not lacking:
-        yield from _guarded("student", lambda: _student(config))
-        yield from _guarded("tokenizer", lambda: _tokenizer(config))
+        checks |= {"student": partial(_student, config), "tokenizer": partial(_tokenizer, config)}
+    return checks
 
 
 def _guarded(subject: str, check: Check) -> Iterator[Finding]:
@@ -190,12 +194,12 @@ def _torch(env: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(subject="devices", state="ok", said=said)
 
 
-def _no_stage_two(lacking: Sequence[str], config: Config | None) -> Finding:
+def _no_stage_two(lacking: Sequence[str], config: Config | None) -> Iterator[Finding]:
     """Packages are missing that training alone needs: here, or on another cluster."""
     only_trains = config is not None and config.teacher is None and config.train is not None
     said = f"{' and '.join(lacking)} not installed: `dump` and what goes with it do without, training does not"
     fix = "where training runs: pip install 'llm-neo[train]'"
-    return Finding(subject="DeepSpeed", state="failure" if only_trains else "warning", said=said, fix=fix)
+    yield Finding(subject="DeepSpeed", state="failure" if only_trains else "warning", said=said, fix=fix)
 
 
 def _deepspeed(env: Mapping[str, str]) -> Iterator[Finding]:

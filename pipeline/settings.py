@@ -1,7 +1,7 @@
 """What a configuration comes to: every setting with its origin, the JSON schema, and what differs between two."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pipeline.config import Config, Loaded, load
 from pipeline.elsewhere import RENAMED
 from pipeline.init import TITLE
+from pipeline.problems import says
 from storage_schemas.common.errors import UsageError
 from storage_schemas.common.secrets import is_secret, masked
 
@@ -61,7 +62,7 @@ def notices(loaded: Loaded) -> Iterator[str]:
     if teacher and student and (teacher.model, teacher.revision) == (student.model, student.revision):
         yield f"student and teacher are the same model, {student.model}: there is nothing to distil, their KL is 0"
     for old, new in RENAMED.items():
-        if _says(loaded.data, old.split(".")):
+        if says(loaded.data, old):
             value: Any = loaded.config
             for name in new.split("."):
                 value = getattr(value, name)
@@ -88,20 +89,9 @@ def _leaves(model: BaseModel, dumped: Mapping[str, Any], path: tuple[str, ...] =
 
 def _origin(loaded: Loaded, path: _Path) -> Origin:
     names = [".".join(path), *(old for old, new in RENAMED.items() if new == ".".join(path))]
-    if not any(_says(loaded.data, name.split(".")) for name in names):
+    if not any(says(loaded.data, name) for name in names):
         return "default"
     return "--set" if any(_touches(loaded.overridden, name) for name in names) else "file"
-
-
-def _says(data: Any, path: Sequence[str]) -> bool:
-    for part in path:
-        if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
-            data = data[int(part)]
-        elif isinstance(data, dict) and part in data:
-            data = data[part]
-        else:
-            return False
-    return True
 
 
 def _touches(overridden: Collection[str], name: str) -> bool:
