@@ -176,12 +176,13 @@ def test_what_cannot_be_shown_is_told(config, call):
     assert "teacher.model" in err
 
 
-def test_ends_of_turns_empty_samples_and_records_that_cannot_be_used_are_explained(config, call, tmp_path):
+def test_ends_of_turns_empty_samples_and_records_that_cannot_be_used_are_explained(config, call, tmp_path, caplog):
     long = chat("what is it " * 60, "so")
     odd = [{"messages": [{"role": "critic", "content": "x"}]}, {"messages": "oops"}]
     records = [*RECORDS, long, {"messages": []}, *odd]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record | {"mood": "good"}) + "\n" for record in records))
     found = json.loads(call("preview", config, "--json")[1])
+    assert sum("does not read: mood" in message for message in caplog.messages) == 1
     assert found["ends"] == {"<|im_end|>": 4, "</s>": 2, " the": 1}, "one answer is cut"
     assert found["empty"] == {
         "without content": 1, "cut before an answer begins": 1, "without an answer that is supervised": 1,
