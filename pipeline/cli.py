@@ -540,7 +540,7 @@ def doctor(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check versions, devices, launcher, disks, stores, student and tokenizer, before anything is paid for."""
+    """Check versions, devices, launcher, disks, stores, teacher, student and tokenizer, before anything is paid for."""
     from pipeline.doctor import examine, exit_code
 
     findings, console = [], Console(quiet=as_json)

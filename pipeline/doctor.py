@@ -39,6 +39,7 @@ from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
 from student_train.config import sections_of
 from student_train.results.model_card import package_version
+from teacher_dump.config import TeacherSection
 
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
@@ -122,6 +123,8 @@ def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
     if config.heldout is not None:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
     checks |= {subject: partial(_store, subject, section, config) for subject, section in stores.items()}
+    if config.teacher is not None:
+        checks["teacher"] = partial(_teacher, config.teacher, config)
     if config.student is not None and not lacking:
         checks |= {"student": partial(_student, config), "tokenizer": partial(_tokenizer, config)}
     return checks
@@ -325,6 +328,27 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
         yield Finding(subject=subject, state="warning", said=said, fix=fix)
     else:
         yield Finding(subject=subject, state="ok", said=said)
+
+
+def _teacher(teacher: TeacherSection, config: Config) -> Iterator[Finding]:
+    """Whether its files are here; of one on the hub, whose weights may be large, all but these."""
+    from teacher_dump.corpus.preview import load_tokenizer
+    from teacher_dump.teachers.model_files import find_model
+
+    local = Path(teacher.model).is_dir()
+    try:
+        load_tokenizer(teacher)
+        find_model(teacher.model, teacher.revision, weights=local)
+    except MismatchError as error:
+        if config.train is None:
+            raise
+        said = f"{error.what}: {error.got}; `dump` needs it where it runs, `train` does not"
+        yield Finding(subject="teacher", state="warning", said=said, fix=error.fix)
+    else:
+        there = "configuration, tokenizer and weights are there"
+        if not local:
+            there = "configuration and tokenizer are there; its weights are fetched when it runs"
+        yield Finding(subject="teacher", state="ok", said=f"{teacher.model}: {there}")
 
 
 def _student(config: Config) -> Iterator[Finding]:

@@ -159,7 +159,7 @@ def test_a_real_object_store_by_writer_and_reader(
         assert finding["state"] == "ok"
         assert "read only" in finding["said"]
         config.write_text(config.read_text() + "teacher: {model: t}\n")
-        finding = found(capsys, config)["dump"]
+        finding = found(capsys, config, code=Exit.MISMATCH)["dump"]
         assert (finding["state"], finding["fix"] is None) == ("warning", False)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-secret")
         code, out, err = call(capsys, config)
@@ -225,6 +225,20 @@ def test_a_dump_that_may_only_be_read_is_enough_for_a_student() -> None:
             dump.chmod(0o755)
     assert finding.state == "ok"
     assert "a dump is there; read only" in finding.said
+
+
+def test_the_teacher_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is trained a missing one is a failure: nothing could be done here."""
+    place = {"dump": {"url": str(tmp_path / "dump")}, "teacher": {"model": str(tmp_path / "teacher")}}
+    config = write_config(tmp_path, **place)
+    finding = found(capsys, config, code=Exit.MISMATCH)["teacher"]
+    assert (finding["state"], "cannot be loaded" in finding["said"]) == ("failure", True)
+    assert found(capsys, config, "--set", f"train.output={tmp_path}/run")["teacher"]["state"] == "warning"
+    save_student(tmp_path / "teacher")
+    finding = found(capsys, config)["teacher"]
+    assert (finding["state"], "weights are there" in finding["said"]) == ("ok", True)
+    (tmp_path / "teacher/model.safetensors").unlink()
+    assert "no model.safetensors" in found(capsys, config, code=Exit.MISMATCH)["teacher"]["said"]
 
 
 def test_the_tokenizers_of_dump_and_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
