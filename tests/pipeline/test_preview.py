@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,6 @@ import pytest
 from rich.console import Console
 from support.tiny_teachers import CHATML_GENERATION, VOCABULARY, save_teacher, tiny_tokenizer
 
-from pipeline import cli
 from pipeline.views import preview
 from storage_schemas.common.exits import Exit
 from teacher_dump.config import CorpusSection
@@ -65,20 +63,6 @@ def config(tmp_path, teacher) -> Path:
         )
     )
     return path
-
-
-@pytest.fixture
-def call(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def test_what_it_counts_is_what_the_dump_will_hold(config, call, tmp_path):
