@@ -41,6 +41,7 @@ from student_train.config import sections_of
 from student_train.results.model_card import package_version
 from teacher_dump.config import TeacherSection
 
+State = Literal["ok", "warning", "failure"]
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -59,7 +60,7 @@ class Finding(FrozenModel):
     """What there is to say of one subject."""
 
     subject: str
-    state: Literal["ok", "warning", "failure"]
+    state: State
     said: str
     fix: str | None = None
     """What to do about it."""
@@ -282,8 +283,7 @@ def _disks(config: Config | None) -> dict[str, Path]:
 def _disk(subject: str, folder: Path) -> Iterator[Finding]:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    state: Literal["ok", "warning", "failure"] = "ok"
-    state = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else state
+    state: State = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else "ok"
     fix = None if state == "ok" else "free space there, or choose another place"
     said = f"{free / 2**30:,.1f} GiB free in {folder}"
     yield Finding(subject=subject, state=state, said=said, fix=fix, temporary=state == "failure")
@@ -309,9 +309,11 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
         if not locked and (store.root is not None or error.__cause__ is None or not is_refusal(error.__cause__)):
             raise
         said = f"{section.url}: {begun}; read only, which is enough for `train` but not for `dump` ({error.got})"
-        state: Literal["ok", "warning"] = "ok" if config.teacher is None else "warning"
-        fix = None if config.teacher is None else "give credentials that may put objects, if `dump` shall run here"
-        yield Finding(subject=subject, state=state, said=said, fix=fix)
+        if config.teacher is None:
+            yield Finding(subject=subject, state="ok", said=said)
+        else:
+            fix = "give credentials that may put objects, if `dump` shall run here"
+            yield Finding(subject=subject, state="warning", said=said, fix=fix)
         return
     try:
         if store.put_new(key, b"second"):

@@ -38,9 +38,8 @@ def settings_of(loaded: Loaded) -> dict[str, Setting]:
 
 def differences(a: Mapping[str, Setting], b: Mapping[str, Setting]) -> dict[str, tuple[Setting | None, Setting | None]]:
     """Dotted name -> both settings, where their values differ; None where a configuration has none of that name."""
-    names = dict.fromkeys([*a, *b])
-    both = {name: (a.get(name), b.get(name)) for name in names}
-    return {name: pair for name, pair in both.items() if _value(pair[0]) != _value(pair[1])}
+    both = {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b])}
+    return {name: (x, y) for name, (x, y) in both.items() if x is None or y is None or x.value != y.value}
 
 
 def load_any(place: Path) -> Loaded:
@@ -106,7 +105,3 @@ def _shown(value: Any) -> Any:
         hidden = {key: "***" for key, inner in value.items() if is_secret(key) and isinstance(inner, str)}
         return {key: _shown(inner) for key, inner in value.items()} | hidden
     return [_shown(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _value(setting: Setting | None) -> Any:
-    return object() if setting is None else setting.value
