@@ -1,6 +1,5 @@
 """Adapters and models on disk: the record of what a run has left in `final/`, and whether it still is that."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -204,9 +203,10 @@ def _refuse_other_identity(record: Record | None, model: str, revision: str | No
     """Raise MismatchError if the adapter of a record, if there is one, belongs to another model."""
     if record is None or record.base is None:
         return
-    found = None
-    with suppress(OSError):  # No such model: whoever loads it says so.
+    try:
         found = identity(model, revision, code="code" in record.base)
+    except OSError:  # No such model: whoever loads it says so.
+        return
     if found != record.base:
         raise MismatchError(what, got=found, expected=record.base, fix=fix)
 
