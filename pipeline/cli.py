@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from pipeline import cli_config, cli_exchange
 from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
-from pipeline.cli_options import StoreOptions, Url, pairs, print_result
+from pipeline.cli_options import StoreOptions, Url, pairs, print_result, shown_progress
 from pipeline.config import need
 from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
@@ -238,7 +238,6 @@ def evaluate(
 ) -> None:
     """Compare a model with the teacher on a dump, token by token: KL, cross-entropy, agreement, calibration."""
     refuse_missing("`llm-neo evaluate`", "peft", extra="train")
-    from pipeline.commands import shown_progress
     from pipeline.views.evaluation import print_evaluation
     from storage_schemas.reader import Dump
     from student_train.results.evaluate import Evaluated
@@ -422,7 +421,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Verify a dump's integrity: every record, file and value. Only --recompute needs the teacher."""
-    from pipeline.commands import recomputing, shown_progress
+    from pipeline.commands import recomputing
     from pipeline.views.summary import print_verified
     from storage_schemas.verify import verify as verify_dump
 
