@@ -37,7 +37,7 @@ def nothing_ambient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def found(call: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
+def found(call: Call, *arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
     """Findings by subject."""
     left, out, err = call("doctor", *arguments, "--json")
     assert left == code, out

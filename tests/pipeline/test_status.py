@@ -52,7 +52,7 @@ def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
 
-def look(call: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+def look(call: Call, *arguments: object) -> dict[str, Any]:
     code, out, err = call("status", *arguments, "--json")
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
