@@ -122,16 +122,14 @@ def dump(
     _refuse_unfit_group(nproc, teacher)
     if workers > 1 and teacher.grouped:
         raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
-    code = 0
     if teacher.grouped:
-        out = sys.stderr.fileno()
-        code, summary = dump_group(config, overrides or (), _ranks(nproc), node=placement, events=events, stdout=out)
+        code, summary = dump_group(config, overrides or (), _ranks(nproc), node=placement, events=events)
     elif workers > 1:
         code, summary = dump_workers(config, overrides or (), workers, node=placement, events=events)
     else:
         from pipeline.commands import run_dumps
 
-        summary = run_dumps(found, placement, events=events)
+        code, summary = 0, run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
     print_result(summary, as_json, result, show=print_dumps)
@@ -392,8 +390,7 @@ def plan(
     pilot: dict[str, Any] = {"samples": pilot_samples, "seed": seed}
     pilot |= {"tokens_per_second": tokens_per_second, "price_per_hour": price_per_hour}
     if teacher.grouped:
-        node, out = Placement(0, 1), sys.stderr.fileno()
-        code, found = dump_group(config, overrides or (), _ranks(nproc), node=node, pilot=pilot, stdout=out)
+        code, found = dump_group(config, overrides or (), _ranks(nproc), node=Placement(0, 1), pilot=pilot)
         if code:
             raise typer.Exit(code)
     else:

@@ -37,7 +37,7 @@ from storage_schemas.records import RUN
 from storage_schemas.stores.address import local_path
 from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
-from student_train.config import sections_of
+from student_train.config import StudentSection, TrainSection, sections_of
 from student_train.results.model_card import package_version
 from teacher_dump.config import TeacherSection
 
@@ -125,9 +125,10 @@ def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
     checks |= {subject: partial(_store, subject, section, config) for subject, section in stores.items()}
     if config.teacher is not None:
-        checks["teacher"] = partial(_teacher, config.teacher, config)
+        checks["teacher"] = partial(_teacher, config.teacher, trains=config.train is not None)
     if config.student is not None and not lacking:
-        checks |= {"student": partial(_student, config), "tokenizer": partial(_tokenizer, config)}
+        checks["student"] = partial(_student, config.student, config.train)
+        checks["tokenizer"] = partial(_tokenizer, config.student, config.dump)
     return checks
 
 
@@ -332,7 +333,7 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
         yield Finding(subject=subject, state="ok", said=said)
 
 
-def _teacher(teacher: TeacherSection, config: Config) -> Iterator[Finding]:
+def _teacher(teacher: TeacherSection, *, trains: bool) -> Iterator[Finding]:
     """Whether its files are here; of one on the hub, whose weights may be large, all but these."""
     from teacher_dump.corpus.preview import load_tokenizer
     from teacher_dump.teachers.model_files import find_model
@@ -342,7 +343,7 @@ def _teacher(teacher: TeacherSection, config: Config) -> Iterator[Finding]:
         load_tokenizer(teacher)
         find_model(teacher.model, teacher.revision, weights=local)
     except MismatchError as error:
-        if config.train is None:
+        if not trains:
             raise
         said = f"{error.what}: {error.got}; `dump` needs it where it runs, `train` does not"
         yield Finding(subject="teacher", state="warning", said=said, fix=error.fix)
@@ -353,33 +354,30 @@ def _teacher(teacher: TeacherSection, config: Config) -> Iterator[Finding]:
         yield Finding(subject="teacher", state="ok", said=f"{teacher.model}: {there}")
 
 
-def _student(config: Config) -> Iterator[Finding]:
+def _student(student: StudentSection, train: TrainSection | None) -> Iterator[Finding]:
     """What training would refuse whatever the dump is."""
     from student_train.model.load import refuse_unloadable
     from student_train.training_run import refuse_early
 
-    assert config.student is not None
-    if config.train is not None:
-        refuse_early(config.student, config.train)
+    if train is not None:
+        refuse_early(student, train)
     else:
-        student = config.student
         refuse_unloadable(student.model, student.revision, student.attn_implementation, student.trust_remote_code)
-    yield Finding(subject="student", state="ok", said=f"{config.student.model}: configuration and weights are there")
+    yield Finding(subject="student", state="ok", said=f"{student.model}: configuration and weights are there")
 
 
-def _tokenizer(config: Config) -> Iterator[Finding]:
+def _tokenizer(student: StudentSection, section: DumpSection) -> Iterator[Finding]:
     """Whether the student's ids mean what the dump's mean."""
     from storage_schemas.common.code import runs_code
     from student_train.model.load import TRUST, described
     from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
 
-    assert config.student is not None
-    model, revision, section = config.student.model, config.student.revision, config.dump
+    model, revision = student.model, student.revision
     if Store(section.url, options=section.storage_options).size(RUN) is None:
         yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
         return
     files = Dump.open(section.url, options=section.storage_options).read_tokenizer()
-    code = runs_code(config.student.trust_remote_code, model, revision, setting=TRUST)
+    code = runs_code(student.trust_remote_code, model, revision, setting=TRUST)
     head_rows = described(model, revision, code).get_text_config().vocab_size
     refuse_tokenizer(model, revision, files, head_rows=head_rows)
     if has_tokenizer(model, revision):
