@@ -427,6 +427,7 @@ def write(rows: list[Row], arguments: argparse.Namespace, *, tokens: int) -> Non
     packages = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "numpy", "torch", "transformers"))
     optional = [name for name in ("duckdb", "polars", "pandas") if importlib.util.find_spec(name)]
     packages += "".join(f", {name} {version(name)}" for name in optional)
+    named = [(row.name.replace("|", r"\|"), row) for row in rows]  # A bar would end the cell.
     lines = [
         "# Storage: bytes per supervised token, fidelity and speed",
         "",
@@ -439,7 +440,7 @@ def write(rows: list[Row], arguments: argparse.Namespace, *, tokens: int) -> Non
         "",
         "| | value | goal |",
         "|---|---:|---:|",
-        *(f"| {row.name} | {shown(row.value)} | {'' if row.goal is None else shown(row.goal)} |" for row in rows),
+        *(f"| {name} | {shown(row.value)} | {'' if row.goal is None else shown(row.goal)} |" for name, row in named),
         "",
     ]
     (arguments.output / "storage.md").write_text("\n".join(lines))

@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 import warnings
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,7 +17,7 @@ from typer.core import TyperCommand
 
 from pipeline import cli_config, cli_exchange
 from pipeline.cli_config import AsJson, ConfigPath, Overrides, load_config
-from pipeline.cli_options import StoreOptions, Url, pairs, print_result
+from pipeline.cli_options import StoreOptions, Url, pairs, print_result, shown_progress
 from pipeline.config import need
 from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
@@ -109,6 +110,8 @@ def dump(
     result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
+    from pipeline.views.summary import print_dumps
+
     # A worker that another command has started leaves a result, and repeats no notices.
     found = load_config(config, overrides or (), quiet=result is not None)
     teacher = need(found.teacher, "teacher", "dump")
@@ -119,24 +122,17 @@ def dump(
     _refuse_unfit_group(nproc, teacher)
     if workers > 1 and teacher.grouped:
         raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
-    code = 0
     if teacher.grouped:
-        out = sys.stderr.fileno()
-        code, summary = dump_group(config, overrides or (), _ranks(nproc), node=placement, events=events, stdout=out)
+        code, summary = dump_group(config, overrides or (), _ranks(nproc), node=placement, events=events)
     elif workers > 1:
         code, summary = dump_workers(config, overrides or (), workers, node=placement, events=events)
     else:
         from pipeline.commands import run_dumps
 
-        summary = run_dumps(found, placement, events=events)
+        code, summary = 0, run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    if as_json or result is not None:
-        print_result(summary, as_json, result)
-    else:
-        from pipeline.views.summary import print_dumps
-
-        print_dumps(summary, Console())
+    print_result(summary, as_json, result, show=print_dumps)
 
 
 @app.command()
@@ -253,7 +249,6 @@ def evaluate(
 ) -> None:
     """Compare a model with the teacher on a dump, token by token: KL, cross-entropy, agreement, calibration."""
     refuse_missing("`llm-neo evaluate`", "peft", extra="train")
-    from pipeline.commands import shown_progress
     from pipeline.views.evaluation import print_evaluation
     from storage_schemas.reader import Dump
     from student_train.results.evaluate import Evaluated
@@ -408,18 +403,14 @@ def plan(
     pilot: dict[str, Any] = {"samples": pilot_samples, "seed": seed}
     pilot |= {"tokens_per_second": tokens_per_second, "price_per_hour": price_per_hour}
     if teacher.grouped:
-        node, out = Placement(0, 1), sys.stderr.fileno()
-        code, found = dump_group(config, overrides or (), _ranks(nproc), node=node, pilot=pilot, stdout=out)
+        code, found = dump_group(config, overrides or (), _ranks(nproc), node=Placement(0, 1), pilot=pilot)
         if code:
             raise typer.Exit(code)
     else:
         from pipeline.commands import run_plan
 
         found = run_plan(whole, pilot)
-    if as_json:
-        print_result(found, as_json)
-    else:
-        print_plan(found, Console())
+    print_result(found, as_json, show=print_plan)
 
 
 @app.command()
@@ -440,7 +431,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Verify a dump's integrity: every record, file and value. Only --recompute needs the teacher."""
-    from pipeline.commands import recomputing, shown_progress
+    from pipeline.commands import recomputing
+    from pipeline.views.summary import print_verified
     from storage_schemas.verify import verify as verify_dump
 
     if recompute is None and (config is not None or model is not None):
@@ -455,12 +447,7 @@ def verify(
         again = compare()
         found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
         found["recompute"] = again
-    if as_json:
-        print_result(found, as_json)
-    else:
-        from pipeline.views.summary import print_verified
-
-        print_verified(url, found, Console())
+    print_result(found, as_json, show=partial(print_verified, url))
     if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
@@ -562,7 +549,7 @@ def doctor(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check versions, devices, launcher, disks, stores, student and tokenizer, before anything is paid for."""
+    """Check versions, devices, launcher, disks, stores, teacher, student and tokenizer, before anything is paid for."""
     from pipeline.doctor import examine, exit_code
 
     findings, console = [], Console(quiet=as_json)

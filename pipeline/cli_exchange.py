@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from pipeline.cli_config import AsJson
-from pipeline.cli_options import StoreOptions, Url, pairs, print_result
+from pipeline.cli_options import StoreOptions, Url, pairs, print_result, shown_progress
 from storage_schemas.common.errors import UsageError
 from storage_schemas.common.secrets import masked
 from storage_schemas.config import DumpSection
@@ -68,7 +68,6 @@ def bring(
     as_json: AsJson = False,
 ) -> None:
     """Turn targets that another project has stored into a dump. What its files do not say is asked for, not guessed."""
-    from pipeline.commands import shown_progress
     from teacher_dump.foreign.bring import bring as bring_store
 
     options, columns = pairs(store), pairs(column, option="--column")
@@ -97,7 +96,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a dump in the layout of another project, and say what of it that layout cannot hold."""
-    from pipeline.commands import shown_progress
     from teacher_dump.foreign.export import export_axolotl
 
     with shown_progress(f"exporting {url} to {layout}") as progress:
@@ -122,7 +120,6 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a dump or a model to the Hugging Face hub, verified before and compared after. Again, it goes on."""
-    from pipeline.commands import shown_progress
     from pipeline.hub import push as push_to_hub
 
     with shown_progress(f"verifying {source}") as progress:
@@ -138,7 +135,6 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a dump or a model from the Hugging Face hub, and verify it. Again, it goes on."""
-    from pipeline.commands import shown_progress
     from pipeline.hub import pull as pull_from_hub
 
     with shown_progress(f"verifying {out}") as progress:

@@ -5,16 +5,11 @@ Each imports its own stage when it is called, since that takes seconds.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
+from pipeline.cli_options import shown_progress
 from pipeline.config import Config, need
 from pipeline.launch import Placement
 from storage_schemas.common.errors import MismatchError
@@ -26,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LINE_SECONDS = 5.0
 _BATCH_TOKENS = 4096
 """Of a teacher that no configuration sets up, padding included."""
 
@@ -208,25 +202,3 @@ def recomputing(
         return report.model_dump(mode="json")
 
     return compare
-
-
-@contextmanager
-def shown_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, all): a bar on a terminal, else a log line every few seconds."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with Progress(*Progress.get_default_columns(), console=console) as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    started = shown = time.monotonic()
-
-    def line(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown >= _LINE_SECONDS or done == total:
-            shown = now
-            left = timedelta(seconds=round((now - started) / max(1, done) * (total - done)))
-            log.info("%s: %d/%d, %s left", title, done, total, left)
-
-    yield line

@@ -110,20 +110,18 @@ class Config(FrozenModel):
 def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
     """(dotted path, problem, got) of what no section can see alone."""
     estimator = config.estimator
-    if config.heldout is not None and config.heldout.url.rstrip("/") == config.dump.url.rstrip("/"):
-        problem = "must differ from dump.url: the student would be evaluated on what it is trained on"
-        yield "heldout.url", problem, config.heldout.url
+    mixed = [] if config.train is None else [dump.url.rstrip("/") for dump in config.train.dumps]
+    for place, urls in (("dump.url", [config.dump.url.rstrip("/")]), ("train.dumps", mixed)):
+        if config.heldout is not None and config.heldout.url.rstrip("/") in urls:
+            problem = f"must differ from {place}: the student would be evaluated on what it is trained on"
+            yield "heldout.url", problem, config.heldout.url
     if config.train is not None and (folder := local_path(config.dump.url)) is not None:
         output = config.train.output.absolute()
         if folder.absolute() in (output, *output.parents):
             problem = f"lies in the dump {config.dump.url} (dump.url); choose a directory outside of it"
             yield "train.output", problem, str(config.train.output)
-    mixed = [] if config.train is None else [dump.url.rstrip("/") for dump in config.train.dumps]
     if mixed and config.dump.url.rstrip("/") not in mixed:
         yield "train.dumps", f"must name dump.url as well: {config.dump.url}", mixed
-    if config.heldout is not None and config.heldout.url.rstrip("/") in mixed:
-        problem = "must differ from train.dumps: the student would be evaluated on what it is trained on"
-        yield "heldout.url", problem, config.heldout.url
     if config.train is not None and config.train.eval_steps and config.heldout is None:
         yield "train.eval_steps", "needs held-out samples: name their dump, heldout.url", config.train.eval_steps
     if retempered(estimator, *config.temperatures):

@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -36,9 +37,11 @@ from storage_schemas.records import RUN
 from storage_schemas.stores.address import local_path
 from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
-from student_train.config import sections_of
+from student_train.config import StudentSection, TrainSection, sections_of
 from student_train.results.model_card import package_version
+from teacher_dump.config import TeacherSection
 
+State = Literal["ok", "warning", "failure"]
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -57,7 +60,7 @@ class Finding(FrozenModel):
     """What there is to say of one subject."""
 
     subject: str
-    state: Literal["ok", "warning", "failure"]
+    state: State
     said: str
     fix: str | None = None
     """What to do about it."""
@@ -99,28 +102,34 @@ def examine(path: Path | None, overrides: Sequence[str], env: Mapping[str, str])
             yield Finding(subject="configuration", state="ok", said=str(path))
 
     yield from _guarded("configuration", configuration)
-    yield from _guarded("python", _python)
-    yield from _guarded("packages", _packages)
-    yield from _guarded("torch", lambda: _torch(env))
+    for subject, check in _checks(config, env).items():
+        yield from _guarded(subject, check)
+
+
+def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
+    """What there is to look at, by subject."""
     lacking = [package for package in STAGE_TWO if not installed(package)]
-    if lacking:
-        yield _no_stage_two(lacking, config)
-    else:
-        yield from _guarded("DeepSpeed", lambda: _deepspeed(env))
-    yield from _guarded("ranks", lambda: _ranks(env))
-    for subject, folder in _disks(config).items():
-        yield from _guarded(subject, lambda subject=subject, folder=folder: _disk(subject, folder))  # type: ignore[misc]
+    checks: dict[str, Check] = {
+        "python": _python,
+        "packages": _packages,
+        "torch": partial(_torch, env),
+        "DeepSpeed": partial(_no_stage_two, lacking, config) if lacking else partial(_deepspeed, env),
+        "ranks": partial(_ranks, env),
+    }
+    checks |= {subject: partial(_disk, subject, folder) for subject, folder in _disks(config).items()}
     if config is None:
-        return
+        return checks
     stores = {f"dump {place.url}": place for place in sections_of(config.dump, config.train)}
     stores = {"dump": config.dump} if len(stores) == 1 else stores
     if config.heldout is not None:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
-    for subject, section in stores.items():
-        yield from _guarded(subject, lambda subject=subject, section=section: _store(subject, section, config))  # type: ignore[misc]
+    checks |= {subject: partial(_store, subject, section, config) for subject, section in stores.items()}
+    if config.teacher is not None:
+        checks["teacher"] = partial(_teacher, config.teacher, trains=config.train is not None)
     if config.student is not None and not lacking:
-        yield from _guarded("student", lambda: _student(config))
-        yield from _guarded("tokenizer", lambda: _tokenizer(config))
+        checks["student"] = partial(_student, config.student, config.train)
+        checks["tokenizer"] = partial(_tokenizer, config.student, config.dump)
+    return checks
 
 
 def _guarded(subject: str, check: Check) -> Iterator[Finding]:
@@ -190,12 +199,12 @@ def _torch(env: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(subject="devices", state="ok", said=said)
 
 
-def _no_stage_two(lacking: Sequence[str], config: Config | None) -> Finding:
+def _no_stage_two(lacking: Sequence[str], config: Config | None) -> Iterator[Finding]:
     """Packages are missing that training alone needs: here, or on another cluster."""
     only_trains = config is not None and config.teacher is None and config.train is not None
     said = f"{' and '.join(lacking)} not installed: `dump` and what goes with it do without, training does not"
     fix = "where training runs: pip install 'llm-neo[train]'"
-    return Finding(subject="DeepSpeed", state="failure" if only_trains else "warning", said=said, fix=fix)
+    yield Finding(subject="DeepSpeed", state="failure" if only_trains else "warning", said=said, fix=fix)
 
 
 def _deepspeed(env: Mapping[str, str]) -> Iterator[Finding]:
@@ -275,8 +284,7 @@ def _disks(config: Config | None) -> dict[str, Path]:
 def _disk(subject: str, folder: Path) -> Iterator[Finding]:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    state: Literal["ok", "warning", "failure"] = "ok"
-    state = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else state
+    state: State = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else "ok"
     fix = None if state == "ok" else "free space there, or choose another place"
     said = f"{free / 2**30:,.1f} GiB free in {folder}"
     yield Finding(subject=subject, state=state, said=said, fix=fix, temporary=state == "failure")
@@ -302,9 +310,11 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
         if not locked and (store.root is not None or error.__cause__ is None or not is_refusal(error.__cause__)):
             raise
         said = f"{section.url}: {begun}; read only, which is enough for `train` but not for `dump` ({error.got})"
-        state: Literal["ok", "warning"] = "ok" if config.teacher is None else "warning"
-        fix = None if config.teacher is None else "give credentials that may put objects, if `dump` shall run here"
-        yield Finding(subject=subject, state=state, said=said, fix=fix)
+        if config.teacher is None:
+            yield Finding(subject=subject, state="ok", said=said)
+        else:
+            fix = "give credentials that may put objects, if `dump` shall run here"
+            yield Finding(subject=subject, state="warning", said=said, fix=fix)
         return
     try:
         if store.put_new(key, b"second"):
@@ -323,33 +333,51 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
         yield Finding(subject=subject, state="ok", said=said)
 
 
-def _student(config: Config) -> Iterator[Finding]:
+def _teacher(teacher: TeacherSection, *, trains: bool) -> Iterator[Finding]:
+    """Whether its files are here; of one on the hub, whose weights may be large, all but these."""
+    from teacher_dump.corpus.preview import load_tokenizer
+    from teacher_dump.teachers.model_files import find_model
+
+    local = Path(teacher.model).is_dir()
+    try:
+        load_tokenizer(teacher)
+        find_model(teacher.model, teacher.revision, weights=local)
+    except MismatchError as error:
+        if not trains:
+            raise
+        said = f"{error.what}: {error.got}; `dump` needs it where it runs, `train` does not"
+        yield Finding(subject="teacher", state="warning", said=said, fix=error.fix)
+    else:
+        there = "configuration, tokenizer and weights are there"
+        if not local:
+            there = "configuration and tokenizer are there; its weights are fetched when it runs"
+        yield Finding(subject="teacher", state="ok", said=f"{teacher.model}: {there}")
+
+
+def _student(student: StudentSection, train: TrainSection | None) -> Iterator[Finding]:
     """What training would refuse whatever the dump is."""
     from student_train.model.load import refuse_unloadable
     from student_train.training_run import refuse_early
 
-    assert config.student is not None
-    if config.train is not None:
-        refuse_early(config.student, config.train)
+    if train is not None:
+        refuse_early(student, train)
     else:
-        student = config.student
         refuse_unloadable(student.model, student.revision, student.attn_implementation, student.trust_remote_code)
-    yield Finding(subject="student", state="ok", said=f"{config.student.model}: configuration and weights are there")
+    yield Finding(subject="student", state="ok", said=f"{student.model}: configuration and weights are there")
 
 
-def _tokenizer(config: Config) -> Iterator[Finding]:
+def _tokenizer(student: StudentSection, section: DumpSection) -> Iterator[Finding]:
     """Whether the student's ids mean what the dump's mean."""
     from storage_schemas.common.code import runs_code
     from student_train.model.load import TRUST, described
     from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
 
-    assert config.student is not None
-    model, revision, section = config.student.model, config.student.revision, config.dump
+    model, revision = student.model, student.revision
     if Store(section.url, options=section.storage_options).size(RUN) is None:
         yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
         return
     files = Dump.open(section.url, options=section.storage_options).read_tokenizer()
-    code = runs_code(config.student.trust_remote_code, model, revision, setting=TRUST)
+    code = runs_code(student.trust_remote_code, model, revision, setting=TRUST)
     head_rows = described(model, revision, code).get_text_config().vocab_size
     refuse_tokenizer(model, revision, files, head_rows=head_rows)
     if has_tokenizer(model, revision):

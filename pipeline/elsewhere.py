@@ -25,17 +25,6 @@ class Here(NamedTuple):
 RENAMED = {"train.arm": "train.method"}
 """Old name of a setting of ours -> new one. Both are read, and the new one is written."""
 
-_ALL_RANKS = "It counts samples per optimizer step over all ranks; micro-batches are accumulated up to it"
-_BOTH_SIZES = (
-    "The first counts samples per optimizer step over all ranks, the second samples per forward pass and rank, at most"
-)
-_OF_THE_DIVERGENCE = "It is the weight of the divergence; the cross-entropy gets 1 - alpha"
-_NO_SHARE = "No share of the corpus is set aside: name other samples, such as `split: train[95%:]` beside `train[:95%]`"
-_QUANTIZED = "vLLM takes it in teacher.vllm; transformers computes in teacher.dtype"
-_DEVICES = "vLLM takes it in teacher.vllm; otherwise see teacher.sharding"
-_ADAMW = "the optimizer is AdamW; its settings are train.adam_beta1, train.adam_beta2 and train.adam_epsilon"
-_OFF_POLICY = "there is no such setting: training is off-policy, on the samples of the dump"
-
 _PLACES = {
     # The optimisation.
     "train.micro_batch_size": "per_device_train_batch_size train_micro_batch_size_per_gpu",
@@ -109,48 +98,45 @@ _PLACES = {
     "corpus.cache_dir": "dataset_prepared_path data_cache_dir",
     "heldout.sources": "eval_dataset test_datasets validation_file eval_file test_file dataset_test_split",
 }
-SETTINGS: dict[str, Here] = {name: Here((place,)) for place, names in _PLACES.items() for name in names.split()} | {
-    "gradient_accumulation_steps": Here(("train.global_batch_size",), _ALL_RANKS),
-    "batch_size": Here(("train.global_batch_size", "train.micro_batch_size"), _BOTH_SIZES),
-    "train_batch_size": Here(("train.global_batch_size", "train.micro_batch_size"), _BOTH_SIZES),
-    "max_steps_per_epoch": Here(("train.max_steps",), "It counts the steps of the whole run"),
-    "evals_per_epoch": Here(("train.eval_steps",), "It is the number of steps between two evaluations"),
-    "eval_strategy": Here(("train.eval_steps",), "It is the number of steps between two evaluations"),
-    "evaluation_strategy": Here(("train.eval_steps",), "It is the number of steps between two evaluations"),
-    "saves_per_epoch": Here(("train.save_steps",), "It is the number of steps between two checkpoints"),
-    "save_strategy": Here(("train.save_steps",), "It is the number of steps between two checkpoints"),
-    "max_shard_size": Here(("dump.samples_per_unit",), "It counts samples, not bytes"),
-    "val_set_size": Here(("heldout.sources",), _NO_SHARE),
-    "kd_ce_alpha": Here((), "the weight of the cross-entropy is 1 - loss.alpha, and has no setting of its own"),
-    "teacher.quantization": Here(("teacher.vllm", "teacher.dtype"), _QUANTIZED),
-    "heldout.path": Here(("heldout.url", "heldout.sources.path"), "The first is the dump, the second what it is of"),
-    "model_name_or_path": Here(("student.model", "teacher.model")),
-    "model_name": Here(("student.model", "teacher.model")),
-    "model_revision": Here(("student.revision", "teacher.revision")),
-    "torch_dtype": Here(("teacher.dtype", "train.precision")),
-    "dtype": Here(("teacher.dtype", "train.precision")),
-    "attn_impl": Here(("student.attn_implementation", "teacher.attn_implementation")),
-    "flash_attention": Here(("student.attn_implementation", "teacher.attn_implementation")),
-    "flash_attn": Here(("student.attn_implementation", "teacher.attn_implementation")),
-    "use_flash_attention_2": Here(("student.attn_implementation", "teacher.attn_implementation")),
-    "kd_temperature": Here(("loss.temperature",), "The dump must hold it: `temperatures`"),
-    "distill_temperature": Here(("loss.temperature",), "The dump must hold it: `temperatures`"),
-    "optim": Here((), _ADAMW),
-    "optimizer": Here((), _ADAMW),
-    **dict.fromkeys(
-        ["max_samples", "max_train_samples", "corpus.num_samples", "heldout.num_samples", "sources.num_samples"],
-        Here(("corpus.sources.split", "corpus.sources.weight"), "`split: train[:1000]` takes the first"),
-    ),
-    **dict.fromkeys(
-        ["kd_alpha", "kd_ratio", "kd_weight", "distill_alpha", "distillation_alpha", "kd_loss_weight", "kl_weight"],
-        Here(("loss.alpha",), _OF_THE_DIVERGENCE),
-    ),
-    "tensor_parallel_size": Here(("teacher.vllm", "teacher.sharding"), _DEVICES),
-    "gpu_memory_utilization": Here(("teacher.vllm",), "It is an argument of vLLM's engine"),
-    "adapter": Here(("train.method", "student.adapter")),
-    "lmbda": Here((), _OFF_POLICY),
-    "seq_kd": Here((), _OFF_POLICY),
-}  # fmt: skip
+_NOTED = [
+    ("gradient_accumulation_steps", "train.global_batch_size",
+     "It counts samples per optimizer step over all ranks; micro-batches are accumulated up to it"),
+    ("batch_size train_batch_size", "train.global_batch_size train.micro_batch_size",
+     "The first counts samples per optimizer step over all ranks, the second samples per forward pass and rank, at "
+     "most"),
+    ("max_steps_per_epoch", "train.max_steps", "It counts the steps of the whole run"),
+    ("evals_per_epoch eval_strategy evaluation_strategy", "train.eval_steps",
+     "It is the number of steps between two evaluations"),
+    ("saves_per_epoch save_strategy", "train.save_steps", "It is the number of steps between two checkpoints"),
+    ("max_shard_size", "dump.samples_per_unit", "It counts samples, not bytes"),
+    ("val_set_size", "heldout.sources",
+     "No share of the corpus is set aside: name other samples, such as `split: train[95%:]` beside `train[:95%]`"),
+    ("kd_ce_alpha", "", "the weight of the cross-entropy is 1 - loss.alpha, and has no setting of its own"),
+    ("teacher.quantization", "teacher.vllm teacher.dtype",
+     "vLLM takes it in teacher.vllm; transformers computes in teacher.dtype"),
+    ("heldout.path", "heldout.url heldout.sources.path", "The first is the dump, the second what it is of"),
+    ("model_name_or_path model_name", "student.model teacher.model", ""),
+    ("model_revision", "student.revision teacher.revision", ""),
+    ("torch_dtype dtype", "teacher.dtype train.precision", ""),
+    ("attn_impl flash_attention flash_attn use_flash_attention_2",
+     "student.attn_implementation teacher.attn_implementation", ""),
+    ("kd_temperature distill_temperature", "loss.temperature", "The dump must hold it: `temperatures`"),
+    ("optim optimizer", "",
+     "the optimizer is AdamW; its settings are train.adam_beta1, train.adam_beta2 and train.adam_epsilon"),
+    ("max_samples max_train_samples corpus.num_samples heldout.num_samples sources.num_samples",
+     "corpus.sources.split corpus.sources.weight", "`split: train[:1000]` takes the first"),
+    ("kd_alpha kd_ratio kd_weight distill_alpha distillation_alpha kd_loss_weight kl_weight", "loss.alpha",
+     "It is the weight of the divergence; the cross-entropy gets 1 - alpha"),
+    ("tensor_parallel_size", "teacher.vllm teacher.sharding",
+     "vLLM takes it in teacher.vllm; otherwise see teacher.sharding"),
+    ("gpu_memory_utilization", "teacher.vllm", "It is an argument of vLLM's engine"),
+    ("adapter", "train.method student.adapter", ""),
+    ("lmbda seq_kd", "", "there is no such setting: training is off-policy, on the samples of the dump"),
+]  # fmt: skip
+"""(names elsewhere, places here, what else there is to say) of what has several places, or a note."""
+SETTINGS = {name: Here((place,)) for place, names in _PLACES.items() for name in names.split()} | {
+    name: Here(tuple(places.split()), note) for names, places, note in _NOTED for name in names.split()
+}
 """Name of a setting elsewhere -> where it is here. `section.name` is it in that section alone, and goes first."""
 
 _VALUES = {
@@ -168,27 +154,20 @@ VALUES = {place: {said: here for here, names in values.items() for said in names
           for place, values in _VALUES.items()}  # fmt: skip
 """Setting -> a value of it elsewhere -> what it is here."""
 
-COMMANDS = {
-    "distill": "`llm-neo run`, or `llm-neo dump` and then `llm-neo train`",
-    "finetune": "`llm-neo train`",
-    "fit": "`llm-neo train`",
-    "sft": "`llm-neo train`",
-    "teacher": "`llm-neo dump`",
-    "precompute": "`llm-neo dump`",
-    "logits": "`llm-neo dump`",
-    "eval": "`llm-neo evaluate`",
-    "generate": "`llm-neo chat`",
-    "inference": "`llm-neo chat`",
-    "preprocess": "`llm-neo freeze`",
-    "validate": "`llm-neo config show` or `llm-neo doctor`",
-    "check": "`llm-neo config show` or `llm-neo doctor`",
-    "show": "`llm-neo config show`, or `llm-neo inspect` of a dump",
-    "schema": "`llm-neo config schema`",
-    "diff": "`llm-neo config diff`",
-    "fetch": "`llm-neo init`",
-    "cp": "`llm-neo init`",
-    "new": "`llm-neo init`",
+_COMMANDS = {
+    "`llm-neo run`, or `llm-neo dump` and then `llm-neo train`": "distill",
+    "`llm-neo train`": "finetune fit sft",
+    "`llm-neo dump`": "teacher precompute logits",
+    "`llm-neo evaluate`": "eval",
+    "`llm-neo chat`": "generate inference",
+    "`llm-neo freeze`": "preprocess",
+    "`llm-neo config show` or `llm-neo doctor`": "validate check",
+    "`llm-neo config show`, or `llm-neo inspect` of a dump": "show",
+    "`llm-neo config schema`": "schema",
+    "`llm-neo config diff`": "diff",
+    "`llm-neo init`": "fetch cp new",
 }
+COMMANDS = {name: here for here, names in _COMMANDS.items() for name in names.split()}
 """Name of a command elsewhere -> what does it here."""
 
 

@@ -201,15 +201,12 @@ def _place(url: str, kind: str | None) -> HubPlace:
         place = hub_place(url)
     except ValueError as error:
         raise UsageError(f"the URL {error}", got=url) from error
-    if place.folder or (kind is not None and (place.kind != kind or place.revision)):
-        form = "hf://datasets/USER/NAME" if kind == "dataset" or place.kind == "dataset" else "hf://USER/NAME"
-        raise UsageError(
-            f"{url} is no place for {'a dump' if kind == 'dataset' else 'a model'}"
-            if kind
-            else f"{url} names a folder",
-            got=url,
-            expected=form if kind else f"{form}, with @REVISION if need be",
-        )
+    form = "hf://datasets/USER/NAME" if (kind or place.kind) == "dataset" else "hf://USER/NAME"
+    if kind is None and place.folder:
+        raise UsageError(f"{url} names a folder", got=url, expected=f"{form}, with @REVISION if need be")
+    if kind is not None and (place.folder or place.kind != kind or place.revision):
+        what = "a dump" if kind == "dataset" else "a model"
+        raise UsageError(f"{url} is no place for {what}", got=url, expected=form)
     return place
 
 

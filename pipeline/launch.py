@@ -40,8 +40,7 @@ def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: 
                 "--rank needs --world-size, and --world-size needs --rank", got=got, expected="both, or neither"
             )
         return Placement(rank, world_size)
-    told = dict(_placements(env))
-    by_name = {names: Placement(*place) for names, place in told.items() if _possible(names, place)}
+    by_name = dict(_placements(env))
     # torchrun numbers what it starts, in each task of a step or an array too.
     if "TORCHELASTIC_RUN_ID" not in env and len(set(by_name.values())) > 1:
         raise MismatchError(
@@ -53,10 +52,10 @@ def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: 
     return next(iter(by_name.values()), Placement(0, 1))
 
 
-def _placements(env: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(names of variables, rank and world size by them) for every scheduler that has numbered this process."""
+def _placements(env: Mapping[str, str]) -> Iterator[tuple[str, Placement]]:
+    """(names of variables, placement by them) for every scheduler that has numbered this process."""
     if "RANK" in env:
-        yield "RANK and WORLD_SIZE", (_int(env, "RANK"), _int(env, "WORLD_SIZE"))
+        yield _told("RANK and WORLD_SIZE", _int(env, "RANK"), _int(env, "WORLD_SIZE"))
     if "SLURM_ARRAY_TASK_ID" in env or "SLURM_PROCID" in env:
         tasks = _int(env, "SLURM_ARRAY_TASK_COUNT", 1)
         step, first = max(1, _int(env, "SLURM_ARRAY_TASK_STEP", 1)), _int(env, "SLURM_ARRAY_TASK_MIN", 0)
@@ -64,16 +63,15 @@ def _placements(env: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, int]]]
         task = (_int(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % tasks
         processes = _int(env, "SLURM_NTASKS", 1)
         names = [name for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID") if name in env]
-        yield " and ".join(names), (task * processes + _int(env, "SLURM_PROCID", 0), tasks * processes)
+        yield _told(" and ".join(names), task * processes + _int(env, "SLURM_PROCID", 0), tasks * processes)
     if "JOB_COMPLETION_INDEX" in env:
         count = "WORLD_SIZE" if "WORLD_SIZE" in env else "JOB_COMPLETIONS"
-        yield f"JOB_COMPLETION_INDEX and {count}", (_int(env, "JOB_COMPLETION_INDEX"), _int(env, count))
+        yield _told(f"JOB_COMPLETION_INDEX and {count}", _int(env, "JOB_COMPLETION_INDEX"), _int(env, count))
 
 
-def _possible(names: str, place: tuple[int, int]) -> bool:
-    rank, size = place
+def _told(names: str, rank: int, size: int) -> tuple[str, Placement]:
     if 0 <= rank < size:
-        return True
+        return names, Placement(rank, size)
     raise MismatchError(
         f"the environment names a worker that there cannot be: {names}",
         got=f"rank {rank} of {size}",
@@ -146,9 +144,9 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodelist)
 
 
-def rank_argv(module: str, arguments: Sequence[str], *, rendezvous: str, python: str = sys.executable) -> list[str]:
+def rank_argv(module: str, arguments: Sequence[str], *, rendezvous: str) -> list[str]:
     """The command line of one rank; -P because the working directory may hold a `pipeline.py` of the user's own."""
-    return [python, "-P", "-m", module, *arguments, "--rendezvous", rendezvous]
+    return [sys.executable, "-P", "-m", module, *arguments, "--rendezvous", rendezvous]
 
 
 def rank_environment(env: Mapping[str, str], local: int, *, nproc: int, nodes: Nodes) -> dict[str, str]:
@@ -172,19 +170,13 @@ def rank_environment(env: Mapping[str, str], local: int, *, nproc: int, nodes: N
 
 
 def dump_argv(
-    config: Path,
-    overrides: Sequence[str],
-    placement: Placement,
-    python: str = sys.executable,
-    *,
-    result: Path,
-    events: Path | None = None,
+    config: Path, overrides: Sequence[str], placement: Placement, *, result: Path, events: Path | None = None
 ) -> list[str]:
     """The command line of one worker of stage one, which leaves its summary in `result`."""
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
     where += ["--events", str(events)] if events else []
     where += ["--result", str(result), *set_arguments(overrides)]
-    return [python, "-P", "-m", "pipeline.entry", "dump", str(config), *where]
+    return [sys.executable, "-P", "-m", "pipeline.entry", "dump", str(config), *where]
 
 
 def set_arguments(overrides: Sequence[str]) -> list[str]:

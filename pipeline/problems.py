@@ -43,7 +43,7 @@ def report(
             problem.path == p
             or problem.path.startswith(f"{p}.")
             # A section that only the command line has made.
-            or (p.startswith(f"{problem.path}.") and not _holds(written, problem.path.split(".")))
+            or (p.startswith(f"{problem.path}.") and not says(written, problem.path))
             # What a section says of one of its fields.
             or (p.startswith(f"{problem.path}.") and re.search(rf"\b{p.rpartition('.')[2]}\b", problem.text))
             for p in set_paths
@@ -60,11 +60,15 @@ def report(
     return MismatchError("\n".join([f"the configuration has {count}", *lines]))
 
 
-def _holds(data: Any, path: Sequence[str]) -> bool:
-    for part in path:
-        if not isinstance(data, dict) or part not in data:
+def says(data: Any, dotted: str) -> bool:
+    """Whether a configuration, as it is written, has something at a place; numbers in its name index lists."""
+    for part in dotted.split("."):
+        if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
+            data = data[int(part)]
+        elif isinstance(data, dict) and part in data:
+            data = data[part]
+        else:
             return False
-        data = data[part]
     return True
 
 

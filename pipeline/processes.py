@@ -110,15 +110,15 @@ def dump_group(
     node: Placement,
     events: Path | None = None,
     pilot: Mapping[str, Any] | None = None,
-    stdout: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Run one worker of stage one, or a plan's pilot, whose teacher is spread over several processes of this machine.
+
+    What they print goes to standard error.
 
     Args:
         node: which of how many workers they are together.
         events: file that one JSON object per event is appended to.
         pilot: of `pipeline.commands.run_plan`, instead of a dump.
-        stdout: file descriptor for what they print; standard output by default.
 
     Returns:
         Their exit code, and, if it is 0, the worker's summary or the plan.
@@ -129,7 +129,8 @@ def dump_group(
         arguments += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
         arguments += ["--events", str(events)] if events else []
         arguments += ["--pilot", json.dumps(pilot)] if pilot else []
-        code = run_ranks("pipeline.dump_group", arguments, nproc=nproc, nodes=Nodes(), stdout=stdout)
+        told = sys.stderr.fileno()
+        code = run_ranks("pipeline.dump_group", arguments, nproc=nproc, nodes=Nodes(), stdout=told)
         return code, {} if code else json.loads(result.read_text())
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +94,17 @@ def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None 
         _refuse_other(out, pruning)
         return pruning
     with publishing(out, setting="OUT") as staged:
-        _write_model(source, staged, config, pruning)
+        _write_weights(source, staged, kept)
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in ("config.json", "README.md"):
+                shutil.copyfile(file, staged / file.name)
+        (staged / "config.json").write_text(json.dumps(_pruned_config(config, kept), indent=2, sort_keys=True) + "\n")
+        (staged / "README.md").write_text(
+            f"# {pruning.source}, depth-pruned\n\n{pruning}. Nothing was trained after that: this is a starting point "
+            "for distillation, not a usable model.\n"
+        )
+        (staged / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
     return pruning
-
-
-def _write_model(source: Path, out: Path, config: dict[str, Any], pruning: Pruning) -> None:
-    _write_weights(source, out, pruning.kept)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in ("config.json", "README.md"):
-            shutil.copyfile(file, out / file.name)
-    pruned = _pruned_config(config, pruning.kept)
-    (out / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-    (out / "README.md").write_text(
-        f"# {pruning.source}, depth-pruned\n\n{pruning}. Nothing was trained after that: this is a starting point for "
-        "distillation, not a usable model.\n"
-    )
-    (out / RECORD).write_text(pruning.model_dump_json(indent=2) + "\n")
 
 
 def _refuse_other(out: Path, pruning: Pruning) -> None:
@@ -173,13 +169,9 @@ def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any
 
 def _ranges(layers: Sequence[int]) -> str:
     """0, 1, 2, 5 as 0-2, 5."""
-    blocks: list[list[int]] = []
-    for layer in layers:
-        if blocks and layer == blocks[-1][1] + 1:
-            blocks[-1][1] = layer
-        else:
-            blocks.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in blocks)
+    # Within a block, layers grow as their places do.
+    blocks = [[layer for _, layer in block] for _, block in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(block[0]) if len(block) == 1 else f"{block[0]}-{block[-1]}" for block in blocks)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

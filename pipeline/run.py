@@ -219,7 +219,7 @@ def _dump(
     config: Config, path: Path, overrides: Sequence[str], workers: int, nproc: int, known: dict[str, Any] | None
 ) -> dict[str, Any]:
     if need(config.teacher, "teacher", "run").grouped:
-        code, summary = dump_group(path, overrides, nproc, node=Placement(0, 1), stdout=sys.stderr.fileno())
+        code, summary = dump_group(path, overrides, nproc, node=Placement(0, 1))
     else:
         code, summary = dump_workers(path, overrides, workers, node=Placement(0, 1))
     _check("dump", code)

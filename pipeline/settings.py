@@ -1,7 +1,7 @@
 """What a configuration comes to: every setting with its origin, the JSON schema, and what differs between two."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pipeline.config import Config, Loaded, load
 from pipeline.elsewhere import RENAMED
 from pipeline.init import TITLE
+from pipeline.problems import says
 from storage_schemas.common.errors import UsageError
 from storage_schemas.common.secrets import is_secret, masked
 
@@ -37,9 +38,8 @@ def settings_of(loaded: Loaded) -> dict[str, Setting]:
 
 def differences(a: Mapping[str, Setting], b: Mapping[str, Setting]) -> dict[str, tuple[Setting | None, Setting | None]]:
     """Dotted name -> both settings, where their values differ; None where a configuration has none of that name."""
-    names = dict.fromkeys([*a, *b])
-    both = {name: (a.get(name), b.get(name)) for name in names}
-    return {name: pair for name, pair in both.items() if _value(pair[0]) != _value(pair[1])}
+    both = {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b])}
+    return {name: (x, y) for name, (x, y) in both.items() if x is None or y is None or x.value != y.value}
 
 
 def load_any(place: Path) -> Loaded:
@@ -61,7 +61,7 @@ def notices(loaded: Loaded) -> Iterator[str]:
     if teacher and student and (teacher.model, teacher.revision) == (student.model, student.revision):
         yield f"student and teacher are the same model, {student.model}: there is nothing to distil, their KL is 0"
     for old, new in RENAMED.items():
-        if _says(loaded.data, old.split(".")):
+        if says(loaded.data, old):
             value: Any = loaded.config
             for name in new.split("."):
                 value = getattr(value, name)
@@ -88,20 +88,9 @@ def _leaves(model: BaseModel, dumped: Mapping[str, Any], path: tuple[str, ...] =
 
 def _origin(loaded: Loaded, path: _Path) -> Origin:
     names = [".".join(path), *(old for old, new in RENAMED.items() if new == ".".join(path))]
-    if not any(_says(loaded.data, name.split(".")) for name in names):
+    if not any(says(loaded.data, name) for name in names):
         return "default"
     return "--set" if any(_touches(loaded.overridden, name) for name in names) else "file"
-
-
-def _says(data: Any, path: Sequence[str]) -> bool:
-    for part in path:
-        if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
-            data = data[int(part)]
-        elif isinstance(data, dict) and part in data:
-            data = data[part]
-        else:
-            return False
-    return True
 
 
 def _touches(overridden: Collection[str], name: str) -> bool:
@@ -116,7 +105,3 @@ def _shown(value: Any) -> Any:
         hidden = {key: "***" for key, inner in value.items() if is_secret(key) and isinstance(inner, str)}
         return {key: _shown(inner) for key, inner in value.items()} | hidden
     return [_shown(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _value(setting: Setting | None) -> Any:
-    return object() if setting is None else setting.value

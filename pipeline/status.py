@@ -131,8 +131,13 @@ class Status(FrozenModel):
     @property
     def done(self) -> bool:
         """Whether nothing of it will change: the dumps are sealed, and the run is finished if there is one."""
-        dumps = [self.dump, *self.others, *([] if self.heldout is None else [self.heldout])]
-        return all(dump.sealed for dump in dumps) and (self.run is None or self.run.finished or not self.run.begun)
+        sealed = all(dump.sealed for _, dump in self.dumps())
+        return sealed and (self.run is None or self.run.finished or not self.run.begun)
+
+    def dumps(self) -> list[tuple[str, DumpStatus]]:
+        """What each dump is called, and the dump."""
+        heldout = [] if self.heldout is None else [("held-out dump", self.heldout)]
+        return [("dump", self.dump), *(("dump", other) for other in self.others), *heldout]
 
 
 class Watcher:
@@ -245,18 +250,12 @@ class _DumpWatcher:
             times: at which the committed units were dated, ascending, seconds.
             tokens: of a unit, on average.
         """
-        recent, now = recent_pace(times), store_clock(self._store, self._options)
-        since = None if now is None else now - float(times[-1])
-        if since is not None and since < -_CLOCK_SECONDS:
-            since = None  # Somebody else's clock has dated the newest unit.
+        recent, since = recent_pace(times), _ago(store_clock(self._store, self._options), float(times[-1]))
         longest = recent.longest_pause
         if len(times) < FEWEST_UNITS and (run := self._store.head(RUN)) is not None:
             longest = max(longest, float(times[0]) - run["last_modified"].timestamp())
         stalled = since is not None and since > max(60.0, 3 * longest)
-        found: dict[str, Any] = {
-            "stalled": stalled,
-            "seconds_since_last_unit": None if since is None else max(0, since),
-        }
+        found: dict[str, Any] = {"stalled": stalled, "seconds_since_last_unit": since}
         if recent.units_per_second is not None:
             found["units_per_minute"] = 60 * recent.units_per_second
             found["tokens_per_second"] = tokens * recent.units_per_second
@@ -352,6 +351,7 @@ def run_status(output: Path, *, checkpoints: str | None = None, options: Mapping
 
 
 def _ago(now: float | None, then: float) -> float | None:
+    """Seconds since then; None if nobody knows the time, or if somebody else's clock has said when it was."""
     return None if now is None or now < then - _CLOCK_SECONDS else max(0.0, now - then)
 
 

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,23 +165,22 @@ def row_views(dump: Dump, sample_indices: Sequence[int]) -> list[RowView]:
         if not 0 <= index < samples:
             raise UsageError("no such row in this dump", got=index, expected=f"0 to {samples - 1}")
     tokenizer = tokenizer_of(dump) if sample_indices else None
-    views, unit, rows = [], None, None
-    for index in sample_indices:
-        if rows is None or index // dump.provenance.samples_per_unit != unit:
-            unit = index // dump.provenance.samples_per_unit
-            rows = dump.read_unit(unit)
-        row = rows.row(index - dump.provenance.unit_range(unit).start)
-        pieces = text_pieces(tokenizer, row.input_ids.tolist())
-        view = RowView(
-            sample_index=row.sample_index,
-            sample_id=row.sample_id,
-            status=row.status,
-            text="".join(pieces),
-            pieces=pieces,
-            tokens=len(row.input_ids),
-            supervised=_token_views(row, dump, tokenizer, pieces),
-        )
-        views.append(view)
+    views = []
+    for unit, indices in groupby(sample_indices, lambda index: index // dump.provenance.samples_per_unit):
+        rows = dump.read_unit(unit)
+        for index in indices:
+            row = rows.row(index - dump.provenance.unit_range(unit).start)
+            pieces = text_pieces(tokenizer, row.input_ids.tolist())
+            view = RowView(
+                sample_index=row.sample_index,
+                sample_id=row.sample_id,
+                status=row.status,
+                text="".join(pieces),
+                pieces=pieces,
+                tokens=len(row.input_ids),
+                supervised=_token_views(row, dump, tokenizer, pieces),
+            )
+            views.append(view)
     return views
 
 

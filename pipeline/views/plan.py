@@ -13,16 +13,12 @@ from pipeline.views.terminal import facts_table
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what `teacher_dump.plan.Plan` holds, given as plain values."""
-    console.print(_corpus(plan))
-    for title, table in (_estimators(plan), _masses(plan), _durations(plan)):
-        console.print("", Text(title, style="italic"), table)
-
-
-def _corpus(plan: dict[str, Any]) -> Table:
     samples = f"{plan['samples']:,} ({counts(plan['statuses'])}) in {plan['units']:,} units"
     tokens = f"{plan['tokens']:,}, {plan['supervised_tokens']:,} of them supervised"
     pilot = f"{plan['pilot_samples']:,} samples, {plan['pilot_supervised_tokens']:,} supervised tokens"
-    return facts_table([("samples", samples), ("tokens", tokens), ("pilot", pilot)])
+    console.print(facts_table([("samples", samples), ("tokens", tokens), ("pilot", pilot)]))
+    for title, table in (_estimators(plan), _masses(plan), _durations(plan)):
+        console.print("", Text(title, style="italic"), table)
 
 
 def _estimators(plan: dict[str, Any]) -> tuple[str, Table]:

@@ -2,16 +2,14 @@
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.views.inspect import SHADES, RowView, quoted, row_title, row_views, shade, text_pieces, tokenizer_of
+from pipeline.views.inspect import RowView, row_views, text_pieces, tokenizer_of
+from pipeline.views.page import rendered
 from pipeline.views.runs import Run, differences, facts
 from storage_schemas.common.extras import refuse_missing
-from storage_schemas.common.secrets import visible
 from student_train.results.evaluate import Evaluated
 
 INK = "#808080"
@@ -73,18 +71,14 @@ def run_page(runs: Sequence[Run], samples: Sequence[Sample], *, heldout: str | N
     Raises:
         MismatchError: matplotlib is not installed.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
-    )
-    environment.filters |= {"quoted": quoted, "row_title": row_title, "shade": shade, "visible": visible}
-    return environment.get_template("run_page.html.jinja").render(
+    return rendered(
+        "run_page.html.jinja",
         runs=runs,
         facts=[facts(run) for run in runs],
         differences=differences(runs),
         figures=figures(runs),
         samples=samples,
         heldout=heldout,
-        shades=SHADES,
     )
 
 

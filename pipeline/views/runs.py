@@ -97,16 +97,11 @@ def facts(run: Run) -> dict[str, str]:
         "steps": f"{summary.steps:,}",
         "supervised tokens": f"{summary.supervised_tokens:,}",
     }
-    names = {
-        "kl": ("KL", "{:.4f}"),
-        "ce": ("cross-entropy", "{:.4f}"),
-        "top1_agreement": ("same first token", "{:.1%}"),
-    }
     found = run.before_and_after()
-    for name, (title, form) in names.items():
-        pair = found.get(name)
-        told = " -> ".join(form.format(value) for value in pair) if pair else "-"
-        shown[f"{title}, before and after"] = told
+    measures = {"kl": ("KL", ".4f"), "ce": ("cross-entropy", ".4f"), "top1_agreement": ("same first token", ".1%")}
+    for name, (title, form) in measures.items():
+        told = " -> ".join(f"{value:{form}}" for value in found.get(name, ()))
+        shown[f"{title}, before and after"] = told or "-"
     return shown | {
         "tokens per second": f"{summary.tokens_per_second:,.0f}",
         "peak memory of a rank": f"{summary.peak_rss_bytes / 2**30:.2f} GiB",

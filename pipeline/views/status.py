@@ -49,26 +49,19 @@ def watch(look: Callable[[], Status], console: Console, *, seconds: float, as_js
 
 def tables(status: Status) -> RenderableType:
     """For people who read."""
-    parts: list[RenderableType] = [_table("dump", status.dump.url, dump_lines(status.dump))]
-    for other in status.others:
-        parts += ["", _table("dump", other.url, dump_lines(other))]
-    if status.heldout is not None:
-        parts += ["", _table("held-out dump", status.heldout.url, dump_lines(status.heldout))]
+    told = [(title, dump.url, dump_lines(dump)) for title, dump in status.dumps()]
     if status.run is not None:
-        parts += ["", _table("run", status.run.output, run_lines(status.run))]
-    return Group(*parts)
-
-
-def _table(title: str, place: str, lines: list[tuple[str, str]]) -> RenderableType:
-    return facts_table([(title, visible(place)), *lines])
+        told.append(("run", status.run.output, run_lines(status.run)))
+    tables = [facts_table([(title, visible(place)), *lines]) for title, place, lines in told]
+    return Group(tables[0], *(part for table in tables[1:] for part in ("", table)))
 
 
 def line(status: Status) -> str:
     """All of it in one line."""
-    parts = [f"dump: {_dump_state(status.dump)}{_rest(status.dump)}"]
-    parts += [f"dump {other.url}: {_dump_state(other)}{_rest(other)}" for other in status.others]
-    if status.heldout is not None:
-        parts.append(f"held-out dump: {_dump_state(status.heldout)}{_rest(status.heldout)}")
+    parts = []
+    for title, dump in status.dumps():
+        name = f"dump {dump.url}" if dump in status.others else title
+        parts.append(f"{name}: {_dump_state(dump)}{_rest(dump)}")
     if (run := status.run) is not None:
         loss = "" if run.loss is None else f", loss {run.loss:.4f}"
         left = "" if run.finished or run.eta_seconds is None else f", {duration(run.eta_seconds)} left"

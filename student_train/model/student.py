@@ -121,18 +121,15 @@ class Distilled(nn.Module):
         """Full logits of a few tokens, for comparisons; `position_ids` count from 0 in each row unless given."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.head(self._hidden(input_ids, position_ids), None)[0]  # type: ignore[no-any-return]
+        return self.head(self._states(input_ids, position_ids).last_hidden_state, None)[0]  # type: ignore[no-any-return]
 
     def hidden(self, batch: TrainBatch) -> Float[Tensor, "n hidden"]:
         """Last hidden states of a batch's supervised tokens, in the targets' order."""
-        return batch.select(self._hidden(batch.input_ids, batch.position_ids))
+        return batch.select(self._states(batch.input_ids, batch.position_ids).last_hidden_state)
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters, by their name in the student."""
         return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self._states(input_ids, position_ids).last_hidden_state  # type: ignore[no-any-return]
 
     def _states(self, input_ids: Tensor, position_ids: Tensor) -> Any:
         body = body_of(self._causal[0], role="student")
@@ -243,8 +240,7 @@ def causal_of(student: nn.Module) -> Any:
 
 def vocab_rows(student: nn.Module) -> int:
     """Rows of its language-model head, padding included."""
-    rows: int = causal_of(student).get_output_embeddings().weight.shape[0]
-    return rows
+    return int(causal_of(student).get_output_embeddings().weight.shape[0])
 
 
 def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> list[str]:

@@ -73,14 +73,9 @@ class Chat:
         if temperature > 0.0:
             settings["temperature"] = temperature
             torch.manual_seed(seed)
-        pieces: list[str] = []
-
-        def said(text: str) -> None:
-            pieces.append(text)
-            heard(text)
-
+        streamer = _Streamer(self._tokenizer, heard)
         try:
-            self._model.generate(**inputs, **settings, streamer=_Streamer(self._tokenizer, said))
+            self._model.generate(**inputs, **settings, streamer=streamer)
         except IndexError as error:  # Beyond a table of learned positions.
             raise MismatchError(
                 "the conversation is longer than this model's positions",
@@ -88,7 +83,7 @@ class Chat:
                 expected=f"at most {getattr(self._model.config, 'max_position_embeddings', 'its table of positions')}",
                 fix="begin anew, or lower --max-new-tokens",
             ) from error
-        return "".join(pieces)
+        return streamer.text
 
     def _encoded(self, messages: Messages) -> Any:
         tokenizer: Any = self._tokenizer
@@ -113,13 +108,14 @@ class Chat:
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Hands each finished piece of a reply on."""
+    """Hands each finished piece of a reply on, and keeps the text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, said: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, heard: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._said = said
+        self.text, self._heard = "", heard
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by transformers."""
         if text:
-            self._said(text)
+            self.text += text
+            self._heard(text)

@@ -14,7 +14,7 @@ from student_train.model.tokenizers import FILES, tokenizer_in
 from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.final import refuse_other_logits, save_model
 from student_train.results.model_card import CARD, merged_card
-from student_train.results.saved import is_adapter, lacks, load_adapter, source_of
+from student_train.results.saved import load_adapter, refuse_no_adapter, source_of
 
 PROBE_TOKENS = 16
 """Tokens that adapter and merged model are compared on."""
@@ -49,11 +49,8 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError("no such dtype", got=dtype, expected=f"one of {', '.join(DTYPES)}")
     refuse_used(output)
-    if not is_adapter(adapter_dir):
-        raise MismatchError(
-            f"{adapter_dir} is not an adapter", got=lacks(adapter_dir), expected="the `final/` of an adapter run",
-            fix="give the directory of a peft adapter; the methods full_sft and full_kd save whole models",
-        )  # fmt: skip
+    fix = "give the directory of a peft adapter; the methods full_sft and full_kd save whole models"
+    refuse_no_adapter(adapter_dir, expected="the `final/` of an adapter run", fix=fix)
     source, revision = source_of(adapter_dir, base, trust=trust)
     whole = load_model(source, revision, dtype="auto" if dtype is None else torch.float32, trust=trust)
     wanted = whole.dtype if dtype is None else getattr(torch, dtype)

@@ -1,6 +1,7 @@
 """A student with rows for the tokens that a dump's tokenizer has and its own has not."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +60,10 @@ def resize(model: str, output: Path, dump: Dump, *, revision: str | None = None)
                 fix="use it as it is; student.lora.modules_to_save trains rows that no token had",
             )
         whole = whole.float()
-        old = [_rows(end).clone() for end in _ends(whole)]
+        old = [weight.clone() for weight in _ends(whole)]
         torch.manual_seed(0)
         whole.resize_token_embeddings(needed, pad_to_multiple_of=MULTIPLE, mean_resizing=True)
-        assert all(torch.equal(_rows(end)[:before], rows) for end, rows in zip(_ends(whole), old, strict=True))
+        assert all(torch.equal(weight[:before], rows) for weight, rows in zip(_ends(whole), old, strict=True))
         probe = torch.arange(PROBE_TOKENS)[None] * 7 % needed
         save_model(staged, whole, dtype, probe, generation_of(whole, tokenizer_in(staged), {}))
         after = vocab_rows(whole)
@@ -75,10 +76,5 @@ def resize(model: str, output: Path, dump: Dump, *, revision: str | None = None)
     return before, after
 
 
-def _ends(model: object) -> list[torch.nn.Module]:
-    return [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[attr-defined]
-
-
-def _rows(end: torch.nn.Module) -> Tensor:
-    weight: Tensor = end.weight  # type: ignore[assignment]
-    return weight
+def _ends(model: Any) -> list[Tensor]:
+    return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]

@@ -1,6 +1,5 @@
 """Adapters and models on disk: the record of what a run has left in `final/`, and whether it still is that."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,20 +117,19 @@ def source_of(model: str | Path, base: Path | None = None, *, trust: bool = Fals
             expected="the model that the adapter was trained on",
             fix="say where it lies now: --base DIR",
         )
-    trained_on = record.base if record is not None else None
-    if trained_on is not None and (found := _identity(source, revision, trained_on)) != trained_on:
-        raise MismatchError(
-            f"{source} is not the model that the adapter in {model} was trained on",
-            got=found,
-            expected=trained_on,
-            fix="say where that model lies: --base DIR",
-        )
+    _refuse_other_identity(
+        record, source, revision,
+        what=f"{source} is not the model that the adapter in {model} was trained on",
+        fix="say where that model lies: --base DIR",
+    )  # fmt: skip
     return source, revision
 
 
-def lacks(folder: Path) -> str:
-    """What a directory that is no adapter lacks."""
-    return f"no {ADAPTER_CONFIG}" if folder.is_dir() else "no such directory"
+def refuse_no_adapter(folder: Path, *, expected: str, fix: str) -> None:
+    """Raise MismatchError unless this is the directory of a peft adapter."""
+    if not is_adapter(folder):
+        got = f"no {ADAPTER_CONFIG}" if folder.is_dir() else "no such directory"
+        raise MismatchError(f"{folder} is not an adapter", got=got, expected=expected, fix=fix)
 
 
 def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
@@ -139,23 +137,14 @@ def refuse_other_base(adapter: Path, model: str, revision: str | None) -> None:
 
     DataError if a file of it is torn, or is not what the run has written.
     """
-    if not is_adapter(adapter):
-        raise MismatchError(
-            f"{adapter} is not an adapter",
-            got=lacks(adapter),
-            expected="the directory of a peft adapter",
-            fix="correct student.adapter; a whole model belongs in student.model",
-        )
+    fix = "correct student.adapter; a whole model belongs in student.model"
+    refuse_no_adapter(adapter, expected="the directory of a peft adapter", fix=fix)
     _refuse_unreadable(adapter)
-    record = read_record(adapter)
-    trained_on = record.base if record is not None else None
-    if trained_on is not None and (found := _identity(model, revision, trained_on)) != trained_on:
-        raise MismatchError(
-            f"the adapter in {adapter} was trained on another model than {model}",
-            got=found,
-            expected=trained_on,
-            fix="set student.model to the model that it was trained on",
-        )
+    _refuse_other_identity(
+        read_record(adapter), model, revision,
+        what=f"the adapter in {adapter} was trained on another model than {model}",
+        fix="set student.model to the model that it was trained on",
+    )  # fmt: skip
 
 
 def begin_from(model: PeftModel, folder: Path) -> None:
@@ -210,12 +199,16 @@ def _refuse_unreadable(folder: Path) -> None:
     refuse_torn(folder / ADAPTER_WEIGHTS)
 
 
-def _identity(model: str, revision: str | None, base: Mapping[str, str]) -> dict[str, str] | None:
-    """As told in a record, with the code where that has it."""
+def _refuse_other_identity(record: Record | None, model: str, revision: str | None, *, what: str, fix: str) -> None:
+    """Raise MismatchError if the adapter of a record, if there is one, belongs to another model."""
+    if record is None or record.base is None:
+        return
     try:
-        return identity(model, revision, code="code" in base)
+        found = identity(model, revision, code="code" in record.base)
     except OSError:  # No such model: whoever loads it says so.
-        return None
+        return
+    if found != record.base:
+        raise MismatchError(what, got=found, expected=record.base, fix=fix)
 
 
 def _config(folder: Path) -> Any:

@@ -221,7 +221,7 @@ def _source(
     records = open_source(source, found, seed=section.seed, cache=cache_folder(section))
     columns, unread, conversation = [], list[str](), False
     kind: str | None = None if source.format == "auto" else source.format
-    for _, detected, record in read_source(source, records):
+    for _, detected, record in read_source(source, records, quiet=True):
         if not isinstance(record, Unusable):
             columns, kind = list(record), detected
             unread = sorted(unread_columns(record, detected)[1])

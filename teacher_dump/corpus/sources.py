@@ -106,8 +106,12 @@ class Records:
     """Whether each record has the columns of all."""
 
 
-def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, str, RawRecord]]:
+def read_source(
+    source: SourceSection, records: Records, *, quiet: bool = False
+) -> Iterator[tuple[str, str, RawRecord]]:
     """(where, format, record) of the records of a source; with `auto`, each record by its own columns.
+
+    Columns that are not read are told, unless `quiet`.
 
     Raises:
         DataError: the format of its first record is not known.
@@ -132,7 +136,7 @@ def read_source(source: SourceSection, records: Records) -> Iterator[tuple[str, 
                 expected="columns that are read, or that do not matter",
                 fix="convert the records, or name the column in ignore_columns of this source",
             )
-        if odd := odd - unknown:
+        if not quiet and (odd := odd - unknown):
             unknown |= odd
             log.warning("%s: columns that format `%s` does not read: %s", where, kind, ", ".join(sorted(odd)))
         yield where, kind, record

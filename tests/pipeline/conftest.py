@@ -14,9 +14,10 @@ def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """`llm-neo` in this process: exit code, standard output, standard error."""
     before = signal.getsignal(signal.SIGTERM)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # Of what came before.
         with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
+            cli.main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         assert isinstance(left.value.code, int)
         return left.value.code, printed.out, printed.err

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.command_lines import Call
 from support.s3_servers import BUCKET, READER, WRITER, TinyS3, be_impatient, options, seaweedfs
 from support.tiny_student import VOCAB, save_student, tiny_tokenizer, write_dump
 
-from pipeline import cli, doctor
+from pipeline import doctor
 from pipeline.config import Config
 from pipeline.doctor import Finding, examine, exit_code
 from storage_schemas.common.exits import Exit
@@ -36,18 +37,9 @@ def nothing_ambient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        cli.main(["doctor", *map(str, arguments)])
-    printed = capsys.readouterr()
-    assert isinstance(left.value.code, int)
-    return left.value.code, printed.out, printed.err
-
-
-def found(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
+def found(call: Call, *arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
     """Findings by subject."""
-    left, out, err = call(capsys, *arguments, "--json")
+    left, out, err = call("doctor", *arguments, "--json")
     assert left == code, out
     told = json.loads(out)
     assert set(told) == {"ok", "findings"}
@@ -62,13 +54,13 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return folder / "c.yaml"
 
 
-def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = found(capsys)
+def test_this_machine(call: Call) -> None:
+    findings = found(call)
     assert list(findings) == MACHINE
     assert all(finding["state"] == "ok" for finding in findings.values())
     assert torch.__version__ in findings["torch"]["said"]
     assert "everything runs on the CPU" in findings["devices"]["said"]
-    code, out, _ = call(capsys)
+    code, out, _ = call("doctor")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["ok"] * len(MACHINE), "one line each"
 
@@ -85,9 +77,9 @@ def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPUs")
-def test_gpus_that_torch_cannot_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_torch_cannot_use(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    findings = found(capsys, code=Exit.MISMATCH)
+    findings = found(call, code=Exit.MISMATCH)
     failures = {subject: finding for subject, finding in findings.items() if finding["state"] == "failure"}
     assert list(failures) == ["torch"]
     assert "2 visible" in failures["torch"]["said"]
@@ -133,47 +125,45 @@ def test_launchers(env: Mapping[str, str], state: str, said: str) -> None:
     assert (finding.fix is None) == (state == "ok")
 
 
-def test_a_launcher_that_says_half(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_says_half(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    finding = found(capsys, code=Exit.MISMATCH)["ranks"]
+    finding = found(call, code=Exit.MISMATCH)["ranks"]
     assert finding["state"] == "failure"
     assert "WORLD_SIZE" in finding["said"]
 
 
-def test_a_real_object_store_by_writer_and_reader(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_object_store_by_writer_and_reader(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"s3://{BUCKET}/deep/a"
     with seaweedfs(tmp_path) as port:
         public = {name: value for name, value in options(port).items() if name in ("endpoint", "region")}
         config = write_config(tmp_path, dump={"url": url, "storage_options": public})
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER["access_key_id"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER["secret_access_key"])
-        finding = found(capsys, config)["dump"]
+        finding = found(call, config)["dump"]
         assert finding["state"] == "ok"
         assert "no dump is there yet; read, write and put-if-absent work" in finding["said"]
         assert list(Store(url, options=options(port)).heads("")) == [], "the probe is gone"
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER["access_key_id"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER["secret_access_key"])
-        finding = found(capsys, config)["dump"]
+        finding = found(call, config)["dump"]
         assert finding["state"] == "ok"
         assert "read only" in finding["said"]
         config.write_text(config.read_text() + "teacher: {model: t}\n")
-        finding = found(capsys, config)["dump"]
+        finding = found(call, config, code=Exit.MISMATCH)["dump"]
         assert (finding["state"], finding["fix"] is None) == ("warning", False)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-secret")
-        code, out, err = call(capsys, config)
+        code, out, err = call("doctor", config)
         assert code == Exit.MISMATCH
         assert "failure dump" in out
         assert "wrong-and-secret" not in out + err
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER["secret_access_key"])
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER["access_key_id"])
-        gone = found(capsys, config, "--set", "dump.url=s3://no-such-bucket/a", code=Exit.MISMATCH)["dump"]
+        gone = found(call, config, "--set", "dump.url=s3://no-such-bucket/a", code=Exit.MISMATCH)["dump"]
         assert "does not exist" in gone["said"]
 
 
 def test_a_store_without_conditions_and_one_that_is_away(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER["access_key_id"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER["secret_access_key"])
@@ -181,29 +171,29 @@ def test_a_store_without_conditions_and_one_that_is_away(
     server = TinyS3(conditional=False)
     where = {"endpoint": f"http://127.0.0.1:{server.port}", "region": "us-east-1"}
     config = write_config(tmp_path, dump={"url": f"s3://{BUCKET}/a", "storage_options": where})
-    finding = found(capsys, config, code=Exit.MISMATCH)["dump"]
+    finding = found(call, config, code=Exit.MISMATCH)["dump"]
     assert "put-if-absent" in finding["said"]
     server.conditional = True
-    finding = found(capsys, config)["dump"]
+    finding = found(call, config)["dump"]
     assert finding["state"] == "warning", "it knows no DeleteObjects"
     assert list(server.objects)[-1].removeprefix(f"{BUCKET}/a/") in finding["said"]
     server.close()
-    finding = found(capsys, config, code=Exit.TEMPORARY)["dump"]
+    finding = found(call, config, code=Exit.TEMPORARY)["dump"]
     assert (finding["state"], finding["temporary"]) == ("failure", True)
 
 
-def test_local_folders_are_left_as_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_local_folders_are_left_as_they_were(tmp_path: Path, call: Call) -> None:
     config = write_config(tmp_path, dump={"url": str(tmp_path / "new/dump")}, train={"output": str(tmp_path / "run")})
-    findings = found(capsys, config)
+    findings = found(call, config)
     assert "it can be made there" in findings["dump"]["said"]
     assert findings["run directory"]["state"] == findings["disk of the dump"]["state"] == "ok"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml"]
     write_dump(tmp_path / "dump", samples=5)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    finding = found(capsys, config, "--set", f"dump.url={tmp_path}/dump")["dump"]
+    finding = found(call, config, "--set", f"dump.url={tmp_path}/dump")["dump"]
     assert "a dump is there; read, write and put-if-absent work" in finding["said"]
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
-    finding = found(capsys, config, "--set", f"dump.url={config}/dump", code=Exit.MISMATCH)["dump"]
+    finding = found(call, config, "--set", f"dump.url={config}/dump", code=Exit.MISMATCH)["dump"]
     assert finding["state"] == "failure"
 
 
@@ -227,7 +217,21 @@ def test_a_dump_that_may_only_be_read_is_enough_for_a_student() -> None:
     assert "a dump is there; read only" in finding.said
 
 
-def test_the_tokenizers_of_dump_and_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_teacher_is_looked_for(tmp_path: Path, call: Call) -> None:
+    """Where nothing is trained a missing one is a failure: nothing could be done here."""
+    place = {"dump": {"url": str(tmp_path / "dump")}, "teacher": {"model": str(tmp_path / "teacher")}}
+    config = write_config(tmp_path, **place)
+    finding = found(call, config, code=Exit.MISMATCH)["teacher"]
+    assert (finding["state"], "cannot be loaded" in finding["said"]) == ("failure", True)
+    assert found(call, config, "--set", f"train.output={tmp_path}/run")["teacher"]["state"] == "warning"
+    save_student(tmp_path / "teacher")
+    finding = found(call, config)["teacher"]
+    assert (finding["state"], "weights are there" in finding["said"]) == ("ok", True)
+    (tmp_path / "teacher/model.safetensors").unlink()
+    assert "no model.safetensors" in found(call, config, code=Exit.MISMATCH)["teacher"]["said"]
+
+
+def test_the_tokenizers_of_dump_and_student(tmp_path: Path, call: Call) -> None:
     save_student(tmp_path / "student")
     config = write_config(
         tmp_path,
@@ -236,36 +240,36 @@ def test_the_tokenizers_of_dump_and_student(tmp_path: Path, capsys: pytest.Captu
         student={"model": str(tmp_path / "student")},
         train={"output": str(tmp_path / "run")},
     )
-    assert "before the dump has begun" in found(capsys, config)["tokenizer"]["said"]
+    assert "before the dump has begun" in found(call, config)["tokenizer"]["said"]
     write_dump(tmp_path / "dump", samples=5)
-    findings = found(capsys, config)
+    findings = found(call, config)
     assert [findings[name]["state"] for name in ("configuration", "dump", "held-out dump", "student", "tokenizer")] \
         == ["ok"] * 5  # fmt: skip
     assert findings["tokenizer"]["said"] == "the student's is that of the dump"
     for file in (tmp_path / "student").glob("tokenizer*"):
         file.unlink()
-    assert found(capsys, config)["tokenizer"]["state"] == "warning"
+    assert found(call, config)["tokenizer"]["state"] == "warning"
     tiny_tokenizer("other", vocab=VOCAB).save_pretrained(tmp_path / "student")
-    finding = found(capsys, config, code=Exit.MISMATCH)["tokenizer"]
+    finding = found(call, config, code=Exit.MISMATCH)["tokenizer"]
     assert (finding["state"], finding["temporary"]) == ("failure", False)
     assert "not the one the dump was made with" in finding["said"]
-    impossible = found(capsys, config, "--set", "train.deepspeed={zero: 1}", code=Exit.MISMATCH)["student"]
+    impossible = found(call, config, "--set", "train.deepspeed={zero: 1}", code=Exit.MISMATCH)["student"]
     assert "train.deepspeed.zero" in impossible["said"]
 
 
-def test_a_wrong_configuration_is_one_finding_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    findings = found(capsys, write_config(tmp_path, dump={"urll": "x"}, loss=3), code=Exit.MISMATCH)
+def test_a_wrong_configuration_is_one_finding_of_many(tmp_path: Path, call: Call) -> None:
+    findings = found(call, write_config(tmp_path, dump={"urll": "x"}, loss=3), code=Exit.MISMATCH)
     assert list(findings) == ["configuration", *MACHINE]
     assert "did you mean dump.url?" in findings["configuration"]["said"]
     assert "\n" not in findings["configuration"]["said"]
-    assert call(capsys, tmp_path / "absent.yaml")[:2] == (Exit.USAGE, "")
+    assert call("doctor", tmp_path / "absent.yaml")[:2] == (Exit.USAGE, "")
 
 
-def test_a_disk_that_fills_is_temporary(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_is_temporary(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     for free, state, code in ((2**29, "failure", Exit.TEMPORARY), (2**32, "warning", 0), (2**40, "ok", 0)):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
-        assert found(capsys, code=code)["hub cache"]["state"] == state
+        assert found(call, code=code)["hub cache"]["state"] == state
 
 
 def test_what_a_check_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,13 +302,13 @@ def test_the_exit_code() -> None:
     ("sections", "state"), [({}, "warning"), ({"teacher": {"model": "t"}}, "warning"), (None, "failure")]
 )
 def test_what_training_alone_needs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: Any, state: str
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: Any, state: str
 ) -> None:
     """Missing it is a failure where nothing but training can be meant; on the teacher's cluster it is none."""
     monkeypatch.setattr(doctor, "installed", lambda package: package != "deepspeed")
     training = {"student": {"model": "nowhere"}, "train": {"output": str(tmp_path / "run")}}
     config = write_config(tmp_path, dump={"url": str(tmp_path / "dump")}, **training, **(sections or {}))
     words = [config] if sections != {} else []
-    finding = found(capsys, *words, code=Exit.MISMATCH if state == "failure" else 0)["DeepSpeed"]
+    finding = found(call, *words, code=Exit.MISMATCH if state == "failure" else 0)["DeepSpeed"]
     assert (finding["state"], "pip install 'llm-neo[train]'" in finding["fix"]) == (state, True)
     assert finding["said"].startswith("deepspeed not installed")

@@ -249,6 +249,7 @@ def test_a_model_there_and_back(hub: Hub, tmp_path: Path, call: Call) -> None:
         (("push", "DUMP", "s3://bucket/x"), Exit.USAGE, "hf://datasets/USER/NAME"),
         (("push", "DUMP", "hf://datasets/me/dump@v1"), Exit.USAGE, "no place for a dump"),
         (("push", "nowhere", "hf://me/model"), Exit.USAGE, "neither a dump nor a model"),
+        (("push", "nowhere", "hf://datasets/me/model"), Exit.USAGE, "hf://USER/NAME"),
         (("pull", "hf://datasets/me/nothing", "out"), Exit.MISMATCH, "not there, or not for you"),
         (("verify", "hf://datasets/me/nothing"), Exit.MISMATCH, "not there, or not for you"),
         (("verify", "hf://me/model"), Exit.MISMATCH, "hf://datasets/USER/NAME"),

@@ -261,27 +261,22 @@ def test_of_draws_only_drawn_tokens_have_a_probability(tmp_path, tokenizer):
     assert [position for position, shade in drawn.items() if shade == "s5"] == unknown
 
 
-def test_rows_and_page_from_the_command_line(dump, tmp_path, capsys):
+def test_rows_and_page_from_the_command_line(dump, tmp_path, call):
     url, file = dump.store.url, tmp_path / "new" / "page.html"
 
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            cli.main(["inspect", url, *arguments])
-        return left.value.code, capsys.readouterr()
-
-    code, printed = call("--row", "2", "--row", "0", "--row", "2", "--html", str(file), "--json")
+    code, out, _ = call("inspect", url, "--row", 2, "--row", 0, "--row", 2, "--html", file, "--json")
     assert code == 0
-    assert [row["sample_index"] for row in json.loads(printed.out)["rows"]] == [2, 0]
+    assert [row["sample_index"] for row in json.loads(out)["rows"]] == [2, 0]
     assert len(Parsed(file.read_text(encoding="utf-8")).texts) == 2
     assert file.read_text(encoding="utf-8") == page.page(dump, [2, 0])
-    code, printed = call("--html", str(tmp_path / "header.html"))
+    code, out, _ = call("inspect", url, "--html", tmp_path / "header.html")
     assert code == 0
-    assert "header.html" in printed.out
+    assert "header.html" in out
     assert not Parsed((tmp_path / "header.html").read_text()).texts
     (tmp_path / "taken").write_text("")
-    code, printed = call("--html", str(tmp_path / "taken" / "page.html"))
-    assert (code, printed.out) == (64, "")
-    assert "cannot write" in printed.err
+    code, out, err = call("inspect", url, "--html", tmp_path / "taken" / "page.html")
+    assert (code, out) == (64, "")
+    assert "cannot write" in err
 
 
 def test_errors_do_not_command_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Who is which worker, and what is started: pure functions of environment and resources."""
 
+import sys
+
 import pytest
 
 from pipeline.launch import (
@@ -132,8 +134,17 @@ def test_first_host_of_a_slurm_node_list(nodelist: str, host: str) -> None:
 
 
 def test_ranks_of_one_node_meet_at_a_file_and_listen_on_loopback() -> None:
-    argv = rank_argv("student_train.worker", ["--config", "c"], rendezvous="file:///t/ranks", python="py")
-    assert argv == ["py", "-P", "-m", "student_train.worker", "--config", "c", "--rendezvous", "file:///t/ranks"]
+    argv = rank_argv("student_train.worker", ["--config", "c"], rendezvous="file:///t/ranks")
+    assert argv == [
+        sys.executable,
+        "-P",
+        "-m",
+        "student_train.worker",
+        "--config",
+        "c",
+        "--rendezvous",
+        "file:///t/ranks",
+    ]
     env = rank_environment({"NCCL_SOCKET_IFNAME": "eth1"}, 1, nproc=2, nodes=Nodes())
     assert {name: env[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {
         "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
@@ -153,7 +164,7 @@ def test_ranks_of_several_nodes_meet_at_node_0() -> None:
 def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     from pathlib import Path
 
-    argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), python="py", result=Path("r.json"))
+    argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), result=Path("r.json"))
     assert argv[1:5] == ["-P", "-m", "pipeline.entry", "dump"]
     assert argv[5:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--result", "r.json", "--set", "a.b=c"]
     argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), result=Path("r.json"), events=Path("e.jsonl"))

@@ -10,7 +10,6 @@ from rich.console import Console
 from support.dump_checks import SAMPLES, write_corpus
 from support.tiny_teachers import save_teacher
 
-from pipeline import cli
 from pipeline.views import plan as forecast
 
 OPTIONS = ("--pilot-samples", "6", "--tokens-per-second", "10", "--price-per-hour", "2.5", "--seed", "3")
@@ -30,14 +29,10 @@ def config(tmp_path_factory) -> Path:
     return folder / "config.yaml"
 
 
-def test_a_plan_is_json_or_tables_and_writes_nothing(config, capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            cli.main(["plan", str(config), *OPTIONS, *arguments])
-        assert left.value.code == 0
-        return capsys.readouterr().out
-
-    found = json.loads(call("--json"))
+def test_a_plan_is_json_or_tables_and_writes_nothing(config, call):
+    code, out, _ = call("plan", config, *OPTIONS, "--json")
+    assert code == 0
+    found = json.loads(out)
     assert (found["samples"], found["units"]) == (SAMPLES, 4)
     assert (found["tokens_per_second"], found["measured"]) == (10.0, False)
     assert set(found["mass_at_k"]) == {"8", "16", "32", "64", "128", "256"}
@@ -45,7 +40,7 @@ def test_a_plan_is_json_or_tables_and_writes_nothing(config, capsys):
     assert one["hours"] == pytest.approx(found["teacher_tokens"] / 36_000)
     assert one["money"] == pytest.approx(2.5 * one["hours"])
     assert [each["configured"] for each in found["estimators"]] == [True, False, False]
-    shown = call()
+    _, shown, _ = call("plan", config, *OPTIONS)
     for part in (f"{found['supervised_tokens']:,}", "topk (k 8, mass", "k=256", f"{found['mass_at_k']['8']:.4f}"):
         assert part in shown
     assert not (config.parent / "dump").exists()

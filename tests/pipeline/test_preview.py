@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,6 @@ import pytest
 from rich.console import Console
 from support.tiny_teachers import CHATML_GENERATION, VOCABULARY, save_teacher, tiny_tokenizer
 
-from pipeline import cli
 from pipeline.views import preview
 from storage_schemas.common.exits import Exit
 from teacher_dump.config import CorpusSection
@@ -65,20 +63,6 @@ def config(tmp_path, teacher) -> Path:
         )
     )
     return path
-
-
-@pytest.fixture
-def call(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def test_what_it_counts_is_what_the_dump_will_hold(config, call, tmp_path):
@@ -176,12 +160,13 @@ def test_what_cannot_be_shown_is_told(config, call):
     assert "teacher.model" in err
 
 
-def test_ends_of_turns_empty_samples_and_records_that_cannot_be_used_are_explained(config, call, tmp_path):
+def test_ends_of_turns_empty_samples_and_records_that_cannot_be_used_are_explained(config, call, tmp_path, caplog):
     long = chat("what is it " * 60, "so")
     odd = [{"messages": [{"role": "critic", "content": "x"}]}, {"messages": "oops"}]
     records = [*RECORDS, long, {"messages": []}, *odd]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record | {"mood": "good"}) + "\n" for record in records))
     found = json.loads(call("preview", config, "--json")[1])
+    assert sum("does not read: mood" in message for message in caplog.messages) == 1
     assert found["ends"] == {"<|im_end|>": 4, "</s>": 2, " the": 1}, "one answer is cut"
     assert found["empty"] == {
         "without content": 1, "cut before an answer begins": 1, "without an answer that is supervised": 1,

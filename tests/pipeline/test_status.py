@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_lines import Call
 from support.dumps import TOKENIZER, make_dump, some_provenance, unit_rows
 from support.engine_jobs import some_event
 from support.s3_servers import BUCKET, READER, TinyS3, options, seaweedfs
 
-from pipeline import cli
 from pipeline.status import FEWEST_UNITS, READ_RECORDS, WINDOW_SECONDS, Watcher, folder_clock, recent_pace, run_status
 from storage_schemas.common.exits import Exit
 from storage_schemas.config import DumpSection
@@ -52,16 +52,8 @@ def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as left:
-        cli.main(["status", *map(str, arguments)])
-    printed = capsys.readouterr()
-    assert isinstance(left.value.code, int)
-    return left.value.code, printed.out, printed.err
-
-
-def look(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    code, out, err = call(capsys, *arguments, "--json")
+def look(call: Call, *arguments: object) -> dict[str, Any]:
+    code, out, err = call("status", *arguments, "--json")
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
     assert set(found) == {"dump", "others", "heldout", "run"}
@@ -91,8 +83,8 @@ def growing(tmp_path: Path) -> Path:
     return tmp_path / "dump"
 
 
-def test_a_growing_dump(growing: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = look(capsys, growing)["dump"]
+def test_a_growing_dump(growing: Path, call: Call) -> None:
+    found = look(call, growing)["dump"]
     records = [CommitRecord.from_json(f.read_bytes(), name="record") for f in (growing / "commits").glob("*.json")]
     assert (found["units_done"], found["units"], found["samples_done"], found["samples"]) == (12, 20, 48, 80)
     for name in ("tokens", "supervised_tokens", "bytes"):
@@ -102,15 +94,15 @@ def test_a_growing_dump(growing: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / 12 / 30, rel=1e-4)
     assert found["eta_seconds"] == pytest.approx(8 * 30, rel=1e-4)
     assert 0 <= found["seconds_since_last_unit"] < 30
-    out = call(capsys, growing)[1]
+    out = call("status", growing)[1]
     for said in ("12 of 20 units", "48 of 80", "2.00 units/min", "0:04:00 left", "last unit"):
         assert said in out
 
 
-def test_nothing_of_it_is_written(growing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_of_it_is_written(growing: Path, call: Call) -> None:
     before = {path: path.stat().st_mtime_ns for path in growing.rglob("*")}
     folder = growing.stat().st_mtime_ns
-    look(capsys, growing)
+    look(call, growing)
     assert {path: path.stat().st_mtime_ns for path in growing.rglob("*")} == before
     assert growing.stat().st_mtime_ns == folder or not hasattr(os, "O_TMPFILE")
 
@@ -122,37 +114,35 @@ def test_a_folder_that_cannot_be_written_to_has_no_clock() -> None:
 
 @pytest.mark.parametrize("hours", [-30, 7])
 def test_this_machines_clock_does_not_matter(
-    hours: int, growing: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hours: int, growing: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + hours * HOUR)
-    found = look(capsys, growing)["dump"]
+    found = look(call, growing)["dump"]
     assert found["units_per_minute"] == pytest.approx(2, rel=1e-4)
     assert found["eta_seconds"] == pytest.approx(240, rel=1e-4)
     assert 0 <= found["seconds_since_last_unit"] < 30
     assert not found["stalled"]
 
 
-def test_a_clock_that_others_dated_the_records_with_is_not_compared(
-    growing: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clock_that_others_dated_the_records_with_is_not_compared(growing: Path, call: Call) -> None:
     """Some network file systems leave it to the clients, whose clocks may be ahead."""
     date(growing, [time.time() + 5 * HOUR - 30 * (11 - i) for i in range(12)])
-    found = look(capsys, growing)["dump"]
+    found = look(call, growing)["dump"]
     assert found["seconds_since_last_unit"] is None
     assert found["units_per_minute"] == pytest.approx(2, rel=1e-4)
-    assert "last unit" not in call(capsys, growing)[1]
+    assert "last unit" not in call("status", growing)[1]
 
 
-def test_a_dump_that_has_stalled(growing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dump_that_has_stalled(growing: Path, call: Call) -> None:
     date(growing, [time.time() - 3 * HOUR - 30 * (11 - i) for i in range(12)])
-    found = look(capsys, growing)["dump"]
+    found = look(call, growing)["dump"]
     assert (found["stalled"], found["eta_seconds"]) == (True, None)
     assert 3 * HOUR <= found["seconds_since_last_unit"] < 3 * HOUR + 60
-    assert "no unit in the last 3:00:" in call(capsys, growing)[1]
+    assert "no unit in the last 3:00:" in call("status", growing)[1]
 
 
-def test_a_slow_first_unit_is_no_pause(growing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_first_unit_is_no_pause(growing: Path, call: Call) -> None:
     """What the second one takes is told by what the first one has taken."""
     for file in sorted((growing / "commits").glob("*.json"))[1:]:
         file.unlink()
@@ -160,7 +150,7 @@ def test_a_slow_first_unit_is_no_pause(growing: Path, capsys: pytest.CaptureFixt
     date(growing, [now - 2 * HOUR])
     for begun, stalled in ((now - 3 * HOUR, False), (now - 2.2 * HOUR, True)):
         os.utime(growing / "run.json", (begun, begun))
-        assert look(capsys, growing)["dump"]["stalled"] == stalled
+        assert look(call, growing)["dump"]["stalled"] == stalled
 
 
 def test_the_pace_of_the_last_minutes() -> None:
@@ -218,28 +208,24 @@ def arguments(url: str, given: dict[str, str], monkeypatch: pytest.MonkeyPatch) 
     return [url, "--store", f"endpoint={given['endpoint']}", "--store", "region=us-east-1"]
 
 
-def test_a_store_has_its_own_time(
-    elsewhere: OtherTimes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_has_its_own_time(elsewhere: OtherTimes, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(elsewhere.port)
     begin(f"s3://{BUCKET}/a", range(5), given)
-    found = look(capsys, *arguments(f"s3://{BUCKET}/a", given, monkeypatch))["dump"]
+    found = look(call, *arguments(f"s3://{BUCKET}/a", given, monkeypatch))["dump"]
     assert found["units_per_minute"] == pytest.approx(3)
     assert found["eta_seconds"] == pytest.approx(15 * 20)
     assert found["seconds_since_last_unit"] == 20
     assert not found["stalled"]
 
 
-def test_of_many_units_few_records_are_read(
-    elsewhere: OtherTimes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_units_few_records_are_read(elsewhere: OtherTimes, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     units, given = 700, options(elsewhere.port)
     provenance = some_provenance(samples=4 * 1000 - 1, samples_per_unit=4)
     DumpWriter.open(f"s3://{BUCKET}/a", provenance, options=given)
     for unit in range(units):
         elsewhere.objects[f"{BUCKET}/a/{record_key(unit)}"] = synthetic_record(provenance, unit).to_json()
     elsewhere.requests.clear()
-    found = look(capsys, *arguments(f"s3://{BUCKET}/a", given, monkeypatch))["dump"]
+    found = look(call, *arguments(f"s3://{BUCKET}/a", given, monkeypatch))["dump"]
     assert (found["units_done"], found["samples_done"], found["estimated"]) == (units, 4 * units, True)
     assert (found["tokens"], found["supervised_tokens"]) == (100 * units, 50 * units)
     assert found["bytes"] == pytest.approx(units * (10_000 + (units - 1) / 2), rel=0.01)
@@ -256,51 +242,49 @@ def synthetic_record(provenance: Provenance, unit: int) -> CommitRecord:
     )  # fmt: skip
 
 
-def test_a_reader_of_a_real_object_store(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_of_a_real_object_store(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"s3://{BUCKET}/deep/a"
     with seaweedfs(tmp_path) as port:
         given = arguments(url, options(port, READER), monkeypatch)
-        code, out, err = call(capsys, *given, "--json")
+        code, out, err = call("status", *given, "--json")
         assert (code, out) == (Exit.TEMPORARY, "")
         assert f"there is no dump at {url} yet" in err
         writer = begin(url, range(3), options(port))
         time.sleep(2)
         writer.commit_unit(3, unit_rows(PROVENANCE, 3))
-        found = look(capsys, *given)["dump"]
+        found = look(call, *given)["dump"]
         assert (found["units_done"], found["sealed"]) == (4, False)
         assert found["units_per_minute"] > 0
         assert 0 <= found["seconds_since_last_unit"] < 60
         for unit in range(4, PROVENANCE.units):
             writer.commit_unit(unit, unit_rows(PROVENANCE, unit))
         assert writer.seal()
-        found = look(capsys, *given)["dump"]
+        found = look(call, *given)["dump"]
         assert (found["units_done"], found["sealed"], found["units_per_minute"]) == (20, True, None)
         assert READER["secret_access_key"] not in out + err
 
 
-def test_what_is_not_there_yet_is_temporary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_yet_is_temporary(tmp_path: Path, call: Call) -> None:
     for more in ([], ["--watch"]):
-        code, out, err = call(capsys, tmp_path / "nowhere", *more)
+        code, out, err = call("status", tmp_path / "nowhere", *more)
         assert (code, out) == (Exit.TEMPORARY, "")
         assert "there is no dump at" in err
     assert not (tmp_path / "nowhere").exists()
     make_dump(tmp_path / "dump")
-    code, out, err = call(capsys, tmp_path / "dump", tmp_path / "run")
+    code, out, err = call("status", tmp_path / "dump", tmp_path / "run")
     assert (code, out) == (Exit.TEMPORARY, "")
     assert "there is no run in" in err
 
 
-def test_a_wrong_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line(tmp_path: Path, call: Call) -> None:
     (tmp_path / "c.yaml").write_text("dump: {url: dump}\n")
     wrong = [["absent.yaml"], [tmp_path, "--set", "dump.url=x"], [tmp_path / "c.yaml", "--store", "region=x"],
              [tmp_path, "--watch", "0"], []]  # fmt: skip
     for words in wrong:
-        assert call(capsys, *words)[:2] == (Exit.USAGE, "")
+        assert call("status", *words)[:2] == (Exit.USAGE, "")
 
 
-def test_a_configuration_names_both_dumps_and_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_names_both_dumps_and_the_run(tmp_path: Path, call: Call) -> None:
     make_dump(tmp_path / "dump")
     text = f"""
     dump: {{url: {tmp_path}/dump}}
@@ -308,19 +292,19 @@ def test_a_configuration_names_both_dumps_and_the_run(tmp_path: Path, capsys: py
     train: {{output: {tmp_path}/run}}
     """
     (tmp_path / "c.yaml").write_text(text)
-    found = look(capsys, tmp_path / "c.yaml")
+    found = look(call, tmp_path / "c.yaml")
     assert found["dump"]["sealed"]
     assert (found["heldout"]["begun"], found["run"]["begun"]) == (False, False)
     assert set(found["run"]) == RUN_KEYS
-    assert call(capsys, tmp_path / "c.yaml")[1].count("not begun") == 2
+    assert call("status", tmp_path / "c.yaml")[1].count("not begun") == 2
     make_dump(tmp_path / "heldout")
     # All that there is is done: the run has not begun, and may never here.
-    code, out, _ = call(capsys, tmp_path / "c.yaml", "--watch")
+    code, out, _ = call("status", tmp_path / "c.yaml", "--watch")
     assert code == 0
     assert out == "dump: sealed, 3 of 3 units; held-out dump: sealed, 3 of 3 units; run: not begun\n"
 
 
-def test_a_configuration_names_all_dumps_that_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_names_all_dumps_that_are_mixed(tmp_path: Path, call: Call) -> None:
     """Each with its state, and with its losses where the run has told them; nothing is done before all are sealed."""
     make_dump(tmp_path / "dump")
     text = f"""
@@ -328,14 +312,14 @@ def test_a_configuration_names_all_dumps_that_are_mixed(tmp_path: Path, capsys: 
     train: {{output: {tmp_path}/run, dumps: [{{url: {tmp_path}/dump/}}, {{url: {tmp_path}/other, weight: 2}}]}}
     """
     (tmp_path / "c.yaml").write_text(text)
-    found = look(capsys, tmp_path / "c.yaml")
+    found = look(call, tmp_path / "c.yaml")
     assert [(of["url"], of["begun"]) for of in found["others"]] == [(f"{tmp_path}/other", False)]
     (tmp_path / "run").mkdir()
     losses = {"loss": 3.5, "ce": 4.5, "kl": 2.5, "supervised_tokens": 8}
     event = some_event(7, dumps={"dump": losses | {"loss": 1.5}, "other": losses})
     (tmp_path / "run" / "events.jsonl").write_text(event.model_dump_json() + "\n")
-    assert look(capsys, tmp_path / "c.yaml")["run"]["dumps"]["other"] == losses
-    told = call(capsys, tmp_path / "c.yaml")[1]
+    assert look(call, tmp_path / "c.yaml")["run"]["dumps"]["other"] == losses
+    told = call("status", tmp_path / "c.yaml")[1]
     assert re.search(r"other +3\.5000, cross-entropy 4\.5000, divergence 2\.5000", told)
     assert told.count("not begun") == 1
     make_dump(tmp_path / "other", seal=False)
@@ -360,9 +344,7 @@ def test_a_run_is_read_from_its_end(tmp_path: Path) -> None:
     assert run_status(tmp_path).finished
 
 
-def test_checkpoints_may_lie_in_a_store(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_may_lie_in_a_store(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run whose directory is lost they are all that there is; of another run they say nothing."""
     output, elsewhere = tmp_path / "run", f"s3://{BUCKET}/runs/a"
     with seaweedfs(tmp_path) as port:
@@ -373,20 +355,20 @@ def test_checkpoints_may_lie_in_a_store(
         train: {{output: {output}, checkpoint_url: {elsewhere}}}
         """
         (tmp_path / "c.yaml").write_text(text)
-        assert not look(capsys, tmp_path / "c.yaml")["run"]["begun"]
+        assert not look(call, tmp_path / "c.yaml")["run"]["begun"]
         checkpoints = Checkpoints(elsewhere, options=options(port))
         for step in (10, 20):
             state = TrainState(step=step, updates=step, consumed="0" * 64, identity={"train.max_steps": 40})
             checkpoints.save(state, [("master/a", torch.zeros(2))], keep=2)
-        found = look(capsys, tmp_path / "c.yaml")["run"]
+        found = look(call, tmp_path / "c.yaml")["run"]
         assert (found["begun"], found["finished"]) == (True, False)
         assert (found["step"], found["steps"], found["checkpoint_step"]) == (20, 40, 20)
         assert 0 <= found["seconds_since_checkpoint"] < 60
         # A checkpoint that is being written is none yet.
         Store(elsewhere, options=options(port)).delete("step-00000020/COMMIT.json")
         (output / "checkpoints").mkdir(parents=True)
-        assert look(capsys, tmp_path / "c.yaml", output)["run"]["checkpoint_step"] == 10
-        code, _, err = call(capsys, tmp_path / "c.yaml", tmp_path / "other")
+        assert look(call, tmp_path / "c.yaml", output)["run"]["checkpoint_step"] == 10
+        code, _, err = call("status", tmp_path / "c.yaml", tmp_path / "other")
         assert (code, "there is no run in" in err) == (Exit.TEMPORARY, True)
 
 

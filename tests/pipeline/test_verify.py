@@ -10,7 +10,6 @@ import yaml
 from support.dump_checks import rows_of, sections, write_corpus
 from support.tiny_teachers import save_teacher
 
-from pipeline import cli
 from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
 from storage_schemas.targets import concatenate
@@ -37,31 +36,20 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main(["verify", *arguments])
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return run
-
-
 def test_recomputed_rows_are_one_more_field(call, place):
     url = str(place / "dump")
-    code, out, _ = call(url, "--json")
+    code, out, _ = call("verify", url, "--json")
     plain = json.loads(out)
     assert code == 0
     assert set(plain) == KEYS
-    code, out, _ = call(url, "--recompute", "3", "--seed", "1", "--json")
+    code, out, _ = call("verify", url, "--recompute", "3", "--seed", "1", "--json")
     found = json.loads(out)
     assert code == 0
     assert {key: found[key] for key in KEYS} == plain
     assert len(found["recompute"]["rows"]) == 3
     assert found["recompute"]["corpus_compared"] is False
     assert found["recompute"]["kl"][0] < found["recompute"]["kl_limit"]
-    code, out, _ = call(url, "--recompute", "3", "--seed", "1", "--config", str(place / "config.yaml"), "--json")
+    code, out, _ = call("verify", url, "--recompute", "3", "--seed", "1", "--config", place / "config.yaml", "--json")
     assert code == 0
     assert json.loads(out)["recompute"]["rows"] == found["recompute"]["rows"]
     assert json.loads(out)["recompute"]["corpus_compared"] is True
@@ -79,8 +67,8 @@ def test_targets_that_are_not_the_teachers_exit_65(call, place, tmp_path):
     for unit in range(run.units):
         writer.commit_unit(unit, [rows[i] for i in run.unit_range(unit)])
     writer.seal()
-    assert call(str(tmp_path / "dump"))[0] == 0
-    code, out, _ = call(str(tmp_path / "dump"), "--recompute", "4", "--json")
+    assert call("verify", tmp_path / "dump")[0] == 0
+    code, out, _ = call("verify", tmp_path / "dump", "--recompute", "4", "--json")
     found = json.loads(out)
     assert (code, found["ok"]) == (Exit.BAD_DATA, False)
     assert found["errors"] == found["recompute"]["errors"]
@@ -92,23 +80,23 @@ def test_a_teacher_that_is_not_here_or_another_exits_78_before_anything_is_read(
     save_teacher(tmp_path / "other", seed=1)
     monkeypatch.setattr("storage_schemas.verify.verify", None)
     url = str(place / "dump")
-    code, _, err = call(url, "--recompute", "1", "--model", str(tmp_path / "other"))
+    code, _, err = call("verify", url, "--recompute", "1", "--model", tmp_path / "other")
     assert code == Exit.MISMATCH
     assert "is not the teacher that made the dump" in err
     (place / "teacher").rename(place / "moved")
     try:
-        code, _, err = call(url, "--recompute", "1")
+        code, _, err = call("verify", url, "--recompute", "1")
         assert code == Exit.MISMATCH
         assert "the teacher that made the dump is not here" in err
         assert "--model DIR" in err
         monkeypatch.undo()
-        assert call(url, "--recompute", "1", "--model", str(copy))[0] == 0
+        assert call("verify", url, "--recompute", "1", "--model", copy)[0] == 0
     finally:
         (place / "moved").rename(place / "teacher")
 
 
 def test_a_teacher_without_recompute_is_a_wrong_command_line(call, place):
-    for option in (["--model", "x"], ["--config", str(place / "config.yaml")]):
-        code, out, err = call(str(place / "dump"), *option)
+    for option in (["--model", "x"], ["--config", place / "config.yaml"]):
+        code, out, err = call("verify", place / "dump", *option)
         assert (code, out) == (Exit.USAGE, "")
         assert "--recompute" in err

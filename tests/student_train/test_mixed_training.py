@@ -66,7 +66,7 @@ def test_loss_and_gradient_are_those_of_each_dumps_own_loss(names: tuple[str, ..
     found = {name: p.grad.clone() for name, p in module.trained()}
     module.zero_grad()
 
-    hidden = batch.select(module._hidden(batch.input_ids, batch.position_ids))
+    hidden = module.hidden(batch)
     weight, first, expected = module.student.get_output_embeddings().weight, 0, []
     for targets, own in zip(batch.parts, losses, strict=True):
         piece = hidden[first : first + len(targets)]

@@ -46,7 +46,7 @@ from student_train.results.evaluate import evaluate
 from student_train.results.final import refuse_other_logits, save_model, write_final
 from student_train.results.merge import merge
 from student_train.results.model_card import model_card
-from student_train.results.saved import load_adapter
+from student_train.results.saved import load_adapter, read_record, write_record
 from student_train.train import _student
 from student_train.training_run import open_run
 
@@ -496,6 +496,14 @@ def test_base_that_moved(folder: Path, tmp_path: Path) -> None:
         merge(final, tmp_path / "other", base=folder / "teacher")
     with pytest.raises(MismatchError, match="no directory nowhere"):
         merge(final, tmp_path / "other", base=Path("nowhere"))
+    # One that cannot be had is not called another one.
+    record, config = read_record(final), json.loads((final / "adapter_config.json").read_text())
+    assert record is not None
+    (final / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/gone"}))
+    (final / "llm-neo.json").unlink()
+    write_record(final, record.base)
+    with pytest.raises(MismatchError, match="some/gone cannot be loaded"):
+        evaluate(final, dump)
 
 
 @pytest.mark.parametrize(("positions", "refused"), [(63, True), (64, False)])
