@@ -5,6 +5,7 @@ Each imports its own stage when it is called, since that takes seconds.
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
