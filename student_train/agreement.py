@@ -14,6 +14,7 @@ from student_train.data.follower import Followers
 from student_train.data.stream import Stream
 from student_train.saving import Saver
 from student_train.training_run import TrainingRun
+from student_train.utilisation import peak_memory
 from student_train.world import World
 
 POLL_SECONDS = 1.0
@@ -33,6 +34,10 @@ class Vote(NamedTuple):
     """Supervised tokens of these."""
     tokens: float
     """All their tokens."""
+    padded: float
+    """And what fills them up to the longest."""
+    memory: float
+    """See `utilisation.peak_memory`."""
     wait: float
     """Seconds that it waited for them."""
     allowed: float
@@ -113,6 +118,8 @@ class Agreement:
             batches=-1 if batches is None else len(batches),
             supervised=sum(batch.supervised for batch in batches or ()),
             tokens=sum(batch.tokens for batch in batches or ()),
+            padded=sum(batch.padding for batch in batches or ()),
+            memory=peak_memory(self._world.device),
             wait=wait,
             allowed=allowed,
             save=self._saver.due(step + 1),

@@ -264,6 +264,9 @@ class TrainSection(FrozenModel):
     256 MiB of logits in float32, 523 with Llama 3's vocabulary."""
     logging_steps: int = Field(1, ge=1)
     """Steps between two records in events.jsonl."""
+    profile: int | None = Field(None, ge=1)
+    """Record so many steps, after the first three of this start, with torch.profiler. Each rank's trace is left in
+    `profile/rank-N.json` of the run directory, for Perfetto or chrome://tracing. Null: none."""
     eval_steps: int | None = Field(None, ge=1)
     """Steps between two evaluations on the held-out dump, `heldout.url`, without the teacher and on all ranks; one more
     before the first and one after the last step. Null: none."""

@@ -19,6 +19,7 @@ from storage_schemas.common.errors import TemporaryError
 from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
+from student_train.utilisation import Work
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,12 @@ class Event(FrozenModel):
     save_wait_seconds: float = 0.0
     """Since the line before: how long training stood still for checkpoints, to copy the state and to wait until the one
     before was written."""
+    padding: float = 0.0
+    """Share of the micro-batches' tokens that are padding."""
+    mfu: float | None = None
+    """Model FLOP utilisation: see `utilisation.Work`; absent where the device or the student's FLOP are not known."""
+    peak_device_bytes: int | None = None
+    """What tensors had at most on a GPU since the start, on the rank that had most; absent without GPUs."""
     router_aux: float | None = None
     """Auxiliary loss of a mixture of experts, without its coefficient; absent for other students."""
     dumps: dict[str, DumpLosses] | None = None
@@ -135,6 +142,10 @@ class Step(NamedTuple):
     """Supervised tokens."""
     tokens: int
     """All tokens that are not padding."""
+    padded: int
+    """Those that are padding too."""
+    memory: int
+    """See `Event.peak_device_bytes`; 0 without a GPU."""
     wait: float
     """Seconds that the slowest rank waited for data."""
     learning_rate: float
@@ -146,9 +157,18 @@ class Step(NamedTuple):
 class Meter:
     """Adds up steps until the next event. Means are per supervised token, so that steps weigh what they hold."""
 
-    def __init__(self, *, start: int, stop: int, steps_per_epoch: int, dumps: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        start: int,
+        stop: int,
+        steps_per_epoch: int,
+        dumps: Sequence[str] = (),
+        work: Work | None = None,
+        ranks: int = 1,
+    ) -> None:
         """Begin after `start` of `stop` steps. `dumps` are the names of the dumps, if there are several."""
-        self._dumps = dumps
+        self._dumps, self._work, self._ranks = dumps, work, ranks
         self._first, self._stop, self._steps_per_epoch = start, stop, steps_per_epoch
         self._begin = self._since = time.monotonic()
         self.total_tokens, self.total_wait, self.total_save_wait = 0, 0.0, 0.0
@@ -189,7 +209,10 @@ class Meter:
         steps, self._steps = self._steps, []
         since, self._since = self._since, time.monotonic()
         save_wait, self._save_wait = self._save_wait, 0.0
-        supervised = sum(step.supervised for step in steps)
+        seconds = max(1e-9, self._since - since)
+        supervised, tokens, padded = (
+            sum(getattr(step, name) for step in steps) for name in ("supervised", "tokens", "padded")
+        )
         return Event(
             step=done,
             epoch=done / self._steps_per_epoch,
@@ -199,7 +222,10 @@ class Meter:
             learning_rate=steps[-1].learning_rate,
             grad_norm=steps[-1].grad_norm,
             supervised_tokens=supervised,
-            tokens_per_second=sum(step.tokens for step in steps) / max(1e-9, self._since - since),
+            tokens_per_second=tokens / seconds,
+            padding=padded / max(1, tokens + padded),
+            mfu=self._work and self._work.utilisation(tokens, supervised, seconds=seconds, devices=self._ranks),
+            peak_device_bytes=steps[-1].memory or None,
             data_wait_seconds=sum(step.wait for step in steps),
             save_wait_seconds=save_wait,
             eta_seconds=(self.seconds + self.paused) / max(1, done - self._first) * (self._stop - done),

@@ -28,7 +28,7 @@ DYING_SECONDS = 60.0
 """How long a start waits for the ranks of a launcher that is gone: they may be writing a checkpoint."""
 _ABSENT = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _LEFT = {"config.yaml", "events.jsonl", "checkpoints", "final", "final.staged", "summary.json", "exit", "cache"}
-_LEFT |= {"steps", "merged", "report.md", "tensorboard", "wandb"}
+_LEFT |= {"steps", "merged", "report.md", "tensorboard", "wandb", "profile"}
 """What runs leave in their directory."""
 _HARMLESS = re.compile(r"^\.|\.(log|out|err|txt|ya?ml)$")
 """Names that schedulers and users put there before a run."""

@@ -30,6 +30,7 @@ from student_train.model.adapter import left_out
 from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
 from student_train.model.student_files import identity, sha256
 from student_train.model.tokenizers import NEW_TOKENS
+from student_train.profiling import recorded
 from student_train.results.end_of_turn import span_ends
 from student_train.results.final import write_final
 from student_train.results.model_card import Evaluation, model_card
@@ -49,6 +50,7 @@ from student_train.training_run import (
     trained_on,
     weigh,
 )
+from student_train.utilisation import Work
 from student_train.warm_start import begin, refuse_other_start, refuse_other_student
 from student_train.world import PeerError, World
 
@@ -180,7 +182,10 @@ class _Loop:
         self._given_up = False
         """Whether the evaluation that is due was not done: a stop was asked for, or a rank has met an error."""
         names = [source.name for source in run.mixed]
-        self._meter = Meter(start=self._start, stop=run.steps, steps_per_epoch=run.mix.steps_per_epoch, dumps=names)
+        self._meter = Meter(
+            start=self._start, stop=run.steps, steps_per_epoch=run.mix.steps_per_epoch, dumps=names,
+            work=Work.of(causal_of(learner.module.student), world.device), ranks=world.world_size,
+        )  # fmt: skip
         self._saver = Saver(world, run.checkpoints, run.train, waited=self._meter.wait)
         self._agreement = Agreement(world, run, stop, self._saver)
         self._write: Write | None = None
@@ -195,6 +200,7 @@ class _Loop:
             stack.enter_context(self._saver)
             self._write = world.on_main(lambda: stack.enter_context(self._reporting()))
             stream = stack.enter_context(closing(self._open_stream()))
+            stepped = stack.enter_context(recorded(run.train.output, run.train.profile, rank=world.rank))
             # Of what lives by now nothing dies before the end: no collection needs to walk over libraries and model.
             gc.collect()
             gc.freeze()
@@ -205,6 +211,7 @@ class _Loop:
                 if batches is None:
                     self._leave(votes)
                 self._train(batches, votes, stream)
+                stepped()
                 self._done += 1
                 evaluated = self._evaluate()
                 save = votes[0].save > 0 or over(run, self._done, self._results)
@@ -241,6 +248,8 @@ class _Loop:
                 router_aux=result.router_aux,
                 supervised=supervised,
                 tokens=int(sum(vote.tokens for vote in votes)),
+                padded=int(sum(vote.padded for vote in votes)),
+                memory=int(max(vote.memory for vote in votes)),
                 wait=max(vote.wait for vote in votes),
                 learning_rate=rate,
                 grad_norm=result.grad_norm,

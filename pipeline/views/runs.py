@@ -15,7 +15,8 @@ from student_train.summary import SUMMARY, Summary, read_summary
 
 _OF_A_SEED = {
     "output", "seed", "run_name", "tags", "project", "report_to", "checkpoint_url", "cache_dir", "cache_bytes",
-    "resume", "save_steps", "save_minutes", "save_total_limit", "snapshot_bytes", "logging_steps", "data_wait_seconds",
+    "resume", "save_steps", "save_minutes", "save_total_limit", "snapshot_bytes", "logging_steps", "profile",
+    "data_wait_seconds",
 }  # fmt: skip
 """Settings of `train` in which runs of one kind may differ."""
 

@@ -92,6 +92,11 @@ class TrainBatch(_Tensors):
     """Tokens of each row that are not padding; 1 for a filler."""
 
     @property
+    def padding(self) -> int:
+        """Tokens in `input_ids` that are padding; none of a filler counts."""
+        return self.input_ids.numel() - self.tokens if self.tokens else 0
+
+    @property
     def supervised(self) -> int:
         """Supervised tokens."""
         return len(self.positions)

@@ -35,7 +35,7 @@ from student_train.metrics import (
 
 def step(**changes: Any) -> Step:
     """A step without anything in it."""
-    values = {"loss": 0.0, "parts": [], "supervised": 0, "tokens": 0, "wait": 0.0}
+    values = {"loss": 0.0, "parts": [], "supervised": 0, "tokens": 0, "padded": 0, "memory": 0, "wait": 0.0}
     return Step(**(values | {"learning_rate": 0.0, "grad_norm": 0.0} | changes))
 
 
@@ -58,6 +58,7 @@ def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
             parts=[Part(10, 10.0, 20.0, 5.0)],
             supervised=10,
             tokens=50,
+            padded=50,
             wait=0.5,
             learning_rate=9.0,
             grad_norm=9.0,
@@ -65,9 +66,12 @@ def test_means_weigh_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     meter.wait(0.25)
     last = {"learning_rate": 1e-3, "grad_norm": 2.0}
-    meter.add(step(loss=90.0, parts=[Part(30, 90.0, 60.0, 15.0)], supervised=30, tokens=150, wait=0.25, **last))
+    meter.add(
+        step(loss=90.0, parts=[Part(30, 90.0, 60.0, 15.0)], supervised=30, tokens=150, wait=0.25, memory=7, **last)
+    )
     now[0] += 4.0
     found = meter.event(6)
+    assert (found.padding, found.peak_device_bytes, found.mfu) == (0.2, 7, None)
     assert (found.loss, found.ce, found.kl) == (2.5, 2.0, 0.5)
     assert (found.learning_rate, found.grad_norm) == (1e-3, 2.0), "of the last step"
     assert found.supervised_tokens == 40
@@ -229,7 +233,7 @@ def lost_and_found(output: Path, kind: str) -> None:
         config, name = {"alpha": 0.9}, "one-run"
         with reporting(output, [kind], start=start, stop=4, config=config, name=name, monitors={}) as write:
             for number in steps:
-                write(some_event(number, loss=number + start / 10, router_aux=1.0))
+                write(some_event(number, loss=number + start / 10, router_aux=1.0, mfu=0.4, peak_device_bytes=9))
         time.sleep(1.1)  # W&B names a start by the second; attempts of a real run never share one.
 
 

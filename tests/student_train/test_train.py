@@ -39,6 +39,7 @@ WINDOWS = {"shuffle_window_units": 1, "shuffle_block_units": 1, "max_steps": 4}
 FLAT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 KNOWN: dict[str, dict[str, Any]] = {
     **{f"{name} whole": job for name, job in SAME.items()},
+    "tokens whole": {"train": SAME["tokens"]["train"] | {"profile": 2}},
     "half": {"stop_after": 3},
     "sealed": {"train": WINDOWS},
     "first part": {"train": FLAT | {"max_steps": 3}},
@@ -203,6 +204,15 @@ def test_micro_batches_of_tokens_change_nothing(training: Trainings) -> None:
     assert found.losses == pytest.approx(expected.losses, rel=FORWARD)
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-6)
     assert update_excess(found["state"], expected["state"], first=training("half")["state"], rate=1e-2, steps=6) < 1
+
+
+def test_a_few_steps_of_each_rank_are_recorded(training: Trainings) -> None:
+    """Those after the first three, and nothing of the others."""
+    for rank in range(2):
+        trace = json.loads((training("tokens whole").output / "profile" / f"rank-{rank}.json").read_bytes())
+        steps = [e["name"] for e in trace["traceEvents"] if str(e.get("name")).startswith("ProfilerStep#")]
+        assert sorted(set(steps)) == ["ProfilerStep#3", "ProfilerStep#4"]
+        assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -436,10 +446,11 @@ def test_events_and_summary(training: Trainings) -> None:
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     names = {
         "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens_per_second",
-        "data_wait_seconds", "save_wait_seconds", "eta_seconds",
+        "data_wait_seconds", "save_wait_seconds", "eta_seconds", "padding",
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(line) == names for line in lines)
+    assert 0 < max(line["padding"] for line in lines) < 0.7
     for line in lines:
         assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kl"], rel=FORWARD)
     # Warm-up over 2 of 6 steps, then a cosine.
