@@ -168,7 +168,7 @@ def test_the_worked_example_adds_up() -> None:
         "GPU memory of a rank, trained": f"{trained * 6 / 1e9:.2f} GB and {trained * 12 / ranks / 1e9:.2f} GB",
         "logits of a rank": f"{LOGITS_BYTES / 1e9:.2f} GB",
         "a checkpoint": f"{trained * 12 / 1e9:.1f} GB",
-        "host memory of a rank, for shards": (
+        "disk of a node, for decoded shards (memory of a rank, if there is only one)": (
             f"{2 * config.train.shuffle_block_units * unit * tokens * entries * 8 / 1e9:.1f} GB"
         ),
         "steps": f"{-(-samples // config.train.global_batch_size) * config.train.epochs}",

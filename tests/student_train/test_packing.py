@@ -112,14 +112,14 @@ def test_layout(folder: Path) -> None:
 def test_a_student_that_mixes_samples_is_refused(folder: Path, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers does with an attention mask, and what an architecture without position ids would do."""
 
-    def hidden(self: Distilled, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def states(self: Distilled, input_ids: Tensor, position_ids: Tensor) -> Any:
         body = self._causal[0].get_decoder()
         if mistake == "a mask is given":
             mask = torch.ones_like(input_ids)
-            return body(input_ids=input_ids, position_ids=position_ids, attention_mask=mask).last_hidden_state
-        return body(input_ids=input_ids, use_cache=False).last_hidden_state
+            return body(input_ids=input_ids, position_ids=position_ids, attention_mask=mask)
+        return body(input_ids=input_ids, use_cache=False)
 
-    monkeypatch.setattr(Distilled, "_hidden", hidden)
+    monkeypatch.setattr(Distilled, "_states", states)
     student(folder, "llama")  # Nothing is packed.
     with pytest.raises(MismatchError, match="does not keep packed samples apart"):
         student(folder, "llama", packing=True)
