@@ -27,7 +27,7 @@ from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
 from student_train.model.adapter import left_out
-from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
+from student_train.model.student import Student, causal_of, load_student, refuse_other_dump, with_all_factors
 from student_train.model.student_files import identity, sha256
 from student_train.model.tokenizers import NEW_TOKENS
 from student_train.profiling import recorded
@@ -112,7 +112,9 @@ def train(
     if world.world_size > 1:
         run.share()
     run, trained = begin(world, run, checkpoint)
-    learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main))
+    learner = world.together(lambda: _student(run, checkpoint, trained, world))
+    if learner.initial and world.world_size > 1 and (trained or checkpoint) is None:
+        learner = with_all_factors(learner, student.lora, world)
     if trained is not None:
         world.together(partial(load_weights, learner.module, trained.tensors((MASTER,))))
     engine = Engine(learner.module, settings, world)
@@ -125,20 +127,19 @@ def train(
         engine.close()
 
 
-def _student(
-    run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None = None, *, main: bool
-) -> Student:
+def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None, world: World) -> Student:
     """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
     main rank with all that identifies it, and proven to fit the dump."""
     model, revision = run.student.model, run.student.revision
     begun = trained or checkpoint
     initial = None if begun is None else begun.by_name(INITIAL)
     losses = [source.loss for source in run.sources]
-    learner = load_student(run.student, losses, run.train, run.dump.provenance, initial=initial)
+    part = world.rank, world.world_size
+    learner = load_student(run.student, losses, run.train, run.dump.provenance, initial=initial, part=part)
     start = run.student.adapter
     if start is not None and (checkpoint is None or not checkpoint.step):
         begin_from(learner.module.student, start)
-    if not main:
+    if not world.main:
         return learner
     learner = replace(learner, files=identity(model, revision, code=run.student.trust_remote_code))
     if start is not None:

@@ -66,6 +66,10 @@ class World:
 
         return told
 
+    def spread(self, tensor: torch.Tensor, owner: int) -> None:
+        """Give all ranks, in place, what one of them has of a tensor in the host's memory. Collective."""
+        dist.broadcast(tensor, src=owner, group=self.control)
+
     def leave_together(self, codes: Sequence[float], error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own on the lowest such rank, PeerError elsewhere.
 

@@ -1,7 +1,7 @@
 """The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,10 @@ def lora_config(lora: LoraSection) -> LoraConfig:
         raise _not_taken(error) from error
 
 
-def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None) -> PeftModel:
+def attach(
+    base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> PeftModel:  # fmt: skip
     """Put the adapter on the student; everything else is frozen but for `lora.modules_to_save`. fp32 adapters, whatever
     the base's dtype.
 
@@ -109,6 +112,8 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
         seed: of the initial weights; equal on every rank.
         initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was, however
             a decomposition would come out on this machine.
+        part: (rank, ranks) of those that decompose together, if there is no `initial`. With more than one this is done
+            by halves: the adapter has the factors of the rank's own weights, and `spread` does the rest.
 
     Raises:
         MismatchError: no such modules, the head is among those to adapt, or `extra` does not go with the variant.
@@ -127,8 +132,13 @@ def attach(base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[st
     _refuse_adapted_twice(model)
     if lora.variant == "pissa":
         _refuse_experts(model)
-        shapes = {name: p.shape for name, p in _factors(model)}
-        _subtract(model, _principal_factors(model) if initial is None else dict(exactly(initial.items(), shapes)))
+        if initial is None:
+            _decompose(model, *part)
+        else:
+            shapes = {name: p.shape for name, p in _factors(model)}
+            _put(model, dict(exactly(initial.items(), shapes)))
+        if initial is not None or part[1] == 1:
+            _subtract(model)
     if lora.variant == "moslora":
         _mix(model, lora.extra)
     return model
@@ -206,32 +216,55 @@ def plain_adapter(
 
 
 @torch.no_grad()
-def _principal_factors(model: PeftModel) -> dict[str, Tensor]:
+def _decompose(model: PeftModel, rank: int, ranks: int) -> None:
     """B A = the r largest principal components of each base weight over the scaling (PiSSA, arXiv 2404.02948, eq. 2-3).
 
-    They are rounded to the base's dtype, which is what training begins with.
+    Of the weights that are this rank's. They are rounded to the base's dtype, which is what training begins with.
     """
-    factors: dict[str, Tensor] = {}
-    for name, layer in _lora_layers(model):
+    for layer, owner in _owners(model, ranks):
+        if owner != rank:
+            continue
         weight = layer.get_base_layer().weight
         whole = weight.float().T if layer.fan_in_fan_out else weight.float()
         u, s, vh = torch.linalg.svd(whole, full_matrices=False)
         r = layer.r[ADAPTER]
         root = (s[:r] / layer.scaling[ADAPTER]).sqrt()
-        factors[f"{name}.lora_A.{ADAPTER}.weight"] = (root[:, None] * vh[:r]).to(weight.dtype).float()
-        factors[f"{name}.lora_B.{ADAPTER}.weight"] = (u[:, :r] * root).to(weight.dtype).float()
-    return factors
+        layer.lora_A[ADAPTER].weight.copy_((root[:, None] * vh[:r]).to(weight.dtype))
+        layer.lora_B[ADAPTER].weight.copy_((u[:, :r] * root).to(weight.dtype))
+
+
+def _owners(model: PeftModel, ranks: int) -> list[tuple[Any, int]]:
+    """Each layer and the rank that decomposes it: the largest are dealt first, so that all have as much to do."""
+    layers = [layer for _, layer in _lora_layers(model)]
+    layers.sort(key=lambda layer: layer.get_base_layer().weight.numel(), reverse=True)
+    return [(layer, place % ranks) for place, layer in enumerate(layers)]
 
 
 @torch.no_grad()
-def _subtract(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
-    """Put the factors in the adapter, and take them out of the base weights."""
-    for name, layer in _lora_layers(model):
-        a, b = (factors[f"{name}.{part}.{ADAPTER}.weight"].float() for part in ("lora_A", "lora_B"))
-        layer.lora_A[ADAPTER].weight.copy_(a)
-        layer.lora_B[ADAPTER].weight.copy_(b)
+def spread(model: PeftModel, ranks: int, broadcast: Callable[[Tensor, int], object]) -> None:
+    """Give all ranks the factors that each has decomposed, and take them out of the base weights. Collective.
+
+    Args:
+        broadcast: gives all ranks, in place, what the named one has of a tensor.
+    """
+    for layer, owner in _owners(model, ranks):
+        for factor in (layer.lora_A, layer.lora_B):
+            broadcast(factor[ADAPTER].weight.data, owner)
+    _subtract(model)
+
+
+@torch.no_grad()
+def _put(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
+    for name, parameter in _factors(model):
+        parameter.copy_(factors[name])
+
+
+@torch.no_grad()
+def _subtract(model: PeftModel) -> None:
+    """Take what the adapter begins with out of the base weights."""
+    for _, layer in _lora_layers(model):
         weight = layer.get_base_layer().weight
-        update = layer.scaling[ADAPTER] * (b @ a)
+        update = layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight)
         weight.copy_((weight.float() - (update.T if layer.fan_in_fan_out else update)).to(weight.dtype))
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,9 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, finish_logits, input_device
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
-from student_train.model.adapter import attach, initial_factors
+from student_train.model.adapter import attach, initial_factors, spread
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
@@ -28,6 +28,7 @@ from student_train.model.quantised import keep_numbers, quantisation, refuse_unf
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
 from student_train.model.tokenizers import refuse_tokenizer
+from student_train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +163,12 @@ def load_student(
     provenance: Provenance,
     *,
     initial: Mapping[str, Tensor] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Student:
     """Load the student and make it ready for its arm.
 
     `losses` are those of each dump, and `provenance` is what these agree on. The arms `sft` and `lora` use the
-    cross-entropy alone, as with alpha 0. For `initial` see `adapter.attach`.
+    cross-entropy alone, as with alpha 0. For `initial` and `part` see `adapter.attach`.
 
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
@@ -185,7 +187,7 @@ def load_student(
     model: nn.Module = base
     start: dict[str, Tensor] = {}
     if train.lora:
-        model = attach(base, student.lora, seed=train.seed, initial=initial)
+        model = attach(base, student.lora, seed=train.seed, initial=initial, part=part)
         start = initial_factors(model, student.lora)
         scale_between(model)
     else:
@@ -201,6 +203,13 @@ def load_student(
     if train.packing:
         refuse_mixed_samples(module)
     return Student(module=module, initial=start)
+
+
+def with_all_factors(student: Student, lora: LoraSection, world: World) -> Student:
+    """The student whose weights the ranks have decomposed together, see `adapter.spread`. Collective."""
+    model: Any = student.module.student
+    spread(model, world.world_size, world.spread)
+    return replace(student, initial=initial_factors(model, lora))
 
 
 LOGITS_BYTES = 2**28

@@ -1,6 +1,8 @@
 """The adapter: what may be configured, how it starts, and every variant trained, saved and loaded again."""
 
 import json
+from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import LoraSection
-from student_train.model.adapter import OWNED, attach, initial_factors, lora_config, plain_adapter
+from student_train.model.adapter import OWNED, attach, initial_factors, lora_config, plain_adapter, spread
 
 VARIANTS = ("lora", "rslora", "dora", "pissa", "moslora")
 IDS = torch.arange(20)[None]
@@ -152,6 +154,30 @@ def test_pissa_is_restored_without_a_decomposition(dtype: torch.dtype, monkeypat
     assert len(initial) == 28
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+def test_pissa_is_decomposed_by_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes as many weights; what all have in the end is what one rank alone would have, bit for bit."""
+    lora, sizes, svd = LoraSection(r=4, variant="pissa"), list[int](), torch.linalg.svd
+    whole = attach(tiny_llama(1), lora, seed=0)
+
+    def counted(weight: Tensor, **options: Any) -> Any:
+        sizes.append(weight.numel())
+        return svd(weight, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    models = [attach(tiny_llama(1), lora, seed=0, part=(rank, 3)) for rank in range(3)]
+    assert len(sizes) == 14
+    shares = [sum(sizes[start:stop]) for start, stop in ((0, 5), (5, 10), (10, 14))]
+    assert max(shares) < 1.3 * min(shares)
+    told: list[list[Tensor]] = [[] for _ in models]
+    for rank, model in enumerate(models):
+        spread(deepcopy(model), 3, lambda tensor, owner, mine=told[rank]: mine.append(tensor.clone()))
+    for model in models:
+        order = count()
+        spread(model, 3, lambda tensor, owner, order=order: tensor.copy_(told[owner][next(order)]))
+        for (name, found), (_, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+            assert torch.equal(found, expected), name
 
 
 @torch.no_grad()
