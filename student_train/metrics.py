@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ConfigDict
 from rich.console import Console
@@ -19,7 +19,9 @@ from storage_schemas.common.errors import TemporaryError
 from storage_schemas.common.extras import refuse_missing
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.publish import publish
-from student_train.utilisation import Work
+
+if TYPE_CHECKING:
+    from student_train.utilisation import Work
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +166,7 @@ class Meter:
         stop: int,
         steps_per_epoch: int,
         dumps: Sequence[str] = (),
-        work: Work | None = None,
+        work: "Work | None" = None,
         ranks: int = 1,
     ) -> None:
         """Begin after `start` of `stop` steps. `dumps` are the names of the dumps, if there are several."""
