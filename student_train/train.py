@@ -112,7 +112,8 @@ def train(
     if world.world_size > 1:
         run.share()
     run, trained = begin(world, run, checkpoint)
-    learner = world.together(lambda: _student(run, checkpoint, trained, world))
+    part = world.rank, world.world_size
+    learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main, part=part))
     if learner.initial and world.world_size > 1 and (trained or checkpoint) is None:
         learner = with_all_factors(learner, student.lora, world)
     if trained is not None:
@@ -127,19 +128,21 @@ def train(
         engine.close()
 
 
-def _student(run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None, world: World) -> Student:
+def _student(
+    run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None = None, *, main: bool,
+    part: tuple[int, int] = (0, 1),
+) -> Student:  # fmt: skip
     """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
     main rank with all that identifies it, and proven to fit the dump."""
     model, revision = run.student.model, run.student.revision
     begun = trained or checkpoint
     initial = None if begun is None else begun.by_name(INITIAL)
     losses = [source.loss for source in run.sources]
-    part = world.rank, world.world_size
     learner = load_student(run.student, losses, run.train, run.dump.provenance, initial=initial, part=part)
     start = run.student.adapter
     if start is not None and (checkpoint is None or not checkpoint.step):
         begin_from(learner.module.student, start)
-    if not world.main:
+    if not main:
         return learner
     learner = replace(learner, files=identity(model, revision, code=run.student.trust_remote_code))
     if start is not None:
