@@ -57,13 +57,13 @@ class Guidelines:
         """Announce the work."""
         self.study, self.grid, self.lab = study, grid, study.lab
         budget = study.budget
-        self.lab.plan(grid.runs * (budget.steps + EVALUATION))
-        self.lab.plan((len(grid.ranks) - 1) * budget.rates * (budget.tuning_steps + EVALUATION))
+        self.lab.plan((grid.runs + len(budget.seeds)) * (budget.steps + EVALUATION))
+        self.lab.plan(len(grid.ranks) * budget.rates * (budget.tuning_steps + EVALUATION))
 
     def run(self) -> str:
         """All of it; returns the tables."""
         rates = {rank: self.study.rate(NEO, rank) for rank in self.grid.ranks}
-        best = self.study.rate(NEO)
+        best = rates[LORA["r"]]
         seeds = [self.point("", best, seed=seed)["kl_mean"] for seed in self.study.budget.seeds]
         ranks = {f"{rank}": self.point(f"r{rank}", rates[rank], lora={"r": rank}) for rank in self.grid.ranks}
         alphas = {f"{alpha:g}": self.point(f"alpha-{alpha:g}", best, alpha=alpha) for alpha in self.grid.alphas}

@@ -61,15 +61,16 @@ class Study:
         self.lab, self.budget = lab, budget
         self.scores: dict[tuple[str, int], dict[float, float]] = {}
         mine, tuning = split(train, lab.folder, held=budget.tuning_samples, limit=budget.conversations)
-        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 5
-        lab.plan(len(METHODS) * (budget.rates * budget.tuning_steps + len(budget.seeds) * budget.steps))
-        lab.plan(EVALUATION * evaluations)
         self.dump = lab.dump("dump", mine, TopK(k=budget.k, mass=1.0))
         self.tuning = lab.dump("dump-tuning", tuning, TopK(k=4 * budget.k, mass=1.0))
         self.heldout = lab.dump("dump-heldout", heldout, TopK(k=4 * budget.k, mass=1.0))
 
     def run(self) -> str:
         """All of it; returns the report, which lies beside the results."""
+        budget = self.budget
+        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 5
+        self.lab.plan(len(METHODS) * (budget.rates * budget.tuning_steps + len(budget.seeds) * budget.steps))
+        self.lab.plan(EVALUATION * evaluations)
         before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
         rates = {method: self.rate(method) for method in METHODS}
         runs: dict[str, list[Result]] = {method: [] for method in METHODS}
