@@ -18,7 +18,7 @@ from typing import Any
 from storage import find_teacher
 
 from pipeline.prune import prune
-from pipeline.views.report import QUALITY
+from pipeline.views.report import quality
 from storage_schemas.common.publish import publish
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.reader import Dump
@@ -160,9 +160,7 @@ class Lab:
         folders = []
         for run, after in runs:
             folder = Path(run["directory"]).parent
-            told = json.loads((folder / SUMMARY).read_text())
-            for measure, name in QUALITY.items():
-                told |= {f"{name}_before": before[measure], f"{name}_after": after[measure]}
+            told = json.loads((folder / SUMMARY).read_text()) | quality(before, after)
             publish(folder / SUMMARY, json.dumps(told, indent=1))
             folders.append(str(folder))
         page = self.folder / "report.html"

@@ -23,7 +23,7 @@ from rich.table import Table
 from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement
 from pipeline.processes import Command, dump_group, dump_workers, run_together, train_workers
-from pipeline.views.report import QUALITY, remarks, report
+from pipeline.views.report import quality, remarks, report
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.common.exits import combined, known, tell_deaths
 from storage_schemas.common.publish import publish
@@ -108,8 +108,7 @@ def run_pipeline(
 
     trained = read_summary(train.output)
     assert trained is not None
-    summary = trained.model_dump(mode="json") | {f"{QUALITY[name]}_before": before[name] for name in QUALITY}
-    summary |= {f"{QUALITY[name]}_after": after[name] for name in QUALITY}
+    summary = trained.model_dump(mode="json") | quality(before, after)
     summary |= {
         "dump_tokens_per_second": dumped["tokens_per_second"],
         "train_tokens_per_second": trained.tokens_per_second,

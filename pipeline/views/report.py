@@ -17,6 +17,12 @@ QUALITY = {"kl_mean": "kl", "ce": "ce", "top1_agreement": "top1"}
 PACKAGES = ("llm-neo", "torch", "transformers", "peft", "deepspeed", "pyarrow", "obstore", "datasets", "numpy")
 
 
+def quality(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What summary.json says of two evaluations."""
+    told = {"before": before, "after": after}
+    return {f"{name}_{when}": found[measure] for when, found in told.items() for measure, name in QUALITY.items()}
+
+
 def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> str:
     """The report as Markdown, from what summary.json holds and the summary of stage one."""
     lines = [
