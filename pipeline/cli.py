@@ -141,11 +141,7 @@ def freeze(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
     from pipeline.commands import run_freeze
     from pipeline.views.summary import print_frozen
 
-    found = run_freeze(load_config(config, overrides or ()))
-    if as_json:
-        print_result(found, as_json)
-    else:
-        print_frozen(found, Console())
+    print_result(run_freeze(load_config(config, overrides or ())), as_json, show=print_frozen)
 
 
 @app.command()

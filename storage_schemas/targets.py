@@ -49,7 +49,7 @@ class Targets:
         return np.diff(self.offsets)
 
     @property
-    def in_head(self) -> npt.NDArray[np.bool_]:
+    def in_head(self) -> Bool:
         """(E,) true for exact entries: the leading `head_size` of each token."""
         parts = np.stack([self.head_size, self.lengths - self.head_size], axis=1)
         return np.repeat(np.tile([True, False], len(self)), parts.reshape(-1))

@@ -145,7 +145,7 @@ class Step(NamedTuple):
     tokens: int
     """All tokens that are not padding."""
     padded: int
-    """Those that are padding too."""
+    """And those that are."""
     memory: int
     """See `Event.peak_device_bytes`; 0 without a GPU."""
     wait: float

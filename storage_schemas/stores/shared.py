@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from storage_schemas.common.locks import locked
 from storage_schemas.common.publish import publishing_shared
 
 KEPT = 16
@@ -67,8 +68,7 @@ class SharedFiles:
 
     def _make(self, path: Path, fill: Callable[[BinaryIO], None]) -> None:
         # Few locks for many names: that two of them share one costs some waiting.
-        with open(self._folder / f".{path.name[:2]}.lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._folder / f".{path.name[:2]}.lock"):
             if not path.exists():
                 with publishing_shared(path) as file:
                     fill(file)

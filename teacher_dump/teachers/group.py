@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -243,11 +242,9 @@ class GroupTeacher(Teacher):
         )
 
 
-def shares(samples: Sequence[Row], ways: int) -> list[Sequence[Row]]:
+def shares(samples: Sequence[Row], ways: int) -> list[list[Row]]:
     """The part of each process, in order: as many samples, or one less."""
-    each, more = divmod(len(samples), ways)
-    stops = [i * each + min(i, more) for i in range(ways + 1)]
-    return [samples[start:stop] for start, stop in pairwise(stops)]
+    return [[samples[place] for place in part] for part in np.array_split(np.arange(len(samples)), ways)]
 
 
 def packed(found: Sequence[Targets | None]) -> bytes:
