@@ -6,6 +6,7 @@ Each is done once: its result is a file that names what it was made from, and an
 import argparse
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -15,15 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage import find_teacher
+from storage import find_teacher, processor
 
 from pipeline.prune import prune
-from pipeline.views.report import quality
+from pipeline.views.report import PACKAGES, quality
 from storage_schemas.common.publish import publish
 from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoints
+from student_train.metrics import EVENTS, read_events
 from student_train.results.evaluate import evaluate
+from student_train.results.model_card import package_version
 from student_train.summary import SUMMARY
 from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.dump import run_dump
@@ -57,7 +60,9 @@ def prepared(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> "tu
 
         demo.prepare()
         train, heldout = demo.DATA / "train.jsonl", demo.DATA / "heldout.jsonl"
-    return Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers), train, heldout
+    lab = Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers)
+    lab.about = f"`{parser.prog}` with `--train {train.name} --heldout {heldout.name}`"
+    return lab, train, heldout
 
 
 class Lab:
@@ -65,9 +70,13 @@ class Lab:
 
     def __init__(self, folder: Path, *, teacher: Path, layers: int) -> None:
         """Make teacher and student, unless they are there."""
+        folder = folder.resolve()  # Results name what they were made from: however it was written, it is the same.
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.teacher, self.student = folder, find_teacher(teacher), folder / "student"
+        self.layers = layers
         prune(str(self.teacher), self.student, layers=layers)
+        self.about = ""
+        """The command and its data, for people."""
         self._planned, self._done, self._measured, self._seconds = 0.0, 0.0, 0.0, 0.0
 
     def plan(self, cost: float) -> None:
@@ -129,12 +138,12 @@ class Lab:
             found["state_bytes"] = sum(
                 t.numel() * t.element_size() for _, t in newest.tensors(("master", "exp_avg", "exp_avg_sq"))
             )
-            # A gigabyte where all weights are trained.
-            shutil.rmtree(output / "checkpoints")
             return found
 
         made_from = {"config": config, "dump": Dump.open(str(dump)).fingerprint}
         found = self._once(name, made_from, cost=float(train["max_steps"]), work=work)
+        # A gigabyte where all weights are trained.
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return found | {"directory": str(output / "final")}
 
     def untrained(self) -> Result:
@@ -154,6 +163,22 @@ class Lab:
 
         made_from = {"models": models, "heldout": Dump.open(str(heldout)).fingerprint}
         return self._once(f"{name}-on-{heldout.name}", made_from, cost=EVALUATION * len(models), work=work)
+
+    def made(self, title: str) -> list[str]:
+        """How a page of results begins: command, machine, versions, and the day of the last result."""
+        last = max(file.stat().st_mtime for file in (self.folder / "results").iterdir())
+        packages = ", ".join(f"{name} {package_version(name)}" for name in PACKAGES if name != "llm-neo")
+        return [
+            f"# {title}",
+            "",
+            f"{self.about}, as [docs/design/evidence.md](../docs/design/evidence.md) lays down.",
+            "",
+            f"- teacher: {self.teacher.name}; student: {self.layers} of its layers",
+            f"- machine: {platform.machine()}, {processor()}, {os.cpu_count()} cores",
+            f"- versions: Python {platform.python_version()}, {packages}",
+            f"- finished: {time.strftime('%Y-%m-%d', time.gmtime(last))}",
+            "",
+        ]
 
     def page(self, runs: Sequence[tuple[Result, Result]], before: Result) -> None:
         """`llm-neo report` of trainings and what `evaluate` says of each, whose summary then says so too."""
@@ -234,6 +259,12 @@ def _written(target: Path, lines: Sequence[str]) -> Path:
     if not target.is_file() or target.read_text() != "".join(lines):
         publish(target, "".join(lines))
     return target
+
+
+def step_seconds(run: Result) -> list[float]:
+    """Of each step of a training, by its events: the time to write a checkpoint lies outside of most."""
+    events = read_events(Path(run["directory"]).parent / EVENTS)
+    return [event.supervised_tokens / event.tokens_per_second for event in events if event.tokens_per_second]
 
 
 def spread(values: Sequence[float]) -> str:

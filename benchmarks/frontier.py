@@ -1,10 +1,10 @@
 """`make frontier`: what each stored byte of a target buys, as docs/design/evidence.md lays down.
 
-Neo is trained from dumps of the same samples that store less or more of the teacher's distribution. Hours on two cores;
-what is done stays done. Ends with `frontier.md`, a picture and a page of the runs in its directory.
+Neo is trained from dumps of the same samples that store less or more of the teacher's distribution. Six hours on two
+cores; what is done stays done. Ends with `frontier.md`, a picture and a page of the runs in its directory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,15 +13,20 @@ import numpy as np
 from evidence import EVALUATION, Lab, Result, first, interval, parser, prepared, spread
 
 from pipeline.views.run_page import INK, STYLE, svg
+from storage_schemas.codec import encode
 from storage_schemas.common.publish import publish
 from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 from storage_schemas.reader import Dump
+from storage_schemas.rows import concatenate_units
 from storage_schemas.targets import Targets
 from storage_schemas.writer import DumpWriter
 from student_train.results.measures import by_seed
 
 FULL = "all of the vocabulary"
-SHOWN = (FULL, "topk, k = 64", "adaptive, mass 0.8, k <= 12, 4 draws")
+PLAIN = "topk, k = 64"
+AIM = 32
+"""Bytes per supervised token that the aim allows."""
+SHOWN = (FULL, PLAIN, "adaptive, mass 0.8, k <= 12, 4 draws")
 """Whose runs are on the page."""
 TEMPERATURES = (1.0, 2.0, 4.0)
 QUALITY = {"kl_mean": "KL", "ce": "CE", "top1_agreement": "top-1", "acceptance_rate_min": "acceptance"}
@@ -34,7 +39,9 @@ ESTIMATORS: dict[str, Estimator] = {
     },
     **{f"sampled, {draws} draws": Sampled(kind="sampled", draws=draws) for draws in (12, 50, 100)},
 }
-GATES = (1e-4, 1e-3, 1e-2)
+GATES = (1e-3, 1e-2)
+"""Beside that of all other dumps, 1e-4 nats."""
+TEMPERED_K = 16
 RENORMALISED = (4, 16, 64)
 
 
@@ -45,7 +52,7 @@ class Budget:
     steps: int = 120
     conversations: int = 320
     heldout: int = 200
-    heldout_k: int = 256
+    heldout_k: int = 2048
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -55,11 +62,14 @@ SMOKE = Budget(steps=3, conversations=40, heldout_k=32, seeds=(0,))
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and write the tables."""
     arguments = parser("make frontier", __doc__, out="runs/frontier")
-    arguments.add_argument("--learning-rate", type=float, default=1e-3, help="Neo's, from `make reproduce`")
+    arguments.add_argument("--learning-rate", type=float, help="Neo's, as `make reproduce` has chosen it")
     chosen = arguments.parse_args(argv)
+    if chosen.learning_rate is None and not chosen.smoke:
+        arguments.error("--learning-rate is needed: the one that `make reproduce` has chosen for Neo")
     lab, train, heldout = prepared(arguments, chosen)
-    frontier = Frontier(lab, train, heldout, SMOKE if chosen.smoke else Budget(), rate=chosen.learning_rate)
-    print(frontier.run([FULL] if chosen.smoke else [*ESTIMATORS, FULL], smoke=chosen.smoke))
+    rate = chosen.learning_rate or 1e-3
+    frontier = Frontier(lab, train, heldout, SMOKE if chosen.smoke else Budget(), rate=rate)
+    print(frontier.run([] if chosen.smoke else list(ESTIMATORS), smoke=chosen.smoke))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,77 +100,118 @@ class Frontier:
     def run(self, estimators: Sequence[str], *, smoke: bool) -> str:
         """All of it; returns the tables, and writes them, the picture and the page."""
         gates, renormalised, temperatures = ((), RENORMALISED[:1], ()) if smoke else (GATES, RENORMALISED, TEMPERATURES)
-        runs = len(estimators) + len(gates) + len(renormalised) + 2 * len(temperatures[1:])
+        runs = 1 + len(estimators) + len(gates) + len(renormalised) + 2 * len(temperatures[1:])
         self.lab.plan(runs * len(self.budget.seeds) * (self.budget.steps + EVALUATION))
-        points = [self.point(name) for name in estimators]
-        full = points[-1]
-        contrast = []
-        for k in renormalised:
-            name = f"topk, k = {k}, renormalised"
-            source = self.lab.dump(_slug(f"topk, k = {k}"), self.data, TopK(k=k, mass=1.0))
-            contrast.append(self.trained(name, without_tail(source, self.lab.folder / _slug(name))))
-        gated = []
-        for gate in gates:
-            name = f"topk, k = 64, gate {gate:g}"
-            # From a coarse grid on, which is refined until the gate is kept.
-            coarse = self.lab.dump(_slug(name), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
-            gated.append(self.trained(name, coarse))
+        # The one that needs most memory first: it should not fail after hours.
+        full = self.point(FULL)
+        points = {name: self.point(name) for name in estimators}
+        contrast = {k: self.renormalised(k) for k in renormalised}
+        gated = [self.gated(gate) for gate in gates]
         text = "\n".join([
-            *table(points, full),
+            *self.lab.made("The price of a byte"),
+            f"Neo at a learning rate of {self.rate:.1e}; means and deviations of {len(self.budget.seeds)} seeds.",
+            "Differences are paired by seed.",
             "",
-            "Top-k renormalised to 1, as most tools store it:",
+            *table([(point, full) for point in points.values()], of=FULL),
+            *table([(full, None)], of="")[2:],
             "",
-            *table(contrast, full),
-            *(["", "The gate on the KL of stored log-probs:", "", *table(gated, full)] if gates else []),
-            *(["", "Temperature, k = 16:", "", *self.tempered(full)] if temperatures else []),
+            *aim(list(points.values()), full, default=self.default_bytes()),
+            "",
+            "Top-k renormalised to 1, as most tools store it, against the same k with its tail:",
+            "",
+            *table([(point, points.get(f"topk, k = {k}")) for k, point in contrast.items()], of="with tail"),
+            *(["", f"The gate on the KL of stored log-probs, against {PLAIN} at 1e-4 nats:", "",
+               *table([(point, points[PLAIN]) for point in gated], of="1e-4")] if gates else []),
+            *(["", f"Temperature, k = {TEMPERED_K}, p^(1/T) on the entries alone against the exact tail:", "",
+               *table(self.tempered(points, contrast[TEMPERED_K]), of="exact tail")] if temperatures else []),
         ]) + "\n"  # fmt: skip
         publish(self.lab.folder / "frontier.md", text)
-        publish(self.lab.folder / "frontier.svg", picture(points, contrast, full))
+        publish(self.lab.folder / "frontier.svg", picture(list(points.values()), list(contrast.values()), full))
         before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
-        shown = sorted((point for point in points if point.name in SHOWN), key=lambda point: SHOWN.index(point.name))
+        shown = [points.get(name, full) for name in SHOWN if name == FULL or name in points]
         self.lab.page([pair for point in shown for pair in zip(point.runs, point.results, strict=True)], before)
         return text
+
+    def renormalised(self, k: int) -> Point:
+        """From top-k as if nothing lay outside of it."""
+        name = f"topk, k = {k}, renormalised"
+        source = self.lab.dump(_slug(f"topk, k = {k}"), self.data, TopK(k=k, mass=1.0))
+        return self.trained(name, without_tail(source, self.lab.folder / _slug(name)))
+
+    def gated(self, gate: float) -> Point:
+        """From log-probs rounded as far as a gate allows: from a coarse grid on, which is refined until it is kept."""
+        url = self.lab.dump(_slug(f"gate {gate:g}"), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
+        records = Dump.open(str(url)).read_records().values()
+        step, kl = max(one.logprob_step for one in records), fmean(one.fidelity[0] for one in records)
+        return self.trained(f"gate {gate:g}: grid {step:g}, KL {kl:.1e}", url, label=f"gate {gate:g}")
+
+    def default_bytes(self) -> float:
+        """Bytes per supervised token of a dump as the configuration makes it by default."""
+        return bytes_per_supervised_token(self.lab.dump("default", self.data, TopK()))
 
     def point(self, name: str) -> Point:
         """Of an estimator by its name."""
         estimator = TopK(k=self.vocabulary, mass=1.0) if name == FULL else ESTIMATORS[name]
         return self.trained(name, self.lab.dump(_slug(name), self.data, estimator))
 
-    def tempered(self, full: Point) -> list[str]:
-        """At higher temperatures, the stored tail against p^(1/T) on the entries alone."""
-        source = self.lab.dump("tempered", self.data, TopK(k=16, mass=1.0), temperatures=TEMPERATURES)
+    def tempered(self, points: Mapping[str, Point], alone_at_1: Point) -> "list[tuple[Point, Point | None]]":
+        """At each temperature, the stored tail and p^(1/T) on the entries alone."""
+        name = f"topk, k = {TEMPERED_K}"
+        rows: list[tuple[Point, Point | None]] = [(points[name], None), (alone_at_1, points[name])]
+        source = self.lab.dump("tempered", self.data, TopK(k=TEMPERED_K, mass=1.0), temperatures=TEMPERATURES)
         alone = without_tail(source, self.lab.folder / "tempered-without-tail")
-        points = []
         for temperature in TEMPERATURES[1:]:
-            points.append(self.trained(f"T = {temperature:g}, exact tail", source, temperature=temperature))
-            points.append(self.trained(f"T = {temperature:g}, entries alone", alone, temperature=temperature))
-        return table(points, full)
+            exact = self.trained(f"T = {temperature:g}, exact tail", source, temperature=temperature)
+            entries = self.trained(f"T = {temperature:g}, entries alone", alone, temperature=temperature)
+            rows += [(exact, None), (entries, exact)]
+        return rows
 
-    def trained(self, name: str, dump: Path, *, temperature: float = 1.0) -> Point:
-        """Neo from one dump, with each seed."""
+    def trained(self, name: str, dump: Path, *, temperature: float = 1.0, label: str = "") -> Point:
+        """Neo from one dump, with each seed; `label` names the runs, if not `name`."""
         runs, results = [], []
         for seed in self.budget.seeds:
+            of_seed = f"{_slug(label or name)}-{seed}"
             run = self.lab.train(
-                f"{_slug(name)}-{seed}", dump, self.heldout, loss={"alpha": 0.5, "temperature": temperature},
+                of_seed, dump, self.heldout, loss={"alpha": 0.5, "temperature": temperature},
                 method="lora_kd", learning_rate=self.rate, seed=seed, max_steps=self.budget.steps,
                 shuffle_block_units=1,
             )  # fmt: skip
             runs.append(run)
-            results.append(self.lab.evaluate(f"{_slug(name)}-{seed}", [run], self.heldout))
+            results.append(self.lab.evaluate(of_seed, [run], self.heldout))
         return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), runs=runs, results=results)
 
 
-def table(points: Sequence[Point], full: Point) -> list[str]:
-    """A row for each dump."""
+def table(rows: "Sequence[tuple[Point, Point | None]]", *, of: str) -> list[str]:
+    """A row for each dump, with the differences in KL and CE to its partner, which `of` names."""
     lines = [
-        "| stored | bytes per supervised token | " + " | ".join(QUALITY.values()) + " | KL - that of all |",
-        "|---|---:|" + "---:|" * len(QUALITY) + "---:|",
+        "| stored | bytes per supervised token | " + " | ".join(QUALITY.values()) + f" | KL - {of} | CE - {of} |",
+        "|---|---:|" + "---:|" * len(QUALITY) + "---:|---:|",
     ]
-    for point in points:
-        cells = [spread(point.values(name)) for name in QUALITY]
-        off = "" if point is full else interval(by_seed(full.values("kl_mean"), point.values("kl_mean")))
-        lines.append(f"| {point.name} | {point.bytes_per_token:,.1f} | " + " | ".join(cells) + f" | {off} |")
+    for point, partner in rows:
+        cells = [f"{point.bytes_per_token:,.1f}", *(spread(point.values(name)) for name in QUALITY)]
+        for name in ("kl_mean", "ce"):
+            cells.append(interval(by_seed(partner.values(name), point.values(name))) if partner else "")
+        lines.append(f"| {point.name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def aim(points: Sequence[Point], full: Point, *, default: float) -> list[str]:
+    """Which settings of at most `AIM` bytes are within one standard deviation, of seeds, of the full distribution."""
+    if len(full.results) < 2:
+        return ["One seed says nothing of the aim."]
+    kl, deviation = fmean(full.values("kl_mean")), stdev(full.values("kl_mean"))
+    within, lines = [], []
+    for point in sorted((point for point in points if point.bytes_per_token <= AIM), key=lambda p: p.bytes_per_token):
+        off = (fmean(point.values("kl_mean")) - kl) / deviation
+        lines.append(f"- {point.name}: {point.bytes_per_token:.1f} bytes, {off:+.1f} standard deviations")
+        within += [point] if off <= 1 else []
+    told = f"Aim, at most {AIM} bytes and within the spread of seeds ({deviation:.4f} nats) of all of the vocabulary: "
+    if not within:
+        return [told + "no such setting.", "", *lines]
+    half = [point.name for point in within if point.bytes_per_token < default / 2]
+    told += f"reached by {'; '.join(point.name for point in within)}. "
+    told += f"The default has {default:.1f} bytes; of less than half of that: {'; '.join(half) or 'none'}."
+    return [told, "", *lines]
 
 
 def picture(points: Sequence[Point], contrast: Sequence[Point], full: Point) -> str:
@@ -195,9 +246,19 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def bytes_per_supervised_token(dump: Path) -> float:
-    """Of a dump's data files, all columns and footers included."""
-    records = Dump.open(str(dump)).read_records().values()
-    return sum(record.bytes for record in records) / sum(record.supervised_tokens for record in records)
+    """Of a dump's data, all columns and the footer included, in one file: users have 512 samples in a unit.
+
+    Of all of the vocabulary as it lies there: a file of it would be gigabytes, of which a footer is nothing.
+    """
+    opened = Dump.open(str(dump))
+    records = opened.read_records()
+    supervised, size = (
+        sum(getattr(record, name) for record in records.values()) for name in ("supervised_tokens", "bytes")
+    )
+    if sum(record.entries for record in records.values()) < 1000 * supervised:
+        whole = concatenate_units([opened.read_unit(unit) for unit in sorted(records)])
+        size = len(encode(whole, {}, step=min(record.logprob_step for record in records.values())))
+    return size / supervised
 
 
 def without_tail(source: Path, url: Path) -> Path:

@@ -1,17 +1,20 @@
 """`make reproduce`: the paper's four methods on one corpus, as docs/design/evidence.md lays down.
 
-Two hours on two cores; what is done stays done, so it may be stopped and started at will. Ends with `reproduce.md` in
-its directory: every number, and of the claims that it tests whether they hold here.
+Two to three hours on two quiet cores; what is done stays done, so it may be stopped and started at will. Ends with
+`reproduce.md` in its directory: every number, and of the claims that it tests whether they hold here.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread
+from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread, step_seconds
 
+from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 from storage_schemas.config import TopK
 from student_train.results.measures import by_seed
@@ -60,6 +63,7 @@ class Study:
         """Make the dumps."""
         self.lab, self.budget = lab, budget
         self.scores: dict[tuple[str, int], dict[float, float]] = {}
+        """Method and rank -> learning rate -> what it came to on the tuning set."""
         mine, tuning = split(train, lab.folder, held=budget.tuning_samples, limit=budget.conversations)
         self.dump = lab.dump("dump", mine, TopK(k=budget.k, mass=1.0))
         self.tuning = lab.dump("dump-tuning", tuning, TopK(k=4 * budget.k, mass=1.0))
@@ -68,7 +72,7 @@ class Study:
     def run(self) -> str:
         """All of it; returns the report, which lies beside the results."""
         budget = self.budget
-        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 5
+        evaluations = len(METHODS) * (budget.rates + len(budget.seeds)) + 7
         self.lab.plan(len(METHODS) * (budget.rates * budget.tuning_steps + len(budget.seeds) * budget.steps))
         self.lab.plan(EVALUATION * evaluations)
         before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
@@ -85,9 +89,12 @@ class Study:
         }  # fmt: skip
         pairs = {
             other: self.lab.evaluate(f"{other}-and-neo", [runs[other][0], runs["lora_kd"][0]], self.heldout)
-            for other in ("lora_sft", "full_kd")
+            for other in ("full_sft", "lora_sft", "full_kd")
         }
-        text = report(before, rates, runs, found, pairs)
+        scores = {method: self.scores.get((method, LORA["r"]), {}) for method in METHODS}
+        text = "\n".join(
+            [*self.lab.made("The paper's four methods"), report(before, rates, scores, runs, found, pairs)]
+        )
         publish(self.lab.folder / "reproduce.md", text)
         neo_first = sorted(METHODS, key=lambda method: method != "lora_kd")
         self.lab.page([pair for method in neo_first for pair in zip(runs[method], found[method], strict=True)], before)
@@ -118,10 +125,7 @@ class Study:
 
         def score(rate: float) -> None:
             name = f"tune-{method}-{rate:.1e}" if rank == LORA["r"] else f"tune-{method}-r{rank}-{rate:.1e}"
-            run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name, lora={"r": rank})
-            result = self.lab.evaluate(name, [run], self.tuning)
-            self.lab.forget(name)
-            scores[rate] = result[CHOSEN_BY[method]]
+            scores[rate] = self.tuned(name, method, rate, {"r": rank})
 
         for step in range(self.budget.rates):
             score(METHODS[method] * FACTOR**step)
@@ -133,10 +137,38 @@ class Study:
             score(best * FACTOR if best == max(scores) else best / FACTOR)
         return min(scores, key=lambda rate: scores[rate])
 
+    def tuned(self, name: str, method: str, rate: float, lora: Mapping[str, Any]) -> float:
+        """What a short training comes to on the tuning set; infinity if it diverges."""
+        try:
+            run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name, lora=lora)
+        except SystemExit as error:
+            if error.code != Exit.BAD_DATA:
+                raise
+            return math.inf
+        score: float = self.lab.evaluate(name, [run], self.tuning)[CHOSEN_BY[method]]
+        self.lab.forget(name)
+        return math.inf if math.isnan(score) else score
+
+
+def rate_table(title: str, scores: Mapping[Any, Mapping[float, float]]) -> list[str]:
+    """A row per method or rank: CE or KL on the tuning set by learning rate."""
+    rates = sorted({rate for of_one in scores.values() for rate in of_one})
+    lines = [f"| {title} | " + " | ".join(f"{rate:.1e}" for rate in rates) + " |", "|---|" + "---:|" * len(rates)]
+    for name, of_one in scores.items():
+        cells = [f"{of_one[rate]:.4f}" if rate in of_one else "" for rate in rates]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def at_end(scores: Mapping[float, float]) -> bool:
+    """Whether the best rate is the least or the greatest that was tried, so that a better one may lie beyond."""
+    return bool(scores) and min(scores, key=lambda rate: scores[rate]) in (min(scores), max(scores))
+
 
 def report(
     before: Result,
     rates: dict[str, float],
+    scores: dict[str, dict[float, float]],
     runs: dict[str, list[Result]],
     found: dict[str, list[Result]],
     pairs: dict[str, Any],
@@ -152,16 +184,24 @@ def report(
         cells = [spread([result[name] for result in results]) for name in QUALITY]
         lines.append(f"| {NAMES[method]} | {rates[method]:.1e} | " + " | ".join(cells) + " |")
     tokens = before["supervised_tokens"]
+    told = {f"{NAMES[method]}, {'CE' if CHOSEN_BY[method] == 'ce' else 'KL'}": of for method, of in scores.items()}
     lines += [
         "",
-        f"Mean and standard deviation of {seeds} seeds, on {tokens:,} held-out tokens; KL and CE in nats.",
+        f"Mean and standard deviation of {seeds} seeds, on {tokens:,} held-out tokens; KL and CE in nats. A student",
+        "whose weights are all trained is evaluated as it is stored, in bfloat16, an adapter in float32.",
+        "",
+        *rate_table("on the tuning set, at", told),
+        "",
+        "Seconds per step: the median of all steps and seeds. Memory: the most that the training's process held, with",
+        "the copy from which a checkpoint is written.",
         "",
         "| | seconds per step | peak memory, GiB | optimizer state, MB | trained parameters |",
         "|---|---:|---:|---:|---:|",
     ]
+    pace = {method: [step_seconds(run) for run in results] for method, results in runs.items()}
     for method, results in runs.items():
         lines.append(
-            f"| {NAMES[method]} | {_per_step(results):.2f} | {_memory(results):.2f} "
+            f"| {NAMES[method]} | {statistics.median(chain.from_iterable(pace[method])):.2f} | {_memory(results):.2f} "
             f"| {results[0]['state_bytes'] / 1e6:,.0f} | {results[0]['trained_parameters']:,} |"
         )
     lines += ["", "| difference | KL, by seed | CE, by seed | KL, by sample (seed 0) |", "|---|---:|---:|---:|"]
@@ -176,15 +216,19 @@ def report(
         "",
         "| claim | here |",
         "|---|---|",
-        *(f"| {claim} | {held} |" for claim, held in verdicts(rates, runs, found)),
+        *(f"| {claim} | {held} |" for claim, held in verdicts(rates, scores, runs, pace, found)),
     ]
     return "\n".join(lines) + "\n"
 
 
 def verdicts(
-    rates: dict[str, float], runs: dict[str, list[Result]], found: dict[str, list[Result]]
+    rates: dict[str, float],
+    scores: dict[str, dict[float, float]],
+    runs: dict[str, list[Result]],
+    pace: dict[str, list[list[float]]],
+    found: dict[str, list[Result]],
 ) -> list[tuple[str, str]]:
-    """Each claim, and whether it holds by the rule of docs/design/evidence.md."""
+    """Each claim, and whether it holds by the rule of docs/design/evidence.md; `pace` is by method and seed."""
 
     def values(method: str, name: str) -> list[float]:
         return [result[name] for result in found[method]]
@@ -198,18 +242,22 @@ def verdicts(
     mean = {method: statistics.fmean(values(method, "kl_mean")) for method in found}
     gained, kept = mean["full_sft"] - mean["full_kd"], mean["full_sft"] - mean["lora_kd"]
     share = f"{kept / gained:.0%} of KD's gain over SFT in KL" if gained > 0 else "KD gains nothing over SFT in KL"
-    cost = (
-        _per_step(runs["lora_kd"]) / _per_step(runs["lora_sft"]),
-        _memory(runs["lora_kd"]) / _memory(runs["lora_sft"]),
-    )
+
+    def ratio(other: str) -> float:
+        """Of the time of a step of Neo to that of another method on the same samples: the median."""
+        both = [
+            pair for one, two in zip(pace["lora_kd"], pace[other], strict=True) for pair in zip(one, two, strict=False)
+        ]
+        return statistics.median(neo / theirs for neo, theirs in both)
+
+    cost = ratio("lora_sft"), _memory(runs["lora_kd"]) / _memory(runs["lora_sft"])
     same_state = runs["lora_kd"][0]["state_bytes"] == runs["lora_sft"][0]["state_bytes"]
-    against_kd = [
-        _per_step(runs["lora_kd"]) / _per_step(runs["full_kd"]),
-        _memory(runs["lora_kd"]) / _memory(runs["full_kd"]),
-    ]
+    against_kd = ratio("full_kd"), _memory(runs["lora_kd"]) / _memory(runs["full_kd"])
     state = runs["lora_kd"][0]["state_bytes"] / runs["full_kd"][0]["state_bytes"]
     tenfold = [rates[f"lora_{loss}"] / rates[f"full_{loss}"] for loss in ("sft", "kd")]
     cheaper = against_kd[1] < 1 and state < 1
+    open_ends = [NAMES[method] for method, of in scores.items() if at_end(of)]
+    decided = f"not decided, the best rate of {', '.join(open_ends)} lies at the end of its grid"
     return [
         ("Neo is closer to the teacher than LoRA (KL)", below("lora_sft", "kl_mean")),
         ("Neo is closer to the teacher than SFT (KL)", below("full_sft", "kl_mean")),
@@ -219,7 +267,7 @@ def verdicts(
                                       f"{cost[1]:.2f} of the memory, state {'the same' if same_state else 'another'}"),
         ("Neo costs less than KD", f"{_held(cheaper)}: {against_kd[0]:.2f} of the time, {against_kd[1]:.2f} of the "
                                    f"memory, {state:.3f} of the state"),
-        ("low rank wants ten times the learning rate", f"{_held(all(3 <= x <= 30 for x in tenfold))}: "
+        ("low rank wants ten times the learning rate", f"{decided if open_ends else _held(_tenfold(tenfold))}: "
                                                        f"{tenfold[0]:.0f} (CE), {tenfold[1]:.0f} (with KL)"),
     ]  # fmt: skip
 
@@ -228,10 +276,8 @@ def _held(whether: bool) -> str:
     return "holds" if whether else "does not hold"
 
 
-def _per_step(results: Sequence[Result]) -> float:
-    """Seconds, median of the seeds; `seconds` are those since the last start."""
-    done = [(result["seconds"], result["steps"] - (result["resumed_from"] or 0)) for result in results]
-    return statistics.median(seconds / steps for seconds, steps in done if steps)
+def _tenfold(ratios: Sequence[float]) -> bool:
+    return all(3 <= ratio <= 30 for ratio in ratios)
 
 
 def _memory(results: Sequence[Result]) -> float:

@@ -21,6 +21,7 @@ from pipeline.cli_options import StoreOptions, Url, pairs, print_result, shown_p
 from pipeline.config import need
 from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
+from pipeline.pairing import refuse_pair
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
 from storage_schemas.common.devices import take_own_gpus, visible_gpus
 from storage_schemas.common.dtypes import dtype_name
@@ -43,7 +44,9 @@ app = typer.Typer(
     epilog="Running a command again continues it. Exit codes: 0 done, 64 usage, 65 bad data, 66 nothing to resume "
     "from, 70 bug, 75 temporary (run again), 78 configuration or fingerprint mismatch.",
 )
-Workers = Annotated[int, typer.Option(min=1, help="Processes of stage one to start on this machine.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of stage one to start on this machine; default: one per GPU.")
+]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks of stage two on this node; default: one per GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")]
 GroupSize = Annotated[
@@ -99,7 +102,7 @@ app.command()(cli_config.init)
 def dump(
     config: ConfigPath,
     overrides: Overrides = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     nproc: GroupSize = None,
     rank: Annotated[int | None, typer.Option(help="This worker's number; default: from the scheduler.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers; default: from the scheduler.")] = None,
@@ -120,8 +123,11 @@ def dump(
         take_own_gpus(os.environ)
     placement = dump_placement(os.environ, rank, world_size)
     _refuse_unfit_group(nproc, teacher)
+    workers = _workers(workers, teacher)
     if workers > 1 and teacher.grouped:
         raise typer.BadParameter("use --nproc: all processes here hold one teacher together", param_hint="--workers")
+    if result is None:
+        refuse_pair(found)
     if teacher.grouped:
         code, summary = dump_group(config, overrides or (), _ranks(nproc), node=placement, events=events)
     elif workers > 1:
@@ -205,7 +211,7 @@ def train(
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     nproc: Ranks = None,
     as_json: AsJson = False,
 ) -> None:
@@ -217,7 +223,14 @@ def run(
     with run_directory(found, Nodes(), command="run"):
         # With --json, standard output belongs to the object alone.
         console = Console(stderr=as_json)
-        summary = run_pipeline(found, config, overrides or (), workers=workers, nproc=_ranks(nproc), console=console)
+        summary = run_pipeline(
+            found,
+            config,
+            overrides or (),
+            workers=_workers(workers, need(found.teacher, "teacher", "run")),
+            nproc=_ranks(nproc),
+            console=console,
+        )
     if as_json:
         print_result(summary, as_json)
 
@@ -614,6 +627,12 @@ app.command("export")(cli_exchange.export)
 app.command("push")(cli_exchange.push)
 app.command("pull")(cli_exchange.pull)
 app.add_typer(cli_config.app, name="config")
+
+
+def _workers(asked: int | None, teacher: TeacherSection) -> int:
+    """Of stage one: by default one per GPU, where each would hold a teacher of its own."""
+    own = (teacher.backend, teacher.sharding) == ("transformers", "none") and teacher.device in ("auto", "cuda")
+    return asked or (len(visible_gpus(os.environ)) if own else 0) or 1
 
 
 def _ranks(nproc: int | None) -> int:

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from pipeline.config import Config, load_config
 from pipeline.launch import dump_placement, training_nodes
+from pipeline.pairing import refuse_unlike, tokenizer_of
 from pipeline.views.report import PACKAGES
 from storage_schemas.common.devices import refuse_idle_gpus, usable_cores, visible_gpus
 from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
@@ -128,7 +129,7 @@ def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
         checks["teacher"] = partial(_teacher, config.teacher, trains=config.train is not None)
     if config.student is not None and not lacking:
         checks["student"] = partial(_student, config.student, config.train)
-        checks["tokenizer"] = partial(_tokenizer, config.student, config.dump)
+        checks["tokenizer"] = partial(_tokenizer, config.student, config.dump, config.teacher)
     return checks
 
 
@@ -366,22 +367,21 @@ def _student(student: StudentSection, train: TrainSection | None) -> Iterator[Fi
     yield Finding(subject="student", state="ok", said=f"{student.model}: configuration and weights are there")
 
 
-def _tokenizer(student: StudentSection, section: DumpSection) -> Iterator[Finding]:
-    """Whether the student's ids mean what the dump's mean."""
-    from storage_schemas.common.code import runs_code
-    from student_train.model.load import TRUST, described
-    from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
-
-    model, revision = student.model, student.revision
-    if Store(section.url, options=section.storage_options).size(RUN) is None:
-        yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
-        return
-    files = Dump.open(section.url, options=section.storage_options).read_tokenizer()
-    code = runs_code(student.trust_remote_code, model, revision, setting=TRUST)
-    head_rows = described(model, revision, code).get_text_config().vocab_size
-    refuse_tokenizer(model, revision, files, head_rows=head_rows)
-    if has_tokenizer(model, revision):
-        yield Finding(subject="tokenizer", state="ok", said="the student's is that of the dump")
+def _tokenizer(student: StudentSection, section: DumpSection, teacher: TeacherSection | None) -> Iterator[Finding]:
+    """Whether the student's ids mean what the dump's mean, or the teacher's before there is one."""
+    if Store(section.url, options=section.storage_options).size(RUN) is not None:
+        whose, tokenizer = "the dump", Dump.open(section.url, options=section.storage_options).read_tokenizer()
     else:
-        said, fix = "the student has none: its ids are taken to mean what the dump's mean", "see that it is so"
-        yield Finding(subject="tokenizer", state="warning", said=said, fix=fix)
+        try:
+            if teacher is None:
+                raise MismatchError("no teacher is configured")
+            whose, tokenizer = "the teacher", tokenizer_of(teacher)
+        except MismatchError as error:
+            said = f"nothing to compare with before the dump has begun: {error.what}"
+            yield Finding(subject="tokenizer", state="ok", said=said)
+            return
+    if refuse_unlike(student, tokenizer):
+        yield Finding(subject="tokenizer", state="ok", said=f"the student's is that of {whose}")
+    else:
+        said = f"the student has none: its ids are taken to mean what those of {whose} mean"
+        yield Finding(subject="tokenizer", state="warning", said=said, fix="see that it is so")

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from pipeline.config import Config, need
 from pipeline.launch import Nodes, Placement
+from pipeline.pairing import refuse_pair
 from pipeline.processes import Command, dump_group, dump_workers, run_together, train_workers
 from pipeline.views.report import quality, remarks, report
 from storage_schemas.common.errors import DataError, NeoError
@@ -75,6 +76,7 @@ def run_pipeline(
         from student_train.training_run import refuse_early
 
         refuse_early(student, train)
+        refuse_pair(config)
     known = steps.last("dump")
     dumped = steps.do(
         "dump", lambda: _dump(config, path, overrides, workers, nproc, known), _dump_inputs(config), redo=not sealed

@@ -29,9 +29,9 @@ def refuse_other_tokenizer(
     shared = min(max(theirs, default=-1), max(ours, default=-1)) + 1
     conflicts = [index for index in range(shared) if theirs.get(index) != ours.get(index)]
     if conflicts or not shared:
-        shown = ", ".join(f"{i}: dump {theirs.get(i)!r}, student {ours.get(i)!r}" for i in conflicts[:5])
+        shown = ", ".join(f"{i}: teacher {theirs.get(i)!r}, student {ours.get(i)!r}" for i in conflicts[:5])
         raise MismatchError(
-            "the student's tokenizer is not the one the dump was made with",
+            "the student's tokenizer is not the teacher's",
             got=f"{len(conflicts)} of {shared} shared ids mean another token ({shown})",
             expected="the same id -> token map over the ids that both know",
             fix="choose a student with the teacher's tokenizer: logits cannot be translated between vocabularies",

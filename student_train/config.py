@@ -136,7 +136,11 @@ class LossSection(FrozenModel):
     alpha: float = Field(0.5, ge=0.0, le=1.0)
     """Weight of the divergence; 1 - alpha is the weight of the cross-entropy (LLM-Neo, section 3)."""
     divergence: Divergence = "forward_kl"
-    """On the stored entries and one tail bucket."""
+    """On the stored entries and one tail bucket; p is the teacher, q the student. `forward_kl`: KL(p || q).
+    `reverse_kl`: KL(q || p). `jsd`: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (arXiv
+    2306.13649). `skewed_kl`: KL(p || beta p + (1 - beta) q), `skewed_reverse_kl`: KL(q || (1 - beta) p + beta q) (arXiv
+    2402.03898). `akl`: forward and reverse KL, weighted per token (arXiv 2404.02657). `tvd`: the total variation
+    distance."""
     temperature: float = Field(1.0, gt=0.0)
     """Must be one of the temperatures that the dump was made with."""
     beta: float = Field(0.5, gt=0.0, lt=1.0)
@@ -254,7 +258,8 @@ class TrainSection(FrozenModel):
     written. `epoch`: over all of a dump, or of each of `dumps`, which must be complete."""
     shuffle_bytes: int = Field(2 * 2**30, ge=2**20)
     """With `shuffle: epoch`: memory for decoded samples, over all ranks, which hold equal shares. The more units it has
-    room for, the more of the dump a step draws from. With `windows`, a rank that may hold more is told at the start."""
+    room for, the more of the dump a step draws from. With `windows`, a line of the log says at the start if a
+    rank may hold more."""
     shuffle_window_units: int = Field(1024, ge=1)
     """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
@@ -271,7 +276,8 @@ class TrainSection(FrozenModel):
     """Steps between two evaluations on the held-out dump, `heldout.url`, without the teacher and on all ranks; one more
     before the first and one after the last step. Null: none."""
     metric_for_best_model: Metric = "kl"
-    """What the best evaluation has least of, and early stopping watches: the forward KL or the cross-entropy."""
+    """By which the best evaluation is chosen, and early stopping decides: the forward KL or the cross-entropy; lower is
+    better."""
     load_best_model_at_end: bool = False
     """Leave in `final/` what the best evaluation has seen, and not the last step: each new best is followed by a
     checkpoint, which is kept beside the newest."""
@@ -299,7 +305,7 @@ class TrainSection(FrozenModel):
     warm_start: LocalFolder | None = None
     """Directory of another run, from whose newest checkpoint this one begins: with its weights and Adam's moments, on
     any dump and under any settings but those of the adapter. Steps and schedule are counted anew; what differs is
-    logged. A run that is resumed needs it no more, and keeps the name. Checkpoints of a `checkpoint_url` have to be
+    logged. Once a run is resumed the setting has no effect; leave it. Checkpoints of a `checkpoint_url` have to be
     copied to `checkpoints/` in a directory first. `student.adapter` begins from an adapter's weights alone."""
     seed: int = 0
     """Seed of the order, of the adapter's initial weights and of dropout."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
@@ -24,8 +25,8 @@ from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -47,6 +48,9 @@ from student_train.optimizer import ClippedAdamW, adamw
 from student_train.underway import Underway
 from student_train.world import World
 from student_train.zero import deepspeed_config, monitors
+
+GATHERED = 2**24
+"""Values of small weights that one collective brings: 64 MiB in fp32. Larger weights go alone."""
 
 
 class StepResult(NamedTuple):
@@ -175,9 +179,9 @@ class Engine:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""
         for kind in (MASTER, EXP_AVG, EXP_AVG_SQ) if self.updates else (MASTER,):
-            for name, parameter in self._trained:
+            for name, _, whole in self._wholes(kind):
                 # A copy, since at stage 0 it would be the live tensor.
-                yield f"{kind}/{name}", self._whole(kind, parameter).detach().to("cpu", torch.float32, copy=True)
+                yield f"{kind}/{name}", whole.detach().to("cpu", torch.float32, copy=True)
 
     def restore(self, tensors: Iterable[tuple[str, Tensor]], *, updates: int) -> None:
         """Set what `export` gave, at any world size and ZeRO stage.
@@ -202,8 +206,7 @@ class Engine:
     def stray(self) -> list[str]:
         """Trained parameters whose working copy is not their fp32 master, rounded once. Collective."""
         found = []
-        for name, parameter in self._trained:
-            master = self._whole(MASTER, parameter)
+        for name, parameter, master in self._wholes(MASTER):
             with _gather([parameter]) if self._stage == 3 else nullcontext():
                 if not torch.equal(parameter.detach(), master.to(parameter.device, parameter.dtype)):
                     found.append(name)
@@ -240,20 +243,50 @@ class Engine:
         inner: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         return inner
 
-    def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """All of a master or moment; at stage 0 the live tensor."""
-        whole: Tensor
+    def _wholes(self, kind: str) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """All of each master or moment, with the parameter's name and itself; at stage 0 the live tensors.
+
+        Collective: exhaust it.
+        """
+        begins = accumulate((_numel(parameter) for _, parameter in self._trained), initial=0)
+        for _, several in groupby(zip(begins, self._trained, strict=False), lambda each: each[0] // GATHERED):
+            names, parameters = zip(*(named for _, named in several), strict=True)
+            yield from zip(names, parameters, self._gathered(kind, parameters), strict=True)
+
+    @torch.no_grad()
+    def _gathered(self, kind: str, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """All of a master or moment of each parameter, in one collective; at stage 0 in none."""
         if not self._stage:
-            whole = parameter.data if kind == MASTER else self._inner().state[parameter][kind]
-        elif kind == MASTER:
-            whole = safe_get_full_fp32_param(parameter)
-        else:
-            whole = safe_get_full_optimizer_state(parameter, kind)
-        return whole
+            return [self._live(kind, parameter) for parameter in parameters]
+        if self._stage == 3:
+            local = [_local(kind, parameter) for parameter in parameters]
+            mine = torch.cat(local)
+            everyone = mine.new_empty(self._world.world_size * len(mine))
+            torch.distributed.all_gather_into_tensor(everyone, mine, group=self._engine.data_parallel_group)
+            shares = torch.split(everyone.view(self._world.world_size, -1), [len(share) for share in local], dim=1)
+            # The last rank's share is filled up.
+            return [
+                share.flatten()[: _numel(parameter)].view(parameter.ds_shape)  # type: ignore[attr-defined]
+                for share, parameter in zip(shares, parameters, strict=True)
+            ]
+        # The sum over ranks of what each holds, as DeepSpeed does it for one weight at a time.
+        sums = torch.zeros(sum(map(_numel, parameters)), dtype=torch.float32, device=self._world.device)
+        parts = torch.split(sums, [_numel(parameter) for parameter in parameters])
+        for part, parameter in zip(parts, parameters, strict=True):
+            if (held := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+                at = held.lp_fragment_address
+                part[at.start :][: at.numel] = held.get_hp_fragment(None if kind == MASTER else kind)
+        torch.distributed.all_reduce(sums, group=self._engine.data_parallel_group)
+        return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+
+    def _live(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        """A master or moment at stage 0."""
+        live: Tensor = parameter.data if kind == MASTER else self._inner().state[parameter][kind]
+        return live
 
     def _set(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
         if not self._stage:
-            self._whole(kind, parameter).copy_(value)
+            self._live(kind, parameter).copy_(value)
         elif self._stage == 3:
             # The setters for whole tensors fail on the last rank where the size is not a multiple of the world size.
             share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
@@ -316,6 +349,20 @@ def _partition(module: nn.Module, config: Mapping[str, Any], device: torch.devic
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Values of all of a weight: under ZeRO-3 it holds none itself."""
+    numel: int = getattr(parameter, "ds_numel", parameter.numel())
+    return numel
+
+
+def _local(kind: str, parameter: nn.Parameter) -> Tensor:
+    """This rank's share of a master or moment under ZeRO-3."""
+    share: Tensor = (
+        safe_get_local_fp32_param(parameter) if kind == MASTER else safe_get_local_optimizer_state(parameter, kind)
+    )
+    return share
 
 
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

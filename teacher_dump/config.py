@@ -49,7 +49,8 @@ class TeacherSection(FrozenModel):
     """Compute dtype of the forward pass; `bf16`, `fp16` and `fp32` mean the same. Statistics are always taken in
     float32 or better."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """Which engine runs the teacher. `vllm` needs the extra of that name and makes only `topk` targets at T = 1."""
+    """Which engine runs the teacher. `vllm` needs the extra of that name and makes only `topk` targets at T = 1,
+    with `dump.logsumexp: false`."""
     attn_implementation: str | None = None
     """transformers' name of its attention: `sdpa`, `eager`, `flash_attention_2`, ... Null: the model's own default. If
     set, it is part of the dump's identity, as vLLM's choice is."""

@@ -25,16 +25,20 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def verdicts(**kl: tuple[float, ...]) -> dict[str, str]:
+def verdicts(
+    *, busy: str = "", scores: dict[str, dict[float, float]] | None = None, **kl: tuple[float, ...]
+) -> dict[str, str]:
     """Of made-up KLs by seed; the CE is one more."""
     import reproduce
 
     found = {method: [{"kl_mean": x, "ce": x + 1} for x in values] for method, values in kl.items()}
-    cost = {"seconds": 10.0, "steps": 5, "peak_rss_bytes": 2**30, "resumed_from": None}
     runs: dict[str, list[dict[str, Any]]] = {
-        method: [cost | {"state_bytes": 10 if method.startswith("lora") else 100}] for method in kl
+        method: [{"peak_rss_bytes": 2**30, "state_bytes": 10 if method.startswith("lora") else 100}] for method in kl
     }
-    return dict(reproduce.verdicts(RATES, runs, found))
+    # A step of the machine that was busy, in the one method or the other, moves no median.
+    pace = {method: [[2.0] * 9 + [40.0 if method == busy else 2.0]] for method in kl}
+    tried = scores or {method: {rate / 3: 2.0, rate: 1.0, 3 * rate: 1.5} for method, rate in RATES.items()}
+    return dict(reproduce.verdicts(RATES, tried, runs, pace, found))
 
 
 def test_a_claim_holds_only_where_seeds_agree() -> None:
@@ -57,8 +61,14 @@ def test_a_claim_holds_only_where_seeds_agree() -> None:
     )
     assert told["Neo is closer to the teacher than LoRA (KL)"] == "contradicted"
     assert told["Neo has the quality of KD"].startswith("does not hold: KD gains nothing")
-    told = verdicts(full_sft=(1.0,), lora_sft=(1.0,), full_kd=(1.0,), lora_kd=(0.3,))
+    at_the_end = {method: {rate: 1.0, 3 * rate: 1.5} for method, rate in RATES.items()}
+    once = {"full_sft": (1.0,), "lora_sft": (1.0,), "full_kd": (1.0,), "lora_kd": (0.3,)}
+    told = verdicts(busy="lora_kd", scores=at_the_end, **once)
     assert told["Neo is closer to the teacher than SFT (KL)"] == "one seed says nothing"
+    assert told["Neo costs what LoRA costs"].startswith("holds: 1.00 of the time")
+    assert told["low rank wants ten times the learning rate"].startswith(
+        "not decided, the best rate of SFT, LoRA, KD, Neo"
+    )
 
 
 def test_interval_by_seed_is_students() -> None:
@@ -94,10 +104,19 @@ def test_contrast_holds_all_of_the_probability_in_its_entries(tmp_path: Path) ->
 def test_guidelines_hold_beyond_the_spread_of_seeds_alone() -> None:
     from guidelines import verdicts
 
-    def told(ranks: list[float], rates: list[float], variants: list[float], *, spread: float = 0.01) -> dict[str, str]:
+    def told(
+        ranks: list[float],
+        rates: list[float],
+        variants: list[float],
+        *,
+        spread: float = 0.01,
+        scores: dict[int, dict[float, float]] | None = None,
+    ) -> dict[str, str]:
         curve = {str(rank): {"kl_mean": kl} for rank, kl in zip((4, 16, 64), ranks, strict=True)}
-        of = {name: {"kl_mean": kl} for name, kl in zip(("lora", "dora"), variants, strict=True)}
-        return dict(verdicts(spread, dict(zip((4, 16, 64), rates, strict=True)), curve, curve, of))
+        of = {name: {"kl_mean": kl} for name, kl in zip(("lora, at 1", "dora, at 1"), variants, strict=True)}
+        best = dict(zip((4, 16, 64), rates, strict=True))
+        tried = {rank: {rate / 3: 2.0, rate: 1.0, 3 * rate: 2.0} for rank, rate in best.items()}
+        return dict(verdicts(spread, tried | (scores or {}), best, curve, curve, of))
 
     good = told([1.0, 0.9, 0.8], [2e-3, 2e-3, 6e-4], [1.0, 1.015])
     assert [said.split(":")[0] for said in good.values()] == ["holds"] * 4
@@ -105,10 +124,42 @@ def test_guidelines_hold_beyond_the_spread_of_seeds_alone() -> None:
     assert list(bad.values()) == [
         "contradicted",
         "does not hold: r = 4: 6.0e-04, r = 16: 2.0e-03, r = 64: 6.0e-04",
-        "does not hold: dora",
+        "does not hold: dora, at 1",
         "contradicted",
     ]
     assert told([1.0, 0.99, 0.9], [2e-3] * 3, [1.0, 1.0])["a larger rank is better"].startswith("not shown")
+    end = told([1.0, 0.9, 0.8], [2e-3, 2e-3, 6e-4], [1.0, 1.0], scores={64: {6e-4: 1.0, 2e-3: 2.0}})
+    assert end["a larger rank wants a lower rate"].startswith("not decided, the best rate of rank 64 lies at the end")
+
+
+def test_aim_is_the_spread_of_the_full_distribution() -> None:
+    from frontier import FULL, Point, aim
+
+    def point(name: str, size: float, *kl: float) -> Point:
+        return Point(name=name, bytes_per_token=size, runs=[], results=[{"kl_mean": x} for x in kl])
+
+    full = point(FULL, 9e4, 0.50, 0.52, 0.54)
+    near, far, large = (
+        point("near", 26, 0.52, 0.53, 0.55),
+        point("far", 20, 0.55, 0.56, 0.57),
+        point("large", 40, 0.5, 0.5, 0.5),
+    )
+    told = aim([large, near, far], full, default=60.0)
+    assert told[0].endswith("reached by near. The default has 60.0 bytes; of less than half of that: near.")
+    assert told[2:] == ["- far: 20.0 bytes, +2.0 standard deviations", "- near: 26.0 bytes, +0.7 standard deviations"]
+    assert "of less than half of that: none." in aim([near], full, default=50.0)[0]
+    assert aim([far, large], full, default=60.0)[0].endswith("no such setting.")
+
+
+def test_bytes_are_those_of_one_file(tmp_path: Path) -> None:
+    """Of the same rows in one unit or in many."""
+    from frontier import bytes_per_supervised_token
+
+    sizes = []
+    for units in (2, 16):
+        write_dump(tmp_path / str(units), samples=16, samples_per_unit=16 // units)
+        sizes.append(bytes_per_supervised_token(tmp_path / str(units)))
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
 
 
 @pytest.mark.slow

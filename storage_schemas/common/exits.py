@@ -26,8 +26,9 @@ KILLED = {
     signal.SIGKILL: "the machine or the job has probably run out of memory: see `dmesg` or the scheduler's log",
     signal.SIGABRT: "a library gave up, as NCCL does when a collective hangs: look for the first message above",
     signal.SIGBUS: "a disk or /dev/shm is probably full",
+    signal.SIGSEGV: "native code has crashed, as drivers and NCCL do now and then; if it does again, please report it",
 }
-"""Signals that end a process for what is wrong with its machine, and what that may be."""
+"""Signals that end a process without a word, for what may be wrong with its machine alone, and what that is."""
 
 
 def known(code: int) -> Exit:
@@ -47,7 +48,7 @@ def tell_deaths(codes: Sequence[int], names: Sequence[str]) -> None:
     for name, code in zip(names, codes, strict=True):
         if code < 0 and -code not in STOPPED:
             number = signal.Signals(-code)
-            why = KILLED.get(number, "native code has crashed; please report it with the lines above")
+            why = KILLED.get(number, "please report it with the lines above")
             sys.stderr.write(f"llm-neo: {name} was ended by {number.name}\n  why:      {why}\n")
     if all(-code in STOPPED for code in codes):  # While they started: later each answers the signal itself.
         sys.stderr.write("llm-neo: stopped before it had begun; run the same command again\n")

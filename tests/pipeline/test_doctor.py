@@ -252,7 +252,7 @@ def test_the_tokenizers_of_dump_and_student(tmp_path: Path, call: Call) -> None:
     tiny_tokenizer("other", vocab=VOCAB).save_pretrained(tmp_path / "student")
     finding = found(call, config, code=Exit.MISMATCH)["tokenizer"]
     assert (finding["state"], finding["temporary"]) == ("failure", False)
-    assert "not the one the dump was made with" in finding["said"]
+    assert "not the teacher's" in finding["said"]
     impossible = found(call, config, "--set", "train.deepspeed={zero: 1}", code=Exit.MISMATCH)["student"]
     assert "train.deepspeed.zero" in impossible["said"]
 

@@ -1,9 +1,11 @@
 """Who is which worker, and what is started: pure functions of environment and resources."""
 
 import sys
+from typing import Any
 
 import pytest
 
+from pipeline import cli
 from pipeline.launch import (
     Nodes,
     Placement,
@@ -17,6 +19,7 @@ from pipeline.launch import (
     training_nodes,
 )
 from storage_schemas.common.errors import MismatchError, UsageError
+from teacher_dump.config import TeacherSection
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
 
@@ -159,6 +162,29 @@ def test_ranks_of_several_nodes_meet_at_node_0() -> None:
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("11", "16", "3")
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("fe80::1", "12041")
     assert "GLOO_SOCKET_IFNAME" not in env
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "teacher", "expected"),
+    [
+        ("0,1,2,3", None, {}, 4),
+        ("0,1,2,3", None, {"device": "cuda"}, 4),
+        ("0,1,2,3", 2, {}, 2),
+        ("", None, {}, 1),
+        ("0,1,2,3", None, {"device": "cpu"}, 1),
+        ("0,1,2,3", None, {"device": "cuda:2"}, 1),
+        ("0,1,2,3", None, {"sharding": "device_map"}, 1),
+        ("0,1,2,3", None, {"sharding": "tensor"}, 1),
+        ("0,1,2,3", None, {"backend": "vllm"}, 1),
+    ],
+)
+def test_stage_one_has_a_worker_per_gpu_where_each_holds_a_teacher(
+    gpus: str, asked: int | None, teacher: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert cli._workers(asked, TeacherSection.model_validate({"model": "m"} | teacher)) == expected
 
 
 def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:

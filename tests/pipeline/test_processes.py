@@ -59,7 +59,8 @@ def alive(pid: int) -> bool:
         ([78, 70, 0], 70),
         ([1], 70),
         ([-9, 78], 78),
-        ([-11, 78], 70),
+        ([-signal.SIGILL, 78], 70),
+        ([-signal.SIGSEGV, 75], 75),
         ([-15, 0], 75),
         ([143], 75),
         ([-6] * 8, 75),  # NCCL's watchdogs, once a collective hangs: every rank dies without a word.

@@ -107,7 +107,7 @@ def test_what_needs_no_rows_is_refused(dump: Dump, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     tiny_llama(1, vocab=OLD).save_pretrained(tmp_path / "other")
     tiny_tokenizer("x", vocab=OLD).save_pretrained(tmp_path / "other")
-    with pytest.raises(MismatchError, match="is not the one the dump was made with"):
+    with pytest.raises(MismatchError, match="is not the teacher's"):
         resize(str(tmp_path / "other"), tmp_path / "out", dump)
     with pytest.raises(UsageError, match="is not empty"):
         resize(str(small_student(tmp_path / "small")), tmp_path / "other", dump)
