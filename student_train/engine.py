@@ -47,7 +47,7 @@ from student_train.model.student import DTYPES, Distilled, causal_of
 from student_train.optimizer import ClippedAdamW, adamw
 from student_train.underway import Underway
 from student_train.world import World
-from student_train.zero import deepspeed_config, monitors
+from student_train.zero import deepspeed_config, monitors, sized
 
 GATHERED = 2**24
 """Values of small weights that one collective brings: 64 MiB in fp32. Larger weights go alone."""
@@ -95,7 +95,8 @@ class Engine:
         Raises:
             MismatchError: `train.deepspeed` is not what DeepSpeed takes. PeerError on the other ranks.
         """
-        config = deepspeed_config(train)
+        sizes = [parameter.numel() for _, parameter in module.trained()]
+        config = sized(deepspeed_config(train), train, sizes)
         self.monitors: dict[str, Callable[[], Any]] = {}
         """DeepSpeed's own monitors, to be opened by the rank that reports: name -> how."""
         self._world, self._stage = world, train.zero_stage

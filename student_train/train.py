@@ -26,7 +26,7 @@ from student_train.deterministic import set_deterministic
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
-from student_train.model.adapter import left_out
+from student_train.model.adapter import Part, left_out
 from student_train.model.student import Student, causal_of, load_student, refuse_other_dump, with_all_factors
 from student_train.model.student_files import identity, sha256
 from student_train.model.tokenizers import NEW_TOKENS
@@ -112,7 +112,7 @@ def train(
     if world.world_size > 1:
         run.share()
     run, trained = begin(world, run, checkpoint)
-    part = world.rank, world.world_size
+    part = Part(world.rank, world.world_size, world.device)
     learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main, part=part))
     if learner.initial and world.world_size > 1 and (trained or checkpoint) is None:
         learner = with_all_factors(learner, student.lora, world)
@@ -130,7 +130,7 @@ def train(
 
 def _student(
     run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None = None, *, main: bool,
-    part: tuple[int, int] = (0, 1),
+    part: Part | None = None,
 ) -> Student:  # fmt: skip
     """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
     main rank with all that identifies it, and proven to fit the dump."""

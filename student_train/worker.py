@@ -37,7 +37,8 @@ from student_train.run_directory import TRAINING, held
 
 MEMORY = (
     "lower train.micro_batch_size (or micro_batch_tokens), set train.gradient_checkpointing, raise train.zero_stage, "
-    "or use more GPUs; the last checkpoint is kept"
+    "or use more GPUs; where much is reserved and not allocated, export "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; the last checkpoint is kept"
 )
 """What to change when training runs out of memory."""
 

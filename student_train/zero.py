@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of a run: a preset per ZeRO stage, under what the user gives for DeepSpeed itself."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from storage_schemas.canonical import leaves
@@ -123,14 +123,27 @@ def _claims(train: TrainSection) -> dict[str, tuple[Any, str]]:
 
 def _preset(train: TrainSection) -> dict[str, Any]:
     zero: dict[str, Any] = {"contiguous_gradients": True}
-    if train.zero_stage == 3:
-        # Adapters are small: gathering them one by one costs more than keeping them whole.
-        zero |= {"stage3_param_persistence_threshold": 100_000}
     preset: dict[str, Any] = {"zero_optimization": zero if train.zero_stage else {}, "steps_per_print": None}
+    # DeepSpeed's clock waits for the device before each micro-batch and after each step.
+    preset["timers"] = {"throughput": {"enabled": False}}
     if train.precision == "bf16":
         # Micro-batches add up: in bf16, whose steps are 2^-8 of the sum, small terms would be lost.
         preset["data_types"] = {"grad_accum_dtype": "fp32"}
     return preset
+
+
+def sized(config: Mapping[str, Any], train: TrainSection, sizes: Sequence[int]) -> dict[str, Any]:
+    """The configuration with the sizes of ZeRO's buffers that follow from those of the trained weights.
+
+    DeepSpeed's own bucket holds 5e8 values, beside all activations, whatever is trained. Under ZeRO-3 the weights of an
+    adapter are small: gathering them one by one, twice per micro-batch, costs more than keeping them whole.
+    """
+    zero = dict(config["zero_optimization"])
+    if train.zero_stage:
+        zero.setdefault("reduce_bucket_size", min(500_000_000, sum(sizes)))
+    if train.zero_stage == 3:
+        zero.setdefault("stage3_param_persistence_threshold", max(sizes) if train.lora else 100_000)
+    return {**config, "zero_optimization": zero}
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:

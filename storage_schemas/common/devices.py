@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -127,8 +128,8 @@ def usable_cores() -> int:
 
 
 def refuse_no_compiler(setting: str, env: Mapping[str, str]) -> None:
-    """Raise MismatchError if what `setting` asks torch to compile could not be: what it writes in C++ needs a compiler,
-    on a GPU too."""
+    """Raise MismatchError if what `setting` asks torch to compile could not be: what it writes in C++ needs a compiler
+    and Python's headers, on a GPU too."""
     names = (env.get("CXX"), "g++", "clang++", "c++")
     if not any(shutil.which(name, path=env.get("PATH")) for name in names if name):
         raise MismatchError(
@@ -136,4 +137,12 @@ def refuse_no_compiler(setting: str, env: Mapping[str, str]) -> None:
             got="none of CXX, g++, clang++ and c++ is there",
             expected="one on the PATH",
             fix=f"install one, such as g++, or set {setting}: false",
+        )
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.is_file():
+        raise MismatchError(
+            f"{setting} needs the header files of Python",
+            got=f"no {headers}",
+            expected="those of the Python that runs",
+            fix=f"install them, on Debian and Ubuntu as python3-dev, or set {setting}: false",
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -100,9 +100,18 @@ def lora_config(lora: LoraSection) -> LoraConfig:
         raise _not_taken(error) from error
 
 
+class Part(NamedTuple):
+    """Who decomposes which weights."""
+
+    rank: int = 0
+    ranks: int = 1
+    device: torch.device | None = None
+    """Where, if not where the weights are: an SVD takes a CPU a hundred times as long as a GPU."""
+
+
 def attach(
     base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None,
-    part: tuple[int, int] = (0, 1),
+    part: Part | None = None,
 ) -> PeftModel:  # fmt: skip
     """Put the adapter on the student; everything else is frozen but for `lora.modules_to_save`. fp32 adapters, whatever
     the base's dtype.
@@ -112,8 +121,8 @@ def attach(
         seed: of the initial weights; equal on every rank.
         initial: of a resumed run, what `initial_factors` gave at its start. The base then becomes what it was, however
             a decomposition would come out on this machine.
-        part: (rank, ranks) of those that decompose together, if there is no `initial`. With more than one this is done
-            by halves: the adapter has the factors of the rank's own weights, and `spread` does the rest.
+        part: of several ranks that decompose together, if there is no `initial`. It is done by halves then: the
+            adapter has the factors of the rank's own weights, and `spread` does the rest.
 
     Raises:
         MismatchError: no such modules, the head is among those to adapt, or `extra` does not go with the variant.
@@ -133,11 +142,11 @@ def attach(
     if lora.variant == "pissa":
         _refuse_experts(model)
         if initial is None:
-            _decompose(model, *part)
+            _decompose(model, part or Part())
         else:
             shapes = {name: p.shape for name, p in _factors(model)}
             _put(model, dict(exactly(initial.items(), shapes)))
-        if initial is not None or part[1] == 1:
+        if initial is not None or part is None or part.ranks == 1:
             _subtract(model)
     if lora.variant == "moslora":
         _mix(model, lora.extra)
@@ -216,17 +225,17 @@ def plain_adapter(
 
 
 @torch.no_grad()
-def _decompose(model: PeftModel, rank: int, ranks: int) -> None:
+def _decompose(model: PeftModel, part: Part) -> None:
     """B A = the r largest principal components of each base weight over the scaling (PiSSA, arXiv 2404.02948, eq. 2-3).
 
     Of the weights that are this rank's. They are rounded to the base's dtype, which is what training begins with.
     """
-    for layer, owner in _owners(model, ranks):
-        if owner != rank:
+    for layer, owner in _owners(model, part.ranks):
+        if owner != part.rank:
             continue
         weight = layer.get_base_layer().weight
-        whole = weight.float().T if layer.fan_in_fan_out else weight.float()
-        u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+        wide = weight.to(part.device or weight.device, torch.float32)
+        u, s, vh = torch.linalg.svd(wide.T if layer.fan_in_fan_out else wide, full_matrices=False)
         r = layer.r[ADAPTER]
         root = (s[:r] / layer.scaling[ADAPTER]).sqrt()
         layer.lora_A[ADAPTER].weight.copy_((root[:, None] * vh[:r]).to(weight.dtype))

@@ -130,7 +130,10 @@ class _FusedHead(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
 
         def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            return None if gradient is None else (gradient * d_loss).to(dtype)
+            if gradient is None:
+                return None
+            # Straight into the result: a wide copy of a trained head's gradient would be the most that is ever held.
+            return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
 
         return (
             scaled(d_hidden, hidden_dtype), scaled(d_weight, weight_dtype), scaled(d_bias, weight_dtype),

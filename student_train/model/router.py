@@ -11,6 +11,7 @@ from torch import Tensor
 
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, input_device
+from student_train.model.attention import runnable_attention
 
 _TOLERANCE = 0.02
 """What the loss of a probe may differ by in bf16, relative."""
@@ -56,7 +57,8 @@ class RouterLoss:
                 experts=causal.num_experts,
                 top_k=causal.num_experts_per_tok,
             )
-            found._refuse_other_value(causal)
+            with runnable_attention(causal):
+                found._refuse_other_value(causal)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise _not_understood(causal, f"{type(error).__name__}: {error}") from error
         return found

@@ -19,11 +19,11 @@ from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
-from student_train.model.adapter import attach, initial_factors, spread
+from student_train.model.adapter import Part, attach, initial_factors, spread
+from student_train.model.attention import looking_for_packed_samples, runnable_attention
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
-from student_train.model.packed import looking_for_packed_samples
 from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation, refuse_unquantised
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
@@ -163,7 +163,7 @@ def load_student(
     provenance: Provenance,
     *,
     initial: Mapping[str, Tensor] | None = None,
-    part: tuple[int, int] = (0, 1),
+    part: Part | None = None,
 ) -> Student:
     """Load the student and make it ready for its arm.
 
@@ -327,11 +327,12 @@ def refuse_mixed_samples(module: Distilled) -> None:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout for a while."""
+def _evaluating(module: Distilled) -> Iterator[None]:
+    """Without dropout for a while, wherever the model lies."""
     training = module.training
     module.eval()
-    yield
+    with runnable_attention(causal_of(module.student)):
+        yield
     module.train(training)
 
 

@@ -113,6 +113,8 @@ class Fused:
 
     def read(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, *, slope: bool) -> Logits:
         """As `Passes.read`; the head's columns of the product are masked."""
+        # Rows of one known length: kernels read them in whole words.
+        torch._dynamo.mark_static(product, 1)
         ids, labels = targets.ids.long(), targets.labels[:, None]
         label, entries = self._logits(product, labels), self._logits(product, ids)
         product.scatter_add_(1, ids, torch.where(targets.in_head, ABSENT, 0.0).to(product.dtype))

@@ -46,8 +46,9 @@ def linear(
 ) -> Float32[Tensor, "*n V"]:
     """inputs @ weight.T + bias as float32.
 
-    On CUDA the product itself gives float32. Elsewhere the weight becomes float32 in blocks of its rows, so that
-    never more than a block has a copy; of a weight that is spread over processes as a DTensor, this process's share.
+    On CUDA the product itself gives float32, from torch 2.8 on. Elsewhere the weight becomes float32 in blocks of its
+    rows, so that never more than a block has a copy; of a weight that is spread over processes as a DTensor, this
+    process's share.
 
     Args:
         inputs: of the weight's dtype.
@@ -60,7 +61,7 @@ def linear(
         result = functional.linear(flat.float(), weight.float())
     elif flat.dtype == weight.dtype == torch.float32:
         result = torch.mm(flat, weight.t(), out=out)
-    elif flat.is_cuda and flat.dtype == weight.dtype:
+    elif flat.is_cuda and flat.dtype == weight.dtype and hasattr(torch.ops.aten.mm, "dtype"):
         result = torch.mm(flat, weight.t(), out_dtype=torch.float32, out=out)
     else:
         result = flat.new_empty(len(flat), len(weight), dtype=torch.float32) if out is None else out

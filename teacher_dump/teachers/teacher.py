@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
@@ -389,14 +390,15 @@ def launch(model: Any, samples: Sequence[Row], recipe: Recipe, *, least_tokens: 
     chunk = min(_chunk_tokens(model), most)
     scratch = hidden.new_empty(chunk, head_rows(model), dtype=torch.float32)
     parts: list[Entries] = []
-    for start in range(0, most, chunk):
-        tokens = slice(start, start + chunk)
-        logits = _logits(model, hidden[tokens], transform, scratch)
-        if not len(logits):
-            continue
-        if recipe.masked_from is not None:
-            logits[:, recipe.masked_from :] = -torch.inf
-        parts.append(estimate(logits, recipe, sample_index=sample_index[tokens], position=position[tokens]))
+    with getattr(model, "whole_head", nullcontext)():
+        for start in range(0, most, chunk):
+            tokens = slice(start, start + chunk)
+            logits = _logits(model, hidden[tokens], transform, scratch)
+            if not len(logits):
+                continue
+            if recipe.masked_from is not None:
+                logits[:, recipe.masked_from :] = -torch.inf
+            parts.append(estimate(logits, recipe, sample_index=sample_index[tokens], position=position[tokens]))
     gathered = gather(parts, logsumexp=recipe.logsumexp)
     stops = np.cumsum(sizes).tolist()
 
@@ -462,11 +464,12 @@ def _logits(
 
 
 def _is_plain_linear(head: Any) -> bool:
-    """Whether calling `head` is a product with its weight and nothing else: no bias, no hooks that fetch the weight, no
-    weight that is spread over processes."""
+    """Whether calling `head` is a product with its weight and nothing else: no bias, no hooks but those by which ZeRO-3
+    fetches the weight, which is here."""
     hooked = hasattr(head, "_hf_hook") or head._forward_pre_hooks or head._forward_hooks
-    whole = type(head.weight.data) is Tensor and not hasattr(head.weight, "ds_shape")
-    return bool(not hooked and whole and type(head) is torch.nn.Linear and getattr(head, "bias", None) is None)
+    spread = getattr(head.weight, "ds_shape", None)
+    whole = type(head.weight.data) is Tensor and (head.weight.shape == spread if spread else not hooked)
+    return bool(whole and type(head) is torch.nn.Linear and getattr(head, "bias", None) is None)
 
 
 def _chunk_tokens(model: Any) -> int:

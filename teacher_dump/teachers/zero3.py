@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from transformers.integrations import HfDeepSpeedConfig
+
+from storage_schemas.logits import body_of
 
 
 def load_partitioned(load: Callable[[], Any], *, dtype: str, offload: bool, on_gpu: bool) -> Any:
@@ -42,4 +45,9 @@ def load_partitioned(load: Callable[[], Any], *, dtype: str, offload: bool, on_g
     del partitions
     # Its hooks gather the weights: it must live as long. In a list, it is no part of the model.
     model.zero_engine = [engine]
+    # It gathers weights ahead of their use once it has recorded a pass from beginning to end. A pass is the
+    # body's: the head is called more or less often, and is gathered once for all its calls.
+    order = engine.optimizer.get_param_coordinator
+    body_of(model, role="teacher").register_forward_hook(lambda *_: order().reset_step())
+    model.whole_head = partial(deepspeed.zero.GatheredParameters, [model.get_output_embeddings().weight])
     return model

@@ -130,9 +130,15 @@ def test_cores_that_a_scheduler_keeps_back_are_not_used() -> None:
     assert usable_cores() == len(before)
 
 
-def test_without_a_compiler_nothing_is_promised(tmp_path: Path) -> None:
+def test_without_a_compiler_nothing_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MismatchError, match=r"train\.compile needs a C\+\+ compiler"):
         refuse_no_compiler("train.compile", {"PATH": str(tmp_path)})
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)
+    include = tmp_path / "include"
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(MismatchError, match=r"needs the header files of Python(.|\n)*python3-dev"):
+        refuse_no_compiler("train.compile", {"PATH": str(tmp_path)})
+    include.mkdir()
+    (include / "Python.h").touch()
     refuse_no_compiler("train.compile", {"PATH": str(tmp_path)})

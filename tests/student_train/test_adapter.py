@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import LoraSection
-from student_train.model.adapter import OWNED, attach, initial_factors, lora_config, plain_adapter, spread
+from student_train.model.adapter import OWNED, Part, attach, initial_factors, lora_config, plain_adapter, spread
 
 VARIANTS = ("lora", "rslora", "dora", "pissa", "moslora")
 IDS = torch.arange(20)[None]
@@ -166,7 +166,7 @@ def test_pissa_is_decomposed_by_all_ranks_together(monkeypatch: pytest.MonkeyPat
         return svd(weight, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", counted)
-    models = [attach(tiny_llama(1), lora, seed=0, part=(rank, 3)) for rank in range(3)]
+    models = [attach(tiny_llama(1), lora, seed=0, part=Part(rank, 3)) for rank in range(3)]
     assert len(sizes) == 14
     shares = [sum(sizes[start:stop]) for start, stop in ((0, 5), (5, 10), (10, 14))]
     assert max(shares) < 1.3 * min(shares)

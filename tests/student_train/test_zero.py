@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import DEEPSPEED_PRESETS, TrainSection
-from student_train.zero import OURS, deepspeed_config
+from student_train.zero import OURS, deepspeed_config, sized
 
 
 def section(**changes: Any) -> TrainSection:
@@ -48,6 +48,21 @@ def test_user_settings_win_over_the_preset() -> None:
     assert train.deepspeed == given == {
         "zero_optimization": {"reduce_bucket_size": 5, "contiguous_gradients": False}, "wall_clock_breakdown": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_buffers_are_as_large_as_what_is_trained(stage: int) -> None:
+    """DeepSpeed's own are 1 GB in bf16, and its threshold keeps no adapter of a large model whole. The user's stay."""
+    lora, full = (section(zero_stage=stage, precision="fp32", method=method) for method in ("lora_kd", "full_kd"))
+    zero = sized(deepspeed_config(lora), lora, [300_000, 200_000])["zero_optimization"]
+    assert zero.get("reduce_bucket_size") == (500_000 if stage else None)
+    assert zero.get("stage3_param_persistence_threshold") == (300_000 if stage == 3 else None)
+    zero = sized(deepspeed_config(full), full, [10**9, 10])["zero_optimization"]
+    assert zero.get("reduce_bucket_size") == (5 * 10**8 if stage else None)
+    assert zero.get("stage3_param_persistence_threshold") == (100_000 if stage == 3 else None)
+    if stage:
+        own = section(zero_stage=stage, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}})
+        assert sized(deepspeed_config(own), own, [1])["zero_optimization"]["reduce_bucket_size"] == 7
 
 
 def test_a_configuration_for_the_trainer_is_taken() -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import masking_utils
 
@@ -156,15 +157,22 @@ def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: 
 def reads_of_a_step(
     rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]
 ) -> list[list[str]]:
-    """Of each case, the functions of student_train that read a value in a step, "look" where transformers looks
-    for packed samples, and "update" where the optimizer begins."""
+    """Of each case, the functions of student_train that read a value in the third step, "look" where transformers looks
+    for packed samples, "wait" where anybody waits for all that the device was given, and "update" where the optimizer
+    begins."""
 
     def seen(world: World, case: dict[str, Any]) -> list[str]:
         train = train_section(Path("unused"), **case["train"])
         engine, found = make_engine(world, Dump.open(dump), case["model"], train), list[str]()
         batches, tokens = batches_of_step(Dump.open(dump), train, 0, rank=world.rank, world_size=world.world_size)
+        for _ in range(2):  # DeepSpeed's clock starts with the third step.
+            engine.step(batches, tokens=tokens, learning_rate=1e-3)
         engine._inner().register_step_pre_hook(lambda *_: found.append("update"))
         with ExitStack() as stack:
+            waits = mock.patch.object(
+                type(get_accelerator()), "synchronize", side_effect=lambda *_: found.append("wait")
+            )
+            stack.enter_context(waits)
             look = masking_utils.find_packed_sequence_indices
             looking = mock.Mock(side_effect=lambda *given: found.append("look") or look(*given))
             stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", looking))

@@ -17,9 +17,10 @@ from teacher_dump.teachers.group import Group, GroupTeacher
 def targets(
     rank: int, world_size: int, rendezvous: str, *, cases: list[dict[str, Any]], batches: list[list[Row]],
     estimator: Estimator,
-) -> list[tuple[int, list[list[Targets | None]], list[int]]]:  # fmt: skip
-    """Per case, a teacher section: elements of the weights that this rank holds, the leader's targets, and the samples
-    that went through the model here. The head sees 16 tokens at a time."""
+) -> list[tuple[int, list[list[Targets | None]], list[int], bool]]:  # fmt: skip
+    """Per case, a teacher section: elements of the weights that this rank holds, the leader's targets, the samples
+    that went through the model here, and whether weights are gathered ahead of their use. The head sees 16 tokens at a
+    time."""
     teacher_module._CHUNK_BYTES = dict.fromkeys(("cpu", "cuda"), 1)
     launched, original = list[int](), group_module.launch
 
@@ -39,7 +40,9 @@ def targets(
             group.send(None)
         else:
             teacher.follow()
-        found.append((_held(teacher.model), answers, launched.copy()))
+        spread = getattr(teacher.model, "zero_engine", None)
+        ahead = bool(spread) and spread[0].optimizer.get_param_coordinator().is_complete_trace()
+        found.append((_held(teacher.model), answers, launched.copy(), ahead))
         launched.clear()
     dist.destroy_process_group()
     return found

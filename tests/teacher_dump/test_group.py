@@ -73,6 +73,7 @@ def check(folder: Path, architectures: list[str], *, mixture: str | None = None)
         # Under ZeRO-3 each has its part of a batch, and something to do where there is none for it.
         shared = [[9, 90, 5, 6, 90], [31, 90, 7, 9]] if way["sharding"] == "zero3" else [list(chain(*LENGTHS))] * 2
         assert [rank[number][2] for rank in found] == shared, (name, way)
+        assert [rank[number][3] for rank in found] == [way["sharding"] == "zero3"] * 2, (name, way)
 
 
 def test_tensor_parallel_and_partitioned_teachers(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_bfloat16_heads_give_float32_wherever_their_weight_is(tmp_path: Path) ->
     common = {"model": str(tmp_path / "llama"), "device": "cpu", "dtype": "bfloat16"}
     cases = [common | way for way in WAYS if "offload" not in way]
     ranks = run_ranks("support.group_jobs:targets", 2, cases=cases, batches=BATCHES, estimator=ESTIMATOR)
-    answers = {way["sharding"]: answer for way, (_, answer, _) in zip(WAYS, ranks[0], strict=False)}
+    answers = {way["sharding"]: answer for way, (_, answer, _, _) in zip(WAYS, ranks[0], strict=False)}
     place = {"sharding": "device_map", "max_memory": {"cpu": "90KB"}, "offload_folder": str(tmp_path / "offload")}
     teachers = {"none": {}, "device_map": place}
     for name, way in teachers.items():

@@ -1,0 +1,44 @@
+"""What of transformers' attention is another one for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import masking_utils, modeling_flash_attention_utils
+
+from storage_schemas.logits import input_device
+
+
+@contextmanager
+def looking_for_packed_samples(wanted: bool) -> Iterator[None]:
+    """Spare a forward pass the look, if it is not wanted: position ids of whole rows tell nothing.
+
+    transformers takes it in each pass without a mask, with a read of a value, for which the host waits until the device
+    has done all that was launched before.
+    """
+    if wanted:
+        yield
+        return
+    modules: Any = masking_utils, modeling_flash_attention_utils
+    masks, flash = modules
+    looks = masks.find_packed_sequence_indices, flash._is_packed_sequence
+    masks.find_packed_sequence_indices = lambda position_ids: None
+    flash._is_packed_sequence = lambda position_ids, batch_size: False  # In each layer.
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices, flash._is_packed_sequence = looks
+
+
+@contextmanager
+def runnable_attention(causal: Any) -> Iterator[None]:
+    """Attention that runs where a model lies: flash attention does not on a CPU, from which ZeRO is to move it."""
+    chosen = causal.config._attn_implementation
+    if "flash" not in (chosen or "") or input_device(causal).type != "cpu":
+        yield
+        return
+    causal.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        causal.set_attn_implementation(chosen)
