@@ -227,7 +227,7 @@ def run(
             found,
             config,
             overrides or (),
-            workers=_workers(workers, need(found.teacher, "teacher", "run")),
+            workers=_workers(workers, found.teacher),
             nproc=_ranks(nproc),
             console=console,
         )
@@ -629,9 +629,10 @@ app.command("pull")(cli_exchange.pull)
 app.add_typer(cli_config.app, name="config")
 
 
-def _workers(asked: int | None, teacher: TeacherSection) -> int:
+def _workers(asked: int | None, teacher: TeacherSection | None) -> int:
     """Of stage one: by default one per GPU, where each would hold a teacher of its own."""
-    own = (teacher.backend, teacher.sharding) == ("transformers", "none") and teacher.device in ("auto", "cuda")
+    own = teacher is not None and teacher.device in ("auto", "cuda")
+    own = own and (teacher.backend, teacher.sharding) == ("transformers", "none")
     return asked or (len(visible_gpus(os.environ)) if own else 0) or 1
 
 

@@ -63,6 +63,8 @@ def test_every_command_is_one() -> None:
             seen.add(words[0])
     assert seen == {
         "init",
+        "dump",
+        "train",
         "freeze",
         "preview",
         "plan",

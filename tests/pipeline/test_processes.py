@@ -269,7 +269,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
         ([0, -9], 75),
         ([-9], 75),
         ([-6, -6], 75),
-        ([-11], 70),
+        ([-11], 75),
         ([-15, -15], 75),
         ([0, 65], 65),
     ],

@@ -293,11 +293,11 @@ def swapped(size: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("student", "head", "message"),
     [
-        (swapped(100), 128, "3: dump 'token 3', student 'token 4'"),
+        (swapped(100), 128, "3: teacher 'token 3', student 'token 4'"),
         ({f"other {i}": i for i in range(100)}, 128, "100 of 100"),
         ({}, 128, "0 of 0"),
         (vocabulary(100), 99, "head is smaller"),
-        ({token: i for token, i in vocabulary(100).items() if i != 50}, 128, "50: dump 'token 50', student None"),
+        ({token: i for token, i in vocabulary(100).items() if i != 50}, 128, "50: teacher 'token 50', student None"),
     ],
 )
 def test_other_tokenizers_are_refused(student: dict[str, int], head: int, message: str) -> None:
