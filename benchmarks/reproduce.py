@@ -35,7 +35,7 @@ class Budget:
     steps: int = 150
     tuning_steps: int = 50
     rates: int = 3
-    extensions: int = 2
+    extensions: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_samples: int = 200
     conversations: int | None = None

@@ -631,9 +631,10 @@ app.add_typer(cli_config.app, name="config")
 
 def _workers(asked: int | None, teacher: TeacherSection | None) -> int:
     """Of stage one: by default one per GPU, where each would hold a teacher of its own."""
-    own = teacher is not None and teacher.device in ("auto", "cuda")
-    own = own and (teacher.backend, teacher.sharding) == ("transformers", "none")
-    return asked or (len(visible_gpus(os.environ)) if own else 0) or 1
+    whole = teacher is not None and (teacher.backend, teacher.sharding) == ("transformers", "none")
+    if asked is None and teacher is not None and whole and teacher.device in ("auto", "cuda"):
+        asked = len(visible_gpus(os.environ))
+    return asked or 1
 
 
 def _ranks(nproc: int | None) -> int:

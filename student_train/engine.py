@@ -162,7 +162,7 @@ class Engine:
         return StepResult(loss, router_aux, norm, parts)
 
     @torch.no_grad()
-    def evaluate(self, batch: TrainBatch, *, temperature: float) -> list[float]:
+    def evaluate(self, batch: TrainBatch, *, temperature: float) -> Underway:
         """The sums of `HeadLoss`, with the forward KL, over a micro-batch. Collective under ZeRO-3.
 
         Args:
@@ -175,7 +175,7 @@ class Engine:
             sums = self.module(batch.to(self._world.device, non_blocking=True))[1]
         finally:
             self.module.head.losses = trained_on
-        return sums.tolist()  # type: ignore[no-any-return]
+        return Underway(sums)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""

@@ -20,6 +20,7 @@ from student_train.data.batch import TrainBatch, collate
 from student_train.data.deal import Limit, rank_slice
 from student_train.metrics import HeldoutResult
 from student_train.model.head import SUMS
+from student_train.underway import Underway
 from student_train.world import World
 
 
@@ -44,7 +45,7 @@ class Heldout:
     def evaluate(
         self,
         world: World,
-        sums_of: Callable[[TrainBatch], Sequence[float]],
+        sums_of: Callable[[TrainBatch], Underway],
         *,
         step: int,
         vocab_size: int | None,
@@ -66,7 +67,7 @@ class Heldout:
         """
         began = time.monotonic()
         rounds = self._rounds(world, vocab_size)
-        mine: list[list[float]] = []
+        mine: list[tuple[int, Underway]] = []
         while True:
             batch, error = None, None
             try:
@@ -79,8 +80,9 @@ class Heldout:
                 return None
             if batch is None:  # Of all ranks at once.
                 break
-            mine.append([len(batch.targets), *sums_of(batch)])
-        everyone = world.gather([value for sums in mine for value in sums]) if mine else []
+            mine.append((len(batch.targets), sums_of(batch)))
+        # Only now, so that a device need not wait for the host to decode the next batch.
+        everyone = world.gather([value for tokens, sums in mine for value in (tokens, *sums.read())]) if mine else []
         if not all(math.isfinite(value) for values in everyone for value in values):
             raise DataError(
                 f"the loss on held-out samples is not finite after step {step}",
