@@ -264,7 +264,7 @@ def _written(target: Path, lines: Sequence[str]) -> Path:
 def step_seconds(run: Result) -> list[float]:
     """Of each step of a training, by its events: the time to write a checkpoint lies outside of most."""
     events = read_events(Path(run["directory"]).parent / EVENTS)
-    return [event.supervised_tokens / event.tokens_per_second for event in events if event.tokens_per_second]
+    return [event.tokens / event.tokens_per_second for event in events]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -65,8 +65,10 @@ class Event(FrozenModel):
     """Of the last of these steps, before clipping."""
     supervised_tokens: int
     """Of these steps, over all ranks."""
+    tokens: int = 0
+    """That went through the student in these steps, over all ranks, padding not counted."""
     tokens_per_second: float
-    """Tokens that went through the student, over all ranks, padding not counted, per second of wall time."""
+    """The same per second of wall time."""
     data_wait_seconds: float
     """Of these steps: how long the slowest rank waited for data."""
     eta_seconds: float
@@ -224,6 +226,7 @@ class Meter:
             learning_rate=steps[-1].learning_rate,
             grad_norm=steps[-1].grad_norm,
             supervised_tokens=supervised,
+            tokens=tokens,
             tokens_per_second=tokens / seconds,
             padding=padded / max(1, tokens + padded),
             mfu=self._work and self._work.utilisation(tokens, supervised, seconds=seconds, devices=self._ranks),
