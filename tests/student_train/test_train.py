@@ -445,12 +445,13 @@ def test_events_and_summary(training: Trainings) -> None:
     run, summary = training("zero2 whole").output, training("zero2 whole")["summary"]
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     names = {
-        "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens_per_second",
+        "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens", "tokens_per_second",
         "data_wait_seconds", "save_wait_seconds", "eta_seconds", "padding",
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(line) == names for line in lines)
     assert 0 < max(line["padding"] for line in lines) < 0.7
+    assert all(line["tokens"] > line["supervised_tokens"] for line in lines)
     for line in lines:
         assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kl"], rel=FORWARD)
     # Warm-up over 2 of 6 steps, then a cosine.
