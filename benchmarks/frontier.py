@@ -107,6 +107,8 @@ class Frontier:
         points = {name: self.point(name) for name in estimators}
         contrast = {k: self.renormalised(k) for k in renormalised}
         gated = [self.gated(gate) for gate in gates]
+        tempered = self.tempered(points, contrast[TEMPERED_K]) if temperatures else []
+        before, default = self.lab.evaluate("before", [self.lab.untrained()], self.heldout), self.default_bytes()
         text = "\n".join([
             *self.lab.made("The price of a byte"),
             f"Neo at a learning rate of {self.rate:.1e}; means and deviations of {len(self.budget.seeds)} seeds.",
@@ -115,7 +117,7 @@ class Frontier:
             *table([(point, full) for point in points.values()], of=FULL),
             *table([(full, None)], of="")[2:],
             "",
-            *aim(list(points.values()), full, default=self.default_bytes()),
+            *aim(list(points.values()), full, default=default),
             "",
             "Top-k renormalised to 1, as most tools store it, against the same k with its tail:",
             "",
@@ -123,11 +125,10 @@ class Frontier:
             *(["", f"The gate on the KL of stored log-probs, against {PLAIN} at 1e-4 nats:", "",
                *table([(point, points[PLAIN]) for point in gated], of="1e-4")] if gates else []),
             *(["", f"Temperature, k = {TEMPERED_K}, p^(1/T) on the entries alone against the exact tail:", "",
-               *table(self.tempered(points, contrast[TEMPERED_K]), of="exact tail")] if temperatures else []),
+               *table(tempered, of="exact tail")] if temperatures else []),
         ]) + "\n"  # fmt: skip
         publish(self.lab.folder / "frontier.md", text)
         publish(self.lab.folder / "frontier.svg", picture(list(points.values()), list(contrast.values()), full))
-        before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
         shown = [points.get(name, full) for name in SHOWN if name == FULL or name in points]
         self.lab.page([pair for point in shown for pair in zip(point.runs, point.results, strict=True)], before)
         return text

@@ -16,8 +16,6 @@ from reproduce import FACTOR, LORA, SMOKE, Budget, Study, at_end, rate_table
 from storage_schemas.common.publish import publish
 
 NEO = "lora_kd"
-STEEPER = ("rslora", "pissa")
-"""Variants that move further than LoRA at its rate: rsLoRA scales by alpha / sqrt(r), PiSSA trains what is largest."""
 QUALITY = {"kl_mean": "KL", "ce": "CE", "top1_agreement": "top-1"}
 Curve = dict[str, Result]
 """Setting -> what `llm-neo evaluate` says of the student that it made."""
@@ -60,8 +58,8 @@ class Guidelines:
         self.study, self.grid, self.lab = study, grid, study.lab
         budget = study.budget
         self.lab.plan((grid.runs + len(budget.seeds)) * (budget.steps + EVALUATION))
-        steeper = len(set(STEEPER) & set(grid.variants))
-        self.lab.plan((len(grid.ranks) * budget.rates + 2 * steeper) * (budget.tuning_steps + EVALUATION))
+        tunings = len(grid.ranks) * budget.rates + 2 * (len(grid.variants) - 1)
+        self.lab.plan(tunings * (budget.tuning_steps + EVALUATION))
 
     def run(self) -> str:
         """All of it; returns the tables."""
@@ -101,8 +99,8 @@ class Guidelines:
         ]) + "\n"  # fmt: skip
 
     def variant_rate(self, name: str, best: float) -> float:
-        """LoRA's, or of a variant that moves further the better one of LoRA's and a `FACTOR` less."""
-        if name not in STEEPER:
+        """The better one of LoRA's and a `FACTOR` less: a variant may move further at the same rate."""
+        if name == "lora":
             return best
         lora = LORA | {"variant": name}
         scores = {

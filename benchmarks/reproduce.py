@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread, step_seconds
+from pydantic import ValidationError
 
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
@@ -141,13 +142,15 @@ class Study:
         """What a short training comes to on the tuning set; infinity if it diverges."""
         try:
             run = self.trained(method, rate, 0, steps=self.budget.tuning_steps, name=name, lora=lora)
+            score: float = self.lab.evaluate(name, [run], self.tuning)[CHOSEN_BY[method]]
         except SystemExit as error:
             if error.code != Exit.BAD_DATA:
                 raise
             return math.inf
-        score: float = self.lab.evaluate(name, [run], self.tuning)[CHOSEN_BY[method]]
+        except ValidationError:  # No result holds a NaN.
+            return math.inf
         self.lab.forget(name)
-        return math.inf if math.isnan(score) else score
+        return score
 
 
 def rate_table(title: str, scores: Mapping[Any, Mapping[float, float]]) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.hints import HintingGroup
 from pipeline.launch import Nodes, Placement, dump_placement, training_nodes
 from pipeline.pairing import refuse_pair
 from pipeline.processes import dump_group, dump_workers, run_directory, train_workers
-from storage_schemas.common.devices import take_own_gpus, visible_gpus
+from storage_schemas.common.devices import local_place, take_own_gpus, visible_gpus
 from storage_schemas.common.dtypes import dtype_name
 from storage_schemas.common.errors import NeoError, TemporaryError, UsageError, explained
 from storage_schemas.common.exits import Exit
@@ -632,7 +632,9 @@ app.add_typer(cli_config.app, name="config")
 def _workers(asked: int | None, teacher: TeacherSection | None) -> int:
     """Of stage one: by default one per GPU, where each would hold a teacher of its own."""
     whole = teacher is not None and (teacher.backend, teacher.sharding) == ("transformers", "none")
-    if asked is None and teacher is not None and whole and teacher.device in ("auto", "cuda"):
+    place = local_place(os.environ)
+    alone = place is None or place[1] is not None  # Else others of this machine may be about to take these GPUs.
+    if asked is None and alone and teacher is not None and whole and teacher.device in ("auto", "cuda"):
         asked = len(visible_gpus(os.environ))
     return asked or 1
 

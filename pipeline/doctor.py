@@ -24,7 +24,7 @@ from rich.text import Text
 
 from pipeline.config import Config, load_config
 from pipeline.launch import dump_placement, training_nodes
-from pipeline.pairing import refuse_unlike, tokenizer_of
+from pipeline.pairing import refuse_unlike, student_vocabulary, teacher_vocabulary
 from pipeline.views.report import PACKAGES
 from storage_schemas.common.devices import refuse_idle_gpus, usable_cores, visible_gpus
 from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
@@ -369,18 +369,25 @@ def _student(student: StudentSection, train: TrainSection | None) -> Iterator[Fi
 
 def _tokenizer(student: StudentSection, section: DumpSection, teacher: TeacherSection | None) -> Iterator[Finding]:
     """Whether the student's ids mean what the dump's mean, or the teacher's before there is one."""
+    from storage_schemas.common.code import runs_code
+    from student_train.model.load import TRUST, described
+    from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
+
+    model, revision, whose = student.model, student.revision, "the dump"
     if Store(section.url, options=section.storage_options).size(RUN) is not None:
-        whose, tokenizer = "the dump", Dump.open(section.url, options=section.storage_options).read_tokenizer()
+        files = Dump.open(section.url, options=section.storage_options).read_tokenizer()
+        code = runs_code(student.trust_remote_code, model, revision, setting=TRUST)
+        head_rows = described(model, revision, code).get_text_config().vocab_size
+        refuse_tokenizer(model, revision, files, head_rows=head_rows)
     else:
-        try:
-            if teacher is None:
-                raise MismatchError("no teacher is configured")
-            whose, tokenizer = "the teacher", tokenizer_of(teacher)
-        except MismatchError as error:
-            said = f"nothing to compare with before the dump has begun: {error.what}"
-            yield Finding(subject="tokenizer", state="ok", said=said)
+        whose, theirs = "the teacher", None
+        with suppress(MismatchError):  # Then it is not here, which another check says.
+            theirs = None if teacher is None else teacher_vocabulary(teacher)
+        if theirs is None:
+            yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
             return
-    if refuse_unlike(student, tokenizer):
+        refuse_unlike(theirs, student_vocabulary(student))
+    if has_tokenizer(model, revision):
         yield Finding(subject="tokenizer", state="ok", said=f"the student's is that of {whose}")
     else:
         said = f"the student has none: its ids are taken to mean what those of {whose} mean"

@@ -175,7 +175,7 @@ def dump_argv(
     """The command line of one worker of stage one, which leaves its summary in `result`."""
     where = ["--rank", str(placement.rank), "--world-size", str(placement.world_size)]
     where += ["--events", str(events)] if events else []
-    where += ["--result", str(result), *set_arguments(overrides)]
+    where += ["--workers", "1", "--result", str(result), *set_arguments(overrides)]
     return [sys.executable, "-P", "-m", "pipeline.entry", "dump", str(config), *where]
 
 

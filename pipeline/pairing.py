@@ -4,12 +4,14 @@ Training asks the same of the dump's tokenizer (`student_train.model.tokenizers`
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 
 from pipeline.config import Config
-from storage_schemas.common.errors import NeoError
+from storage_schemas.common.errors import first_line
 from storage_schemas.records import RUN
 from storage_schemas.stores.store import Store
+from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.config import StudentSection
 from teacher_dump.config import TeacherSection
 
@@ -19,41 +21,41 @@ log = logging.getLogger(__name__)
 def refuse_pair(config: Config) -> None:
     """Raise MismatchError if the ids of `student` do not mean those of `teacher`, and no dump has begun.
 
-    A student that is not here, as on a cluster that only dumps, is compared when training begins.
+    A student whose tokenizer cannot be had here, as on a cluster that only dumps, is compared when training begins.
     """
-    from student_train.model.load import head_rows
-
-    student = config.student
-    if config.teacher is None or student is None:
+    if config.teacher is None or config.student is None:
         return
     if Store(config.dump.url, options=config.dump.storage_options).size(RUN) is not None:
         return
     try:
-        head_rows(student.model, student.revision, trust=student.trust_remote_code)
-    except NeoError as error:
-        log.info("the tokenizers of teacher and student are compared when training begins: %s", error.what)
+        ours = student_vocabulary(config.student)
+    except Exception as error:  # Whatever a hub may say: a dump needs no student.
+        log.info("the tokenizers of teacher and student are compared when training begins: %s", first_line(error))
         return
-    refuse_unlike(student, tokenizer_of(config.teacher))
+    refuse_unlike(teacher_vocabulary(config.teacher), ours)
 
 
-def refuse_unlike(student: StudentSection, tokenizer: Mapping[str, bytes]) -> bool:
-    """Raise MismatchError unless the student's ids mean what those of a tokenizer, given as its files, mean.
+def refuse_unlike(theirs: Mapping[str, int], ours: Mapping[str, int] | None) -> None:
+    """Raise MismatchError unless the ids of a student's vocabulary, if it has one, mean the teacher's.
 
-    Returns:
-        Whether the student has a tokenizer; without one its ids are taken to mean the same.
+    Rows that its head may lack are no matter here: `llm-neo resize` gives them once there is a dump.
     """
-    from student_train.model.load import head_rows
-    from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
-
-    model, revision = student.model, student.revision
-    rows = head_rows(model, revision, trust=student.trust_remote_code)
-    refuse_tokenizer(model, revision, tokenizer, head_rows=rows)
-    return has_tokenizer(model, revision)
+    if ours is not None:
+        refuse_other_tokenizer(theirs, ours, student_head=sys.maxsize)
 
 
-def tokenizer_of(teacher: TeacherSection) -> dict[str, bytes]:
-    """The files that a dump would keep of the teacher's tokenizer; no weights are fetched. Raises MismatchError."""
+def teacher_vocabulary(teacher: TeacherSection) -> dict[str, int]:
+    """Ids by token; no weights are fetched. Raises MismatchError."""
     from teacher_dump.corpus.preview import load_tokenizer
-    from teacher_dump.dump import tokenizer_files
 
-    return tokenizer_files(load_tokenizer(teacher)[0])
+    return dict(load_tokenizer(teacher)[0].get_vocab())
+
+
+def student_vocabulary(student: StudentSection) -> dict[str, int] | None:
+    """Ids by token of a student's tokenizer; None if it has none. Raises MismatchError, and what a hub says."""
+    from student_train.model.tokenizers import has_tokenizer, load_tokenizer
+
+    if not has_tokenizer(student.model, student.revision):
+        return None
+    fix = "correct it, or remove it from the student's directory"
+    return dict(load_tokenizer(student.model, student.revision, fix=fix).get_vocab())

@@ -85,13 +85,17 @@ def dump_workers(
         for local in range(workers):
             placement = Placement(node.rank * workers + local, node.world_size * workers)
             argv = dump_argv(config, overrides, placement, result=results[local], events=events)
-            env = device_environment(gpu_variable(os.environ), gpus, local)
+            # One worker alone may have a teacher that takes them all.
+            env = device_environment(gpu_variable(os.environ), gpus, local) if workers > 1 else {}
             commands.append(Command(argv, threads | env, subprocess.DEVNULL, errors[local]))
         codes = run_together(commands)
+        told = set()
         for status, error in zip(codes, errors, strict=True):
             if status and error is not None:
                 error.seek(0)
-                sys.stderr.write(error.read())
+                told.add(error.read())
+        for text in sorted(told):  # Of workers that have met the same, once.
+            sys.stderr.write(text)
         tell_deaths(codes, [f"worker {local}" for local in range(workers)])
         # A worker that ends well leaves a sealed dump: then a killed one is not missed.
         if 0 in codes and all(status == 0 or -status in KILLED for status in codes):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
-from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 # DeepSpeed looks for accelerators of every maker unless told; a machine without CUDA is a CPU to us.
@@ -95,7 +94,7 @@ class Engine:
         Raises:
             MismatchError: `train.deepspeed` is not what DeepSpeed takes. PeerError on the other ranks.
         """
-        sizes = [parameter.numel() for _, parameter in module.trained()]
+        sizes = {name: _numel(parameter) for name, parameter in module.trained()}
         config = sized(deepspeed_config(train), train, sizes)
         self.monitors: dict[str, Callable[[], Any]] = {}
         """DeepSpeed's own monitors, to be opened by the rank that reports: name -> how."""
@@ -249,10 +248,10 @@ class Engine:
 
         Collective: exhaust it.
         """
-        begins = accumulate((_numel(parameter) for _, parameter in self._trained), initial=0)
-        for _, several in groupby(zip(begins, self._trained, strict=False), lambda each: each[0] // GATHERED):
-            names, parameters = zip(*(named for _, named in several), strict=True)
-            yield from zip(names, parameters, self._gathered(kind, parameters), strict=True)
+        for several in _groups(self._trained):
+            wholes = self._gathered(kind, [parameter for _, parameter in several])
+            for (name, parameter), whole in zip(several, wholes, strict=True):
+                yield name, parameter, whole
 
     @torch.no_grad()
     def _gathered(self, kind: str, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -350,6 +349,20 @@ def _partition(module: nn.Module, config: Mapping[str, Any], device: torch.devic
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
+
+
+def _groups(trained: Sequence[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Neighbours whose values are `GATHERED` at most, or one weight of more."""
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in trained:
+        if group and size + _numel(parameter) > GATHERED:
+            yield group
+            group, size = [], 0
+        group.append((name, parameter))
+        size += _numel(parameter)
+    if group:
+        yield group
 
 
 def _numel(parameter: nn.Parameter) -> int:

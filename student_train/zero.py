@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of a run: a preset per ZeRO stage, under what the user gives for DeepSpeed itself."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from storage_schemas.canonical import leaves
@@ -132,17 +132,23 @@ def _preset(train: TrainSection) -> dict[str, Any]:
     return preset
 
 
-def sized(config: Mapping[str, Any], train: TrainSection, sizes: Sequence[int]) -> dict[str, Any]:
-    """The configuration with the sizes of ZeRO's buffers that follow from those of the trained weights.
+WHOLE = 2**22
+"""Values of a weight that ZeRO-3 keeps on every GPU, at most."""
 
-    DeepSpeed's own bucket holds 5e8 values, beside all activations, whatever is trained. Under ZeRO-3 the weights of an
-    adapter are small: gathering them one by one, twice per micro-batch, costs more than keeping them whole.
+
+def sized(config: Mapping[str, Any], train: TrainSection, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration with the sizes of ZeRO's buffers that follow from those of the trained weights, by name.
+
+    DeepSpeed's own bucket holds 5e8 values, beside all activations, whatever is trained. Under ZeRO-3 the factors of an
+    adapter are small: gathering them one by one, twice per micro-batch, costs more than keeping them whole. So are then
+    frozen weights that are no larger, such as norms.
     """
+    factors = [size for name, size in sizes.items() if ".lora_" in name]
     zero = dict(config["zero_optimization"])
     if train.zero_stage:
-        zero.setdefault("reduce_bucket_size", min(500_000_000, sum(sizes)))
+        zero.setdefault("reduce_bucket_size", min(500_000_000, sum(sizes.values())))
     if train.zero_stage == 3:
-        zero.setdefault("stage3_param_persistence_threshold", max(sizes) if train.lora else 100_000)
+        zero.setdefault("stage3_param_persistence_threshold", min(WHOLE, max(factors, default=100_000)))
     return {**config, "zero_optimization": zero}
 
 

@@ -138,11 +138,14 @@ def refuse_no_compiler(setting: str, env: Mapping[str, str]) -> None:
             expected="one on the PATH",
             fix=f"install one, such as g++, or set {setting}: false",
         )
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if not headers.is_file():
+    named = [
+        part for name in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH") for part in env.get(name, "").split(":")
+    ]
+    places = [sysconfig.get_path("include"), *filter(None, named)]
+    if not any((Path(place) / "Python.h").is_file() for place in places):
         raise MismatchError(
             f"{setting} needs the header files of Python",
-            got=f"no {headers}",
+            got=f"no Python.h in {', '.join(places)}",
             expected="those of the Python that runs",
             fix=f"install them, on Debian and Ubuntu as python3-dev, or set {setting}: false",
         )

@@ -84,14 +84,6 @@ def described(name: str, revision: str | None, code: Code = NO_CODE) -> Any:
     return config
 
 
-def head_rows(name: str, revision: str | None, *, trust: bool = False) -> int:
-    """Rows of a model's LM head, by its config: no weights are fetched. Raises MismatchError: it is not there."""
-    code = runs_code(trust, name, revision, setting=TRUST)
-    with _loading(name, code):
-        rows: int = described(name, revision, code).get_text_config().vocab_size
-        return rows
-
-
 @contextmanager
 def _loading(name: str, code: Code) -> Iterator[None]:
     """What transformers, or code of the model, says inside becomes a MismatchError that says what to do."""

@@ -184,7 +184,21 @@ def test_stage_one_has_a_worker_per_gpu_where_each_holds_a_teacher(
     for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
     assert cli._workers(asked, TeacherSection.model_validate({"model": "m"} | teacher)) == expected
+
+
+def test_a_worker_of_a_launcher_starts_no_workers_on_the_gpus_of_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that does not know how many they are sees all GPUs; one that has a node to itself may take them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cli._workers(None, TeacherSection(model="m")) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert cli._workers(None, TeacherSection(model="m")) == 4
 
 
 def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
@@ -192,7 +206,19 @@ def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
 
     argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), result=Path("r.json"))
     assert argv[1:5] == ["-P", "-m", "pipeline.entry", "dump"]
-    assert argv[5:] == ["c.yaml", "--rank", "1", "--world-size", "3", "--result", "r.json", "--set", "a.b=c"]
+    assert argv[5:] == [
+        "c.yaml",
+        "--rank",
+        "1",
+        "--world-size",
+        "3",
+        "--workers",
+        "1",
+        "--result",
+        "r.json",
+        "--set",
+        "a.b=c",
+    ]
     argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), result=Path("r.json"), events=Path("e.jsonl"))
     assert argv[argv.index("--events") + 1] == "e.jsonl"
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}

@@ -161,7 +161,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("train x.yaml --set train.output=student", 78, ["holds what no training has left there"]),
     ("train x.yaml --set student.model=studnt NEW", 78, ["studnt is no directory", "`hf download studnt`"]),
     ("train x.yaml --set student.model=weightless NEW", 78, ["a file named model.safetensors", "convert other weight"]),
-    ("train x.yaml --set student.model=foreign NEW", 78, ["tokenizer is not the teacher's", "teacher '<s>', student 'w0'"]),
+    ("train x.yaml --set student.model=foreign NEW", 78, ["is not the teacher's", "teacher '<s>', student 'w0'"]),
     ("train x.yaml --set student.lora.target_modules=[qproj] NEW", 78, ["PEFT rejected", "target_modules"]),
     ("train x.yaml --set student.adapter=absent NEW", 78, ["no such directory", "correct student.adapter"]),
     ("train x.yaml --set student.adapter=run/final --set train.method=full_kd NEW", 78, ["lora_sft or lora_kd"]),

@@ -7,7 +7,7 @@ import pytest
 from support.command_lines import Call
 from support.dump_checks import write_corpus
 from support.tiny_student import save_student
-from support.tiny_teachers import save_teacher
+from support.tiny_teachers import save_teacher, tiny_tokenizer
 
 from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
@@ -54,6 +54,23 @@ def test_a_student_that_is_elsewhere_keeps_no_dump_from_being_made(
     assert Dump.open(str(tmp_path / "dump")).is_sealed()
     code, _, err = call("dump", config, "--set", "heldout=null")
     assert code == 0, "whether the student fits a dump that has begun is asked by training"
+
+
+def test_a_tokenizer_that_cannot_be_had_keeps_none_either(
+    config: Path, tmp_path: Path, call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a hub that answers badly, or a directory that is not whole; and a head that is too small is mended later."""
+    caplog.set_level("INFO")
+    save_teacher(tmp_path / "student", vocab_size=100)
+    (tmp_path / "student" / "tokenizer.json").write_text("{")
+    code, _, err = call("dump", config, "--set", "heldout=null")
+    assert code == 0, err
+    assert "compared when training begins" in caplog.text
+    caplog.clear()
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    code, _, err = call("dump", config, "--set", "heldout=null", "--set", f"dump.url={tmp_path}/other")
+    assert code == 0, err
+    assert "compared when" not in caplog.text
 
 
 def test_doctor_compares_them_too(config: Path, tmp_path: Path, call: Call) -> None:

@@ -142,3 +142,5 @@ def test_without_a_compiler_nothing_is_promised(tmp_path: Path, monkeypatch: pyt
     include.mkdir()
     (include / "Python.h").touch()
     refuse_no_compiler("train.compile", {"PATH": str(tmp_path)})
+    include.rename(tmp_path / "module")
+    refuse_no_compiler("train.compile", {"PATH": str(tmp_path), "CPATH": f":{tmp_path}/module"})

@@ -107,6 +107,22 @@ def test_values_are_read_once_the_gradient_is_there(folder: Path) -> None:
     assert found[1:] == [usual, ["look", "look", *usual]]
 
 
+def test_weights_are_gathered_in_groups(folder: Path) -> None:
+    """The state does not depend on how many come at once, nor on a size that three ranks share unequally."""
+    cases: list[dict[str, Any]] = [
+        {"model": str(folder / "student"), "train": {"zero_stage": stage, "global_batch_size": 6}, "gathered": most}
+        for stage in (2, 3)
+        for most in (2**24, 300, 1)
+    ]
+    found = run_ranks("support.engine_jobs:run_cases", 3, dump=str(folder / "dump"), cases=cases)
+    states = [[case["last"] for case in rank] for rank in found]
+    for number, state in enumerate(states[0]):
+        one_by_one = states[0][3 * (number // 3) + 2]
+        assert list(state) == list(one_by_one)
+        for rank in states:
+            assert all(torch.equal(value, rank[number][name]) for name, value in one_by_one.items())
+
+
 def test_offloading_to_the_host_changes_nothing(results: dict[int, list[dict[str, Any]]]) -> None:
     """Weights and optimizer on the host: the steps and the state of ZeRO-3 without it."""
     found, expected = results[2][-1], dict(zip(CASES, results[2][ON_TWO:-1], strict=True))["neo", False, 3]

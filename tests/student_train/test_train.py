@@ -445,8 +445,8 @@ def test_events_and_summary(training: Trainings) -> None:
     run, summary = training("zero2 whole").output, training("zero2 whole")["summary"]
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     names = {
-        "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens", "tokens_per_second",
-        "data_wait_seconds", "save_wait_seconds", "eta_seconds", "padding",
+        "step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm", "supervised_tokens", "tokens",
+        "tokens_per_second", "data_wait_seconds", "save_wait_seconds", "eta_seconds", "padding",
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(line) == names for line in lines)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from storage_schemas.reader import Dump
+from student_train import engine as engine_module
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.data.deal import rank_slice
@@ -151,7 +152,12 @@ def run_case(world: World, dump: Dump, case: Mapping[str, Any]) -> Result:
 
 def run_cases(rank: int, world_size: int, rendezvous: str, *, dump: str, cases: list[dict[str, Any]]) -> list[Result]:
     """Several cases one after the other, in one process."""
-    return on_rank(rank, world_size, rendezvous, lambda world: [run_case(world, Dump.open(dump), c) for c in cases])
+
+    def run(world: World, case: dict[str, Any]) -> Result:
+        with mock.patch.object(engine_module, "GATHERED", case.get("gathered", engine_module.GATHERED)):
+            return run_case(world, Dump.open(dump), case)
+
+    return on_rank(rank, world_size, rendezvous, lambda world: [run(world, case) for case in cases])
 
 
 def reads_of_a_step(
