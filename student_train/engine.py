@@ -259,7 +259,10 @@ class Engine:
         if not self._stage:
             return [self._live(kind, parameter) for parameter in parameters]
         if self._stage == 3:
-            local = [_local(kind, parameter) for parameter in parameters]
+            local = [
+                safe_get_local_fp32_param(p) if kind == MASTER else safe_get_local_optimizer_state(p, kind)
+                for p in parameters
+            ]
             mine = torch.cat(local)
             everyone = mine.new_empty(self._world.world_size * len(mine))
             torch.distributed.all_gather_into_tensor(everyone, mine, group=self._engine.data_parallel_group)
@@ -369,14 +372,6 @@ def _numel(parameter: nn.Parameter) -> int:
     """Values of all of a weight: under ZeRO-3 it holds none itself."""
     numel: int = getattr(parameter, "ds_numel", parameter.numel())
     return numel
-
-
-def _local(kind: str, parameter: nn.Parameter) -> Tensor:
-    """This rank's share of a master or moment under ZeRO-3."""
-    share: Tensor = (
-        safe_get_local_fp32_param(parameter) if kind == MASTER else safe_get_local_optimizer_state(parameter, kind)
-    )
-    return share
 
 
 def _gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
