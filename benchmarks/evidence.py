@@ -18,6 +18,7 @@ from typing import Any
 
 from storage import find_teacher, processor
 
+from pipeline.processes import end_with_parent
 from pipeline.prune import prune
 from pipeline.views.report import PACKAGES, quality
 from storage_schemas.common.publish import publish
@@ -233,7 +234,10 @@ class Lab:
         threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
         with file.open("w") as out:
             argv = [sys.executable, "-P", "-m", "pipeline.entry", *words]
-            code = subprocess.run(argv, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
+            # Stopped with this program, it goes on from its last checkpoint when that is started again.
+            code = subprocess.run(
+                argv, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads, preexec_fn=end_with_parent
+            ).returncode
         if code:
             sys.stderr.write("".join(file.read_text().splitlines(keepends=True)[-25:]))
             raise SystemExit(code)
