@@ -231,7 +231,7 @@ $(SKY)/.installed: pyproject.toml
 test-skypilot: $(SKY)/.installed  ## SkyPilot reads the files of examples/skypilot, in an environment of its own (0.5 GB)
 	HOME=$(abspath $(SKY))/home $(SKY)/bin/python -m pytest --noconftest -m skypilot tests/pipeline/test_skypilot_reads.py $(PYTEST_ARGS)
 
-reproduce: $(SETUP)  ## The paper's four methods at the scale of a laptop, two to three hours: docs/design/evidence.md
+reproduce: $(SETUP)  ## The paper's four methods at the scale of a laptop, three hours: docs/design/evidence.md
 	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 guidelines: $(SETUP)  ## Rank, learning rate, alpha, data and LoRA's variants as curves, after reproduce, two hours

@@ -61,23 +61,20 @@ def prepared(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> "tu
 
         demo.prepare()
         train, heldout = demo.DATA / "train.jsonl", demo.DATA / "heldout.jsonl"
-    lab = Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers)
-    lab.about = f"`{parser.prog}` with `--train {train.name} --heldout {heldout.name}`"
-    return lab, train, heldout
+    about = f"`{parser.prog}` with `--train {train.name} --heldout {heldout.name}`"
+    return Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers, about=about), train, heldout
 
 
 class Lab:
     """A directory of results, what they are made of, and how far the work is."""
 
-    def __init__(self, folder: Path, *, teacher: Path, layers: int) -> None:
-        """Make teacher and student, unless they are there."""
+    def __init__(self, folder: Path, *, teacher: Path, layers: int, about: str) -> None:
+        """Make teacher and student, unless they are there; `about` names the command and its data for people."""
         folder = folder.resolve()  # Results name what they were made from: however it was written, it is the same.
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.teacher, self.student = folder, find_teacher(teacher), folder / "student"
-        self.layers = layers
+        self.layers, self.about = layers, about
         prune(str(self.teacher), self.student, layers=layers)
-        self.about = ""
-        """The command and its data, for people."""
         self._planned, self._done, self._measured, self._seconds = 0.0, 0.0, 0.0, 0.0
 
     def plan(self, cost: float) -> None:

@@ -105,7 +105,7 @@ class Frontier:
         # The one that needs most memory first: it should not fail after hours.
         full = self.point(FULL)
         points = {name: self.point(name) for name in estimators}
-        contrast = {k: self.renormalised(k) for k in renormalised}
+        contrast = {k: self.contrast(k) for k in renormalised}
         gated = [self.gated(gate) for gate in gates]
         tempered = self.tempered(points, contrast[TEMPERED_K]) if temperatures else []
         before, default = self.lab.evaluate("before", [self.lab.untrained()], self.heldout), self.default_bytes()
@@ -114,8 +114,7 @@ class Frontier:
             f"Neo at a learning rate of {self.rate:.1e}; means and deviations of {len(self.budget.seeds)} seeds.",
             "Differences are paired by seed.",
             "",
-            *table([(point, full) for point in points.values()], of=FULL),
-            *table([(full, None)], of="")[2:],
+            *table([*((point, full) for point in points.values()), (full, None)], of=FULL),
             "",
             *aim(list(points.values()), full, default=default),
             "",
@@ -133,7 +132,7 @@ class Frontier:
         self.lab.page([pair for point in shown for pair in zip(point.runs, point.results, strict=True)], before)
         return text
 
-    def renormalised(self, k: int) -> Point:
+    def contrast(self, k: int) -> Point:
         """From top-k as if nothing lay outside of it."""
         name = f"topk, k = {k}, renormalised"
         source = self.lab.dump(_slug(f"topk, k = {k}"), self.data, TopK(k=k, mass=1.0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evidence import BATCH, EVALUATION, Result, parser, prepared
-from reproduce import FACTOR, LORA, SMOKE, Budget, Study, at_end, rate_table
+from reproduce import FACTOR, LORA, SMOKE, Budget, Study, rate_table, undecided
 
 from storage_schemas.common.publish import publish
 
@@ -71,11 +71,10 @@ class Guidelines:
         data = {
             f"{count:,}": self.point(f"data-{count}", best, steps=count // BATCH) for count in self.grid.conversations
         }
+        own = {name: self.variant_rate(name, best) for name in self.grid.variants}
         variants = {
-            f"{name}, at {(rate := self.variant_rate(name, best)):.1e}": self.point(
-                name, rate, lora=LORA if name == "lora" else LORA | {"variant": name}
-            )
-            for name in self.grid.variants
+            name: self.point(name, rate, lora=LORA if name == "lora" else LORA | {"variant": name})
+            for name, rate in own.items()
         }
         spread = statistics.stdev(seeds) if len(seeds) > 1 else float("inf")
         scores = {rank: self.study.scores.get((NEO, rank), {}) for rank in self.grid.ranks}
@@ -91,7 +90,7 @@ class Guidelines:
             "",
             *table("conversations, one epoch", data),
             "",
-            *table("variant", variants),
+            *table("variant", {f"{name}, at {own[name]:.1e}": result for name, result in variants.items()}),
             "",
             "| claim | here |",
             "|---|---|",
@@ -148,10 +147,8 @@ def verdicts(
 
     chosen = [rates[rank] for rank in sorted(rates)]
     lower = chosen == sorted(chosen, reverse=True) and chosen[0] > chosen[-1]
-    open_ends = [str(rank) for rank, of in scores.items() if at_end(of)]
-    told = f"not decided, the best rate of rank {', '.join(open_ends)} lies at the end of its grid" if open_ends else (
-        "holds" if lower else "does not hold")  # fmt: skip
-    plain = next(result for name, result in variants.items() if name.split(",")[0] == "lora")["kl_mean"]
+    told = undecided({f"rank {rank}": of for rank, of in scores.items()}) or ("holds" if lower else "does not hold")
+    plain = variants["lora"]["kl_mean"]
     worse = [name for name, result in variants.items() if result["kl_mean"] > plain + 2 * spread]
     return [
         ("a larger rank is better", falls(ranks)),

@@ -1,6 +1,6 @@
 """`make reproduce`: the paper's four methods on one corpus, as docs/design/evidence.md lays down.
 
-Two to three hours on two quiet cores; what is done stays done, so it may be stopped and started at will. Ends with
+Three hours on two quiet cores; what is done stays done, so it may be stopped and started at will. Ends with
 `reproduce.md` in its directory: every number, and of the claims that it tests whether they hold here.
 """
 
@@ -163,9 +163,10 @@ def rate_table(title: str, scores: Mapping[Any, Mapping[float, float]]) -> list[
     return lines
 
 
-def at_end(scores: Mapping[float, float]) -> bool:
-    """Whether the best rate is the least or the greatest that was tried, so that a better one may lie beyond."""
-    return bool(scores) and min(scores, key=lambda rate: scores[rate]) in (min(scores), max(scores))
+def undecided(scores: Mapping[str, Mapping[float, float]]) -> str | None:
+    """Why a claim on learning rates is not decided, if a best one is the least or the greatest of those tried."""
+    ends = [name for name, of in scores.items() if of and min(of, key=lambda rate: of[rate]) in (min(of), max(of))]
+    return f"not decided, the best rate of {', '.join(ends)} lies at the end of its grid" if ends else None
 
 
 def report(
@@ -259,8 +260,7 @@ def verdicts(
     state = runs["lora_kd"][0]["state_bytes"] / runs["full_kd"][0]["state_bytes"]
     tenfold = [rates[f"lora_{loss}"] / rates[f"full_{loss}"] for loss in ("sft", "kd")]
     cheaper = against_kd[1] < 1 and state < 1
-    open_ends = [NAMES[method] for method, of in scores.items() if at_end(of)]
-    decided = f"not decided, the best rate of {', '.join(open_ends)} lies at the end of its grid"
+    ten = undecided({NAMES[method]: of for method, of in scores.items()}) or _held(all(3 <= x <= 30 for x in tenfold))
     return [
         ("Neo is closer to the teacher than LoRA (KL)", below("lora_sft", "kl_mean")),
         ("Neo is closer to the teacher than SFT (KL)", below("full_sft", "kl_mean")),
@@ -270,17 +270,12 @@ def verdicts(
                                       f"{cost[1]:.2f} of the memory, state {'the same' if same_state else 'another'}"),
         ("Neo costs less than KD", f"{_held(cheaper)}: {against_kd[0]:.2f} of the time, {against_kd[1]:.2f} of the "
                                    f"memory, {state:.3f} of the state"),
-        ("low rank wants ten times the learning rate", f"{decided if open_ends else _held(_tenfold(tenfold))}: "
-                                                       f"{tenfold[0]:.0f} (CE), {tenfold[1]:.0f} (with KL)"),
+        ("low rank wants ten times the learning rate", f"{ten}: {tenfold[0]:.0f} (CE), {tenfold[1]:.0f} (with KL)"),
     ]  # fmt: skip
 
 
 def _held(whether: bool) -> str:
     return "holds" if whether else "does not hold"
-
-
-def _tenfold(ratios: Sequence[float]) -> bool:
-    return all(3 <= ratio <= 30 for ratio in ratios)
 
 
 def _memory(results: Sequence[Result]) -> float:

@@ -631,10 +631,9 @@ app.add_typer(cli_config.app, name="config")
 
 def _workers(asked: int | None, teacher: TeacherSection | None) -> int:
     """Of stage one: by default one per GPU, where each would hold a teacher of its own."""
-    whole = teacher is not None and (teacher.backend, teacher.sharding) == ("transformers", "none")
     place = local_place(os.environ)
-    alone = place is None or place[1] is not None  # Else others of this machine may be about to take these GPUs.
-    if asked is None and alone and teacher is not None and whole and teacher.device in ("auto", "cuda"):
+    shared = place is not None and place[1] is None  # Others of this machine may be about to take these GPUs.
+    if asked is None and teacher is not None and teacher.one_gpu and not shared:
         asked = len(visible_gpus(os.environ))
     return asked or 1
 

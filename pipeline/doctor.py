@@ -24,7 +24,7 @@ from rich.text import Text
 
 from pipeline.config import Config, load_config
 from pipeline.launch import dump_placement, training_nodes
-from pipeline.pairing import refuse_unlike, student_vocabulary, teacher_vocabulary
+from pipeline.pairing import refuse_unlike, teacher_vocabulary
 from pipeline.views.report import PACKAGES
 from storage_schemas.common.devices import refuse_idle_gpus, usable_cores, visible_gpus
 from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
@@ -371,7 +371,7 @@ def _tokenizer(student: StudentSection, section: DumpSection, teacher: TeacherSe
     """Whether the student's ids mean what the dump's mean, or the teacher's before there is one."""
     from storage_schemas.common.code import runs_code
     from student_train.model.load import TRUST, described
-    from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer
+    from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer, student_vocabulary
 
     model, revision, whose = student.model, student.revision, "the dump"
     if Store(section.url, options=section.storage_options).size(RUN) is not None:
@@ -386,7 +386,7 @@ def _tokenizer(student: StudentSection, section: DumpSection, teacher: TeacherSe
         if theirs is None:
             yield Finding(subject="tokenizer", state="ok", said="nothing to compare with before the dump has begun")
             return
-        refuse_unlike(theirs, student_vocabulary(student))
+        refuse_unlike(theirs, student_vocabulary(model, revision))
     if has_tokenizer(model, revision):
         yield Finding(subject="tokenizer", state="ok", said=f"the student's is that of {whose}")
     else:

@@ -12,7 +12,6 @@ from storage_schemas.common.errors import first_line
 from storage_schemas.records import RUN
 from storage_schemas.stores.store import Store
 from storage_schemas.tokenizer import refuse_other_tokenizer
-from student_train.config import StudentSection
 from teacher_dump.config import TeacherSection
 
 log = logging.getLogger(__name__)
@@ -23,13 +22,15 @@ def refuse_pair(config: Config) -> None:
 
     A student whose tokenizer cannot be had here, as on a cluster that only dumps, is compared when training begins.
     """
+    from student_train.model.tokenizers import student_vocabulary
+
     if config.teacher is None or config.student is None:
         return
     # Not its size: what a store says to HEAD does not tell a wrong clock from missing permissions.
     if Store(config.dump.url, options=config.dump.storage_options).get_if_present(RUN) is not None:
         return
     try:
-        ours = student_vocabulary(config.student)
+        ours = student_vocabulary(config.student.model, config.student.revision)
     except Exception as error:  # Whatever a hub may say: a dump needs no student.
         log.info("the tokenizers of teacher and student are compared when training begins: %s", first_line(error))
         return
@@ -50,13 +51,3 @@ def teacher_vocabulary(teacher: TeacherSection) -> dict[str, int]:
     from teacher_dump.corpus.preview import load_tokenizer
 
     return dict(load_tokenizer(teacher)[0].get_vocab())
-
-
-def student_vocabulary(student: StudentSection) -> dict[str, int] | None:
-    """Ids by token of a student's tokenizer; None if it has none. Raises MismatchError, and what a hub says."""
-    from student_train.model.tokenizers import has_tokenizer, load_tokenizer
-
-    if not has_tokenizer(student.model, student.revision):
-        return None
-    fix = "correct it, or remove it from the student's directory"
-    return dict(load_tokenizer(student.model, student.revision, fix=fix).get_vocab())

@@ -89,13 +89,12 @@ def dump_workers(
             env = device_environment(gpu_variable(os.environ), gpus, local) if workers > 1 else {}
             commands.append(Command(argv, threads | env, subprocess.DEVNULL, errors[local]))
         codes = run_together(commands)
-        told = set()
+        told: list[str] = []
         for status, error in zip(codes, errors, strict=True):
             if status and error is not None:
                 error.seek(0)
-                told.add(error.read())
-        for text in sorted(told):  # Of workers that have met the same, once.
-            sys.stderr.write(text)
+                told.append(error.read())
+        sys.stderr.writelines(dict.fromkeys(told))  # What several workers have met, once.
         tell_deaths(codes, [f"worker {local}" for local in range(workers)])
         # A worker that ends well leaves a sealed dump: then a killed one is not missed.
         if 0 in codes and all(status == 0 or -status in KILLED for status in codes):

@@ -26,7 +26,7 @@ from student_train.deterministic import set_deterministic
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
-from student_train.model.adapter import Part, left_out
+from student_train.model.adapter import ALONE, Part, left_out
 from student_train.model.student import Student, causal_of, load_student, refuse_other_dump, with_all_factors
 from student_train.model.student_files import identity, sha256
 from student_train.model.tokenizers import NEW_TOKENS
@@ -130,7 +130,7 @@ def train(
 
 def _student(
     run: TrainingRun, checkpoint: Checkpoint | None, trained: Checkpoint | None = None, *, main: bool,
-    part: Part | None = None,
+    part: Part = ALONE,
 ) -> Student:  # fmt: skip
     """The student, refused if it does not fit the checkpoint of this run, or the one that its weights come from; on the
     main rank with all that identifies it, and proven to fit the dump."""

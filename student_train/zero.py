@@ -41,6 +41,9 @@ OURS = {
 }
 """Top-level keys of DeepSpeed for what has a place of its own in the configuration."""
 
+WHOLE = 2**22
+"""Values of a weight that ZeRO-3 keeps on every GPU, at most."""
+
 
 def deepspeed_config(train: TrainSection) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`: the preset of the ZeRO stage, overridden by `train.deepspeed`.
@@ -130,10 +133,6 @@ def _preset(train: TrainSection) -> dict[str, Any]:
         # Micro-batches add up: in bf16, whose steps are 2^-8 of the sum, small terms would be lost.
         preset["data_types"] = {"grad_accum_dtype": "fp32"}
     return preset
-
-
-WHOLE = 2**22
-"""Values of a weight that ZeRO-3 keeps on every GPU, at most."""
 
 
 def sized(config: Mapping[str, Any], train: TrainSection, sizes: Mapping[str, int]) -> dict[str, Any]:

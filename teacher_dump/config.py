@@ -81,6 +81,11 @@ class TeacherSection(FrozenModel):
     one machine, `auto` and `cuda` mean this worker's own GPU, by its local rank."""
 
     @property
+    def one_gpu(self) -> bool:
+        """Whether a process holds all of it on one GPU, any that there is."""
+        return (self.backend, self.sharding) == ("transformers", "none") and self.device in ("auto", "cuda")
+
+    @property
     def grouped(self) -> bool:
         """Whether several processes hold one teacher."""
         return self.sharding in ("tensor", "zero3")

@@ -63,6 +63,13 @@ _HARDWARE = ("ecc error", "hardware error", "device not ready", "gpu is lost", "
 _NO_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "cublas_status_alloc_failed")
 
 
+_NCCL = (
+    "duplicate gpu", "shared memory segment", "/dev/shm", "ncclinvalidusage", "ncclinvalidargument",
+    "driver version is insufficient",
+)  # fmt: skip
+"""What errors of NCCL say when ranks cannot talk to each other however often they start."""
+
+
 def explained(error: BaseException, *, memory: str = "use a smaller model or batch") -> NeoError | None:
     """What the machine or its user has caused, as an error that says so; None for what may be a bug.
 
@@ -81,6 +88,14 @@ def explained(error: BaseException, *, memory: str = "use a smaller model or bat
     if any(sign in low for sign in _HARDWARE):
         fix = "take this machine or GPU out of the job, then run the same command again"
         return TemporaryError("a device has failed", got=got, fix=fix)
+    if "nccl" in low and any(sign in low for sign in _NCCL):
+        return MismatchError(
+            "NCCL cannot connect the GPUs of these ranks",
+            got=text[-1000:],
+            expected="a GPU for each rank, shared memory for those of a node, and a driver that is new enough",
+            fix="give the container more /dev/shm (docker run --shm-size=8g), start as many ranks as there are GPUs; "
+            "NCCL_DEBUG=WARN says more",
+        )
     number = error_number(error)
     name = str(getattr(error, "filename", None) or "a file")
     if number in _FULL:

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from storage_schemas.common.errors import MismatchError, TemporaryError, explained, first_line
+from storage_schemas.common.errors import TemporaryError, explained, first_line
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.publish import publish
 from storage_schemas.common.secrets import shown
@@ -25,11 +25,6 @@ LOST_SECONDS = 5.0
 """How long a rank whose collective broke looks for the reason that another one gives."""
 LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "remote process")
 """What the errors of a collective say when another rank is gone."""
-UNFIT = (
-    "duplicate gpu", "shared memory segment", "/dev/shm", "ncclinvalidusage", "ncclinvalidargument",
-    "driver version is insufficient",
-)  # fmt: skip
-"""What those of NCCL say when ranks cannot talk to each other however often they start."""
 
 
 class ExitCodes:
@@ -86,16 +81,6 @@ def failed(error: BaseException, codes: ExitCodes, rank: int, *, memory: str) ->
     if told is not None:
         print(f"llm-neo: {shown(str(told))}", file=sys.stderr)
         return int(told.exit_code)
-    if "nccl" in str(error).lower() and any(word in str(error).lower() for word in UNFIT):
-        unfit = MismatchError(
-            "NCCL cannot connect the GPUs of these ranks",
-            got=str(error)[-1000:],
-            expected="a GPU for each rank, shared memory for those of a node, and a driver that is new enough",
-            fix="give the container more /dev/shm (docker run --shm-size=8g), start as many ranks as there are GPUs; "
-            "NCCL_DEBUG=WARN says more",
-        )
-        print(shown(str(unfit)), file=sys.stderr)
-        return int(unfit.exit_code)
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     deadline = time.monotonic() + LOST_SECONDS
     while lost and time.monotonic() < deadline:

@@ -106,12 +106,16 @@ class Part(NamedTuple):
     rank: int = 0
     ranks: int = 1
     device: torch.device | None = None
-    """Where, if not where the weights are: an SVD takes a CPU a hundred times as long as a GPU."""
+    """Where, if not where the weights are: an SVD takes a CPU far longer than a GPU."""
+
+
+ALONE = Part()
+"""All of them, by one process."""
 
 
 def attach(
     base: nn.Module, lora: LoraSection, *, seed: int, initial: Mapping[str, Tensor] | None = None,
-    part: Part | None = None,
+    part: Part = ALONE,
 ) -> PeftModel:  # fmt: skip
     """Put the adapter on the student; everything else is frozen but for `lora.modules_to_save`. fp32 adapters, whatever
     the base's dtype.
@@ -142,11 +146,11 @@ def attach(
     if lora.variant == "pissa":
         _refuse_experts(model)
         if initial is None:
-            _decompose(model, part or Part())
+            _decompose(model, part)
         else:
             shapes = {name: p.shape for name, p in _factors(model)}
             _put(model, dict(exactly(initial.items(), shapes)))
-        if initial is not None or part is None or part.ranks == 1:
+        if initial is not None or part.ranks == 1:
             _subtract(model)
     if lora.variant == "moslora":
         _mix(model, lora.extra)

@@ -19,8 +19,8 @@ def looking_for_packed_samples(wanted: bool) -> Iterator[None]:
     if wanted:
         yield
         return
-    modules: Any = masking_utils, modeling_flash_attention_utils
-    masks, flash = modules
+    masks: Any = masking_utils
+    flash: Any = modeling_flash_attention_utils
     looks = masks.find_packed_sequence_indices, flash._is_packed_sequence
     masks.find_packed_sequence_indices = lambda position_ids: None
     flash._is_packed_sequence = lambda position_ids, batch_size: False  # In each layer.

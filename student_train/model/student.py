@@ -19,7 +19,7 @@ from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
-from student_train.model.adapter import Part, attach, initial_factors, spread
+from student_train.model.adapter import ALONE, Part, attach, initial_factors, spread
 from student_train.model.attention import looking_for_packed_samples, runnable_attention
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
@@ -163,7 +163,7 @@ def load_student(
     provenance: Provenance,
     *,
     initial: Mapping[str, Tensor] | None = None,
-    part: Part | None = None,
+    part: Part = ALONE,
 ) -> Student:
     """Load the student and make it ready for its arm.
 

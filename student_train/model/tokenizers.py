@@ -49,13 +49,21 @@ def refuse_tokenizer(model: str, revision: str | None, files: Mapping[str, bytes
     Returns:
         The dump's tokens that are new to the student's tokenizer: behind its last one.
     """
-    theirs = vocabulary(files)
-    if not has_tokenizer(model, revision):
+    theirs, ours = vocabulary(files), student_vocabulary(model, revision)
+    if ours is None:
         log.warning("%s has no tokenizer; its ids are taken to mean what the dump's mean", model)
         return []
-    ours = load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
     refuse_other_tokenizer(theirs, ours, student_head=head_rows)
     return new_tokens(theirs, max(ours.values()) + 1)
+
+
+def student_vocabulary(model: str, revision: str | None) -> dict[str, int] | None:
+    """Ids by token of a student's tokenizer; None if it has none. Raises MismatchError, and what a hub says."""
+    if not has_tokenizer(model, revision):
+        return None
+    return dict(
+        load_tokenizer(model, revision, fix="correct it, or remove it from the student's directory").get_vocab()
+    )
 
 
 def vocabulary(files: Mapping[str, bytes]) -> dict[str, int]:

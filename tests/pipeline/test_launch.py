@@ -206,19 +206,8 @@ def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
 
     argv = dump_argv(Path("c.yaml"), ["a.b=c"], Placement(1, 3), result=Path("r.json"))
     assert argv[1:5] == ["-P", "-m", "pipeline.entry", "dump"]
-    assert argv[5:] == [
-        "c.yaml",
-        "--rank",
-        "1",
-        "--world-size",
-        "3",
-        "--workers",
-        "1",
-        "--result",
-        "r.json",
-        "--set",
-        "a.b=c",
-    ]
+    where = ["--rank", "1", "--world-size", "3", "--workers", "1", "--result", "r.json"]
+    assert argv[5:] == ["c.yaml", *where, "--set", "a.b=c"]
     argv = dump_argv(Path("c.yaml"), [], Placement(1, 3), result=Path("r.json"), events=Path("e.jsonl"))
     assert argv[argv.index("--events") + 1] == "e.jsonl"
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}
