@@ -34,6 +34,7 @@ from storage_schemas.common.signals import interrupt
 from student_train.config import sections_of
 from teacher_dump.config import TeacherSection
 
+log = logging.getLogger(__name__)
 app = typer.Typer(
     name="llm-neo",
     cls=HintingGroup,
@@ -119,7 +120,7 @@ def dump(
     found = load_config(config, overrides or (), quiet=result is not None)
     teacher = need(found.teacher, "teacher", "dump")
     need(found.corpus, "corpus", "dump")
-    if teacher.device in ("auto", "cuda"):
+    if teacher.device in ("auto", "cuda") and result is None:  # Else they were dealt.
         take_own_gpus(os.environ)
     placement = dump_placement(os.environ, rank, world_size)
     _refuse_unfit_group(nproc, teacher)
@@ -630,12 +631,16 @@ app.add_typer(cli_config.app, name="config")
 
 
 def _workers(asked: int | None, teacher: TeacherSection | None) -> int:
-    """Of stage one: by default one per GPU, where each would hold a teacher of its own."""
+    """Of stage one: by default as many as the visible GPUs can hold teachers."""
+    if asked is not None or teacher is None or teacher.gpus is None:
+        return asked or 1
+    fit = len(visible_gpus(os.environ)) // teacher.gpus
     place = local_place(os.environ)
-    shared = place is not None and place[1] is None  # Others of this machine may be about to take these GPUs.
-    if asked is None and teacher is not None and teacher.one_gpu and not shared:
-        asked = len(visible_gpus(os.environ))
-    return asked or 1
+    if fit > 1 and place is not None and place[1] is None:
+        # Others of this machine may be about to take these GPUs.
+        log.warning("one worker, for %d GPUs may be those of other tasks here; if they are not: --workers %d", fit, fit)
+        return 1
+    return max(1, fit)
 
 
 def _ranks(nproc: int | None) -> int:

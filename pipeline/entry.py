@@ -30,7 +30,7 @@ def end(code: int) -> NoReturn:
 
 def main() -> NoReturn:
     """The console script."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave)
     from pipeline.cli import main as command
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from storage_schemas.common.errors import MismatchError, UsageError
 
+_MPIRUN = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+"""Number of a process and how many there are, by mpirun: Open MPI; MPICH and Intel MPI, and srun --mpi=pmi2 alike."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -25,9 +28,10 @@ class Placement:
 def dump_placement(env: Mapping[str, str], rank: int | None = None, world_size: int | None = None) -> Placement:
     """Which worker of stage one this process is: as said on the command line, else as its scheduler says.
 
-    torchrun sets RANK and WORLD_SIZE; Slurm numbers array tasks and, within each, the tasks of a step; a Kubernetes
-    indexed job sets JOB_COMPLETION_INDEX, and its manifest must pass the number of completions along. The number only
-    says where a worker starts: units left over by others are taken by whoever is free.
+    torchrun sets RANK and WORLD_SIZE; Slurm numbers array tasks and, within each, the tasks of a step, or mpirun what
+    it starts there; a Kubernetes indexed job sets JOB_COMPLETION_INDEX, and its manifest must pass the number of
+    completions along. The number only says where a worker starts: units left over by others are taken by whoever is
+    free.
 
     Raises:
         UsageError: only one of rank and world size is known, or they are no possible pair.
@@ -56,14 +60,16 @@ def _placements(env: Mapping[str, str]) -> Iterator[tuple[str, Placement]]:
     """(names of variables, placement by them) for every scheduler that has numbered this process."""
     if "RANK" in env:
         yield _told("RANK and WORLD_SIZE", _int(env, "RANK"), _int(env, "WORLD_SIZE"))
-    if "SLURM_ARRAY_TASK_ID" in env or "SLURM_PROCID" in env:
+    # In a batch script, what mpirun starts inherits the script's own numbers.
+    number, count = next((pair for pair in _MPIRUN if pair[0] in env), ("SLURM_PROCID", "SLURM_NTASKS"))
+    if "SLURM_ARRAY_TASK_ID" in env or number in env:
         tasks = _int(env, "SLURM_ARRAY_TASK_COUNT", 1)
         step, first = max(1, _int(env, "SLURM_ARRAY_TASK_STEP", 1)), _int(env, "SLURM_ARRAY_TASK_MIN", 0)
         # An array may have gaps (`--array=3,7,40`); the modulus keeps the number possible.
         task = (_int(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % tasks
-        processes = _int(env, "SLURM_NTASKS", 1)
-        names = [name for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID") if name in env]
-        yield _told(" and ".join(names), task * processes + _int(env, "SLURM_PROCID", 0), tasks * processes)
+        processes = _int(env, count, 1)
+        names = [name for name in ("SLURM_ARRAY_TASK_ID", number) if name in env]
+        yield _told(" and ".join(names), task * processes + _int(env, number, 0), tasks * processes)
     if "JOB_COMPLETION_INDEX" in env:
         count = "WORLD_SIZE" if "WORLD_SIZE" in env else "JOB_COMPLETIONS"
         yield _told(f"JOB_COMPLETION_INDEX and {count}", _int(env, "JOB_COMPLETION_INDEX"), _int(env, count))
@@ -189,6 +195,11 @@ def thread_environment(env: Mapping[str, str], processes: int, cores: int) -> di
     return {} if "OMP_NUM_THREADS" in env else {"OMP_NUM_THREADS": str(max(1, cores // processes))}
 
 
-def device_environment(variable: str, devices: Sequence[str], worker: int) -> dict[str, str]:
-    """The variable, set to one of the GPUs, for a worker; nothing to say where there are none."""
-    return {variable: devices[worker % len(devices)]} if devices else {}
+def device_environment(variable: str, devices: Sequence[str], worker: int, workers: int) -> dict[str, str]:
+    """The variable that says which GPUs a process sees, set to this worker's: an equal share of neighbours, or one that
+    it has together with others. Nothing to say where there are none."""
+    if not devices:
+        return {}
+    share = len(devices) // workers
+    mine = devices[worker * share :][:share] or [devices[worker % len(devices)]]
+    return {variable: ",".join(mine)}

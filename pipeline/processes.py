@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,19 +85,24 @@ def dump_workers(
         for local in range(workers):
             placement = Placement(node.rank * workers + local, node.world_size * workers)
             argv = dump_argv(config, overrides, placement, result=results[local], events=events)
-            # One worker alone may have a teacher that takes them all.
-            env = device_environment(gpu_variable(os.environ), gpus, local) if workers > 1 else {}
+            env = device_environment(gpu_variable(os.environ), gpus, local, workers)
             commands.append(Command(argv, threads | env, subprocess.DEVNULL, errors[local]))
-        codes = run_together(commands)
-        told: list[str] = []
-        for status, error in zip(codes, errors, strict=True):
-            if status and error is not None:
+        told: set[str] = set()
+
+        def ended(local: int, code: int) -> None:
+            """Said at once, with what it has written but for its progress: its GPU is idle from now on."""
+            if (error := errors[local]) is not None:
                 error.seek(0)
-                told.append(error.read())
-        sys.stderr.writelines(dict.fromkeys(told))  # What several workers have met, once.
+                lines = "".join(line for line in error if " dump: " not in line)
+                sys.stderr.write("" if lines in told else lines)
+                told.add(lines)
+            how = f"with {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+            sys.stderr.write(f"llm-neo: worker {local} has ended {how}\n")
+
+        codes = run_together(commands, ended=ended)
         tell_deaths(codes, [f"worker {local}" for local in range(workers)])
-        # A worker that ends well leaves a sealed dump: then a killed one is not missed.
-        if 0 in codes and all(status == 0 or -status in KILLED for status in codes):
+        # A worker that ends well leaves a sealed dump: then one that was killed or stopped is not missed.
+        if 0 in codes and all(code in (Exit.DONE, Exit.TEMPORARY) or -code in KILLED for code in codes):
             if any(codes):
                 sys.stderr.write("llm-neo: the others have done its work; the dump is complete\n")
         elif code := combined(codes):
@@ -282,10 +287,16 @@ def run_ranks(module: str, arguments: Sequence[str], *, nproc: int, nodes: Nodes
     return combined(codes)
 
 
-def run_together(commands: Sequence[Command], *, patience: float | None = None) -> list[int]:
+def run_together(
+    commands: Sequence[Command],
+    *,
+    patience: float | None = None,
+    ended: Callable[[int, int], object] = lambda number, code: None,
+) -> list[int]:
     """Run processes to their end and leave none of them behind. A signal to this one is passed on as SIGTERM.
 
     Args:
+        ended: called with number and code of each that has failed, at once.
         patience: for ranks, which need each other: seconds for the others to end once one has failed. A second signal,
             later than `SAME_SECONDS`, then kills them. None: they are independent.
 
@@ -327,7 +338,15 @@ def run_together(commands: Sequence[Command], *, patience: float | None = None) 
                 started.append(process)
                 if asked is not None:
                     process.terminate()
-            while None in (left := [process.poll() for process in started]):
+            failed: set[int] = set()
+            while True:
+                left = [process.poll() for process in started]
+                for number, code in enumerate(left):
+                    if code and number not in failed:
+                        failed.add(number)
+                        ended(number, code)
+                if None not in left:
+                    break
                 if patience is not None and deadline is None and any(left):
                     deadline = time.monotonic() + patience
                 if deadline is not None and time.monotonic() > deadline:

@@ -119,6 +119,10 @@ class DumpWriter:
         self.store.settle("commits")
         return True
 
+    def is_sealed(self) -> bool:
+        """Whether the dump is complete."""
+        return self.store.size(SEAL) is not None
+
     def commit_unit(self, unit: int, rows: Sequence[Row]) -> CommitRecord | None:
         """Encode, prove, write and commit one unit; None if another worker was first.
 
@@ -169,7 +173,7 @@ class DumpWriter:
 
     def seal(self) -> bool:
         """Write the seal if every unit is committed; True if the dump is sealed now."""
-        if self.store.size(SEAL) is not None:
+        if self.is_sealed():
             self.clean()  # A worker that was stopped before the seal may have put a file after it, and died.
             return True
         if len(self.committed()) < self.provenance.units:

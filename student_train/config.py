@@ -259,7 +259,7 @@ class TrainSection(FrozenModel):
     shuffle_bytes: int = Field(2 * 2**30, ge=2**20)
     """With `shuffle: epoch`: memory for decoded samples, over all ranks, which hold equal shares. The more units it has
     room for, the more of the dump a step draws from. With `windows`, a line of the log says at the start if a
-    rank may hold more."""
+    rank that shares no units with others may hold more."""
     shuffle_window_units: int = Field(1024, ge=1)
     """With `shuffle: windows`: units of a window, which is what a following trainer waits for."""
     shuffle_block_units: int = Field(8, ge=1)
@@ -326,8 +326,9 @@ class TrainSection(FrozenModel):
     """Where shards are cached on this node, and where its ranks share the units that one of them has decoded: best a
     fast disk of the node, or memory (`/dev/shm`). Null: `cache/` in the run directory."""
     cache_bytes: int | None = Field(64 * 2**30, ge=1)
-    """What that folder may hold; above it, the shards that were not used for longest go. Give it room for a block of
-    units, better for the dump: then each shard is fetched once per node. Null: no limit."""
+    """What the shards in that folder may take; above it, those that were not used for longest go. Give it room for a
+    block of units, better for the dump: then each shard is fetched once per node. Null: no limit. Units that the ranks
+    share are not counted: decoded, two blocks of `shuffle_block_units` of each dump, or 16 units."""
     data_wait_seconds: float = Field(600.0, gt=0.0)
     """How long to wait for a dump to begin, and for the next window of one that is being written, before exit 75."""
 

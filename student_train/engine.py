@@ -41,6 +41,7 @@ from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, exactly
 from student_train.config import LossSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.metrics import Part
+from student_train.model.attention import looking_for_packed_samples
 from student_train.model.head import SUMS
 from student_train.model.student import DTYPES, Distilled, causal_of
 from student_train.optimizer import ClippedAdamW, adamw
@@ -177,11 +178,24 @@ class Engine:
         return Underway(sums)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it."""
-        for kind in (MASTER, EXP_AVG, EXP_AVG_SQ) if self.updates else (MASTER,):
+        """Training state as whole fp32 tensors, one at a time: (`kind/name`, tensor). Collective: exhaust it.
+
+        On the main rank they are copies on the host; the others, which write nothing, have them on their device, at
+        stage 0 the live ones.
+        """
+        for kind in self._kinds:
             for name, _, whole in self._wholes(kind):
-                # A copy, since at stage 0 it would be the live tensor.
-                yield f"{kind}/{name}", whole.detach().to("cpu", torch.float32, copy=True)
+                whole = whole.detach()
+                yield f"{kind}/{name}", whole.to("cpu", torch.float32, copy=True) if self._world.main else whole
+
+    @property
+    def export_bytes(self) -> int:
+        """Of all that `export` gives."""
+        return 4 * len(self._kinds) * sum(_numel(parameter) for _, parameter in self._trained)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return (MASTER, EXP_AVG, EXP_AVG_SQ) if self.updates else (MASTER,)
 
     def restore(self, tensors: Iterable[tuple[str, Tensor]], *, updates: int) -> None:
         """Set what `export` gave, at any world size and ZeRO stage.
@@ -196,9 +210,10 @@ class Engine:
         self._engine.global_steps = updates
         self._make_moments(updates)
         parameters = dict(self._trained)
-        kinds = (MASTER, EXP_AVG, EXP_AVG_SQ) if updates else (MASTER,)
         # Under ZeRO-3 a parameter's own shape is that of what this rank holds: none.
-        shapes = {f"{kind}/{name}": getattr(p, "ds_shape", p.shape) for kind in kinds for name, p in self._trained}
+        shapes = {
+            f"{kind}/{name}": getattr(p, "ds_shape", p.shape) for kind in self._kinds for name, p in self._trained
+        }
         for key, value in exactly(tensors, shapes):
             kind, name = key.split("/", 1)
             self._set(kind, parameters[name], value.to(self._world.device))
@@ -224,13 +239,15 @@ class Engine:
         for dump in range(dumps):
             sums[dump] = sum(len(batch.parts[dump]) for batch in batches)
         self.module.train()
-        for batch in batches:
-            loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
-            sums[dumps:] += parts
-            # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone. DeepSpeed
-            # drops a step whose gradient is not finite, so where a sum is not, neither must that be: 0 * inf is NaN.
-            factor = 0 * parts.sum().to(loss.dtype) + self._world.world_size / tokens
-            self._engine.backward(loss * factor, scale_wrt_gas=False)
+        # With gradient checkpointing the layers run in the backward pass, too.
+        with looking_for_packed_samples(self.module.packed):
+            for batch in batches:
+                loss, parts = self._engine(batch=batch.to(self._world.device, non_blocking=True))
+                sums[dumps:] += parts
+                # DeepSpeed averages over ranks: the factor makes it a sum, and the division is by tokens alone. A step
+                # whose gradient is not finite is dropped: where a sum is not, neither must that be (0 * inf is NaN).
+                factor = 0 * parts.sum().to(loss.dtype) + self._world.world_size / tokens
+                self._engine.backward(loss * factor, scale_wrt_gas=False)
         torch.distributed.all_reduce(sums, group=self._engine.data_parallel_group)
         return Underway(sums)
 

@@ -60,6 +60,11 @@ class Saver:
         if self._writing is not None and self._writing.done():
             self._writing.result()
 
+    def give_up(self) -> None:
+        """Forget a checkpoint that could not be written, so that a newer state can be saved in its place."""
+        if self._writing is not None and self._writing.done() and self._writing.exception() is not None:
+            self._writing = None
+
     def settle(self) -> None:
         """Have the last checkpoint complete. Collective. Raises on all ranks what `check` raises."""
         self._world.on_main(self._wait)
@@ -70,17 +75,20 @@ class Saver:
         exported: Iterator[tuple[str, Tensor]],
         initial: Mapping[str, Tensor],
         *,
+        size: int,
         best: int | None,
     ) -> None:
         """Copy the state once the last checkpoint is complete, and begin to write it. Collective.
 
         The record of the start is written before this returns, so that a store that takes nothing is told before
-        training; so is a state of more than `train.snapshot_bytes`, with no more than these in memory.
+        training; so is a state of more than `train.snapshot_bytes`, one file after the other: the other ranks wait no
+        longer than that for the next part of the export.
 
         Args:
             state: asked on the main rank.
             exported: see `Engine.export`; exhausted on all ranks.
             initial: the start of a decomposed adapter, which training does not change.
+            size: bytes of `exported`.
             best: a step whose checkpoint stays beside the newest.
 
         Raises:
@@ -93,29 +101,25 @@ class Saver:
                 if self._world.main:
                     with self._standing():
                         kept = ((f"{INITIAL}/{name}", tensor) for name, tensor in initial.items())
-                        self._begin(state(), chain(exported, kept), best=best)
+                        whole = size + sum(tensor.nbytes for tensor in initial.values())
+                        self._begin(state(), chain(exported, kept), size=whole, best=best)
             finally:  # All ranks are in the middle of the export: a disk that is full here must not leave them there.
                 for _ in exported:
                     pass
 
         self._world.together(begin)
 
-    def _begin(self, state: TrainState, tensors: Iterator[tuple[str, Tensor]], *, best: int | None) -> None:
+    def _begin(self, state: TrainState, tensors: Iterator[tuple[str, Tensor]], *, size: int, best: int | None) -> None:
         self._begun = time.monotonic()
-        taken: deque[tuple[str, Tensor]] = deque()
-        size = 0
-        for key, tensor in tensors:
-            taken.append((key, tensor))
-            size += tensor.nbytes
-            if size > self._train.snapshot_bytes:
-                break
-        # Each is let go once its file is written.
-        all_of_them = chain((taken.popleft() for _ in range(len(taken))), tensors)
-        write = partial(self._checkpoints.save, state, all_of_them, keep=self._train.save_total_limit, best=best)
-        if not state.step or size > self._train.snapshot_bytes:
-            write()
-        else:
+        copied = bool(state.step) and size <= self._train.snapshot_bytes
+        if copied:
+            taken = deque(tensors)
+            tensors = (taken.popleft() for _ in range(len(taken)))  # Each is let go once its file is written.
+        write = partial(self._checkpoints.save, state, tensors, keep=self._train.save_total_limit, best=best)
+        if copied:
             self._writing = in_background(write, name="checkpoint")
+        else:
+            write()
 
     def _wait(self) -> None:
         if self._writing is not None:

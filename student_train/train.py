@@ -103,14 +103,14 @@ def train(
         wait(heldout, complete="held-out dump")
     world.on_main(partial(refuse_unfit_adapter, student, settings))
     opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
+    if world.world_size > 1:
+        opened.share()
     world.on_main(lambda: weigh(opened))
     run, checkpoint, done = decide(world, opened)
     if checkpoint is not None:
         world.on_main(partial(refuse_other_start, settings, checkpoint.state.began))
     if done is not None:
         return done
-    if world.world_size > 1:
-        run.share()
     run, trained = begin(world, run, checkpoint)
     part = Part(world.rank, world.world_size, world.device)
     learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main, part=part))
@@ -305,6 +305,7 @@ class _Loop:
         codes, error, step = [vote.code for vote in votes], self._agreement.trouble, self._done
         if step > self._saved and Exit.BUG not in codes:
             self._report()
+            self._saver.give_up()
             self._save()
         self._saver.settle()
         self._world.leave_together(codes, error)
@@ -335,7 +336,8 @@ class _Loop:
             )
 
         exported, best_step = self._engine.export() if done else iter(()), run.exported(done, self._results)
-        self._saver.save(state, exported, learner.initial, best=best_step)
+        size = self._engine.export_bytes if done else 0
+        self._saver.save(state, exported, learner.initial, size=size, best=best_step)
         self._saved = done
 
     def _report(self) -> None:

@@ -95,12 +95,23 @@ class TrainingRun:
 
     def share(self) -> None:
         """Have each unit decoded once per node, for all its ranks."""
-        if self.train.shuffle == "windows" and 2 * sum(order.block_units for order in self.mix.orders) > OPEN_UNITS:
+        if self.train.shuffle == "windows" and self._open_units > OPEN_UNITS:
             log.info("each rank decodes every unit, since blocks of so many units would be open files on each")
             return
         heldout = [] if self.heldout is None else [self.heldout.dump]
         for dump in (*self.dumps, *heldout):
             dump.share(_cache_dir(self.train) / f"decoded-{socket.gethostname()}")
+
+    @property
+    def _open_units(self) -> int:
+        """Units that a rank may have open at most: of each dump all blocks that a step may touch."""
+        samples = self.train.global_batch_size
+        block_samples = [
+            order.block_units * dump.provenance.samples_per_unit
+            for dump, order in zip(self.dumps, self.mix.orders, strict=True)
+        ]
+        blocks = [2 + (samples - 1) // each for each in block_samples]
+        return sum(count * order.block_units for count, order in zip(blocks, self.mix.orders, strict=True))
 
     def comparable(self, results: Sequence[HeldoutResult]) -> list[HeldoutResult]:
         """Those on the same held-out samples at the same temperature as now."""
@@ -332,7 +343,8 @@ def _tell_shuffle(source: Source, order: Order, train: TrainSection) -> None:
         return
     if not source.dump.is_sealed():
         return
-    if (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
+    # Of units that ranks share they hold their own rows alone.
+    if not source.dump.is_shared and (held := block_bytes(source.dump, order)) > train.shuffle_bytes:
         log.warning(
             "%s: each rank may hold %.1f GB of decoded samples, two blocks of %d units; train.shuffle: epoch bounds "
             "what all ranks hold, or lower train.shuffle_block_units",

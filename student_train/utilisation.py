@@ -1,8 +1,10 @@
 """How much of its devices a run uses: FLOP of a step over what they could do, and their memory."""
 
+import math
 from typing import NamedTuple, Self
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,18 +45,19 @@ class Work(NamedTuple):
     @classmethod
     def with_peak(cls, student: nn.Module, peak: float) -> Self | None:
         """As `of`, at a known FLOP/s."""
-        head = student.get_output_embeddings()  # type: ignore[operator]
+        head = set(student.get_output_embeddings().modules())  # type: ignore[operator]
+        saved = [module for module in student.modules() if isinstance(module, ModulesToSaveWrapper)]
+        unused = {module for wrapper in saved for module in wrapper.original_module.modules()}
         flop = {True: 0.0, False: 0.0}
-        for module in student.modules():
+        for module in set(student.modules()) - unused:
             for parameter in module.parameters(recurse=False):
-                if parameter.ndim < 2 or isinstance(module, nn.Embedding):
+                # Under ZeRO-3 a parameter holds nothing of itself here.
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                if len(shape) < 2 or isinstance(module, nn.Embedding):
                     continue
                 if not isinstance(module, nn.Linear | Conv1D) or parameter.dtype == torch.uint8:
                     return None
-                # Under ZeRO-3 a parameter holds nothing of itself here.
-                flop[module is head] += (6 if parameter.requires_grad else 4) * getattr(
-                    parameter, "ds_numel", parameter.numel()
-                )
+                flop[module in head] += (6 if parameter.requires_grad else 4) * math.prod(shape)
         return cls(per_token=flop[False], per_supervised_token=flop[True], peak=peak)
 
     def utilisation(self, tokens: int, supervised: int, *, seconds: float, devices: int) -> float:

@@ -40,7 +40,7 @@ class Committer:
             self.abandon()
 
     def commit(self, unit: int, rows: Sequence[Row]) -> None:
-        """Hand a unit over; waits while the queue is full."""
+        """Hand a unit over; waits while the queue is full. Any thread may call it."""
         self._put((unit, rows))
 
     def check(self) -> None:
@@ -65,7 +65,7 @@ class Committer:
         wait([self._done], seconds)
 
     def _put(self, work: tuple[int, Sequence[Row]] | None) -> None:
-        while True:
+        while not self._abandon.is_set():
             self.check()
             with suppress(queue.Full):
                 self._queue.put(work, timeout=0.2)

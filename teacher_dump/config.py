@@ -1,5 +1,6 @@
 """The sections of the configuration that only stage one reads."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,9 +82,11 @@ class TeacherSection(FrozenModel):
     one machine, `auto` and `cuda` mean this worker's own GPU, by its local rank."""
 
     @property
-    def one_gpu(self) -> bool:
-        """Whether a process holds all of it on one GPU, any that there is."""
-        return (self.backend, self.sharding) == ("transformers", "none") and self.device in ("auto", "cuda")
+    def gpus(self) -> int | None:
+        """GPUs that a process takes, any that there are; None: all that it sees, or one that is named."""
+        if self.sharding != "none" or self.device not in ("auto", "cuda"):
+            return None
+        return math.prod(int(self.vllm.get(f"{way}_parallel_size", 1)) for way in ("tensor", "pipeline", "data"))
 
     @property
     def grouped(self) -> bool:
@@ -95,6 +98,15 @@ class TeacherSection(FrozenModel):
     def _not_owned(cls, value: dict[str, Any]) -> dict[str, Any]:
         if owned := [f"{name} ({_OWNED_BY_BACKEND[name]})" for name in sorted(value) if name in _OWNED_BY_BACKEND]:
             raise ValueError(f"the backend sets these itself: {', '.join(owned)}")
+        length = value.get("max_model_len")
+        if length is not None and (type(length) is not int or length < 2):
+            raise ValueError(
+                f"max_model_len must be a number of tokens, at least 2, but is {length!r}: "
+                "leave it out, and it follows corpus.max_length"
+            )
+        for name in (f"{way}_parallel_size" for way in ("tensor", "pipeline", "data")):
+            if type(ways := value.get(name, 1)) is not int or ways < 1:
+                raise ValueError(f"{name} must be a number of GPUs, at least 1, but is {ways!r}")
         return value
 
     @model_validator(mode="after")

@@ -6,8 +6,9 @@ import logging
 import os
 import random
 import tempfile
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -44,6 +45,9 @@ _LOADED_HOW = ("local_files_only", "is_local")
 """What transformers writes among a tokenizer's settings and changes with HF_HUB_OFFLINE: workers would disagree."""
 _OF_OTHERS = {"adapter_config.json", "checkpoints", "config.json", "events.jsonl", "final", "summary.json"}
 """Names in directories of runs and models."""
+_SEAL_SECONDS = 1 / 500
+"""Per unit, to read its record for the seal, on a distant store."""
+_TELL_SECONDS = 3.0
 
 
 class DumpSummary(FrozenModel):
@@ -241,18 +245,6 @@ def tokenizer_files(tokenizer: object) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
-def unit_order(units: int, *, rank: int, world_size: int) -> Iterator[int]:
-    """All units in the order in which a worker takes those that nobody has committed by then.
-
-    First its own, rank, rank + world_size, ...; then the others', the last ones first: their owners come to these
-    last. Every worker starts at another place among them, so that few meet.
-    """
-    yield from range(rank, units, world_size)
-    others = [unit for unit in range(units - 1, -1, -1) if unit % world_size != rank]
-    start = rank * len(others) // world_size
-    yield from others[start:] + others[:start]
-
-
 class UnitWorker:
     """One worker's way through the units."""
 
@@ -264,7 +256,8 @@ class UnitWorker:
         self.units_done_here = self.units_lost_here = self.tokens = 0
         self.seconds = 0.0
         self._collector = ThreadPoolExecutor(1, "targets")
-        """Waits for the targets of one batch while the next one goes through the teacher."""
+        """Waits for the targets of one batch while the next one, of its unit or another, goes through the teacher."""
+        self._waiting: Future[None] | None = None
 
     def run(self, events: EventLog, console: Console | None) -> None:
         """Take units until none is left, then seal; without open units, the weights are not loaded.
@@ -286,6 +279,7 @@ class UnitWorker:
                 progress.update(committed=self.writer.committed(), records=commits.won, last=True)
             self.units_done_here, self.tokens, self.seconds = len(commits.won), progress.tokens, progress.seconds
             self.units_lost_here += len(commits.lost)
+        self._let_the_first_seal()
         if not self.writer.seal():
             raise TemporaryError(
                 f"{self.writer.store.url} is not complete",
@@ -294,53 +288,80 @@ class UnitWorker:
             )
 
     def _take_all(self, others: Others, commits: Committer, progress: DumpProgress) -> None:
-        """Go through the units, and on from another place among them after meeting somebody.
+        """Go through its own units, rank, rank + world_size, ..., and then help others with what they have left.
 
-        Workers that do not know of each other, both rank 0 of 1, would otherwise do the same work to the end.
+        Workers that do not know of each other, both rank 0 of 1, would do the same work to the end: once they have met,
+        they go on in random order.
         """
-        units = deque(unit_order(self.writer.provenance.units, rank=self.rank, world_size=self.world_size))
-        met = 0
-        while units:
-            self._take(units.popleft(), others, commits, progress)
+        units = range(self.writer.provenance.units)
+        todo = deque(units[self.rank :: self.world_size])
+        rest = [unit for unit in units if unit % self.world_size != self.rank]
+        own, among, met = len(todo), len(units), 0
+        while todo or rest:
+            if not todo:
+                others.committed |= self.writer.committed()
+                own, among = 0, 2 * self.world_size
+                todo, rest = deque(others.left(rest, among=among)), []
+                continue
+            self._take(todo.popleft(), others, commits, progress)
             lost = self.units_lost_here + len(commits.lost)
-            if lost > met and units:
-                if not met:
+            if lost > met:
+                # Who helps meets others now and then, and so does who is helped.
+                if not met and (self.world_size == 1 or len(todo) > own // 2 > 0):
                     log.warning(
                         "another worker commits the same units; give each its --rank and --world-size, so that none "
                         "is computed twice"
                     )
-                met = lost
-                units.rotate(random.Random().randint(1, len(units)))
+                met, todo = lost, deque(others.left(todo, among=among))
+        if self._waiting is not None:
+            self._waiting.result()
 
     def _take(self, unit: int, others: Others, commits: Committer, progress: DumpProgress) -> None:
-        """Compute a unit and hand it to the committing thread, unless somebody else commits it first."""
+        """Send a unit through the teacher, unless somebody else commits it first; its last batch is still under way."""
         if unit in others.committed or self.writer.is_committed(unit):
             return
         samples = [self.corpus.sample(index) for index in self.writer.provenance.unit_range(unit)]
         usable = [sample for sample in samples if sample.status == OK]
         found: dict[int, Targets | None] = {}
-        waiting: Future[dict[int, Targets | None]] | None = None
+        begun = False
+
+        def collect(batch: Sequence[Row], pending: PendingTargets) -> None:
+            found.update(zip((sample.sample_index for sample in batch), pending(), strict=True))
+
+        def complete(last: Future[None] | None) -> None:
+            if last is not None:
+                last.result()
+            refuse_nonfinite(unit, [found[sample.sample_index] is None for sample in usable], self.teacher)
+            commits.commit(unit, [row_of(sample, found.get(sample.sample_index)) for sample in samples])
+
         for batch in self.teacher.batches(usable):
             self.stop.check()
             commits.check()
             others.look(unit)
             if unit in others.committed:
-                self.units_lost_here += waiting is not None
+                self.units_lost_here += begun
                 return
             pending = self.teacher.launch(batch, self.writer.provenance.recipe)
-            if waiting is not None:
-                found |= waiting.result()
-            waiting = self._collector.submit(_by_sample, batch, pending)
+            if self._waiting is not None:
+                self._waiting.result()
+            self._waiting = self._collector.submit(collect, batch, pending)
+            begun = True
             progress.count(unit, sum(len(sample.input_ids) for sample in batch))
             progress.update(committed=others.committed, records=commits.won)
-        if waiting is not None:
-            found |= waiting.result()
-        refuse_nonfinite(unit, [found[sample.sample_index] is None for sample in usable], self.teacher)
-        commits.commit(unit, [row_of(sample, found.get(sample.sample_index)) for sample in samples])
+        if self._waiting is not None and not begun:
+            self._waiting.result()  # Or units of which nothing is sent would pile up.
+        self._waiting = self._collector.submit(complete, self._waiting)
 
-
-def _by_sample(batch: Sequence[Row], pending: PendingTargets) -> dict[int, Targets | None]:
-    return dict(zip((sample.sample_index for sample in batch), pending(), strict=True))
+    def _let_the_first_seal(self) -> None:
+        """Wait, if others are at the same end, as long as the first worker may take to read all records and seal."""
+        if not self.rank:
+            return
+        seconds = self.writer.provenance.units * _SEAL_SECONDS * random.Random().uniform(1, 2)
+        if seconds > _TELL_SECONDS:
+            log.info("all units are committed; waiting up to %.0f s for another worker to seal", seconds)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.writer.is_sealed():
+            time.sleep(min(1.0, seconds))
 
 
 def refuse_nonfinite(unit: int, nonfinite: Sequence[bool], teacher: Teacher) -> None:

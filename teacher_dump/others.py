@@ -1,7 +1,9 @@
 """What other workers have committed, as far as this one has seen. Only what is committed first counts, see `writer.py`:
 who sees it late computes a unit in vain."""
 
+import random
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain
@@ -46,6 +48,18 @@ class Others:
             answer, self._answer = self._answer, None
             self._looked = time.monotonic()
             self.committed |= answer.result()
+
+    def left(self, units: Iterable[int], *, among: int) -> list[int]:
+        """Those of `units` that nobody was seen to commit, in an order in which few workers meet.
+
+        Args:
+            units: some of the dump's.
+            among: the last ones come first, which their owners come to last, in random order among so many.
+        """
+        left = sorted((unit for unit in units if unit not in self.committed), reverse=True)
+        shuffled = random.Random().sample
+        blocks = (left[start : start + among] for start in range(0, len(left), among))
+        return [unit for block in blocks for unit in shuffled(block, len(block))]
 
     def _ask(self, unit: int) -> set[int]:
         places = chain(range(self._from, self._units), range(self._from))

@@ -20,7 +20,7 @@ class Exit(IntEnum):
 
 SEVEREST_FIRST = (Exit.BUG, Exit.USAGE, Exit.MISMATCH, Exit.BAD_DATA, Exit.NOTHING_TO_RESUME, Exit.TEMPORARY)
 """Which code a group of processes returns: a stop that others made is no news beside the reason for it."""
-STOPPED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a process to end."""
 KILLED = {
     signal.SIGKILL: "the machine or the job has probably run out of memory: see `dmesg` or the scheduler's log",

@@ -19,10 +19,8 @@ from typing import Any
 
 from storage_schemas.common.errors import TemporaryError
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-"""What asks a process to end: schedulers and people."""
-FORWARDED = (*STOPS, signal.SIGUSR1)
-"""Schedulers warn with whatever signal they were told to, and what they started knows one way to stop: SIGTERM."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a process to end: schedulers, which warn with SIGUSR1 where they were told to, and people."""
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -78,7 +76,7 @@ def forwarded(send: Callable[[int], object]) -> Iterator[None]:
         count += 1
         send(count)
 
-    with _handled(FORWARDED, forward):
+    with _handled(STOPS, forward):
         yield
 
 

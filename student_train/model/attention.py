@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import masking_utils, modeling_flash_attention_utils
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils, modeling_flash_attention_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storage_schemas.logits import input_device
+
+_STAND_IN = "told_positions"
 
 
 @contextmanager
@@ -30,11 +33,42 @@ def looking_for_packed_samples(wanted: bool) -> Iterator[None]:
         masks.find_packed_sequence_indices, flash._is_packed_sequence = looks
 
 
+class NoPositions(Exception):
+    """Attention was not told the position ids."""
+
+
+@contextmanager
+def needing_positions(causal: Any) -> Iterator[None]:
+    """As `runnable_attention`, by one that must be told position ids in each layer, or raises NoPositions.
+
+    By these alone flash attention knows which samples are apart; other attention has a mask.
+    """
+    chosen = causal.config._attn_implementation
+    if not _is_stranded(causal):
+        yield
+        return
+
+    def told(module: Any, *states: Any, **options: Any) -> Any:
+        if options.get("position_ids") is None:
+            raise NoPositions
+        return sdpa_attention_forward(module, *states, **options)
+
+    AttentionInterface.register(_STAND_IN, told)
+    AttentionMaskInterface.register(_STAND_IN, masking_utils.sdpa_mask)
+    causal.set_attn_implementation(_STAND_IN)
+    try:
+        yield
+    finally:
+        causal.set_attn_implementation(chosen)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(_STAND_IN)
+
+
 @contextmanager
 def runnable_attention(causal: Any) -> Iterator[None]:
     """Attention that runs where a model lies: flash attention does not on a CPU, from which ZeRO is to move it."""
     chosen = causal.config._attn_implementation
-    if "flash" not in (chosen or "") or input_device(causal).type != "cpu":
+    if not _is_stranded(causal):
         yield
         return
     causal.set_attn_implementation("eager")
@@ -42,3 +76,8 @@ def runnable_attention(causal: Any) -> Iterator[None]:
         yield
     finally:
         causal.set_attn_implementation(chosen)
+
+
+def _is_stranded(causal: Any) -> bool:
+    """Whether it has flash attention, and lies on a CPU."""
+    return "flash" in (causal.config._attn_implementation or "") and input_device(causal).type == "cpu"

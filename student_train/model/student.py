@@ -2,10 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +13,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import body_of, finish_logits, input_device
+from storage_schemas.logits import body_of, finish_logits
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
 from student_train.model.adapter import ALONE, Part, attach, initial_factors, spread
-from student_train.model.attention import looking_for_packed_samples, runnable_attention
+from student_train.model.attention import looking_for_packed_samples
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
 from student_train.model.mapped import in_usable_dtype, reads_mapped
+from student_train.model.probes import refuse_mixed_samples, refuse_unknown_head
 from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation, refuse_unquantised
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
@@ -38,8 +38,6 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FILES, START = "student.files", "student.adapter"
 """Keys of a checkpoint's identity: the student's `student_files.identity`, and what it began from."""
-PROBE_TOLERANCE = 0.02
-"""Of the largest logit: what bf16 may differ by between two ways to the same number."""
 
 
 class Head(nn.Module):
@@ -91,12 +89,15 @@ class Distilled(nn.Module):
         """Wrap a causal language model of transformers, or a PeftModel around one. `losses` are those of each dump."""
         super().__init__()
         self.student = student
-        # In a list, since the student already owns it.
-        self._causal = [causal_of(student)]
-        self.head = Head(self._causal[0].get_output_embeddings(), losses=losses, spec=head)
+        self.head = Head(self.causal.get_output_embeddings(), losses=losses, spec=head)
         self.router_loss: RouterLoss | None = None
         self.packed = True
         """Whether rows may hold several samples one after the other."""
+
+    @property
+    def causal(self) -> Any:
+        """The causal language model of transformers inside."""
+        return causal_of(self.student)
 
     def forward(self, batch: TrainBatch) -> tuple[Float[Tensor, ""], Float[Tensor, " sums"]]:
         """Sums over the micro-batch: the loss to differentiate, and of each dump the sums of `HeadLoss` as float64.
@@ -133,7 +134,7 @@ class Distilled(nn.Module):
         return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
 
     def _states(self, input_ids: Tensor, position_ids: Tensor) -> Any:
-        body = body_of(self._causal[0], role="student")
+        body = body_of(self.causal, role="student")
         # Without a mask and a cache, transformers keeps apart what position ids say is apart.
         with looking_for_packed_samples(self.packed):
             return body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -281,62 +282,3 @@ def refuse_long_rows(student: nn.Module, longest: int) -> None:
         "rows may have %d tokens (corpus.max_length of the dump), and the student was made for %d positions",
         longest, known,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def refuse_unknown_head(module: Distilled) -> None:
-    """Raise MismatchError if this architecture does more between body and logits than is known here."""
-    causal = causal_of(module.student)
-    ids = torch.arange(4, device=input_device(causal))[None] % vocab_rows(causal)
-    try:
-        with _evaluating(module):
-            off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
-    except (AttributeError, TypeError) as error:
-        raise MismatchError(
-            f"{type(causal).__name__} cannot be run as a student",
-            got=f"{type(error).__name__}: {error}",
-            expected="a model whose adapted layers take and return one tensor",
-            fix="name other student.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj], or another student",
-        ) from error
-    if not off < PROBE_TOLERANCE:
-        raise MismatchError(
-            f"the head of {type(causal).__name__} is not understood",
-            got=f"logits off by {off:.2g} of the largest",
-            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
-            fix="choose another student",
-        )
-
-
-@torch.no_grad()
-def refuse_mixed_samples(module: Distilled) -> None:
-    """Raise MismatchError if this model lets packed samples see each other."""
-    causal = causal_of(module.student)
-    numbers = partial(torch.arange, device=input_device(causal))
-    first, second = (ids[None] % vocab_rows(causal) for ids in (numbers(5), numbers(11, 18)))
-    position_ids = torch.cat([numbers(5), numbers(7)])[None]
-    with _evaluating(module):
-        packed = module.logits(torch.cat([first, second], 1), position_ids)
-        off = relative_difference(packed, torch.cat([module.logits(first), module.logits(second)], 1))
-    if not off < PROBE_TOLERANCE:
-        raise MismatchError(
-            f"{type(causal).__name__} does not keep packed samples apart",
-            got=f"logits off by {off:.2g} of the largest",
-            expected="attention that starts anew where position_ids do",
-            fix="set train.packing to false, or choose another attention implementation",
-        )
-
-
-@contextmanager
-def _evaluating(module: Distilled) -> Iterator[None]:
-    """Without dropout for a while, wherever the model lies."""
-    training = module.training
-    module.eval()
-    with runnable_attention(causal_of(module.student)):
-        yield
-    module.train(training)
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected value."""
-    found, expected = found.float().cpu(), expected.float().cpu()
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))

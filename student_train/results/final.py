@@ -15,8 +15,9 @@ from storage_schemas.common.publish import publishing
 from student_train.config import StudentSection, TrainSection
 from student_train.model.adapter import attach, plain_adapter
 from student_train.model.load import load_model
+from student_train.model.probes import relative_difference
 from student_train.model.scaling import scale_between
-from student_train.model.student import DTYPES, Student, relative_difference
+from student_train.model.student import DTYPES, Student
 from student_train.model.tokenizers import tokenizer_in, write_files
 from student_train.results.end_of_turn import GENERATION, generation_of
 from student_train.results.model_card import CARD

@@ -11,7 +11,7 @@ from teacher_dump.corpus.freeze import Corpus
 
 log = logging.getLogger(__name__)
 
-_STRIDE = 2**16
+_PROBED = 8
 
 
 def refuse_shared(corpus: Corpus, heldout: Corpus) -> None:
@@ -22,8 +22,8 @@ def refuse_shared(corpus: Corpus, heldout: Corpus) -> None:
     """
     theirs = {_body(heldout, i) for i in np.flatnonzero(heldout.have(OK)).tolist()}
     usable = corpus.have(OK)
-    # Sums first: no loop over the samples of a large corpus.
-    likely = np.flatnonzero(np.isin(_sums(corpus), _sums(heldout)) & usable).tolist()
+    # Numbers first: no loop over the samples of a large corpus.
+    likely = np.flatnonzero(np.isin(_probes(corpus), _probes(heldout)) & usable).tolist()
     shared = [body for body in (_body(corpus, i) for i in likely) if body in theirs]
     bodies = set(shared)
     if not bodies:
@@ -42,13 +42,13 @@ def _body(corpus: Corpus, index: int) -> bytes:
     return corpus.input_ids[corpus.offsets[index] : corpus.offsets[index + 1]].tobytes()
 
 
-def _sums(corpus: Corpus) -> npt.NDArray[np.uint64]:
-    """(samples,) a number per sample that equal samples have in common, and hardly any others."""
-    sums = np.zeros(len(corpus), np.uint64)
-    for start in range(0, len(corpus), _STRIDE):
-        offsets = corpus.offsets[start : start + _STRIDE + 1]
-        mixed = (corpus.input_ids[offsets[0] : offsets[-1]].astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed ^ (mixed >> np.uint64(29)), dtype=np.uint64)])
-        ends = mixed[offsets - offsets[0]]
-        sums[start : start + _STRIDE] = ends[1:] - ends[:-1]
-    return sums
+def _probes(corpus: Corpus) -> npt.NDArray[np.uint64]:
+    """(samples,) a number per sample that equal samples have in common, and few others: of its length and of `_PROBED`
+    tokens in its middle. Every worker makes them at every start, so it does not read all tokens of a large corpus."""
+    starts, stops = corpus.offsets[:-1], corpus.offsets[1:]
+    found = (stops - starts).astype(np.uint64)
+    for step in range(_PROBED if len(corpus.input_ids) else 0):
+        places = np.clip((starts + stops) // 2 + step, 0, stops - 1)  # Of an empty sample it does not matter.
+        found = (found ^ corpus.input_ids[np.maximum(places, 0)].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        found ^= found >> np.uint64(29)
+    return found

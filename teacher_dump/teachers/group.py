@@ -67,6 +67,13 @@ class Group:
         """
         on_gpu = device.startswith("cuda") or (device == "auto" and cuda_or_no_gpu())
         if on_gpu:
+            if local_rank >= (gpus := torch.cuda.device_count()):
+                raise MismatchError(
+                    "there are more processes than GPUs for them on this machine",
+                    got=f"process {local_rank + 1}, {gpus} GPUs",
+                    expected="one process per GPU",
+                    fix=f"--nproc {gpus}, or make more GPUs visible",
+                )
             torch.cuda.set_device(local_rank)
         os.environ["LOCAL_RANK"] = str(local_rank)  # transformers and DeepSpeed take it from here alone.
         backend = "nccl" if on_gpu else "gloo"
@@ -108,9 +115,11 @@ class Group:
         return data.numpy().tobytes()
 
     def close(self) -> None:
-        """Leave. Collective."""
+        """Leave, when nothing is under way. Collective."""
         if self.leads:
             self.send(None)
+        if self.on_gpu:
+            torch.cuda.synchronize()
         dist.destroy_process_group()
 
 
@@ -227,6 +236,10 @@ class GroupTeacher(Teacher):
                 before()
                 before = after
         before()
+
+    def close(self) -> None:
+        """Wait for the batches under way, which nobody may have waited for: the others still send their part."""
+        self._answers.shutdown()
 
     def load_model(self) -> Any:
         """This process's share of the weights. Collective."""

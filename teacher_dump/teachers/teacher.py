@@ -90,8 +90,13 @@ class Teacher:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
-        return self.from_pretrained(AutoTokenizer)
+        """Its tokenizer, without the truncation and padding that a training may have left in its files: the first call
+        takes them off anyhow, and what the dump and the corpus's cache hold must not depend on who has called it."""
+        tokenizer = self.from_pretrained(AutoTokenizer)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        return tokenizer
 
     @property
     def lm_head_rows(self) -> int:

@@ -21,6 +21,7 @@ from pipeline.launch import (
 from storage_schemas.common.errors import MismatchError, UsageError
 from teacher_dump.config import TeacherSection
 
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
 
 
@@ -41,6 +42,11 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
         ({"RANK": "3", "WORLD_SIZE": "8", **ARRAY}, (3, 8)),
         ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", **ARRAY}, (1, 2)),
         ({"WORLD_SIZE": "4"}, (0, 1)),
+        (MPIRUN, (2, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, (2, 4)),
+        # Inside of a batch script, whose own numbers are inherited, and in each task of an array.
+        ({**MPIRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (2, 4)),
+        ({**MPIRUN, **ARRAY, "SLURM_PROCID": "0"}, (14, 32)),
     ],
 )
 def test_a_dump_worker_knows_its_number_from_its_scheduler(env: dict[str, str], expected: tuple[int, int]) -> None:
@@ -175,7 +181,10 @@ def test_ranks_of_several_nodes_meet_at_node_0() -> None:
         ("0,1,2,3", None, {"device": "cuda:2"}, 1),
         ("0,1,2,3", None, {"sharding": "device_map"}, 1),
         ("0,1,2,3", None, {"sharding": "tensor"}, 1),
-        ("0,1,2,3", None, {"backend": "vllm"}, 1),
+        ("0,1,2,3", None, {"backend": "vllm"}, 4),
+        ("0,1,2,3", None, {"backend": "vllm", "vllm": {"tensor_parallel_size": 2}}, 2),
+        ("0,1,2,3", None, {"backend": "vllm", "vllm": {"tensor_parallel_size": 4}}, 1),
+        ("0,1,2,3", None, {"backend": "vllm", "vllm": {"tensor_parallel_size": 2, "pipeline_parallel_size": 4}}, 1),
     ],
 )
 def test_stage_one_has_a_worker_per_gpu_where_each_holds_a_teacher(
@@ -190,13 +199,14 @@ def test_stage_one_has_a_worker_per_gpu_where_each_holds_a_teacher(
 
 
 def test_a_worker_of_a_launcher_starts_no_workers_on_the_gpus_of_its_neighbours(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that does not know how many they are sees all GPUs; one that has a node to itself may take them."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert cli._workers(None, TeacherSection(model="m")) == 1
+    assert "--workers 4" in caplog.text, "seven of eight GPUs would be idle without a word"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert cli._workers(None, TeacherSection(model="m")) == 4
 
@@ -213,5 +223,6 @@ def test_dump_workers_get_their_number_their_threads_and_their_gpu() -> None:
     assert thread_environment({}, 2, 8) == {"OMP_NUM_THREADS": "4"}
     assert thread_environment({}, 16, 8) == {"OMP_NUM_THREADS": "1"}
     assert thread_environment({"OMP_NUM_THREADS": "3"}, 2, 8) == {}
-    assert device_environment("A", [], 1) == {}
-    assert [device_environment("A", ["4", "6"], worker)["A"] for worker in range(3)] == ["4", "6", "4"]
+    assert device_environment("A", [], 1, 2) == {}
+    assert [device_environment("A", ["4", "6"], worker, 3)["A"] for worker in range(3)] == ["4", "6", "4"]
+    assert [device_environment("A", list("0123"), worker, 2)["A"] for worker in range(2)] == ["0,1", "2,3"]

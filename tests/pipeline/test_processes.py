@@ -1,5 +1,6 @@
 """Processes: exit codes add up, signals reach the workers, and nothing is left behind."""
 
+import io
 import json
 import os
 import signal
@@ -150,6 +151,38 @@ def test_a_killed_worker_is_told_and_its_work_done_by_the_others(
     assert "the dump is complete" in told
     fake_worker(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert dump_workers(Path("c"), [], 2, node=Placement(0, 1)) == (75, {})
+
+
+def test_a_worker_that_has_ended_is_told_at_once_without_its_progress(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other one works until that is told. What was left is done by it, and the dump is complete."""
+
+    class Told(io.StringIO):
+        def write(self, text: str) -> int:
+            if "worker 1 has ended with 75" in text:
+                (tmp_path / "told").touch()
+            return super().write(text)
+
+    body = f"""
+    import sys, time
+    if rank == 1:
+        sys.stderr.write("12:00:00 dump: 1/9 units, 5 tokens/s\\nllm-neo: a GPU is gone\\n")
+        sys.exit(75)
+    deadline = time.monotonic() + 20
+    while not pathlib.Path({str(tmp_path / "told")!r}).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if time.monotonic() >= deadline:
+        sys.exit(70)
+    result.write_text(json.dumps({SUMMARY}))
+    """
+    fake_worker(monkeypatch, body)
+    monkeypatch.setattr(sys, "stderr", told := Told())
+    code, summary = dump_workers(Path("c"), [], 2, node=Placement(0, 1))
+    assert (code, summary["units_done_here"]) == (0, 2)
+    assert (tmp_path / "told").exists()
+    assert told.getvalue().startswith("llm-neo: a GPU is gone\nllm-neo: worker 1 has ended with 75\n")
+    assert "the dump is complete" in told.getvalue()
 
 
 def test_a_signal_reaches_all_workers_of_stage_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

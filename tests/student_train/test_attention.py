@@ -15,10 +15,12 @@ from transformers import (
     modeling_utils,
 )
 
+from storage_schemas.common.errors import MismatchError
 from student_train.config import LossSection
 from student_train.model.attention import looking_for_packed_samples
+from student_train.model.probes import refuse_mixed_samples, refuse_unknown_head
 from student_train.model.router import RouterLoss
-from student_train.model.student import distilled, refuse_mixed_samples, refuse_unknown_head
+from student_train.model.student import distilled
 
 FLASH = "flash_of_tests"
 
@@ -46,6 +48,17 @@ def test_a_student_is_looked_at_before_it_is_on_its_gpu(tmp_path: Path) -> None:
     refuse_unknown_head(module)
     assert model.config._attn_implementation == FLASH
     assert model.model.config._attn_implementation == FLASH
+
+
+def test_layers_that_tell_flash_attention_no_positions_mix_packed_samples(tmp_path: Path) -> None:
+    """Other attention keeps them apart here by a mask, which flash attention has not."""
+    config = AutoConfig.for_model("gpt_bigcode", vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    module = distilled(model, [LossSection()], write_dump(tmp_path / "dump"))
+    refuse_mixed_samples(module)
+    model.set_attn_implementation(FLASH)
+    with pytest.raises(MismatchError, match=f"{FLASH}, whose layers are told no position ids"):
+        refuse_mixed_samples(module)
 
 
 def test_so_are_its_routers() -> None:

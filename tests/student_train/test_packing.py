@@ -78,7 +78,7 @@ def test_packed_equals_padded(folder: Path, name: str, attention: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} does not keep packed samples of Llama 4 apart: refused")
     for checkpointing in (False, True):
         module = student(folder, name, packing=True, gradient_checkpointing=checkpointing).train()
-        module._causal[0].set_attn_implementation(attention)
+        module.causal.set_attn_implementation(attention)
         loss, found = loss_and_gradients(module, folder, packed=True)
         expected_loss, expected = loss_and_gradients(module, folder, packed=False)
         assert loss.item() == pytest.approx(expected_loss.item(), rel=FORWARD)
@@ -113,7 +113,7 @@ def test_a_student_that_mixes_samples_is_refused(folder: Path, mistake: str, mon
     """What transformers does with an attention mask, and what an architecture without position ids would do."""
 
     def states(self: Distilled, input_ids: Tensor, position_ids: Tensor) -> Any:
-        body = self._causal[0].get_decoder()
+        body = self.causal.get_decoder()
         if mistake == "a mask is given":
             mask = torch.ones_like(input_ids)
             return body(input_ids=input_ids, position_ids=position_ids, attention_mask=mask)

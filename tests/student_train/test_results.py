@@ -38,7 +38,8 @@ from storage_schemas.shift import supervised_positions
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.model.adapter import MIXER, plain_adapter
 from student_train.model.load import load_model
-from student_train.model.student import load_student, refuse_long_rows, relative_difference
+from student_train.model.probes import relative_difference
+from student_train.model.student import load_student, refuse_long_rows
 from student_train.model.student_files import identity
 from student_train.results import final
 from student_train.results.end_of_turn import span_ends

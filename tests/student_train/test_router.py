@@ -19,8 +19,8 @@ from storage_schemas.reader import Dump
 from student_train.config import LoraSection
 from student_train.data.batch import collate
 from student_train.model.adapter import attach, left_out
+from student_train.model.probes import refuse_mixed_samples, refuse_unknown_head
 from student_train.model.router import RouterLoss
-from student_train.model.student import refuse_mixed_samples, refuse_unknown_head
 
 COEFFICIENT = 0.3
 SMALL = {
@@ -214,4 +214,4 @@ def test_probes_go_to_where_the_student_is(folder: Path) -> None:
     with torch.device("meta"):
         refuse_unknown_head(module)
         refuse_mixed_samples(module)
-        assert RouterLoss.of(module._causal[0]) is not None
+        assert RouterLoss.of(module.causal) is not None

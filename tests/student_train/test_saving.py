@@ -14,7 +14,7 @@ from support.tiny_student import save_student, write_dump
 
 from storage_schemas.common.errors import TemporaryError
 from storage_schemas.stores.store import Store
-from student_train import saving
+from student_train import checkpoint, saving
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoints, TrainState
 from student_train.metrics import EVENTS
 from student_train.saving import Saver
@@ -97,16 +97,35 @@ def test_a_state_that_is_larger_than_its_copy_may_be_is_waited_for(training: Tra
     assert all(torch.equal(run["state"][key], tensor) for key, tensor in whole["state"].items())
 
 
+def test_others_wait_for_one_file_of_such_a_state_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not, in the middle of a collective, for gigabytes that were copied before."""
+    log: list[str] = []
+
+    def exported() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            log.append("copied")
+            yield f"master/{name}", torch.zeros(2**19)
+
+    put = Store.put_new
+    monkeypatch.setattr(Store, "put_new", lambda *call: (log.append("written"), put(*call))[1])
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 2**20)
+    train = train_section(tmp_path, snapshot_bytes=3 * 2**20)
+    saver = Saver(ALONE, Checkpoints(str(tmp_path / "checkpoints")), train, waited=lambda seconds: None)
+    saver.save(lambda: state_of(3), exported(), {}, size=3 * 2**21, best=None)
+    assert log.index("written") < 3, "all is copied first"
+
+
 def test_an_error_while_writing_ends_the_run_on_all_ranks(training: Trainings, whole: dict[str, Any]) -> None:
-    """With its own code and message; the checkpoint before is there, and the same command goes on to the bit."""
+    """With its own code and message. A newer state is saved if that can be written, and the same command goes on from
+    it to the bit."""
     train = STAGE_0 | {"save_steps": 2}
     second = 2 + FILES + 2  # After the record of the start, of two files, and the first one.
     run = training("full disk", train=train, fault=f"put:step:before:{second}:full")
     assert run["code"] == 75
     assert "ENOSPC" in run["message"]
-    assert run["step"] == 2
+    assert run["step"] == len(run["events"]) > 4
     rest = training("full disk", train=train)
-    assert (rest["code"], rest["summary"]["resumed_from"]) == (0, 2)
+    assert (rest["code"], rest["summary"]["resumed_from"]) == (0, run["step"])
     assert [event.loss for event in rest["events"]] == [event.loss for event in whole["events"]]
     assert all(torch.equal(rest["state"][key], tensor) for key, tensor in whole["state"].items())
 
@@ -157,7 +176,7 @@ def test_what_is_being_written_is_finished_before_a_bug_goes_on(
 
     monkeypatch.setattr(Store, "put_new", slow)
     saver = Saver(ALONE, checkpoints, train_section(tmp_path), waited=lambda seconds: None)
-    saver.save(lambda: state_of(3), iter([("master/a", torch.zeros(2))]), {}, best=None)
+    saver.save(lambda: state_of(3), iter([("master/a", torch.zeros(2))]), {}, size=8, best=None)
     with pytest.raises(ZeroDivisionError), saver:
         _ = 1 / 0
     assert [checkpoint.step for checkpoint in [checkpoints.newest()] if checkpoint] == ([] if full else [3])
@@ -182,7 +201,7 @@ def test_minutes_are_counted_from_the_last_checkpoint(tmp_path: Path, monkeypatc
     assert not saver.due(11)
     now[0] = 120.0
     assert saver.due(11)
-    saver.save(lambda: state_of(11), iter(()), {}, best=None)
+    saver.save(lambda: state_of(11), iter(()), {}, size=0, best=None)
     assert not saver.due(12)
     now[0] = 240.0
     assert saver.due(12)

@@ -48,6 +48,25 @@ def test_flop_of_a_step_are_those_that_torch_counts(lora: bool, tied: bool) -> N
     assert flop == pytest.approx(products, rel=1e-6)
 
 
+def test_under_zero3_a_weight_is_known_by_its_whole_shape() -> None:
+    whole, spread = tiny_llama(0), tiny_llama(0)
+    for parameter in spread.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)
+    assert Work.with_peak(spread, 1e12) == Work.with_peak(whole, 1e12) != Work(0.0, 0.0, 1e12)
+
+
+def test_of_a_head_that_is_trained_and_saved_only_the_copy_counts_once_per_supervised_token() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    work = Work.with_peak(get_peft_model(tiny_llama(0), config).base_model.model, 1e12)
+    lora = Work.with_peak(
+        get_peft_model(tiny_llama(0), LoraConfig(r=4, target_modules=["q_proj"])).base_model.model, 1e12
+    )
+    assert work is not None
+    assert lora is not None
+    assert work.per_token == lora.per_token
+    assert work.per_supervised_token == 6 * VOCAB * tiny_llama(0).config.hidden_size == 1.5 * lora.per_supervised_token
+
+
 def test_weights_of_which_a_token_uses_some_are_not_counted() -> None:
     config = MixtralConfig(
         vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,

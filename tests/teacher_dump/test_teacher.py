@@ -1,5 +1,6 @@
 """The teacher's targets against the model's own logits, over architectures, batches, dtypes and bad weights."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from storage_schemas.provenance import Recipe
 from storage_schemas.rows import Row
 from storage_schemas.targets import Targets, concatenate
 from teacher_dump.config import TeacherSection
+from teacher_dump.dump import tokenizer_files
 from teacher_dump.teachers import products
 from teacher_dump.teachers import teacher as teacher_module
 from teacher_dump.teachers.teacher import Teacher
@@ -290,6 +292,20 @@ def test_identity_needs_no_weights_and_follows_the_files(tmp_path: Path) -> None
     assert list(hashes[0]) == ["model.safetensors"]
     assert first.identify().lm_head_rows == VOCABULARY
     assert "model" not in vars(first), "the weights were loaded"
+
+
+def test_truncation_and_padding_that_a_training_has_left_are_in_no_dump(tmp_path: Path) -> None:
+    """They are gone after the first call: files and keys that hold them would depend on whether it was made."""
+    save_teacher(tmp_path, "llama")
+    trained = Teacher(TeacherSection(model=str(tmp_path))).tokenizer
+    trained.backend_tokenizer.enable_truncation(7)
+    trained.backend_tokenizer.enable_padding(length=9)
+    trained.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    tokenizer = Teacher(TeacherSection(model=str(tmp_path))).tokenizer
+    before = tokenizer_files(tokenizer)
+    assert len(tokenizer("what is it " * 5)["input_ids"]) > 9
+    assert tokenizer_files(tokenizer) == before
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support import dump_jobs
@@ -18,23 +20,105 @@ from support.forks import ForkServer
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.provenance import Recipe
 from storage_schemas.rows import Row
+from storage_schemas.targets import Targets
 from storage_schemas.writer import DumpWriter
+from teacher_dump import dump as dump_module
 from teacher_dump import others
-from teacher_dump.dump import run_dump, unit_order
+from teacher_dump.dump import UnitWorker, run_dump
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
+
+
+def some_writer(units: int, committed: set[int] | None = None) -> Any:
+    """Of a dump of which this much is known."""
+    return SimpleNamespace(provenance=SimpleNamespace(units=units), committed=lambda: set(committed or ()))
+
+
+def taken(units: int, rank: int, world_size: int, *, lost: Container[int] = ()) -> list[int]:
+    """In which order a worker takes units, of which it loses some to others."""
+    writer, commits, order = some_writer(units), SimpleNamespace(lost=set[int]()), list[int]()
+
+    class Noting(UnitWorker):
+        def _take(self, unit: int, *_: object) -> None:
+            order.append(unit)
+            commits.lost |= {unit} if unit in lost else set()
+
+    nothing: Any = None
+    worker = Noting(writer, nothing, nothing, rank=rank, world_size=world_size, stop=nothing)
+    worker._take_all(others.Others(writer), cast("Any", commits), nothing)
+    return order
 
 
 @pytest.mark.parametrize(("units", "world_size"), [(1, 1), (7, 3), (4, 4), (2, 5), (20, 6)])
 def test_every_worker_goes_through_all_units_its_own_first(units: int, world_size: int) -> None:
-    firsts = []
     for rank in range(world_size):
-        order = list(unit_order(units, rank=rank, world_size=world_size))
+        order = taken(units, rank, world_size)
         assert sorted(order) == list(range(units))
         own = list(range(rank, units, world_size))
         assert order[: len(own)] == own
-        firsts += order[len(own) : len(own) + 1]
-    if units > 2 * world_size:
-        assert len(set(firsts)) > 1, "all workers go for the same unit when they are done"
+
+
+def test_who_helps_takes_what_its_owner_comes_to_last_and_seldom_what_another_helper_takes() -> None:
+    """Whatever the caller has seeded."""
+    seen, firsts = others.Others(some_writer(40, {39, 3})), set()
+    for _ in range(100):
+        random.seed(0)
+        order = seen.left(range(10, 40), among=4)
+        assert sorted(order) == list(range(10, 39))
+        assert sorted(order[:4]) == [35, 36, 37, 38]
+        firsts.add(order[0])
+    assert firsts == {35, 36, 37, 38}
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "lost", "told"),
+    [(0, 1, [15], True), (1, 4, [1], True), (1, 4, [17], False), (1, 4, [2, 3], False)],
+    ids=["alone", "its number is another's, too", "was helped", "helps"],
+)
+def test_only_who_meets_others_where_none_should_be_is_told_of_numbers(
+    rank: int, world_size: int, lost: list[int], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken(20, rank, world_size, lost=lost)
+    assert ("give each its --rank" in caplog.text) == told
+
+
+def test_the_first_batch_of_a_unit_goes_before_the_last_of_the_one_before_is_waited_for(
+    tmp_path: Path, corpus_file: Path, model_folder: Path
+) -> None:
+    """A GPU runs dry in between otherwise. Here the targets of a batch are there once the next one is launched."""
+
+    class Late(Teacher):
+        launched = 0
+
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
+            pending, self.launched = super().launch(samples, recipe), self.launched + 1
+            number = self.launched
+
+            def targets() -> list[Targets | None]:
+                deadline = time.monotonic() + 20
+                while self.launched == number < UNITS:
+                    assert time.monotonic() < deadline, "the next batch waits for this one"
+                    time.sleep(0.001)
+                return pending()
+
+            return targets
+
+    job = sections(tmp_path, corpus_file, model_folder)
+    teacher = Late(job["teacher"])
+    assert run_dump(**job | {"teacher": teacher}).units_done_here == UNITS
+    assert teacher.launched == UNITS, "a unit is more than one batch"
+    assert_each_sample_once(tmp_path)
+
+
+def test_all_but_the_first_worker_give_it_time_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each reads the record of every unit, at the same time."""
+    slept, nothing = list[float](), cast("Any", None)
+    monkeypatch.setattr(dump_module.time, "sleep", slept.append)
+    monkeypatch.setattr(dump_module, "_SEAL_SECONDS", 100.0)
+    writer = some_writer(20)
+    writer.is_sealed = lambda: len(slept) == 3
+    for rank in range(2):
+        UnitWorker(writer, nothing, nothing, rank=rank, world_size=2, stop=nothing)._let_the_first_seal()
+        assert len(slept) == 3 * rank
 
 
 def test_one_worker_of_three_finishes_what_the_others_never_began(
@@ -182,7 +266,7 @@ def test_a_worker_killed_beside_another_is_covered_by_it(
     assert_each_sample_once(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_request_ends_with_75_in_the_middle_of_a_batch(
     tmp_path: Path, corpus_file: Path, model_folder: Path, workers: ForkServer, number: int
 ) -> None:
