@@ -46,7 +46,8 @@ app = typer.Typer(
     "from, 70 bug, 75 temporary (run again), 78 configuration or fingerprint mismatch.",
 )
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes of stage one to start on this machine; default: one per GPU.")
+    int | None,
+    typer.Option(min=1, help="Workers of stage one to start on this machine; default: as many as its GPUs hold."),
 ]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks of stage two on this node; default: one per GPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed for choosing the samples.")]

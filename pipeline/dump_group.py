@@ -56,7 +56,6 @@ def main() -> int:
             placement = Placement(arguments.rank, arguments.world_size)
             publish(arguments.result, json.dumps(run_dumps(config, placement, teacher, events=arguments.events)))
         # Not after an error: the others may wait in the middle of a batch. They end without it.
-        teacher.close()
         group.close()
         code = int(Exit.DONE)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ all interfaces, and which turns every exit code into 1.
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +33,7 @@ from pipeline.launch import (
 )
 from storage_schemas.common.devices import gpu_variable, usable_cores, visible_gpus
 from storage_schemas.common.errors import MismatchError, TemporaryError
-from storage_schemas.common.exits import KILLED, Exit, combined, known, tell_deaths
+from storage_schemas.common.exits import KILLED, STOPPED, Exit, combined, known, tell_deaths
 from storage_schemas.common.publish import publish
 from storage_schemas.common.ranks import EXIT_FOLDER, STOP, ExitCodes, read_codes
 from storage_schemas.common.signals import forwarded
@@ -48,6 +49,7 @@ SAME_SECONDS = 1.0
 """Within which signals are one: Slurm tells every process of a job, and `make` passes on what it was told."""
 TELL_SECONDS = 3.0
 """After which a wait is told."""
+_PROGRESS = re.compile(r"\d\d:\d\d:\d\d dump: ")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -80,7 +82,9 @@ def dump_workers(
         scratch = Path(files.enter_context(tempfile.TemporaryDirectory()))
         results = [scratch / f"worker-{local}.json" for local in range(workers)]
         # One worker shows the progress of all, since it counts the units that anyone has committed.
-        errors = [None, *(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers - 1))]
+        errors: list[IO[str] | None] = [None]
+        for _ in range(workers - 1):
+            errors.append(files.enter_context(tempfile.TemporaryFile("w+", errors="replace")))
         commands = []
         for local in range(workers):
             placement = Placement(node.rank * workers + local, node.world_size * workers)
@@ -91,16 +95,20 @@ def dump_workers(
 
         def ended(local: int, code: int) -> None:
             """Said at once, with what it has written but for its progress: its GPU is idle from now on."""
-            if (error := errors[local]) is not None:
-                error.seek(0)
-                lines = "".join(line for line in error if " dump: " not in line)
-                sys.stderr.write("" if lines in told else lines)
-                told.add(lines)
-            how = f"with {code}" if code > 0 else f"by {signal.Signals(-code).name}"
-            sys.stderr.write(f"llm-neo: worker {local} has ended {how}\n")
+            with suppress(OSError, ValueError):  # The others go on, whether anybody hears it or not.
+                if (error := errors[local]) is not None:
+                    error.seek(0)
+                    lines = "".join(line for line in error if not _PROGRESS.match(line))
+                    sys.stderr.write("" if lines in told else lines)
+                    told.add(lines)
+                if code > 0:
+                    sys.stderr.write(f"llm-neo: worker {local} has ended with {code}\n")
+                elif -code not in STOPPED:
+                    tell_deaths([code], [f"worker {local}"])
 
         codes = run_together(commands, ended=ended)
-        tell_deaths(codes, [f"worker {local}" for local in range(workers)])
+        if all(-code in STOPPED for code in codes):
+            tell_deaths(codes, [f"worker {local}" for local in range(workers)])
         # A worker that ends well leaves a sealed dump: then one that was killed or stopped is not missed.
         if 0 in codes and all(code in (Exit.DONE, Exit.TEMPORARY) or -code in KILLED for code in codes):
             if any(codes):

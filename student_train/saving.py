@@ -61,8 +61,8 @@ class Saver:
             self._writing.result()
 
     def give_up(self) -> None:
-        """Forget a checkpoint that could not be written, so that a newer state can be saved in its place."""
-        if self._writing is not None and self._writing.done() and self._writing.exception() is not None:
+        """Wait for the last checkpoint, and forget it if it could not be written: a newer state can be saved then."""
+        if self._writing is not None and self._writing.exception() is not None:
             self._writing = None
 
     def settle(self) -> None:

@@ -14,6 +14,8 @@ from storage_schemas.config import Estimator
 from storage_schemas.stores.address import Located
 from teacher_dump.corpus.formats import READ
 
+_WAYS = ("tensor", "pipeline", "data")
+"""In which vLLM spreads a model over GPUs."""
 _OWNED_BY_BACKEND = {
     "dtype": "teacher.dtype sets it",
     "enable_prefix_caching": "cached tokens have no log-probs",
@@ -86,7 +88,8 @@ class TeacherSection(FrozenModel):
         """GPUs that a process takes, any that there are; None: all that it sees, or one that is named."""
         if self.sharding != "none" or self.device not in ("auto", "cuda"):
             return None
-        return math.prod(int(self.vllm.get(f"{way}_parallel_size", 1)) for way in ("tensor", "pipeline", "data"))
+        ways: list[int] = [self.vllm.get(f"{way}_parallel_size", 1) for way in _WAYS]
+        return math.prod(ways)
 
     @property
     def grouped(self) -> bool:
@@ -104,7 +107,7 @@ class TeacherSection(FrozenModel):
                 f"max_model_len must be a number of tokens, at least 2, but is {length!r}: "
                 "leave it out, and it follows corpus.max_length"
             )
-        for name in (f"{way}_parallel_size" for way in ("tensor", "pipeline", "data")):
+        for name in (f"{way}_parallel_size" for way in _WAYS):
             if type(ways := value.get(name, 1)) is not int or ways < 1:
                 raise ValueError(f"{name} must be a number of GPUs, at least 1, but is {ways!r}")
         return value

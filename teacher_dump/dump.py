@@ -306,15 +306,16 @@ class UnitWorker:
             self._take(todo.popleft(), others, commits, progress)
             lost = self.units_lost_here + len(commits.lost)
             if lost > met:
+                todo = deque(others.left(todo, among=among))
                 # Who helps meets others now and then, and so does who is helped.
                 if not met and (self.world_size == 1 or len(todo) > own // 2 > 0):
                     log.warning(
                         "another worker commits the same units; give each its --rank and --world-size, so that none "
                         "is computed twice"
                     )
-                met, todo = lost, deque(others.left(todo, among=among))
+                met = lost
         if self._waiting is not None:
-            self._waiting.result()
+            self._waiting.result()  # That of a unit that was left, too: other processes may be in the middle of it.
 
     def _take(self, unit: int, others: Others, commits: Committer, progress: DumpProgress) -> None:
         """Send a unit through the teacher, unless somebody else commits it first; its last batch is still under way."""
@@ -354,13 +355,14 @@ class UnitWorker:
 
     def _let_the_first_seal(self) -> None:
         """Wait, if others are at the same end, as long as the first worker may take to read all records and seal."""
-        if not self.rank:
+        if not self.rank or self.writer.is_sealed():
             return
         seconds = self.writer.provenance.units * _SEAL_SECONDS * random.Random().uniform(1, 2)
         if seconds > _TELL_SECONDS:
             log.info("all units are committed; waiting up to %.0f s for another worker to seal", seconds)
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.writer.is_sealed():
+            self.stop.check()
             time.sleep(min(1.0, seconds))
 
 

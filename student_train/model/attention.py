@@ -55,8 +55,8 @@ def needing_positions(causal: Any) -> Iterator[None]:
 
     AttentionInterface.register(_STAND_IN, told)
     AttentionMaskInterface.register(_STAND_IN, masking_utils.sdpa_mask)
-    causal.set_attn_implementation(_STAND_IN)
     try:
+        causal.set_attn_implementation(_STAND_IN)
         yield
     finally:
         causal.set_attn_implementation(chosen)

@@ -67,7 +67,7 @@ class Group:
         """
         on_gpu = device.startswith("cuda") or (device == "auto" and cuda_or_no_gpu())
         if on_gpu:
-            if local_rank >= (gpus := torch.cuda.device_count()):
+            if 0 < (gpus := torch.cuda.device_count()) <= local_rank:
                 raise MismatchError(
                     "there are more processes than GPUs for them on this machine",
                     got=f"process {local_rank + 1}, {gpus} GPUs",
@@ -236,10 +236,6 @@ class GroupTeacher(Teacher):
                 before()
                 before = after
         before()
-
-    def close(self) -> None:
-        """Wait for the batches under way, which nobody may have waited for: the others still send their part."""
-        self._answers.shutdown()
 
     def load_model(self) -> Any:
         """This process's share of the weights. Collective."""

@@ -13,7 +13,7 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.provenance import IN_MEMORY, EngineIdentity, MadeBy, TeacherIdentity
 from teacher_dump.config import TeacherSection
 from teacher_dump.teachers.model_files import content_sha256
-from teacher_dump.teachers.teacher import Teacher
+from teacher_dump.teachers.teacher import Teacher, whole
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNSETTLED = {"architectures", "dtype", "use_cache"}
@@ -45,7 +45,7 @@ class LoadedTeacher(Teacher):
             model=name or f"{type(model).__name__} in memory", dtype=_dtype_of(model), batch_tokens=batch_tokens
         )
         super().__init__(section)
-        self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
+        self.config, self.tokenizer, self.device = model.config, whole(tokenizer), model.device
         self.model = self._checked(model)
 
     def refuse_unloadable(self) -> None:

@@ -90,13 +90,8 @@ class Teacher:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer, without the truncation and padding that a training may have left in its files: the first call
-        takes them off anyhow, and what the dump and the corpus's cache hold must not depend on who has called it."""
-        tokenizer = self.from_pretrained(AutoTokenizer)
-        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-            backend.no_truncation()
-            backend.no_padding()
-        return tokenizer
+        """Its tokenizer."""
+        return whole(self.from_pretrained(AutoTokenizer))
 
     @property
     def lm_head_rows(self) -> int:
@@ -324,6 +319,15 @@ class Teacher:
         if self._fits is None:
             log.warning("%d padded tokens do not fit into %s: halving such batches", padded, self.device)
         self._fits = padded // 2
+
+
+def whole(tokenizer: Any) -> Any:
+    """A tokenizer without the truncation and padding that a training may have left in it: the first call takes them off
+    anyhow, and what a dump and the corpus's cache hold must not depend on who has called it."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def forward_tokens(sample: Row) -> int:

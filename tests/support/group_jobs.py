@@ -1,6 +1,5 @@
 """A teacher spread over the ranks of a group, asked by the leader."""
 
-import time
 from typing import Any
 
 import torch.distributed as dist
@@ -47,28 +46,6 @@ def targets(
         launched.clear()
     dist.destroy_process_group()
     return found
-
-
-def left_early(
-    rank: int, world_size: int, rendezvous: str, *, section: dict[str, Any], batch: list[Row], estimator: Estimator
-) -> bool:
-    """The leader ends without waiting for its last batch, whose other part is there a second later."""
-    original = group_module.launch
-
-    def late(*arguments: Any, **options: Any) -> Any:
-        pending = original(*arguments, **options)
-        return lambda: (time.sleep(rank), pending())[1]
-
-    group_module.launch = late
-    group = Group.join(rank, world_size, rank, device="cpu", rendezvous=rendezvous)
-    teacher = GroupTeacher(TeacherSection.model_validate({"dtype": "float32"} | section), group)
-    if group.leads:
-        teacher.launch(batch, Recipe(estimator=estimator, temperatures=(1.0,), logsumexp=True))
-    else:
-        teacher.follow()
-    teacher.close()
-    group.close()
-    return True
 
 
 def _held(model: Any) -> int:

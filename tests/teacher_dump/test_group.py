@@ -80,13 +80,6 @@ def test_tensor_parallel_and_partitioned_teachers(tmp_path: Path) -> None:
     check(tmp_path, ["llama"])
 
 
-def test_a_leader_that_waits_for_its_last_batch_no_longer_does_not_leave_the_others_in_it(tmp_path: Path) -> None:
-    """The unit was committed by somebody else meanwhile, and it was the last one."""
-    section = {"model": str(save_teacher(tmp_path, "llama")), "device": "cpu", "sharding": "zero3"}
-    left = run_ranks("support.group_jobs:left_early", 2, section=section, batch=BATCHES[0], estimator=ESTIMATOR)
-    assert left == [True, True]
-
-
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(MismatchError, match=r"process 5, 4 GPUs(.|\n)*--nproc 4"):

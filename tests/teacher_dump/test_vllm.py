@@ -280,6 +280,7 @@ def test_without_vllm_the_error_names_the_command(tmp_path: Path, corpus_file: P
         ({"backend": "vllm", "vllm": {"enable_prefix_caching": True}}, "cached tokens have no log-probs"),
         ({"backend": "vllm", "vllm": {"max_model_len": -1}}, "at least 2, but is -1"),
         ({"backend": "vllm", "vllm": {"max_model_len": "auto"}}, "at least 2, but is 'auto'"),
+        ({"backend": "vllm", "vllm": {"tensor_parallel_size": "all"}}, "at least 1, but is 'all'"),
         ({"vllm": {"tensor_parallel_size": 2}}, "backend is transformers"),
         ({"backend": "vllm", "device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"backend": "vllm", "vllm_check_samples": -1}, "greater than or equal to 0"),

@@ -17,7 +17,8 @@ from support import dump_jobs
 from support.dump_checks import SAMPLES, UNITS, assert_each_sample_once, files_of, sections
 from support.forks import ForkServer
 
-from storage_schemas.common.errors import MismatchError
+from storage_schemas.common.errors import MismatchError, TemporaryError
+from storage_schemas.common.signals import StopRequest
 from storage_schemas.provenance import Recipe
 from storage_schemas.rows import Row
 from storage_schemas.targets import Targets
@@ -71,7 +72,7 @@ def test_who_helps_takes_what_its_owner_comes_to_last_and_seldom_what_another_he
 
 @pytest.mark.parametrize(
     ("rank", "world_size", "lost", "told"),
-    [(0, 1, [15], True), (1, 4, [1], True), (1, 4, [17], False), (1, 4, [2, 3], False)],
+    [(0, 1, [15], True), (1, 4, [1], True), (1, 4, [13], False), (1, 4, [2, 3], False)],
     ids=["alone", "its number is another's, too", "was helped", "helps"],
 )
 def test_only_who_meets_others_where_none_should_be_is_told_of_numbers(
@@ -115,10 +116,10 @@ def test_all_but_the_first_worker_give_it_time_to_seal(monkeypatch: pytest.Monke
     monkeypatch.setattr(dump_module.time, "sleep", slept.append)
     monkeypatch.setattr(dump_module, "_SEAL_SECONDS", 100.0)
     writer = some_writer(20)
-    writer.is_sealed = lambda: len(slept) == 3
+    writer.is_sealed = lambda: len(slept) >= 3
     for rank in range(2):
-        UnitWorker(writer, nothing, nothing, rank=rank, world_size=2, stop=nothing)._let_the_first_seal()
-        assert len(slept) == 3 * rank
+        UnitWorker(writer, nothing, nothing, rank=rank, world_size=2, stop=StopRequest())._let_the_first_seal()
+        assert (len(slept) >= 3) == bool(rank)
 
 
 def test_one_worker_of_three_finishes_what_the_others_never_began(
@@ -148,6 +149,32 @@ def test_a_worker_that_is_overtaken_leaves_one_copy_of_everything(
     assert summary.units_done_here == 0
     assert_each_sample_once(tmp_path)
     assert len(list(tmp_path.glob("data/*"))) == UNITS, "the loser's file stayed"
+
+
+def test_a_unit_that_others_have_finished_is_left_when_what_was_sent_is_back(
+    tmp_path: Path, corpus_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the processes that hold the teacher together would be left in the middle of a batch."""
+
+    class Counting(Teacher):
+        sent = back = 0
+
+        def launch(self, samples: Sequence[Row], recipe: Recipe) -> PendingTargets:
+            pending, self.sent = super().launch(samples, recipe), self.sent + 1
+
+            def targets() -> list[Targets | None]:
+                time.sleep(0.2)
+                self.back += 1
+                return pending()
+
+            return targets
+
+    job = sections(tmp_path, corpus_file, model_folder)
+    teacher = Counting(job["teacher"].model_copy(update={"batch_tokens": 1}))
+    monkeypatch.setattr(others.Others, "look", lambda self, unit: self.committed.update([unit] if teacher.sent else []))
+    with pytest.raises(TemporaryError, match="is not complete"):  # They have not, here.
+        run_dump(**job | {"teacher": teacher})
+    assert teacher.sent == teacher.back == 1
 
 
 def test_a_slow_listing_delays_no_batch(
