@@ -15,6 +15,7 @@ from pipeline.commands import recomputing
 from storage_schemas import Dump, MismatchError
 from storage_schemas.records import SEAL, record_key
 from teacher_dump import LoadedTeacher, recompute_rows, run_dump
+from teacher_dump.dump import tokenizer_files
 from teacher_dump.teachers.loaded import tensors_sha256
 
 
@@ -47,6 +48,16 @@ def test_targets_are_those_of_the_same_weights_in_files(job: dict[str, Any], tmp
     # Yet a model in memory is no file: neither continues the other's dump.
     with pytest.raises(MismatchError, match="weights_sha256"):
         run_dump(**other | {"teacher": job["teacher"]})
+
+
+def test_truncation_and_padding_of_the_training_before_are_taken_off() -> None:
+    """Else the dump's tokenizer would be another one before the first call than after it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(7)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    before = tokenizer_files(LoadedTeacher(tiny_model("llama"), tokenizer).tokenizer)
+    tokenizer("what is it")
+    assert tokenizer_files(tokenizer) == before
 
 
 def test_the_identity_is_that_of_the_tensors(job: dict[str, Any]) -> None:
