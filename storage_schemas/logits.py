@@ -17,6 +17,8 @@ _DIVIDED = {
 """Kinds of models whose logits are divided by `logits_scaling`."""
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+TOLERANCE = 0.02
+"""Of the largest value: what bfloat16 may differ by between two ways to the same number."""
 
 
 class LogitTransform(FrozenModel):
@@ -70,6 +72,35 @@ def finish_logits(x: Any, *, scale: float, softcap: float | None, slope: bool = 
     found = x.square().neg_().add_(1.0) if slope else None
     x.mul_(softcap)
     return found
+
+
+def head_rows(causal: Any) -> int:
+    """Rows of the whole LM head, padding included; ZeRO-3 leaves nothing of it in place."""
+    weight = causal.get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def relative_difference(found: Any, expected: Any) -> float:
+    """The largest difference of two tensors over the largest expected value."""
+    found, expected = found.float().cpu(), expected.float().cpu()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def refuse_other_logits(causal: Any, off: float, *, role: str) -> None:
+    """Raise MismatchError if what is known here of a model's head does not give its own logits.
+
+    Args:
+        causal: the model.
+        off: `relative_difference` of the two.
+        role: `teacher` or `student`, for the message.
+    """
+    if not off < TOLERANCE:
+        raise MismatchError(
+            f"the head of {type(causal).__name__} is not understood",
+            got=f"logits off by {off:.2g} of the largest",
+            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
+            fix=f"choose another {role}",
+        )
 
 
 def input_device(causal: Any) -> Any:

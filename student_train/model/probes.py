@@ -4,27 +4,23 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import input_device
+from storage_schemas.logits import TOLERANCE, head_rows, input_device, refuse_other_logits, relative_difference
 from student_train.model.attention import NoPositions, needing_positions, runnable_attention
 
 if TYPE_CHECKING:
     from student_train.model.student import Distilled
-
-PROBE_TOLERANCE = 0.02
-"""Of the largest logit: what bf16 may differ by between two ways to the same number."""
 
 
 @torch.no_grad()
 def refuse_unknown_head(module: "Distilled") -> None:
     """Raise MismatchError if this architecture does more between body and logits than is known here."""
     causal = module.causal
-    ids = torch.arange(4, device=input_device(causal))[None] % _rows(causal)
+    ids = torch.arange(4, device=input_device(causal))[None] % head_rows(causal)
     try:
         with _evaluating(module):
             off = relative_difference(module.logits(ids), causal(input_ids=ids, use_cache=False).logits)
@@ -35,13 +31,7 @@ def refuse_unknown_head(module: "Distilled") -> None:
             expected="a model whose adapted layers take and return one tensor",
             fix="name other student.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj], or another student",
         ) from error
-    if not off < PROBE_TOLERANCE:
-        raise MismatchError(
-            f"the head of {type(causal).__name__} is not understood",
-            got=f"logits off by {off:.2g} of the largest",
-            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
-            fix="choose another student",
-        )
+    refuse_other_logits(causal, off, role="student")
 
 
 @torch.no_grad()
@@ -49,7 +39,7 @@ def refuse_mixed_samples(module: "Distilled") -> None:
     """Raise MismatchError if this model lets packed samples see each other."""
     causal = module.causal
     numbers = partial(torch.arange, device=input_device(causal))
-    first, second = (ids[None] % _rows(causal) for ids in (numbers(5), numbers(11, 18)))
+    first, second = (ids[None] % head_rows(causal) for ids in (numbers(5), numbers(11, 18)))
     position_ids = torch.cat([numbers(5), numbers(7)])[None]
     try:
         with needing_positions(causal), _evaluating(module):
@@ -58,7 +48,7 @@ def refuse_mixed_samples(module: "Distilled") -> None:
         got = f"logits off by {off:.2g} of the largest"
     except NoPositions:
         off, got = math.inf, f"{causal.config._attn_implementation}, whose layers are told no position ids"
-    if not off < PROBE_TOLERANCE:
+    if not off < TOLERANCE:
         raise MismatchError(
             f"{type(causal).__name__} does not keep packed samples apart",
             got=got,
@@ -75,14 +65,3 @@ def _evaluating(module: "Distilled") -> Iterator[None]:
     with runnable_attention(module.causal):
         yield
     module.train(training)
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected value."""
-    found, expected = found.float().cpu(), expected.float().cpu()
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-
-
-def _rows(causal: Any) -> int:
-    """Rows of a model's head."""
-    return int(causal.get_output_embeddings().weight.shape[0])

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.logits import body_of, finish_logits
+from storage_schemas.logits import body_of, finish_logits, head_rows
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
@@ -250,7 +250,7 @@ def causal_of(student: nn.Module) -> Any:
 
 def vocab_rows(student: nn.Module) -> int:
     """Rows of its language-model head, padding included."""
-    return int(causal_of(student).get_output_embeddings().weight.shape[0])
+    return head_rows(causal_of(student))
 
 
 def refuse_other_dump(student: nn.Module, source: str, revision: str | None, dump: Dump) -> list[str]:

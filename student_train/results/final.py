@@ -12,10 +12,10 @@ from transformers import GenerationConfig
 
 from storage_schemas.common.errors import DataError
 from storage_schemas.common.publish import publishing
+from storage_schemas.logits import relative_difference
 from student_train.config import StudentSection, TrainSection
 from student_train.model.adapter import attach, plain_adapter
 from student_train.model.load import load_model
-from student_train.model.probes import relative_difference
 from student_train.model.scaling import scale_between
 from student_train.model.student import DTYPES, Student
 from student_train.model.tokenizers import tokenizer_in, write_files

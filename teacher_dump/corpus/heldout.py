@@ -44,7 +44,7 @@ def _body(corpus: Corpus, index: int) -> bytes:
 
 def _probes(corpus: Corpus) -> npt.NDArray[np.uint64]:
     """(samples,) a number per sample that equal samples have in common, and few others: of its length and of `_PROBED`
-    tokens in its middle. Every worker makes them at every start, so it does not read all tokens of a large corpus."""
+    tokens in its middle. Every worker makes them at every start, so they are not of all tokens of a large corpus."""
     starts, stops = corpus.offsets[:-1], corpus.offsets[1:]
     found = (stops - starts).astype(np.uint64)
     for step in range(_PROBED if len(corpus.input_ids) else 0):

@@ -23,7 +23,16 @@ from storage_schemas.common.devices import no_such_device, refuse_idle_gpus, ref
 from storage_schemas.common.errors import MismatchError, explained, first_line
 from storage_schemas.common.models import refuse_torn, refusing_attention
 from storage_schemas.config import Estimator
-from storage_schemas.logits import LogitTransform, body_of, compile_layers, finish_logits
+from storage_schemas.logits import (
+    TOLERANCE,
+    LogitTransform,
+    body_of,
+    compile_layers,
+    finish_logits,
+    head_rows,
+    refuse_other_logits,
+    relative_difference,
+)
 from storage_schemas.provenance import EngineIdentity, MadeBy, Provenance, Recipe, TeacherIdentity
 from storage_schemas.rows import Row
 from storage_schemas.targets import Targets
@@ -48,8 +57,6 @@ _PROBE = 8
 """Tokens of each sequence that a freshly loaded model is checked with."""
 PendingTargets = Callable[[], list[Targets | None]]
 """Call it to wait for the targets of a batch."""
-_TOLERANCE = 0.02
-"""Of the largest value: what bfloat16 may differ by between two ways to the same number."""
 
 
 class Teacher:
@@ -360,26 +367,16 @@ def refuse_unknown_model(model: Any) -> None:
         got = _logits(model, hidden.flatten(0, 1), LogitTransform.of(model.config, role="teacher"))
     if not bool(expected.isfinite().all()):
         return  # Broken weights are reported sample by sample.
-    seen = _relative_difference(*hidden[:, : _PROBE // 2].float())
-    if not seen < _TOLERANCE:
+    seen = relative_difference(*hidden[:, : _PROBE // 2])
+    if not seen < TOLERANCE:
         raise MismatchError(
             f"{type(model).__name__} is not causal: a later token changes what it computes for earlier ones",
             got=f"hidden states that differ by {seen:.2g} of the largest",
             expected="a decoder whose states depend on the tokens up to their own",
             fix="choose another teacher",
         )
-    off = _relative_difference(got, expected) if got.shape == expected.shape else float("inf")
-    if not off < _TOLERANCE:
-        raise MismatchError(
-            f"the head of {type(model).__name__} is not understood",
-            got=f"logits off by {off:.2g} of the largest",
-            expected="weight, bias, logit scale and softcap, as in Llama, Qwen, Gemma, Cohere and Granite models",
-            fix="choose another teacher",
-        )
-
-
-def _relative_difference(got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"]) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    off = relative_difference(got, expected) if got.shape == expected.shape else float("inf")
+    refuse_other_logits(model, off, role="teacher")
 
 
 @torch.inference_mode()
@@ -484,9 +481,3 @@ def _is_plain_linear(head: Any) -> bool:
 def _chunk_tokens(model: Any) -> int:
     budget = _CHUNK_BYTES.get(_input_device(model).type, _CHUNK_BYTES["cuda"])
     return max(16, budget // (4 * head_rows(model)))
-
-
-def head_rows(model: Any) -> int:
-    """Rows of the whole LM head, of which ZeRO-3 leaves nothing in place."""
-    weight = model.get_output_embeddings().weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])

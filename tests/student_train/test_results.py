@@ -32,13 +32,13 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
 from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
+from storage_schemas.logits import relative_difference
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
 from student_train.config import LoraSection, LossSection, StudentSection
 from student_train.model.adapter import MIXER, plain_adapter
 from student_train.model.load import load_model
-from student_train.model.probes import relative_difference
 from student_train.model.student import load_student, refuse_long_rows
 from student_train.model.student_files import identity
 from student_train.results import final

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.distributed import Ranks
 from support.engine_jobs import train_section
-from support.tiny_student import save_student, write_dump
+from support.tiny_student import save_student, tiny_llama, write_dump
 
 from storage_schemas.common.errors import TemporaryError
 from storage_schemas.stores.store import Store
@@ -87,6 +87,25 @@ def test_training_goes_on_while_a_slow_store_writes(training: Trainings, whole: 
         found, expected = (dict(training.checkpoints(name).at(step).tensors(kinds)) for name in ("slow", "whole"))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_a_slow_store_costs_less_than_2_percent_of_training(tmp_path: Path) -> None:
+    """Each file takes 0.3 s, and 50 steps lie between two checkpoints of 672 tensors, as many as LoRA has on a 1B with
+    Adam's moments: the ranks put them together in few collectives."""
+    training = Trainings(tmp_path)
+    student = tiny_llama(1, layers=16)
+    for parameter in student.parameters():
+        parameter.data.mul_(0.3 if parameter.ndim > 1 else 1.0)  # Or gradients overflow in so many layers.
+    student.save_pretrained(tmp_path / "student")
+    steps = {"max_steps": 151, "epochs": 100, "save_steps": 50, "micro_batch_size": 1, "learning_rate": 1e-4}
+    run = training("slow", train=steps | {"zero_stage": 2}, slow_saves=0.3)
+    training.close()
+    assert (run["code"], len(run["state"])) == (0, 672), run["message"]
+    seconds = sum(event.tokens / event.tokens_per_second for event in run["events"][1:-1])
+    share = sum(event.save_wait_seconds for event in run["events"][1:-1]) / seconds
+    print(f"{share:.2%} of {seconds:.1f} s")
+    assert share < 0.02
 
 
 def test_a_state_that_is_larger_than_its_copy_may_be_is_waited_for(training: Trainings, whole: dict[str, Any]) -> None:
