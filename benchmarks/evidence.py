@@ -1,6 +1,7 @@
 """What `reproduce.py` and `frontier.py` are made of: dumps, trainings and evaluations by the commands that users type.
 
-Each is done once: its result is a file that names what it was made from, and another start goes on after it.
+Each is done once: its result is a line that names what it was made from, and another start goes on after it. These
+lines name no place, so that another machine can go on after them too.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from storage_schemas.config import DumpSection, Estimator
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoints
 from student_train.metrics import EVENTS, read_events
+from student_train.model.student_files import sha256
 from student_train.results.evaluate import evaluate
 from student_train.results.model_card import package_version
 from student_train.summary import SUMMARY
@@ -34,7 +37,11 @@ from teacher_dump.dump import run_dump
 
 EVALUATION = 20.0
 """Training steps that an evaluation takes as long as."""
-BATCH, MICRO_BATCH, WARMUP = 8, 4, 0.1
+BATCH = 8
+SETTINGS = {"precision": "bf16", "global_batch_size": BATCH, "micro_batch_size": 4, "warmup_ratio": 0.1}
+"""Of all trainings."""
+RESULTS = "results.jsonl"
+"""In the directory: a line for each training and each evaluation that is done."""
 Result = dict[str, Any]
 
 
@@ -65,6 +72,21 @@ def prepared(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> "tu
     return Lab(chosen.out, teacher=chosen.teacher, layers=chosen.layers, about=about), train, heldout
 
 
+@dataclass(frozen=True)
+class LazyDump:
+    """A dump, which is made when it is first opened: where all results are known, none is."""
+
+    url: Path
+    made_from: Mapping[str, Any]
+    """What determines its content, and names no place."""
+    make: Callable[[], object]
+
+    def open(self) -> Dump:
+        """The dump, made if it is not there."""
+        self.make()
+        return Dump.open(str(self.url))
+
+
 class Lab:
     """A directory of results, what they are made of, and how far the work is."""
 
@@ -74,7 +96,12 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.teacher, self.student = folder, find_teacher(teacher), folder / "student"
         self.layers, self.about = layers, about
+        self._results: dict[str, Result] = {}
+        file = folder / RESULTS
+        if file.is_file():
+            self._results = {line["name"]: line for line in map(json.loads, file.read_text().splitlines())}
         prune(str(self.teacher), self.student, layers=layers)
+        self._teacher_sha256 = sha256(self.teacher / "model.safetensors")
         self._planned, self._done, self._measured, self._seconds = 0.0, 0.0, 0.0, 0.0
 
     def plan(self, cost: float) -> None:
@@ -83,25 +110,40 @@ class Lab:
 
     def dump(
         self, name: str, data: Path, estimator: Estimator, *, temperatures: Sequence[float] = (1.0,), **dump: Any
-    ) -> Path:
+    ) -> LazyDump:
         """The teacher's targets of a file of conversations; `dump` are settings of that section."""
         url = self.folder / name
-        if not (url / "SEALED.json").is_file():
-            self._say(f"dump {name}")
-        run_dump(
-            dump=DumpSection(url=str(url), samples_per_unit=20, **dump),
-            teacher=TeacherSection(model=str(self.teacher), dtype="bfloat16", device="cpu"),
-            corpus=CorpusSection(sources=[SourceSection(path=str(data))], max_length=512),
-            estimator=estimator,
-            temperatures=temperatures,
-        )
-        return url
+        sources = [SourceSection(path=str(data))]
+
+        def make() -> None:
+            if not (url / "SEALED.json").is_file():
+                self._say(f"dump {name}")
+            run_dump(
+                dump=DumpSection(url=str(url), samples_per_unit=20, **dump),
+                teacher=TeacherSection(model=str(self.teacher), dtype="bfloat16", device="cpu"),
+                corpus=CorpusSection(sources=sources, max_length=512),
+                estimator=estimator,
+                temperatures=temperatures,
+            )
+
+        made_from = {
+            "teacher": self._teacher_sha256,
+            "data": sha256(data),
+            "estimator": estimator.model_dump(mode="json"),
+            "temperatures": temperatures,
+            **dump,
+        }
+        return LazyDump(url, made_from, make)
+
+    def measured(self, name: str, dump: LazyDump, work: Callable[[Dump], Result]) -> Result:
+        """What `work` finds in a dump."""
+        return self._once(f"{name}-of-{dump.url.name}", dump.made_from, cost=0.0, work=lambda: work(dump.open()))
 
     def train(
         self,
         name: str,
-        dump: Path,
-        heldout: Path,
+        dump: LazyDump,
+        heldout: LazyDump,
         *,
         student: Mapping[str, Any] = {"lora": {"r": 16}},
         loss: Mapping[str, Any] = {"alpha": 0.5},
@@ -112,59 +154,68 @@ class Lab:
         Returns:
             The summary, sizes, and the directory of what came out.
         """
-        output = self.folder / name
-        config = {
-            "dump": {"url": str(dump)},
-            "heldout": {"url": str(heldout)},
-            "student": {"model": str(self.student), **student},
-            "loss": dict(loss),
-            "train": {
-                "output": str(output), "precision": "bf16", "global_batch_size": BATCH, "micro_batch_size": MICRO_BATCH,
-                "warmup_ratio": WARMUP, "save_steps": 50, "save_total_limit": 1, **train,
-            },
-        }  # fmt: skip
+        output, settings = self.folder / name, SETTINGS | train
 
         def work() -> Result:
+            dump.open()
+            heldout.open()
+            config = {
+                "dump": {"url": str(dump.url)},
+                "heldout": {"url": str(heldout.url)},
+                "student": {"model": str(self.student), **student},
+                "loss": dict(loss),
+                "train": {"output": str(output), "save_steps": 50, "save_total_limit": 1, **settings},
+            }
             file = self.folder / "configs" / f"{name}.json"
             if not file.is_file() or json.loads(file.read_text()) != config:
                 shutil.rmtree(output, ignore_errors=True)
             self._command("train", str(self._config(name, config)), "--nproc", "1", log=name)
-            found: Result = json.loads((output / SUMMARY).read_text())
+            summary = json.loads((output / SUMMARY).read_text())
             newest = Checkpoints(str(output / "checkpoints")).newest()
             assert newest is not None
-            found["trained_parameters"] = sum(t.numel() for _, t in newest.tensors(("master",)))
-            found["state_bytes"] = sum(
-                t.numel() * t.element_size() for _, t in newest.tensors(("master", "exp_avg", "exp_avg_sq"))
-            )
-            return found
+            return {
+                **{key: summary[key] for key in ("final_record", "loss", "ce", "kl", "peak_rss_bytes")},
+                "trained_parameters": sum(t.numel() for _, t in newest.tensors(("master",))),
+                "state_bytes": sum(
+                    t.numel() * t.element_size() for _, t in newest.tensors(("master", "exp_avg", "exp_avg_sq"))
+                ),
+                "step_seconds": step_seconds(output),
+            }
 
-        made_from = {"config": config, "dump": Dump.open(str(dump)).fingerprint}
+        made_from = {
+            "dump": dump.made_from,
+            "student": {"layers": self.layers, **student},
+            "loss": dict(loss),
+            "train": settings,
+        }
         found = self._once(name, made_from, cost=float(train["max_steps"]), work=work)
         # A gigabyte where all weights are trained.
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        return found | {"directory": str(output / "final")}
+        return found | {"name": name, "directory": str(output / "final")}
 
     def untrained(self) -> Result:
         """The student, to be evaluated like what `train` returns."""
-        return {"directory": str(self.student), "final_record": None}
+        return {"name": "student", "directory": str(self.student), "final_record": None}
 
-    def evaluate(self, name: str, runs: Sequence[Result], heldout: Path) -> Result:
+    def evaluate(self, name: str, runs: Sequence[Result], heldout: LazyDump) -> Result:
         """What `llm-neo evaluate` says of one training; of two, how far the second differs on the same tokens."""
-        models = {run["directory"]: run["final_record"] for run in runs}
 
         def work() -> Result:
-            found = [evaluate(model, Dump.open(str(heldout)), batch_tokens=4096) for model in models]
+            found = [evaluate(run["directory"], heldout.open(), batch_tokens=4096) for run in runs]
             if len(found) == 1:
                 return found[0].result().model_dump(mode="json")
             first, second = found
             return {measure: each.model_dump(mode="json") for measure, each in second.less(first).items()}
 
-        made_from = {"models": models, "heldout": Dump.open(str(heldout)).fingerprint}
-        return self._once(f"{name}-on-{heldout.name}", made_from, cost=EVALUATION * len(models), work=work)
+        made_from = {
+            "models": {run["name"]: run["final_record"] for run in runs},
+            "heldout": heldout.made_from,
+        }
+        return self._once(f"{name}-on-{heldout.url.name}", made_from, cost=EVALUATION * len(runs), work=work)
 
     def made(self, title: str) -> list[str]:
         """How a page of results begins: command, machine, versions, and the day of the last result."""
-        last = max(file.stat().st_mtime for file in (self.folder / "results").iterdir())
+        days, machines = ({line[key] for line in self._results.values()} for key in ("day", "machine"))
         packages = ", ".join(f"{name} {package_version(name)}" for name in PACKAGES if name != "llm-neo")
         return [
             f"# {title}",
@@ -172,20 +223,28 @@ class Lab:
             f"{self.about}, as [docs/design/evidence.md](../docs/design/evidence.md) lays down.",
             "",
             f"- teacher: {self.teacher.name}; student: {self.layers} of its layers",
-            f"- machine: {platform.machine()}, {processor()}, {os.cpu_count()} cores",
+            f"- machine: {'; '.join(sorted(machines))}",
             f"- versions: Python {platform.python_version()}, {packages}",
-            f"- finished: {time.strftime('%Y-%m-%d', time.gmtime(last))}",
+            f"- finished: {max(days)}",
             "",
         ]
 
     def page(self, runs: Sequence[tuple[Result, Result]], before: Result) -> None:
-        """`llm-neo report` of trainings and what `evaluate` says of each, whose summary then says so too."""
+        """`llm-neo report` of trainings and what `evaluate` says of each, whose summary then says so too.
+
+        Of those that were made elsewhere there is nothing but the result.
+        """
         folders = []
         for run, after in runs:
             folder = Path(run["directory"]).parent
+            if not (folder / SUMMARY).is_file():
+                print(f"{run['name']} was trained elsewhere, and is not on the page")
+                continue
             told = json.loads((folder / SUMMARY).read_text()) | quality(before, after)
             publish(folder / SUMMARY, json.dumps(told, indent=1))
             folders.append(str(folder))
+        if not folders:
+            return
         page = self.folder / "report.html"
         self._command("report", *folders, "--html", str(page), log="report")
         print(f"{page}: these runs side by side")
@@ -194,17 +253,24 @@ class Lab:
         """Remove the weights of a training whose result is known."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _once(self, name: str, made_from: Mapping[str, Any], *, cost: float, work: Any) -> Result:
-        file = self.folder / "results" / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        known = json.loads(file.read_text()) if file.is_file() else None
-        if known is None or known["made_from"] != json.loads(json.dumps(made_from)):
+    def _once(self, name: str, made_from: Mapping[str, Any], *, cost: float, work: Callable[[], Result]) -> Result:
+        made_from = json.loads(json.dumps(made_from))
+        known = self._results.get(name)
+        if known is None or known["made_from"] != made_from:
             self._say(name)
             began = time.monotonic()
-            known = {"made_from": made_from, "result": work()}
-            publish(file, json.dumps(known, indent=1))
+            result = work()
             self._measured += cost
             self._seconds += time.monotonic() - began
+            known = {
+                "name": name,
+                "day": time.strftime("%Y-%m-%d", time.gmtime()),
+                "machine": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
+                "made_from": made_from,
+                "result": result,
+            }
+            self._results[name] = known
+            publish(self.folder / RESULTS, "".join(f"{json.dumps(line)}\n" for line in self._results.values()))
         self._done += cost
         found: Result = known["result"]
         return found
@@ -262,10 +328,9 @@ def _written(target: Path, lines: Sequence[str]) -> Path:
     return target
 
 
-def step_seconds(run: Result) -> list[float]:
+def step_seconds(output: Path) -> list[float]:
     """Of each step of a training, by its events: the time to write a checkpoint lies outside of most."""
-    events = read_events(Path(run["directory"]).parent / EVENTS)
-    return [event.tokens / event.tokens_per_second for event in events]
+    return [round(event.tokens / event.tokens_per_second, 3) for event in read_events(output / EVENTS)]
 
 
 def spread(values: Sequence[float]) -> str:

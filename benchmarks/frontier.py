@@ -4,13 +4,15 @@ Neo is trained from dumps of the same samples that store less or more of the tea
 cores; what is done stays done. Ends with `frontier.md`, a picture and a page of the runs in its directory.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
-from evidence import EVALUATION, Lab, Result, first, interval, parser, prepared, spread
+from evidence import EVALUATION, Lab, LazyDump, Result, first, interval, parser, prepared, spread
 
 from pipeline.views.run_page import INK, STYLE, svg
 from storage_schemas.codec import encode
@@ -90,12 +92,12 @@ class Frontier:
     """The same training from many dumps."""
 
     def __init__(self, lab: Lab, train: Path, heldout: Path, budget: Budget, *, rate: float) -> None:
-        """Make the held-out dump, and count the vocabulary."""
+        """Lay out the data, and count the vocabulary."""
         self.lab, self.budget, self.rate = lab, budget, rate
         self.data = first(train, lab.folder / "train.jsonl", budget.conversations)
         held = first(heldout, lab.folder / "heldout.jsonl", budget.heldout)
         self.heldout = lab.dump("dump-heldout", held, TopK(k=budget.heldout_k, mass=1.0))
-        self.vocabulary = Dump.open(str(self.heldout)).provenance.teacher.lm_head_rows
+        self.vocabulary: int = json.loads((lab.teacher / "config.json").read_text())["vocab_size"]
 
     def run(self, estimators: Sequence[str], *, smoke: bool) -> str:
         """All of it; returns the tables, and writes them, the picture and the page."""
@@ -135,19 +137,28 @@ class Frontier:
     def contrast(self, k: int) -> Point:
         """From top-k as if nothing lay outside of it."""
         name = f"topk, k = {k}, renormalised"
-        source = self.lab.dump(_slug(f"topk, k = {k}"), self.data, TopK(k=k, mass=1.0))
-        return self.trained(name, without_tail(source, self.lab.folder / _slug(name)))
+        return self.trained(name, self.without_tail(f"topk, k = {k}", TopK(k=k, mass=1.0), name))
+
+    def without_tail(self, name: str, estimator: Estimator, alone: str, **dump: Any) -> LazyDump:
+        """The dump `alone`: that of `name`, as if its entries held all of the probability."""
+        source, url = self.lab.dump(_slug(name), self.data, estimator, **dump), self.lab.folder / _slug(alone)
+        return LazyDump(url, {"without_tail": source.made_from}, lambda: without_tail(source.open(), url))
 
     def gated(self, gate: float) -> Point:
         """From log-probs rounded as far as a gate allows: from a coarse grid on, which is refined until it is kept."""
-        url = self.lab.dump(_slug(f"gate {gate:g}"), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
-        records = Dump.open(str(url)).read_records().values()
-        step, kl = max(one.logprob_step for one in records), fmean(one.fidelity[0] for one in records)
-        return self.trained(f"gate {gate:g}: grid {step:g}, KL {kl:.1e}", url, label=f"gate {gate:g}")
+        name = f"gate {gate:g}"
+        dump = self.lab.dump(_slug(name), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
+        rounding = self.lab.measured("rounding", dump, rounding_of)
+        return self.trained(f"{name}: grid {rounding['step']:g}, KL {rounding['kl']:.1e}", dump, label=name)
 
     def default_bytes(self) -> float:
         """Bytes per supervised token of a dump as the configuration makes it by default."""
-        return bytes_per_supervised_token(self.lab.dump("default", self.data, TopK()))
+        return self.bytes_of(self.lab.dump("default", self.data, TopK()))
+
+    def bytes_of(self, dump: LazyDump) -> float:
+        """Bytes per supervised token."""
+        found = self.lab.measured("bytes", dump, lambda opened: {"per_token": bytes_per_supervised_token(opened)})
+        return float(found["per_token"])
 
     def point(self, name: str) -> Point:
         """Of an estimator by its name."""
@@ -158,15 +169,16 @@ class Frontier:
         """At each temperature, the stored tail and p^(1/T) on the entries alone."""
         name = f"topk, k = {TEMPERED_K}"
         rows: list[tuple[Point, Point | None]] = [(points[name], None), (alone_at_1, points[name])]
-        source = self.lab.dump("tempered", self.data, TopK(k=TEMPERED_K, mass=1.0), temperatures=TEMPERATURES)
-        alone = without_tail(source, self.lab.folder / "tempered-without-tail")
+        estimator = TopK(k=TEMPERED_K, mass=1.0)
+        source = self.lab.dump("tempered", self.data, estimator, temperatures=TEMPERATURES)
+        alone = self.without_tail("tempered", estimator, "tempered-without-tail", temperatures=TEMPERATURES)
         for temperature in TEMPERATURES[1:]:
             exact = self.trained(f"T = {temperature:g}, exact tail", source, temperature=temperature)
             entries = self.trained(f"T = {temperature:g}, entries alone", alone, temperature=temperature)
             rows += [(exact, None), (entries, exact)]
         return rows
 
-    def trained(self, name: str, dump: Path, *, temperature: float = 1.0, label: str = "") -> Point:
+    def trained(self, name: str, dump: LazyDump, *, temperature: float = 1.0, label: str = "") -> Point:
         """Neo from one dump, with each seed; `label` names the runs, if not `name`."""
         runs, results = [], []
         for seed in self.budget.seeds:
@@ -178,7 +190,7 @@ class Frontier:
             )  # fmt: skip
             runs.append(run)
             results.append(self.lab.evaluate(of_seed, [run], self.heldout))
-        return Point(name=name, bytes_per_token=bytes_per_supervised_token(dump), runs=runs, results=results)
+        return Point(name=name, bytes_per_token=self.bytes_of(dump), runs=runs, results=results)
 
 
 def table(rows: "Sequence[tuple[Point, Point | None]]", *, of: str) -> list[str]:
@@ -245,29 +257,33 @@ def _deviation(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def bytes_per_supervised_token(dump: Path) -> float:
+def bytes_per_supervised_token(dump: Dump) -> float:
     """Of a dump's data, all columns and the footer included, in one file: users have 512 samples in a unit.
 
     Of all of the vocabulary as it lies there: a file of it would be gigabytes, of which a footer is nothing.
     """
-    opened = Dump.open(str(dump))
-    records = opened.read_records()
+    records = dump.read_records()
     supervised, size = (
         sum(getattr(record, name) for record in records.values()) for name in ("supervised_tokens", "bytes")
     )
     if sum(record.entries for record in records.values()) < 1000 * supervised:
-        whole = concatenate_units([opened.read_unit(unit) for unit in sorted(records)])
+        whole = concatenate_units([dump.read_unit(unit) for unit in sorted(records)])
         size = len(encode(whole, {}, step=min(record.logprob_step for record in records.values())))
     return size / supervised
 
 
-def without_tail(source: Path, url: Path) -> Path:
+def rounding_of(dump: Dump) -> Result:
+    """The grid of a dump's log-probs in nats, and the KL to them that it leaves."""
+    records = dump.read_records().values()
+    return {"step": max(one.logprob_step for one in records), "kl": fmean(one.fidelity[0] for one in records)}
+
+
+def without_tail(dump: Dump, url: Path) -> None:
     """A dump whose entries hold all of the probability at every temperature, as if nothing lay outside of them."""
-    dump = Dump.open(str(source))
     # Another gate, by a hundredth, so that the two are not taken for one dump.
     writer = DumpWriter.open(str(url), dump.provenance.model_copy(update={"max_kl": 1.01 * dump.provenance.max_kl}))
     if (url / "SEALED.json").is_file():
-        return url
+        return
     writer.put_tokenizer(dump.read_tokenizer())
     for unit in range(dump.provenance.units):
         rows = dump.read_unit(unit)
@@ -276,7 +292,6 @@ def without_tail(source: Path, url: Path) -> Path:
             for row in map(rows.row, range(len(rows)))
         ])  # fmt: skip
     writer.seal()
-    return url
 
 
 def renormalised(targets: Targets) -> Targets:

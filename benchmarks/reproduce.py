@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread, step_seconds
+from evidence import EVALUATION, Lab, Result, interval, parser, prepared, split, spread
 from pydantic import ValidationError
 
 from storage_schemas.common.exits import Exit
@@ -202,7 +202,7 @@ def report(
         "| | seconds per step | peak memory, GiB | optimizer state, MB | trained parameters |",
         "|---|---:|---:|---:|---:|",
     ]
-    pace = {method: [step_seconds(run) for run in results] for method, results in runs.items()}
+    pace = {method: [run["step_seconds"] for run in results] for method, results in runs.items()}
     for method, results in runs.items():
         lines.append(
             f"| {NAMES[method]} | {statistics.median(chain.from_iterable(pace[method])):.2f} | {_memory(results):.2f} "

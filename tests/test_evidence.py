@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_contrast_holds_all_of_the_probability_in_its_entries(tmp_path: Path) ->
 
     source = tmp_path / "rounded"
     write_dump(source, estimator=TopK(k=8, mass=1.0), temperatures=(1.0, 2.0))
-    url = without_tail(source, tmp_path / "alone")
+    url = tmp_path / "alone"
+    without_tail(Dump.open(str(source)), url)
     assert verify(str(url)).ok
     before, after = Dump.open(str(source)), Dump.open(str(url))
     assert before.fingerprint != after.fingerprint
@@ -158,14 +160,14 @@ def test_bytes_are_those_of_one_file(tmp_path: Path) -> None:
     sizes = []
     for units in (2, 16):
         write_dump(tmp_path / str(units), samples=16, samples_per_unit=16 // units)
-        sizes.append(bytes_per_supervised_token(tmp_path / str(units)))
+        sizes.append(bytes_per_supervised_token(Dump.open(str(tmp_path / str(units)))))
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["reproduce", "guidelines", "frontier"])
 def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of it with a few steps, on tiny models; what is there already is not made again."""
+    """All of it with a few steps, on tiny models; what is there is not made again, nor what others have made."""
     import importlib
 
     tiny_llama(0, layers=3).save_pretrained(tmp_path / "teacher")
@@ -191,3 +193,9 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     module.main([*words, "--teacher", str(tmp_path / "teacher")])
     assert "%  " not in capsys.readouterr().out
     assert (tmp_path / "out" / f"{name}.md").read_text() == report
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(tmp_path / "out" / "results.jsonl", elsewhere)
+    module.main([*words, "--teacher", str(tmp_path / "teacher"), "--out", str(elsewhere)])
+    assert "%  " not in capsys.readouterr().out
+    assert (elsewhere / f"{name}.md").read_text() == report
