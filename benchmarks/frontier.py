@@ -51,9 +51,9 @@ RENORMALISED = (4, 16, 64)
 class Budget:
     """How much is run."""
 
-    steps: int = 120
-    conversations: int = 320
-    heldout: int = 200
+    steps: int = 60
+    conversations: int = 160
+    heldout: int = 100
     heldout_k: int = 2048
     seeds: tuple[int, ...] = (0, 1, 2)
 
