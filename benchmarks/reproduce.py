@@ -36,6 +36,8 @@ class Budget:
     steps: int = 150
     tuning_steps: int = 50
     rates: int = 3
+    first_rate: int = 0
+    """How many of the least rates of `METHODS`' grids are left out."""
     extensions: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_samples: int = 200
@@ -129,7 +131,7 @@ class Study:
             scores[rate] = self.tuned(name, method, rate, {"r": rank})
 
         for step in range(self.budget.rates):
-            score(METHODS[method] * FACTOR**step)
+            score(METHODS[method] * FACTOR ** (self.budget.first_rate + step))
         for _ in range(self.budget.extensions):
             best = min(scores, key=lambda rate: scores[rate])
             if best not in (min(scores), max(scores)):
