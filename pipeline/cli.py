@@ -115,7 +115,7 @@ def dump(
     result: Result = None,
 ) -> None:
     """Stage one: run the teacher once and write its targets. Also dumps `heldout`, if configured."""
-    from pipeline.views.summary import print_dumps
+    from pipeline.views.summary import dump_lines, print_parts
 
     # A worker that another command has started leaves a result, and repeats no notices.
     found = load_config(config, overrides or (), quiet=result is not None)
@@ -140,16 +140,17 @@ def dump(
         code, summary = 0, run_dumps(found, placement, events=events)
     if code:
         raise typer.Exit(code)
-    print_result(summary, as_json, result, show=print_dumps)
+    print_result(summary, as_json, result, show=partial(print_parts, dump_lines))
 
 
 @app.command()
 def freeze(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Tokenise the corpus, and `heldout`, into the cache, where the workers of a dump find it. Loads no weights."""
     from pipeline.commands import run_freeze
-    from pipeline.views.summary import print_frozen
+    from pipeline.views.summary import frozen_lines, print_parts
 
-    print_result(run_freeze(load_config(config, overrides or ())), as_json, show=print_frozen)
+    found = run_freeze(load_config(config, overrides or ()))
+    print_result(found, as_json, show=partial(print_parts, frozen_lines))
 
 
 @app.command()
@@ -163,20 +164,16 @@ def preview(
 ) -> None:
     """Show what the corpus becomes: formats, counts, lengths, samples with what is supervised. Loads no weights."""
     from pipeline.views.preview import show
-    from teacher_dump.corpus.preview import load_tokenizer
+    from teacher_dump.corpus.preview import DescribedTeacher
     from teacher_dump.corpus.preview import preview as view
 
-    found = load_config(config, overrides or ())
-    found = found.heldout_config("preview --heldout") if heldout else found
-    teacher, corpus = need(found.teacher, "teacher", "preview"), need(found.corpus, "corpus", "preview")
-    tokenizer, lm_head_rows = load_tokenizer(teacher)
-    whole, shown = view(corpus, tokenizer, lm_head_rows=lm_head_rows, row=row, samples=samples)
-    if as_json:
-        print_result(
-            whole.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in shown]}, as_json
-        )
-    else:
-        show(whole, shown, Console())
+    whole = load_config(config, overrides or ())
+    part = whole.heldout_config("preview --heldout") if heldout else whole
+    teacher, corpus = need(part.teacher, "teacher", "preview"), need(part.corpus, "corpus", "preview")
+    described = DescribedTeacher(teacher)
+    found, rows = view(corpus, described.tokenizer, lm_head_rows=described.lm_head_rows, row=row, samples=samples)
+    told = found.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in rows]}
+    print_result(told, as_json, show=lambda _, console: show(found, rows, console))
 
 
 @app.command()
@@ -289,11 +286,8 @@ def evaluate(
     if len(model) == 2:
         less = found[model[1]].less(found[model[0]])
         differences = {name: difference.model_dump(mode="json") for name, difference in less.items()}
-    if as_json or result is not None:
-        whole = {"models": results, "differences": differences} if differences else results[model[0]]
-        print_result(whole, as_json, result)
-    else:
-        print_evaluation(results, differences, Console())
+    whole = {"models": results, "differences": differences} if differences else results[model[0]]
+    print_result(whole, as_json, result, show=lambda _, console: print_evaluation(results, differences, console))
 
 
 @app.command()
@@ -443,7 +437,7 @@ def verify(
 ) -> None:
     """Verify a dump's integrity: every record, file and value. Only --recompute needs the teacher."""
     from pipeline.commands import recomputing
-    from pipeline.views.summary import print_verified
+    from pipeline.views.summary import print_parts, verify_lines
     from storage_schemas.verify import verify as verify_dump
 
     if recompute is None and (config is not None or model is not None):
@@ -458,7 +452,7 @@ def verify(
         again = compare()
         found |= {"ok": found["ok"] and not again["errors"], "errors": found["errors"] + again["errors"]}
         found["recompute"] = again
-    print_result(found, as_json, show=partial(print_verified, url))
+    print_result(found, as_json, show=partial(print_parts, partial(verify_lines, url)))
     if not found["ok"]:
         raise typer.Exit(Exit.BAD_DATA)
 
@@ -547,7 +541,8 @@ def status(
         place, options=options, others=others, heldout=heldout, run=run, checkpoints=checkpoints, must_run=given
     )
     if watch is None:
-        views.show(watcher.look(), Console(), as_json=as_json)
+        found = watcher.look()
+        print_result(found.model_dump(mode="json"), as_json, show=lambda _, console: console.print(views.tables(found)))
     else:
         views.watch(watcher.look, Console(), seconds=watch, as_json=as_json)
 

@@ -1,7 +1,7 @@
 """One of the processes that hold one teacher together: `python -m pipeline.dump_group`.
 
-Process 0 works on the dump, or on the pilot of a plan, and leaves what it found in `--result`; the others follow, and
-end with it. As in stage two, each leaves its exit code in `--folder`. Process 0 answers signals.
+Process 0 works on the dump, or on the pilot of a plan, and leaves what it found in the `result` of `--job`; the others
+follow, and end with it. As in stage two, each leaves its exit code, in the same folder. Process 0 answers signals.
 """
 
 import argparse
@@ -24,18 +24,12 @@ MEMORY = "lower teacher.batch_tokens, or spread the teacher over more GPUs (--np
 def main() -> int:
     """Run as one process; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.dump_group")
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--events", type=Path)
-    parser.add_argument("--pilot", type=json.loads)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--job", type=json.loads, required=True)
     parser.add_argument("--rendezvous", required=True)
     arguments = parser.parse_args()
+    job, result = arguments.job, Path(arguments.job["result"])
     process, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    codes = ExitCodes(arguments.folder, process, size)
+    codes = ExitCodes(result.parent, process, size)
     quiet_libraries()
     # The leader may be in the middle of a batch, which it can end only with the others.
     ignore() if process else interrupt()
@@ -44,17 +38,17 @@ def main() -> int:
         from pipeline.commands import run_dumps, run_plan
         from teacher_dump.teachers.group import Group, GroupTeacher
 
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(job["config"], job["overrides"])
         section = need(config.teacher, "teacher", "dump")
         group = Group.join(process, size, local, device=section.device, rendezvous=arguments.rendezvous)
         teacher = GroupTeacher(section, group)
         if not group.leads:
             teacher.follow()
-        elif arguments.pilot is not None:
-            publish(arguments.result, json.dumps(run_plan(config, arguments.pilot, teacher)))
+        elif job["pilot"] is not None:
+            publish(result, json.dumps(run_plan(config, job["pilot"], teacher)))
         else:
-            placement = Placement(arguments.rank, arguments.world_size)
-            publish(arguments.result, json.dumps(run_dumps(config, placement, teacher, events=arguments.events)))
+            placement, events = Placement(job["rank"], job["world_size"]), job["events"] and Path(job["events"])
+            publish(result, json.dumps(run_dumps(config, placement, teacher, events=events)))
         # Not after an error: the others may wait in the middle of a batch. They end without it.
         group.close()
         code = int(Exit.DONE)

@@ -48,6 +48,6 @@ def refuse_unlike(theirs: Mapping[str, int], ours: Mapping[str, int] | None) -> 
 
 def teacher_vocabulary(teacher: TeacherSection) -> dict[str, int]:
     """Ids by token; no weights are fetched. Raises MismatchError."""
-    from teacher_dump.corpus.preview import load_tokenizer
+    from teacher_dump.corpus.preview import DescribedTeacher
 
-    return dict(load_tokenizer(teacher)[0].get_vocab())
+    return dict(DescribedTeacher(teacher).tokenizer.get_vocab())

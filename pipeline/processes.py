@@ -28,7 +28,6 @@ from pipeline.launch import (
     dump_argv,
     rank_argv,
     rank_environment,
-    set_arguments,
     thread_environment,
 )
 from storage_schemas.common.devices import gpu_variable, usable_cores, visible_gpus
@@ -141,11 +140,9 @@ def dump_group(
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "summary.json"
-        arguments = [str(config), "--folder", scratch, "--result", str(result), *set_arguments(overrides)]
-        arguments += ["--rank", str(node.rank), "--world-size", str(node.world_size)]
-        arguments += ["--events", str(events)] if events else []
-        arguments += ["--pilot", json.dumps(pilot)] if pilot else []
-        told = sys.stderr.fileno()
+        job = {"config": str(config), "overrides": [*overrides], "rank": node.rank, "world_size": node.world_size}
+        job |= {"events": events and str(events), "pilot": pilot, "result": str(result)}
+        arguments, told = ["--job", json.dumps(job)], sys.stderr.fileno()
         code = run_ranks("pipeline.dump_group", arguments, nproc=nproc, nodes=Nodes(), stdout=told)
         return code, {} if code else json.loads(result.read_text())
 
@@ -321,7 +318,7 @@ def run_together(
                 killed.add(number)
                 process.kill()
 
-    def forward(_: int) -> None:
+    def forward() -> None:
         nonlocal asked
         now = time.monotonic()
         asked = now if asked is None else asked

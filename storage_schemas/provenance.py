@@ -254,12 +254,10 @@ class Provenance(_Identity, ProvenJson):
         return canonical_json(content, indent=2)
 
 
-def refuse_differences(what: str, found: Differences | None) -> None:
-    """Raise MismatchError that names all in which a configuration differs from the dump that is there."""
+_ANOTHER = "restore what this dump was started with, or choose another dump.url"
+
+
+def refuse_differences(what: str, found: Differences | None, *, fix: str = _ANOTHER) -> None:
+    """Raise MismatchError that names all in which what is wanted differs from what is there, the `here` of `found`."""
     if found:
-        raise MismatchError(
-            f"{what}: {', '.join(found.keys)}",
-            got=found.there,
-            expected=found.here,
-            fix="restore what this dump was started with, or choose another dump.url",
-        )
+        raise MismatchError(f"{what}: {', '.join(found.keys)}", got=found.there, expected=found.here, fix=fix)

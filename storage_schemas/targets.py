@@ -33,11 +33,11 @@ class Targets:
     """(E,) natural log p at T = 1, finite, normalised over the full vocabulary."""
     head_size: I32
     """(n,) how many leading entries of a token are exact."""
-    counts: I32 | None
+    counts: I32 | None = None
     """(E,) how often an entry was drawn, 0 in the head; None when the estimator draws nothing (`topk`)."""
     tail_logprob: F32
     """(n, temperatures) log of the mass outside the head; -inf where there is none."""
-    logsumexp: F32 | None
+    logsumexp: F32 | None = None
     """(n, temperatures) log sum exp(z / T) of the raw logits."""
 
     def __len__(self) -> int:

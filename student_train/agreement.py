@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from storage_schemas.common.errors import TemporaryError, exit_code
 from student_train.data.batch import TrainBatch
-from student_train.data.follower import Followers
+from student_train.data.follower import Follower
 from student_train.data.stream import Stream
 from student_train.saving import Saver
 from student_train.training_run import TrainingRun
@@ -63,14 +63,14 @@ class Agreement:
     def __init__(self, world: World, run: TrainingRun, stop: Callable[[], bool], saver: Saver) -> None:
         """Nothing is told yet. `stop` and `saver` are asked for each step."""
         self._world, self._run, self._stop, self._saver = world, run, stop, saver
-        self._followers = Followers(run.dumps, run.mix)
+        self._followers = [Follower(dump, order) for dump, order in zip(run.dumps, run.mix.orders, strict=True)]
         self._ahead: _Asked | None = None
         self.trouble: BaseException | None = None
         """An error of this rank that the others have not been told of yet."""
 
     def allowed(self) -> int:
         """How many steps may be read by now. Raises NeoError as `Follower.windows`."""
-        return self._followers.steps(self._run.steps)
+        return self._run.mix.steps_within([follower.windows() for follower in self._followers], self._run.steps)
 
     def begin(self, stream: Stream, step: int) -> None:
         """Tell the others of a step that comes next, without waiting for anything. Collective."""
@@ -128,8 +128,8 @@ class Agreement:
 
     def _refuse_stalled(self, waited: float) -> None:
         if waited > self._run.train.data_wait_seconds:
-            found = zip(self._run.sources, self._followers.windows(), self._run.mix.orders, strict=True)
-            ready = [f"{source.name}: {windows} of {order.windows}" for source, windows, order in found]
+            found = zip(self._run.sources, self._followers, self._run.mix.orders, strict=True)
+            ready = [f"{source.name}: {follower.windows()} of {order.windows}" for source, follower, order in found]
             raise TemporaryError(
                 "timed out waiting for the dump",
                 got=f"{'; '.join(ready)} shuffle windows ready after {waited:.0f} s",

@@ -372,6 +372,20 @@ class TrainSection(FrozenModel):
         return self
 
 
+class Resolved(FrozenModel):
+    """What a training is told, as it stands in resolved.json."""
+
+    dump: DumpSection
+    """Where the targets lie; the rest of the section is stage one's. With `train.dumps` it is one of these."""
+    student: StudentSection
+    loss: LossSection
+    train: TrainSection
+    stated: dict[str, Any] = {}
+    """Settings of stage one that the configuration names, dotted name -> value: refused if they are not the dump's."""
+    heldout: DumpSection | None = None
+    """Where the targets of held-out samples lie, for `train.eval_steps`."""
+
+
 def sections_of(dump: DumpSection, train: TrainSection | None) -> list[DumpSection]:
     """Where the dumps lie that are trained on: the one of the section `dump`, or those of `train.dumps`."""
     if train is None or not train.dumps:

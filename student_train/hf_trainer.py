@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from storage_schemas.canonical import differences
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of
+from storage_schemas.provenance import refuse_differences
 from storage_schemas.tokenizer import refuse_other_tokenizer
 from student_train.config import LossSection
 from student_train.data.batch import TrainBatch
@@ -164,10 +165,8 @@ def _refuse_dumps(train: DumpDataset, evaluated: DumpDataset | None, loss: LossS
         {"tokenizer": run.tokenizer.model_dump(), "temperature_index": run.temperature_index(loss.temperature)}
         for run in (train.dump.provenance, evaluated.dump.provenance)
     )
-    if found := differences(here, there):
-        raise MismatchError(
-            f"the dump that is evaluated on does not fit the one that is trained on: {', '.join(found.keys)}",
-            got=found.there,
-            expected=found.here,
-            fix="dump the held-out samples with the same teacher and temperatures",
-        )
+    refuse_differences(
+        "the dump that is evaluated on does not fit the one that is trained on",
+        differences(here, there),
+        fix="dump the held-out samples with the same teacher and temperatures",
+    )

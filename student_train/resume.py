@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from storage_schemas.canonical import differences
 from storage_schemas.common.errors import DataError, MismatchError, NothingToResumeError
+from storage_schemas.provenance import refuse_differences
 from storage_schemas.reader import Dump
 from student_train.checkpoint import Checkpoint, Checkpoints, Extension, TrainState
 from student_train.config import METHODS, TrainSection
@@ -170,14 +171,12 @@ def open_checkpoint(run: TrainingRun, step: int, *, verify: bool) -> Checkpoint:
 
 def refuse_other_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise MismatchError, naming each field, if a checkpoint's identity is not that of this configuration."""
-    if other := differences(as_configured(found), as_configured(wanted)):
-        raise MismatchError(
-            f"the checkpoint is of another run: {', '.join(other.keys)}",
-            got=other.there,
-            expected=other.here,
-            fix="restore these settings, or choose another train.output; "
-            "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
-        )
+    refuse_differences(
+        "the checkpoint is of another run",
+        differences(as_configured(found), as_configured(wanted)),
+        fix="restore these settings, or choose another train.output; "
+        "train.extend: true goes on under another number of steps, schedule, optimizer, precision or loss",
+    )
 
 
 def as_configured(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -10,43 +10,35 @@ import torch
 from transformers import get_scheduler
 
 from storage_schemas.common.errors import MismatchError
+from student_train.config import TrainSection
 
 
-def warmup_of(total_steps: int, *, ratio: float, steps: int | None) -> int:
-    """Steps with a rising rate: `steps` if given, else that share of all, rounded up."""
-    return math.ceil(total_steps * ratio) if steps is None else steps
+def warmup_of(train: TrainSection, total_steps: int) -> int:
+    """Steps with a rising rate: `train.warmup_steps` if given, else that share of all, rounded up."""
+    return math.ceil(total_steps * train.warmup_ratio) if train.warmup_steps is None else train.warmup_steps
 
 
-def learning_rate(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    kind: str,
-    peak: float,
-    arguments: Mapping[str, Any] | None = None,
-) -> float:
+def learning_rate(train: TrainSection, step: int, *, total_steps: int) -> float:
     """Learning rate of an optimizer step.
 
     After the warm-up it is that of `transformers.get_scheduler`. In the warm-up, step s has the rate that transformers
     gives to step s + 1: there the first step has rate 0, and what it computes is thrown away.
 
     Args:
+        train: what names the schedule as transformers does; `constant` is `constant_with_warmup`.
         step: 0-based; the last step of a warm-up has the peak rate. From `total_steps` on the rate stays what it is
             there.
         total_steps: where the schedule ends.
-        warmup_steps: steps with a rising rate.
-        kind: name of the schedule in transformers; `constant` is `constant_with_warmup`.
-        peak: rate at the end of the warm-up.
-        arguments: more of the schedule's own, such as `min_lr_rate`.
 
     Raises:
-        MismatchError: the schedule does not take these arguments.
+        MismatchError: the schedule does not take `train.lr_scheduler_kwargs`.
     """
+    kind, peak, arguments = train.lr_scheduler_type, train.learning_rate, train.lr_scheduler_kwargs
+    warmup_steps = warmup_of(train, total_steps)
     if step + 1 == warmup_steps:
         return peak
     try:
-        factor = _factor(kind, warmup_steps, total_steps, peak, json.dumps(arguments or {}, sort_keys=True))
+        factor = _factor(kind, warmup_steps, total_steps, peak, json.dumps(arguments, sort_keys=True))
         return peak * factor(step + 1 if step < warmup_steps else min(step, total_steps))
     except (TypeError, ValueError) as error:
         raise MismatchError(

@@ -4,30 +4,29 @@ import gc
 import hashlib
 import logging
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from storage_schemas.common import faults
 from storage_schemas.common.errors import DataError, NeoError, TemporaryError
 from storage_schemas.common.exits import Exit
-from storage_schemas.config import DumpSection
 from storage_schemas.rows import Row
 from student_train.agreement import Agreement, Vote
 from student_train.checkpoint import EXP_AVG, EXP_AVG_SQ, INITIAL, MASTER, Checkpoint, TrainState
-from student_train.config import LossSection, StudentSection, TrainSection, sections_of
+from student_train.config import Resolved, sections_of
 from student_train.data.batch import TrainBatch, collate_mixed
 from student_train.data.stream import Stream
 from student_train.deterministic import set_deterministic
 from student_train.engine import Engine, load_weights
 from student_train.heldout import best
 from student_train.metrics import EVENTS, Meter, Step, Write, read_events, reporting
-from student_train.model.adapter import ALONE, Part, left_out
-from student_train.model.student import Student, causal_of, load_student, refuse_other_dump, with_all_factors
+from student_train.model.adapter import ALONE, Part, initial_factors, left_out, spread
+from student_train.model.student import Student, causal_of, load_student, refuse_other_dump
 from student_train.model.student_files import identity, sha256
 from student_train.model.tokenizers import NEW_TOKENS
 from student_train.profiling import recorded
@@ -37,13 +36,13 @@ from student_train.results.model_card import Evaluation, model_card
 from student_train.results.saved import ADAPTER_WEIGHTS, begin_from
 from student_train.resume import consumed_root, decide, finished, identity_of, over, refuse_other_run
 from student_train.saving import Saver
+from student_train.schedule import learning_rate
 from student_train.summary import FINAL, Summary, write_summary
 from student_train.training_run import (
     TrainingRun,
     await_dump,
     nothing_usable,
     open_run,
-    rate_of,
     refuse_early,
     refuse_unfit_adapter,
     stored_rows,
@@ -61,28 +60,13 @@ PROBE_TOKENS = 64
 """Tokens of the row that the saved student is compared on, at most."""
 
 
-def train(
-    world: World,
-    dump: DumpSection,
-    student: StudentSection,
-    loss: LossSection,
-    settings: TrainSection,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    stated: Mapping[str, Any] | None = None,
-    heldout: DumpSection | None = None,
-) -> Summary:
+def train(world: World, config: Resolved, *, stop: Callable[[], bool] = lambda: False) -> Summary:
     """Train a student. Collective.
 
     Args:
         world: all ranks, see `engine.join`.
-        dump: where the targets lie; the rest of the section is stage one's. With `train.dumps` it is one of these.
-        settings: the section `train`.
         stop: asked before each step, on any rank, while the step before it runs; once it says yes, all ranks write a
             checkpoint and leave.
-        stated: settings of stage one that the configuration names, dotted name -> value: refused if they are not the
-            dump's.
-        heldout: where the targets of held-out samples lie, for `train.eval_steps`.
 
     Returns:
         The summary of the finished run, also if it was finished before.
@@ -94,15 +78,16 @@ def train(
         TemporaryError: stopped, or the dump is not written far enough; the same call goes on.
         PeerError: another rank raised one of these.
     """
+    student, settings = config.student, config.train
     set_deterministic(settings.deterministic)
     early = partial(refuse_early, student, settings)
     wait = partial(await_dump, world, seconds=settings.data_wait_seconds, stop=stop, early=early)
-    for section in sections_of(dump, settings):
+    for section in sections_of(config.dump, settings):
         wait(section, complete=WHOLE if settings.shuffle == "epoch" else None)
-    if heldout is not None and settings.eval_steps:
-        wait(heldout, complete="held-out dump")
+    if config.heldout is not None and settings.eval_steps:
+        wait(config.heldout, complete="held-out dump")
     world.on_main(partial(refuse_unfit_adapter, student, settings))
-    opened = world.together(lambda: open_run(dump, student, loss, settings, stated or {}, heldout))
+    opened = world.together(lambda: open_run(config))
     if world.world_size > 1:
         opened.share()
     world.on_main(lambda: weigh(opened))
@@ -115,7 +100,8 @@ def train(
     part = Part(world.rank, world.world_size, world.device)
     learner = world.together(lambda: _student(run, checkpoint, trained, main=world.main, part=part))
     if learner.initial and world.world_size > 1 and (trained or checkpoint) is None:
-        learner = with_all_factors(learner, student.lora, world)
+        spread(learner.module.student, world.world_size, world.spread)
+        learner = replace(learner, initial=initial_factors(learner.module.student, student.lora))
     if trained is not None:
         world.together(partial(load_weights, learner.module, trained.tensors((MASTER,))))
     engine = Engine(learner.module, settings, world)
@@ -230,7 +216,7 @@ class _Loop:
     def _train(self, batches: Sequence[TrainBatch], votes: Sequence[Vote], stream: Stream) -> None:
         train, step = self._run.train, self._done
         supervised = int(sum(vote.supervised for vote in votes))
-        rate = rate_of(train, step, total_steps=self._run.steps)
+        rate = learning_rate(train, step, total_steps=self._run.steps)
         # Unless there is more to do before the next step, it is agreed on while this one runs.
         ahead = partial(self._agreement.begin, stream, step + 1)
         busy = step + 1 == self._run.steps or votes[0].save > 0 or self._evaluates(step + 1)

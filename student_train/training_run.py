@@ -14,13 +14,13 @@ from storage_schemas.canonical import differences
 from storage_schemas.common.devices import refuse_no_compiler
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.config import DumpSection
-from storage_schemas.provenance import Provenance
+from storage_schemas.provenance import Provenance, refuse_differences
 from storage_schemas.reader import Dump
 from storage_schemas.records import RUN, SEAL, TOKENIZER
 from storage_schemas.rows import OK, Row
 from storage_schemas.stores.store import Store
 from student_train.checkpoint import Beginning, Checkpoint, Checkpoints, Extension
-from student_train.config import LossSection, StudentSection, TrainSection, sections_of
+from student_train.config import LossSection, Resolved, StudentSection, TrainSection, sections_of
 from student_train.data.blocks import block_bytes, units_within
 from student_train.data.mix import Mix
 from student_train.data.order import Order
@@ -95,23 +95,15 @@ class TrainingRun:
 
     def share(self) -> None:
         """Have each unit decoded once per node, for all its ranks."""
-        if self.train.shuffle == "windows" and self._open_units > OPEN_UNITS:
+        last = self.train.global_batch_size - 1
+        # Of each dump all blocks that a step may touch.
+        most = sum(o.block_units * (2 + last // (o.block_units * o.samples_per_unit)) for o in self.mix.orders)
+        if self.train.shuffle == "windows" and most > OPEN_UNITS:
             log.info("each rank decodes every unit, since blocks of so many units would be open files on each")
             return
         heldout = [] if self.heldout is None else [self.heldout.dump]
         for dump in (*self.dumps, *heldout):
             dump.share(_cache_dir(self.train) / f"decoded-{socket.gethostname()}")
-
-    @property
-    def _open_units(self) -> int:
-        """Units that a rank may have open at most: of each dump all blocks that a step may touch."""
-        samples = self.train.global_batch_size
-        block_samples = [
-            order.block_units * dump.provenance.samples_per_unit
-            for dump, order in zip(self.dumps, self.mix.orders, strict=True)
-        ]
-        blocks = [2 + (samples - 1) // each for each in block_samples]
-        return sum(count * order.block_units for count, order in zip(blocks, self.mix.orders, strict=True))
 
     def comparable(self, results: Sequence[HeldoutResult]) -> list[HeldoutResult]:
         """Those on the same held-out samples at the same temperature as now."""
@@ -149,23 +141,11 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     refuse_unfit_schedule(train, train.max_steps or 1000)
 
 
-def rate_of(train: TrainSection, step: int, *, total_steps: int) -> float:
-    """Learning rate of an optimizer step. Raises MismatchError if the schedule does not take its arguments."""
-    return learning_rate(
-        step,
-        total_steps=total_steps,
-        warmup_steps=warmup_of(total_steps, ratio=train.warmup_ratio, steps=train.warmup_steps),
-        kind=train.lr_scheduler_type,
-        peak=train.learning_rate,
-        arguments=train.lr_scheduler_kwargs,
-    )
-
-
 def refuse_unfit_schedule(train: TrainSection, steps: int) -> None:
     """Raise MismatchError if the schedule does not take its arguments, which some tell after the warm-up alone."""
-    warmup = warmup_of(steps, ratio=train.warmup_ratio, steps=train.warmup_steps)
+    warmup = warmup_of(train, steps)
     for step in {0, min(warmup, steps - 1), steps - 1}:
-        rate_of(train, step, total_steps=steps)
+        learning_rate(train, step, total_steps=steps)
 
 
 def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
@@ -367,22 +347,16 @@ def nothing_usable(run: TrainingRun, dump: Dump | None = None) -> DataError:
     )
 
 
-def open_run(
-    section: DumpSection,
-    student: StudentSection,
-    loss: LossSection,
-    train: TrainSection,
-    stated: Mapping[str, Any],
-    heldout: DumpSection | None = None,
-) -> TrainingRun:
+def open_run(config: Resolved) -> TrainingRun:
     """Open the dumps and refuse what they cannot serve."""
+    section, loss, train, heldout = config.dump, config.loss, config.train, config.heldout
     refuse_missing_trackers(train.report_to)
     if train.compile:
         refuse_no_compiler("train.compile", os.environ)
     sources = _open_sources(section, loss, train)
     for place, source in zip(sections_of(section, train), sources, strict=True):
         if place.url == section.url:
-            refuse_contradicted(source.dump.provenance, stated)
+            refuse_contradicted(source.dump.provenance, config.stated)
     shares = [max(1, round(source.weight * source.dump.provenance.corpus.samples)) for source in sources]
     mix = Mix(
         orders=tuple(
@@ -402,7 +376,7 @@ def open_run(
             train.checkpoint_url or str(train.output / "checkpoints"),
             options=section.storage_options if train.checkpoint_url else None,
         ),
-        student=student,
+        student=config.student,
         loss=loss,
         train=train,
         heldout=_open_heldout(heldout, sources, loss, train) if heldout and train.eval_steps else None,
@@ -451,14 +425,12 @@ def refuse_unlike(first: Dump, other: Dump) -> None:
         {"tokenizer": dump.provenance.tokenizer.model_dump(), "lm_head_rows": dump.provenance.teacher.lm_head_rows}
         for dump in (first, other)
     )
-    if found := differences(here, there):
-        raise MismatchError(
-            f"the dump {other.store.url} cannot be mixed with {first.store.url}: {', '.join(found.keys)}",
-            got=found.there,
-            expected=found.here,
-            fix="train on dumps of one tokenizer, whose teachers' heads have as many rows; or one run after the other, "
-            "with student.adapter",
-        )
+    refuse_differences(
+        f"the dump {other.store.url} cannot be mixed with {first.store.url}",
+        differences(here, there),
+        fix="train on dumps of one tokenizer, whose teachers' heads have as many rows; or one run after the other, "
+        "with student.adapter",
+    )
 
 
 def _order_of(source: Source, train: TrainSection, *, budget: int) -> Order:

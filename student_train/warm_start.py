@@ -8,6 +8,7 @@ from typing import Any
 
 from storage_schemas.canonical import differences
 from storage_schemas.common.errors import MismatchError, NeoError
+from storage_schemas.provenance import refuse_differences
 from student_train.checkpoint import Beginning, Checkpoint, Checkpoints
 from student_train.config import TrainSection
 from student_train.model.student import FILES
@@ -92,13 +93,11 @@ def _compare(checkpoint: Checkpoint, run: TrainingRun, folder: Path) -> None:
     """Refuse other trained weights, and tell of what else differs."""
     there, here = known(checkpoint.state), identity_of(run)
     shaping = {key for key in {*there, *here} if key.startswith("student.lora.") and key != "student.lora.dropout"}
-    if other := differences(_only(there, shaping), _only(here, shaping)):
-        raise MismatchError(
-            f"{folder} has trained other weights: {', '.join(other.keys)}",
-            got=other.here,
-            expected=other.there,
-            fix="give this run the method and student.lora of that one, or choose another train.warm_start",
-        )
+    refuse_differences(
+        f"{folder} has trained other weights",
+        differences(_only(here, shaping), _only(there, shaping)),
+        fix="give this run the method and student.lora of that one, or choose another train.warm_start",
+    )
     changed = differences(as_configured(there), as_configured(here))
     log.info("training begins with the weights and moments of step %d in %s", checkpoint.step, folder)
     if changed:

@@ -21,18 +21,15 @@ import threading
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from storage_schemas.common.devices import refuse_idle_gpus
 from storage_schemas.common.errors import MismatchError, NeoError
 from storage_schemas.common.exits import Exit
-from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.ranks import ExitCodes, end, failed
 from storage_schemas.common.signals import stop_event
-from storage_schemas.config import DumpSection
-from student_train.config import LossSection, StudentSection, TrainSection
+from student_train.config import Resolved
 from student_train.run_directory import TRAINING, held
 
 MEMORY = (
@@ -41,19 +38,6 @@ MEMORY = (
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; the last checkpoint is kept"
 )
 """What to change when training runs out of memory."""
-
-
-class Resolved(FrozenModel):
-    """resolved.json."""
-
-    dump: DumpSection
-    student: StudentSection
-    loss: LossSection
-    train: TrainSection
-    stated: dict[str, Any] = {}
-    """Settings of stage one that the configuration names, see `train.train`."""
-    heldout: DumpSection | None = None
-    """Where the held-out samples' targets lie, for `train.eval_steps`."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,8 +117,7 @@ def run(
         if not cpu_is_meant and not torch.cuda.is_available():
             refuse_idle_gpus(os.environ, build=torch.__version__, fix="set DS_ACCELERATOR=cpu to train on the CPU")
         world = join(rank, world_size, local_rank, rendezvous=rendezvous)
-        sections = (config.dump, config.student, config.loss, config.train)
-        train(world, *sections, stop=stopped, stated=config.stated, heldout=config.heldout)
+        train(world, config, stop=stopped)
         world.close()
     except PeerError as error:
         return int(error.exit_code)

@@ -115,14 +115,8 @@ def compare(exact: Targets, found: Targets, *, temperatures: Sequence[float] = (
 def problems(
     exact: Targets, found: Targets, figures: Compared, provenance: Provenance, *, step: float
 ) -> dict[int, str]:
-    """By token, the first thing that neither the tolerance nor the rounding of a dump explains.
-
-    Args:
-        exact: the teacher's.
-        found: as stored.
-        provenance: of the dump.
-        step: grid of the stored log-probs, see `codec.round_targets`.
-    """
+    """By token, the first thing that neither the tolerance nor a dump's rounding explains; `step` is the grid of its
+    log-probs, see `codec.round_targets`."""
     tolerance = TOLERANCES[provenance.teacher.dtype]
     mass = getattr(provenance.estimator, "mass", 1.0)  # At which heads end early; 1.0: never.
     n, logprob = len(exact), tolerance.logprob

@@ -8,11 +8,11 @@ import random
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -35,7 +35,7 @@ from teacher_dump.corpus.freeze import Corpus, freeze_corpus
 from teacher_dump.corpus.heldout import refuse_shared
 from teacher_dump.corpus.template import templated
 from teacher_dump.others import Others
-from teacher_dump.progress import DumpProgress, EventLog
+from teacher_dump.progress import DumpProgress, event_log
 from teacher_dump.teachers.open import opened
 from teacher_dump.teachers.teacher import PendingTargets, Teacher
 
@@ -139,10 +139,10 @@ def run_dump(
         if not writer.has_tokenizer():  # Another version of transformers may save the same one as other bytes.
             writer.put_tokenizer(tokenizer_files(templated(teacher.tokenizer, corpus)))
         worker = UnitWorker(writer, teacher, samples, rank=rank, world_size=world_size, stop=stop)
-        with closing(EventLog(events, rank=rank)) as log_events:
+        with event_log(events, rank=rank) as log_events:
             worker.run(log_events, console)
             summary = summarise(dump, worker)
-            log_events.write("end", **summary.model_dump(mode="json"))
+            log_events("end", **summary.model_dump(mode="json"))
     return summary
 
 
@@ -182,15 +182,9 @@ def provenance_of(
     temperatures: Sequence[float],
 ) -> Provenance:
     """run.json of a dump; no weight is loaded for it."""
-    vocab = teacher.tokenizer.get_vocab()
-    template = templated(teacher.tokenizer, section).chat_template
     return Provenance(
         teacher=teacher.identify(),
-        tokenizer=TokenizerIdentity(
-            vocab_size=len(vocab),
-            vocab_sha256=vocab_sha256(vocab),
-            chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
-        ),
+        tokenizer=tokenizer_identity(templated(teacher.tokenizer, section)),
         corpus=CorpusIdentity(
             fingerprint=corpus.fingerprint,
             samples=len(corpus),
@@ -234,10 +228,20 @@ def refuse_too_long(corpus: Corpus, teacher: Teacher) -> None:
         )
 
 
-def tokenizer_files(tokenizer: object) -> dict[str, bytes]:
+def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
+    """What its ids mean, and its chat template, as hashes."""
+    vocab, template = tokenizer.get_vocab(), tokenizer.chat_template
+    return TokenizerIdentity(
+        vocab_size=len(vocab),
+        vocab_sha256=vocab_sha256(vocab),
+        chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+    )
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """The tokenizer as transformers saves it, by file name, less what only says how it was loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        tokenizer.save_pretrained(folder)
         settings = Path(folder) / "tokenizer_config.json"
         if settings.is_file():
             kept = {name: value for name, value in json.loads(settings.read_text()).items() if name not in _LOADED_HOW}
@@ -259,7 +263,7 @@ class UnitWorker:
         """Waits for the targets of one batch while the next one, of its unit or another, goes through the teacher."""
         self._waiting: Future[None] | None = None
 
-    def run(self, events: EventLog, console: Console | None) -> None:
+    def run(self, events: Callable[..., None], console: Console | None) -> None:
         """Take units until none is left, then seal; without open units, the weights are not loaded.
 
         Raises:
@@ -267,7 +271,7 @@ class UnitWorker:
         """
         provenance = self.writer.provenance
         others = Others(self.writer)
-        events.write("start", world_size=self.world_size, units=provenance.units, done=len(others.committed))
+        events("start", world_size=self.world_size, units=provenance.units, done=len(others.committed))
         if len(others.committed) < provenance.units:
             self.teacher.start(self.corpus, provenance)
             starts = np.minimum(np.arange(provenance.units + 1) * provenance.samples_per_unit, len(self.corpus))

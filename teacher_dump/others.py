@@ -33,10 +33,7 @@ class Others:
         """What is asked for and not seen yet."""
 
     def look(self, unit: int) -> None:
-        """See what is new, if it is time. A thread asks: a store may take seconds.
-
-        Args:
-            unit: the one under way.
+        """See what is new, if it is time, as of the `unit` under way. A thread asks: a store may take seconds.
 
         Raises:
             NeoError: the store cannot be asked.

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import os
 import time
-from collections.abc import Mapping, Set
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,39 +24,32 @@ _LINE_SECONDS = 5.0
 _BAR_SECONDS = 0.5
 
 
-class EventLog:
-    """Appends JSON objects to a file, one a line; without a file it does nothing."""
+@contextmanager
+def event_log(path: Path | None, *, rank: int) -> Iterator[Callable[..., None]]:
+    """What appends an event and its values to a file as a JSON object, with the time in seconds since 1970 and this
+    worker's number; without a file it does nothing. A line is written at once, so that several workers can share one.
+    """
+    place = path or Path(os.devnull)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("a", encoding="utf-8")
+    except FileNotFoundError as error:  # A link to nowhere; other errors say by themselves what they are.
+        raise MismatchError(f"cannot write {path}", got=error.strerror, fix="correct --events") from error
 
-    def __init__(self, path: Path | None, *, rank: int) -> None:
-        self.rank = rank
-        self._file = None
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("a", encoding="utf-8")
-            except FileNotFoundError as error:  # A link to nowhere; other errors say by themselves what they are.
-                raise MismatchError(f"cannot write {path}", got=error.strerror, fix="correct --events") from error
+    def write(event: str, **values: Any) -> None:
+        file.write(json.dumps({"event": event, "time": round(time.time(), 3), "rank": rank, **values}) + "\n")
+        file.flush()
 
-    def write(self, event: str, **values: Any) -> None:
-        """Append one event, with the time in seconds since 1970 and this worker's number.
-
-        A line is written at once, so that several workers can share a file.
-        """
-        if self._file is not None:
-            line = json.dumps({"event": event, "time": round(time.time(), 3), "rank": self.rank, **values})
-            self._file.write(line + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+    with file:
+        yield write
 
 
 class DumpProgress:
     """What a worker shows while it runs. Speeds are this worker's; units are those of all workers."""
 
-    def __init__(self, *, unit_tokens: I64, world_size: int, events: EventLog, console: Console | None = None) -> None:
+    def __init__(
+        self, *, unit_tokens: I64, world_size: int, events: Callable[..., None], console: Console | None = None
+    ) -> None:
         """`unit_tokens` (units,) are the tokens of each unit."""
         self.unit_tokens, self.world_size, self.events = unit_tokens, world_size, events
         self.tokens = 0
@@ -102,7 +96,7 @@ class DumpProgress:
         eta = int(left.sum()) / (speed * self.world_size) if self.tokens else None
         sums, mass = totals(records), mean_per_token(records, "mean_kept_mass")
         density = sums["bytes"] / sums["supervised_tokens"] if sums["supervised_tokens"] else None
-        self.events.write(
+        self.events(
             "progress",
             units_done=len(done),
             units=units,

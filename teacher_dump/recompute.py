@@ -6,7 +6,7 @@ import numpy as np
 
 from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import FrozenModel
-from storage_schemas.provenance import Provenance
+from storage_schemas.provenance import Provenance, refuse_differences
 from storage_schemas.reader import Dump
 from storage_schemas.rows import NONFINITE, OK, Row
 from teacher_dump.compare import TOLERANCES, Compared, compare, problems
@@ -137,13 +137,11 @@ def _report(
 def refuse_other_teacher(provenance: Provenance, teacher: Teacher) -> None:
     """Raise MismatchError unless the teacher is the one of run.json, wherever it lies: weights, config and dtype."""
     here = provenance.model_copy(update={"teacher": teacher.identify(), "made_by": teacher.note_origin()})
-    if found := provenance.differences_to(here):
-        raise MismatchError(
-            f"{teacher.section.model} is not the teacher that made the dump: {', '.join(found.keys)}",
-            got=found.there,
-            expected=found.here,
-            fix=f"recompute with {provenance.origin.model} itself, in {provenance.teacher.dtype}",
-        )
+    refuse_differences(
+        f"{teacher.section.model} is not the teacher that made the dump",
+        provenance.differences_to(here),
+        fix=f"recompute with {provenance.origin.model} itself, in {provenance.teacher.dtype}",
+    )
 
 
 def refuse_other_corpus(provenance: Provenance, corpus: Corpus) -> None:

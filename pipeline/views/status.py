@@ -18,14 +18,6 @@ _PATIENCE = 10
 """A watch rests so many times longer than it takes to look."""
 
 
-def show(status: Status, console: Console, *, as_json: bool) -> None:
-    """Print it once."""
-    if as_json:
-        print(json.dumps(status.model_dump(mode="json"), indent=2, sort_keys=True))
-    else:
-        console.print(tables(status))
-
-
 def watch(look: Callable[[], Status], console: Console, *, seconds: float, as_json: bool) -> None:
     """Look again every so many seconds until nothing will change: on a terminal in place, else a line for each look.
 

@@ -1,30 +1,28 @@
 """What a dump or a verification has come to, for people; machines have `--json`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
 from pipeline.views.inspect import counts
 from pipeline.views.terminal import facts_table
 from storage_schemas.common.secrets import visible
 
-
-def print_dumps(found: Mapping[str, Any], console: Console) -> None:
-    """Print what `teacher_dump.dump.DumpSummary` holds, given as plain values, and under `heldout` the same of those
-    samples."""
-    parts = {"": found} | ({"held-out samples": found["heldout"]} if "heldout" in found else {})
-    for title, one in parts.items():
-        if title:
-            console.print()
-            console.print(Text(title, "italic"))
-        console.print(facts_table(dump_lines(one)))
+Lines = list[tuple[str, str]]
 
 
-def dump_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of what there is to say of one dump."""
+def print_parts(lines: Callable[[Mapping[str, Any]], Lines], found: Mapping[str, Any], console: Console) -> None:
+    """Print what there is to say of a result, given as plain values, and of the held-out samples under `heldout`."""
+    console.print(facts_table(lines(found)))
+    if "heldout" in found:
+        console.print(Group("", Text("held-out samples", "italic"), facts_table(lines(found["heldout"]))))
+
+
+def dump_lines(found: Mapping[str, Any]) -> Lines:
+    """(name, value) of what there is to say of one dump's `teacher_dump.dump.DumpSummary`."""
     lines = [
         ("dump", visible(found["url"])),
         ("fingerprint", found["fingerprint"]),
@@ -48,30 +46,20 @@ def _cut(found: Mapping[str, Any]) -> str:
     return f", {found['truncated']:,} cut to corpus.max_length" if found["truncated"] else ""
 
 
-def print_frozen(found: Mapping[str, Any], console: Console) -> None:
-    """Print what `pipeline.commands.run_freeze` returns."""
-    for one in [found, *([found["heldout"]] if "heldout" in found else [])]:
-        if one is not found:
-            console.print()
-            console.print(Text("held-out samples", "italic"))
-        lines = [
-            ("corpus", visible(one["folder"])),
-            ("fingerprint", one["fingerprint"]),
-            ("samples", f"{one['samples']:,} ({counts(one['statuses'])}){_cut(one)}"),
-            ("tokens", f"{one['tokens']:,}, {one['supervised_tokens']:,} of them supervised"),
-            ("took", f"{one['seconds']:,.1f} s"),
-        ]
-        console.print(facts_table(lines))
+def frozen_lines(found: Mapping[str, Any]) -> Lines:
+    """(name, value) of what there is to say of one corpus of `pipeline.commands.run_freeze`."""
+    return [
+        ("corpus", visible(found["folder"])),
+        ("fingerprint", found["fingerprint"]),
+        ("samples", f"{found['samples']:,} ({counts(found['statuses'])}){_cut(found)}"),
+        ("tokens", f"{found['tokens']:,}, {found['supervised_tokens']:,} of them supervised"),
+        ("took", f"{found['seconds']:,.1f} s"),
+    ]
 
 
-def print_verified(url: str, found: Mapping[str, Any], console: Console) -> None:
-    """Print what `storage_schemas.verify.VerifyReport` holds, given as plain values, and under `recompute` what
-    computing rows again has found."""
-    console.print(facts_table(verify_lines(url, found)))
-
-
-def verify_lines(url: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of what verifying a dump has found."""
+def verify_lines(url: str, found: Mapping[str, Any]) -> Lines:
+    """(name, value) of a dump's `storage_schemas.verify.VerifyReport`, and under `recompute` what computing rows again
+    has found."""
     errors = found["errors"]
     verdict = "intact" if found["ok"] else f"{len(errors):,} error{'s' * (len(errors) != 1)}"
     lines = [

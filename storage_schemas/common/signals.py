@@ -67,16 +67,9 @@ def stoppable() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def forwarded(send: Callable[[int], object]) -> Iterator[None]:
-    """A signal inside the context calls `send` with the number of signals so far, and ends nothing."""
-    count = 0
-
-    def forward(*_: object) -> None:
-        nonlocal count
-        count += 1
-        send(count)
-
-    with _handled(STOPS, forward):
+def forwarded(send: Callable[[], object]) -> Iterator[None]:
+    """A signal inside the context calls `send`, and ends nothing."""
+    with _handled(STOPS, lambda *_: send()):
         yield
 
 

@@ -16,7 +16,7 @@ from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
 from storage_schemas.records import CommitRecord
 from storage_schemas.rows import Row
-from student_train.data.order import I64, Order, Span
+from student_train.data.order import I64, Order
 
 READERS = 2
 """Threads that fetch and decode units."""
@@ -109,7 +109,7 @@ class Blocks:
         """
         taken: list[Sample] = []
         for block in self._current:
-            samples = self._samples(block, max(start, block.first), min(stop, block.last))
+            samples = self._samples(max(start, block.first), min(stop, block.last))
             units, places = (part.tolist() for part in np.divmod(samples, self._order.samples_per_unit))
             there = {unit: result(self.units[block.first, unit]) for unit in set(units)}
             held = [there[unit] for unit in units]
@@ -129,10 +129,9 @@ class Blocks:
             yield (block := self._block(start))
             start = block.last
 
-    def _samples(self, block: Block, start: int, stop: int) -> I64:
-        """Of the positions start:stop of a block that are the rank's."""
-        before = block.first // self._order.samples * self._order.samples
-        samples = self._order.samples_of(Span(before // self._order.samples, start - before, stop - before))
+    def _samples(self, start: int, stop: int) -> I64:
+        """Of the positions start:stop of an epoch that are the rank's."""
+        samples = self._order.samples_of(start, stop)
         return samples if self._own is None else samples[self._own(start, stop) - start]
 
     def _ask(self, block: Block, units: I64, *, after: int = 0) -> None:
@@ -140,7 +139,7 @@ class Blocks:
         missing = [unit for unit in units.tolist() if (block.first, unit) not in self.units]
         if missing and block.first not in self._rest:
             start = max(after, block.first)
-            rest = None if self._own is None else set(self._samples(block, start, block.last).tolist())
+            rest = None if self._own is None else set(self._samples(start, block.last).tolist())
             self._rest[block.first] = rest
         for unit in missing:
             self.units[block.first, unit] = self._readers.submit(self._load, unit, self._rest[block.first])

@@ -17,7 +17,7 @@ from storage_schemas.shared_unit import SharedUnit
 from student_train.data.batch import TrainBatch, collate, collate_mixed
 from student_train.data.deal import Limit
 from student_train.data.mix import Mix
-from student_train.data.order import Order, Span
+from student_train.data.order import Order
 from student_train.data.stream import Stream
 
 
@@ -82,7 +82,8 @@ class DumpDataset(Dataset[Row]):
             )
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of {len(self)}")
-        sample = int(self._order.samples_of(Span(self._epoch, position, position + 1))[0])
+        at = self._epoch * len(self) + position
+        sample = int(self._order.samples_of(at, at + 1)[0])
         unit, place = divmod(sample, self._order.samples_per_unit)
         if unit not in self._units:
             while len(self._units) >= self._order.block_units:

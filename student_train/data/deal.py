@@ -19,14 +19,7 @@ class Limit(NamedTuple):
     """Whether samples stand one after the other, without padding: tokens are then their sum."""
 
 
-def rank_slice(
-    samples: I64,
-    rank: int,
-    world_size: int,
-    limit: Limit,
-    *,
-    lengths: Sequence[int] | I64 | None = None,
-) -> list[I64]:
+def rank_slice(samples: I64, rank: int, world_size: int, limit: Limit, *, lengths: Sequence[int] | I64) -> list[I64]:
     """Micro-batches of one rank.
 
     Every rank gets the same number of them, as few as `limit` allows, so some may be empty (fillers). Over all ranks
@@ -36,15 +29,12 @@ def rank_slice(
         samples: sample indices of a step's global batch, of any length.
         lengths: tokens per sample, parallel to `samples` and the same on every rank. Sorts, longest first, so that the
             samples of a micro-batch, and the micro-batches that ranks run at the same time, are of similar length.
-            None: keep the order, where samples are counted.
     """
     assert 0 <= rank < world_size
-    if lengths is not None:
-        assert len(lengths) == len(samples)
-        by_length = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-        samples, lengths = samples[by_length], np.asarray(lengths, np.int64)[by_length]
+    assert len(lengths) == len(samples)
+    by_length = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    samples, lengths = samples[by_length], np.asarray(lengths, np.int64)[by_length]
     if limit.tokens:
-        assert lengths is not None
         return _by_tokens(samples[lengths > 0], lengths[lengths > 0], world_size, limit)[rank::world_size]
     parts = -(-len(samples) // (world_size * limit.samples)) * world_size
     # As np.array_split, but of this rank's parts alone: the first `longer` hold one sample more.

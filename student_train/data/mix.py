@@ -14,7 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from student_train.data.order import I64, Order, Span
+from student_train.data.order import I64, Order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +57,11 @@ class Mix:
             position, left = position - counts[-1], left - share
         return [epoch * share + count for share, count in zip(self.shares, counts, strict=True)]
 
-    def spans(self, step: int) -> list[list[Span]]:
-        """Of each dump, the pieces of its order that a step holds."""
-        parts = zip(self.orders, self.taken(step), self.taken(step + 1), strict=True)
-        return [order.spans(start, stop) for order, start, stop in parts]
-
     def step_samples(self, step: int) -> I64:
         """Samples of a step's global batch, numbered over all dumps, see `locate`: G of them, fewer in the last step of
         an epoch."""
-        parts = [np.empty(0, np.int64)]
-        for order, first, spans in zip(self.orders, self._firsts, self.spans(step), strict=True):
-            parts += [first + order.samples_of(span) for span in spans]
-        return np.concatenate(parts)
+        parts = zip(self.orders, self._firsts, self.taken(step), self.taken(step + 1), strict=True)
+        return np.concatenate([first + order.samples_of(start, stop) for order, first, start, stop in parts])
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The dump of a sample of `step_samples`, and its index there."""

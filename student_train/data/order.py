@@ -62,25 +62,21 @@ class Order:
         """Windows of an epoch."""
         return -(-self.units // self.window_units)
 
-    def spans(self, start: int, stop: int) -> list[Span]:
-        """Positions start:stop, counted on over all epochs."""
-        cuts = [start, *range((start // self.samples + 1) * self.samples, stop, self.samples), stop]
-        epochs = [cut // self.samples for cut in cuts]
-        return [
-            Span(epoch, first - epoch * self.samples, last - epoch * self.samples)
-            for epoch, first, last in zip(epochs, cuts, cuts[1:], strict=False)
-            if first < last
-        ]
-
-    def samples_of(self, span: Span) -> I64:
-        """Sample indices of a span, as `samples_at`; its neighbours are remembered, since a permutation takes as long
-        for a few as for many."""
-        if span.stop - span.start > _TOGETHER:
-            return self.samples_at(*span)
-        first = span.start // _TOGETHER
-        near = [_samples(self, span.epoch, piece) for piece in range(first, -(-span.stop // _TOGETHER))]
-        start = span.start - first * _TOGETHER
-        return np.concatenate(near)[start : start + span.stop - span.start]
+    def samples_of(self, start: int, stop: int) -> I64:
+        """Sample indices at positions start:stop, counted on over all epochs; their neighbours are remembered, since a
+        permutation takes as long for a few as for many."""
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            epoch, first = divmod(start, self.samples)
+            last = min(first + stop - start, self.samples)
+            if last - first > _TOGETHER:
+                parts.append(self.samples_at(epoch, first, last))
+            else:
+                piece = first // _TOGETHER
+                near = [_samples(self, epoch, number) for number in range(piece, -(-last // _TOGETHER))]
+                parts.append(np.concatenate(near)[first - piece * _TOGETHER :][: last - first])
+            start += last - first
+        return np.concatenate(parts)
 
     def samples_at(self, epoch: int, start: int, stop: int) -> I64:
         """Sample indices at positions start:stop of an epoch."""

@@ -43,10 +43,6 @@ def needing_positions(causal: Any) -> Iterator[None]:
 
     By these alone flash attention knows which samples are apart; other attention has a mask.
     """
-    chosen = causal.config._attn_implementation
-    if not _is_stranded(causal):
-        yield
-        return
 
     def told(module: Any, *states: Any, **options: Any) -> Any:
         if options.get("position_ids") is None:
@@ -56,28 +52,22 @@ def needing_positions(causal: Any) -> Iterator[None]:
     AttentionInterface.register(_STAND_IN, told)
     AttentionMaskInterface.register(_STAND_IN, masking_utils.sdpa_mask)
     try:
-        causal.set_attn_implementation(_STAND_IN)
-        yield
+        with runnable_attention(causal, _STAND_IN):
+            yield
     finally:
-        causal.set_attn_implementation(chosen)
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(_STAND_IN)
 
 
 @contextmanager
-def runnable_attention(causal: Any) -> Iterator[None]:
+def runnable_attention(causal: Any, instead: str = "eager") -> Iterator[None]:
     """Attention that runs where a model lies: flash attention does not on a CPU, from which ZeRO is to move it."""
     chosen = causal.config._attn_implementation
-    if not _is_stranded(causal):
+    if "flash" not in (chosen or "") or input_device(causal).type != "cpu":
         yield
         return
-    causal.set_attn_implementation("eager")
+    causal.set_attn_implementation(instead)
     try:
         yield
     finally:
         causal.set_attn_implementation(chosen)
-
-
-def _is_stranded(causal: Any) -> bool:
-    """Whether it has flash attention, and lies on a CPU."""
-    return "flash" in (causal.config._attn_implementation or "") and input_device(causal).type == "cpu"

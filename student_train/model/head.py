@@ -23,7 +23,7 @@ from storage_schemas.logits import LogitTransform
 from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
 from student_train.model.losses import entry_divergence, overlap, ranks_first
-from student_train.model.vocabulary import Fused, Gradient, InPlace, Logits, Passes, Transform
+from student_train.model.vocabulary import Fused, Gradient, InPlace, Logits, Transform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +51,7 @@ class HeadSpec:
             MismatchError: the model scales its logits in a way that is not known, see `LogitTransform.of`.
         """
         transform = LogitTransform.of(config, role="student")
-        return cls(
-            valid_vocab=valid_vocab,
-            scale=transform.scale,
-            softcap=transform.softcap,
-            chunk_tokens=chunk_tokens,
-            compile=compile,
-        )
+        return cls(valid_vocab=valid_vocab, chunk_tokens=chunk_tokens, compile=compile, **transform.model_dump())
 
 
 class HeadLoss(NamedTuple):
@@ -178,8 +172,8 @@ class _Pass:
         self.product = hidden.new_empty(min(self.chunk, n), vocab)
         self.temperature = loss.temperature if loss.alpha > 0 else 1.0
         transform = Transform(self.bias, head.scale, head.softcap)
-        passes = Fused if head.compile else InPlace
-        self.passes: Passes = passes(self.product, self.dtype, transform, self.temperature)
+        passes: type[Fused | InPlace] = Fused if head.compile else InPlace
+        self.passes = passes(self.product, self.dtype, transform, self.temperature)
         self.ce, self.divergence, self.overlap_least, self.overlap_most = (
             torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(4)
         )

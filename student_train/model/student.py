@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,19 +16,17 @@ from storage_schemas.common.errors import MismatchError
 from storage_schemas.logits import body_of, finish_logits, head_rows
 from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.config import LossSection, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch
-from student_train.model.adapter import ALONE, Part, attach, initial_factors, spread
+from student_train.model.adapter import ALONE, Part, attach, initial_factors
 from student_train.model.attention import looking_for_packed_samples
 from student_train.model.head import HeadSpec, fused_head_loss
 from student_train.model.load import load_model
-from student_train.model.mapped import in_usable_dtype, reads_mapped
 from student_train.model.probes import refuse_mixed_samples, refuse_unknown_head
 from student_train.model.quantised import keep_numbers, quantisation, refuse_unfit_quantisation, refuse_unquantised
 from student_train.model.router import RouterLoss
 from student_train.model.scaling import scale_between
 from student_train.model.tokenizers import refuse_tokenizer
-from student_train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +172,12 @@ def load_student(
     Raises:
         MismatchError: the model cannot be loaded, or is of a kind that cannot be trained here.
     """
-    dtype, attention, mapped = DTYPES[train.precision], student.attn_implementation, reads_mapped(student, train)
+    dtype, attention = DTYPES[train.precision], student.attn_implementation
+    # At ZeRO-3 weights stay in the mapped file, whose pages all ranks of a node share, until `engine` casts and spreads
+    # them one by one: so they are read in the file's dtype where that changes no bit. peft rounds an adapter's start to
+    # the dtype of its base, so in fp32 it would; PiSSA rounds what it leaves of the base weights.
+    decomposed = train.lora and student.lora.variant == "pissa"
+    mapped = train.zero_stage == 3 and train.precision == "bf16" and not decomposed
     refuse_unfit_quantisation(student, train)
     base = load_model(
         student.model, student.revision, dtype="auto" if mapped else dtype, attention=attention,
@@ -183,7 +186,8 @@ def load_student(
     if student.quantization is not None:
         refuse_unquantised(base)
         keep_numbers(base)
-    base = in_usable_dtype(base, dtype)
+    if base.dtype == torch.float16:  # As the file has it; its range is too small.
+        base = base.to(dtype)
     base.config.use_cache = False
     model: nn.Module = base
     start: dict[str, Tensor] = {}
@@ -204,13 +208,6 @@ def load_student(
     if train.packing:
         refuse_mixed_samples(module)
     return Student(module=module, initial=start)
-
-
-def with_all_factors(student: Student, lora: LoraSection, world: World) -> Student:
-    """The student whose weights the ranks have decomposed together, see `adapter.spread`. Collective."""
-    model: Any = student.module.student
-    spread(model, world.world_size, world.spread)
-    return replace(student, initial=initial_factors(model, lora))
 
 
 LOGITS_BYTES = 2**28

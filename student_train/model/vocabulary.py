@@ -7,7 +7,7 @@ write the gradient over it, without a buffer in float32 and without a pass per o
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -52,18 +52,6 @@ class Transform(NamedTuple):
     softcap: float | None
 
 
-class Passes(Protocol):
-    """A chunk after another: `read`, and `write` if there is a gradient."""
-
-    def read(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, *, slope: bool) -> Logits:
-        """What the loss needs of a matrix product; `slope` if `write` comes next. The product is spoiled."""
-        ...
-
-    def write(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, z: Logits, to: Gradient) -> Tensor:
-        """The product that was read becomes the gradient in it; returns that as precise as it is known."""
-        ...
-
-
 class InPlace:
     """Operation by operation, in a buffer of the loss's precision, and at a temperature in another one."""
 
@@ -74,7 +62,10 @@ class InPlace:
         self.warm = None if temperature == 1.0 else torch.empty_like(self.z)
 
     def read(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, *, slope: bool) -> Logits:
-        """As `Passes.read`; exp(z - top) and exp((z - top) / T) are left in the buffers."""
+        """What the loss needs of a matrix product, which is spoiled; `slope` if `write` comes next.
+
+        exp(z - top) and exp((z - top) / T) are left in the buffers.
+        """
         n, ids = len(product), targets.ids.long()
         z = self.z[:n]
         if z.dtype != product.dtype:
@@ -91,7 +82,7 @@ class InPlace:
         return Logits(label, entries, top, mass, mass if warm is None else warm)
 
     def write(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, z: Logits, to: Gradient) -> Tensor:
-        """As `Passes.write`."""
+        """The product that was read becomes the gradient in it; returns that as precise as it is known."""
         gradient = self.z[: len(product)].mul_(to.factor[:, None])
         if self.warm is not None and to.warm is not None:
             gradient.addcmul_(self.warm[: len(product)], to.warm[:, None])
@@ -112,7 +103,7 @@ class Fused:
         self.dtype, self.transform, self.temperature = dtype, transform, temperature
 
     def read(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, *, slope: bool) -> Logits:
-        """As `Passes.read`; the head's columns of the product are masked."""
+        """As `InPlace.read`; the head's columns of the product are masked."""
         # Rows of one known length: kernels read them in whole words.
         torch._dynamo.mark_static(product, 1)
         ids, labels = targets.ids.long(), targets.labels[:, None]
@@ -121,7 +112,7 @@ class Fused:
         return Logits(label, entries, *_compiled(_sums)(product, self.transform, self.temperature, self.dtype))
 
     def write(self, product: Float[Tensor, "n vocab"], targets: SparseTargets, z: Logits, to: Gradient) -> Tensor:
-        """As `Passes.write`. The terms of one column are summed before they are rounded to the product's precision."""
+        """As `InPlace.write`. The terms of one column are summed before they are rounded to the product's precision."""
         ids, labels = targets.ids.long(), targets.labels[:, None]
         hit = ids == labels
         at_entries = self._slope(z.entries) * (self._outside(z, z.entries, targets.in_head, to) + to.entries)

@@ -86,7 +86,8 @@ def measure(logits: Float[Tensor, "n vocab"], targets: SparseTargets, *, tempera
     rest = torch.where(torch.isfinite(tail), tail.exp() * tail, 0.0)
     label = has & (ids == targets.labels[:, None])
     # A token that is not stored lies in the tail, and below each entry of the head.
-    unseen = torch.minimum(targets.tail_logprob.to(logits.dtype), _lowest(log_p, targets))
+    lowest = torch.nn.functional.pad(torch.where(targets.in_head, log_p, 0.0), (0, 1)).amin(1)  # 0 without a head.
+    unseen = torch.minimum(targets.tail_logprob.to(logits.dtype), lowest)
     found = (
         entry_divergence(log_q, outside, targets, LossSection(temperature=temperature)),
         -plain.gather(1, targets.labels[:, None])[:, 0],
@@ -102,13 +103,6 @@ def measure(logits: Float[Tensor, "n vocab"], targets: SparseTargets, *, tempera
         first == targets.labels,
     )
     return TokenMeasures(*(value.cpu().numpy() for value in found))
-
-
-def _lowest(log_p: Tensor, targets: SparseTargets) -> Tensor:
-    """(n,) the lowest log-prob of the head; 0 without one."""
-    if not log_p.shape[1]:
-        return log_p.new_zeros(len(log_p))
-    return torch.where(targets.in_head, log_p, 0.0).amin(1)
 
 
 def _top5(logits: Tensor, ids: Tensor, targets: SparseTargets) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from importlib.metadata import version
@@ -30,11 +30,7 @@ _MADE_BY = (
 )  # fmt: skip
 """Modules whose code decides what a corpus holds."""
 _NOT_CONTENT: dict[str, Any] = {
-    "cache_dir": True,
-    "num_proc": True,
-    "max_bad_share": True,
-    "chat_template": True,
-    "template_kwargs": True,
+    **dict.fromkeys(("cache_dir", "num_proc", "max_bad_share", "chat_template", "template_kwargs"), True),
     "sources": {"__all__": {"storage_options"}},
 }
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2")
@@ -215,23 +211,16 @@ def _proof_name() -> str:
     return f"proven-{this_boot()}.json"
 
 
-def _identity(found: Found) -> Any:
-    if found.builder is not None:
-        return _file_identities(found.files)
-    path = Path(found.path)
-    return _file_identities(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else None
-
-
-def _file_identities(files: Iterable[str | Path | RemoteFile]) -> Any:
+def _identity(found: Found) -> list[Sequence[Any]] | None:
+    """What is known of each file of a source that is not `is_looked_up`; None: one was written a moment ago."""
     known: list[Sequence[Any]] = []
-    for file in files:
+    for file in found.files or sorted(p for p in Path(found.path).rglob("*") if p.is_file()):
         if isinstance(file, RemoteFile):
             known.append((file.url, file.bytes, file.version))
-        elif isinstance(file, Path):
-            seen = file.stat()
-            if seen.st_mtime > time.time() - SETTLED_SECONDS:
-                return None
-            known.append((str(file.absolute()), seen.st_size, seen.st_mtime_ns))
-        else:
+            continue
+        path = Path(file)
+        seen = path.stat()
+        if seen.st_mtime > time.time() - SETTLED_SECONDS:
             return None
+        known.append((str(path.absolute()), seen.st_size, seen.st_mtime_ns))
     return known

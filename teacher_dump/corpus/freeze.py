@@ -105,10 +105,6 @@ class Corpus:
         }
         return {reason: count for reason, count in found.items() if count}
 
-    def tokens(self, samples: range) -> int:
-        """Number of tokens of a range of samples."""
-        return int(self.offsets[samples.stop] - self.offsets[samples.start])
-
     @property
     def truncated(self) -> int:
         """Samples that were cut to the longest allowed length."""
@@ -288,10 +284,7 @@ def _tokenise_part(
     records: Sequence[tuple[str, str, RawRecord]], *, tokenizer: Any, section: CorpusSection, lm_head_rows: int
 ) -> Part:
     """Records of one source as samples; pure, so that it does not matter which process does it."""
-    ids: list[bytes] = []
-    statuses: list[int] = []
-    lengths: list[int] = []
-    kept: list[Tokens] = []
+    samples: list[tuple[bytes, int, int, Tokens]] = []
     problems: list[str] = []
     for (where, kind, _), (record_id, whole) in zip(
         records, tokenise(records, tokenizer, mask=section.mask), strict=True
@@ -303,11 +296,10 @@ def _tokenise_part(
             parts = chunks(whole, section.max_length, bos=tokenizer.bos_token_id)
         for number, tokens in enumerate(parts, 1):
             sample_id = record_id if len(parts) == 1 else f"{record_id}#{number}/{len(parts)}"
-            lengths.append(0 if isinstance(tokens, Unusable) else len(tokens.input_ids))
-            status, kept_tokens = _judge(tokens, section, lm_head_rows, where=where)
-            ids.append(sample_id.encode(errors="replace"))
-            statuses.append(STATUSES.index(status))
-            kept.append(kept_tokens)
+            length = 0 if isinstance(tokens, Unusable) else len(tokens.input_ids)
+            status, left = _judge(tokens, section, lm_head_rows, where=where)
+            samples.append((sample_id.encode(errors="replace"), STATUSES.index(status), length, left))
+    ids, statuses, lengths, kept = zip(*samples, strict=True)
     arrays = {
         "offsets": np.cumsum([0, *(len(tokens.input_ids) for tokens in kept)]),
         "input_ids": np.concatenate([tokens.input_ids for tokens in kept]),

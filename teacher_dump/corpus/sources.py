@@ -166,30 +166,25 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     """
     files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
     files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
-    local = [file for file in files if isinstance(file, Path)]
-    if found.builder in READERS and found.builder != "json":
-        if _split_name(source.split) != "train":
-            raise _unreadable(source, ValueError("a file has the split train alone"))
-        try:
-            return _by_line(files, found.builder, source, seed)
-        except NeoError:
-            raise
-        except Exception as error:  # Each compression and protocol has errors of its own.
-            raise _unreadable(source, error) from error
-    by_line = found.builder == "json" and len(local) == len(files) and _split_name(source.split) == "train"
+    train = _split_name(source.split) == "train"
+    by_line = found.builder == "json" and train and all(isinstance(file, Path) for file in files)
     try:
+        if found.builder in READERS and found.builder != "json":
+            if not train:
+                raise ValueError("a file has the split train alone")
+            return _by_line(files, found.builder, source, seed)
         dataset = _load(source, found, files)
     except NeoError:
         raise
-    except Exception as error:
+    except Exception as error:  # Each compression and protocol has errors of its own.
         # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
         if by_line:
-            return _by_line(local, "json", source, seed)
+            return _by_line(files, "json", source, seed)
         raise _unreadable(source, error.__cause__ or error) from error
     # Arrow takes text for times where all of a column looks like it.
     read = {*READ, *source.columns.values()} - {"id"}
     if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if name in read):
-        return _by_line(local, "json", source, seed)
+        return _by_line(files, "json", source, seed)
     total = len(dataset)
     identity = (dataset._fingerprint, tuple(Path(file["filename"]).stat().st_size for file in dataset.cache_files))
     if source.weight == 1:
@@ -317,8 +312,7 @@ def _split_name(split: str) -> str:
 def _split_range(source: SourceSection, length: int) -> tuple[int, int]:
     """First and last + 1 of a split in the notation of `datasets`, such as `train[:1000]`."""
     try:
-        instruction = datasets.ReadInstruction.from_spec(source.split)
-        (part,) = instruction.to_absolute({_split_name(source.split): length})
+        (part,) = datasets.ReadInstruction.from_spec(source.split).to_absolute({_split_name(source.split): length})
     except (ValueError, AssertionError) as error:
         raise _unreadable(source, error) from error
     return part.from_ or 0, length if part.to is None else part.to

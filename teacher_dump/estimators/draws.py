@@ -11,13 +11,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def uniforms(
     seed: int, sample_index: Int64[np.ndarray, " n"], position: Int64[np.ndarray, " n"], *, draws: int
 ) -> Float64[np.ndarray, "n {draws}"]:
-    """Uniform numbers in [0, 1) by hashing (splitmix64; Steele, Lea and Flood 2014).
-
-    Args:
-        sample_index: which sample a token is of.
-        position: of the token in its sample.
-        draws: numbers per token.
-    """
+    """`draws` uniform numbers in [0, 1) for each token, by hashing (splitmix64; Steele, Lea and Flood 2014)."""
     state = np.full(len(position), np.uint64(seed % 2**64))
     for coordinate in (sample_index, position):
         state = _mix(state + _GOLDEN) ^ coordinate.astype(np.uint64)

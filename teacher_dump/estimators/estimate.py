@@ -39,7 +39,7 @@ class Entries:
     """False is padding."""
     head_size: Int32[Tensor, " n"]
     """How many leading entries are exact."""
-    counts: Int32[Tensor, "n K"] | None
+    counts: Int32[Tensor, "n K"] | None = None
     """How often an entry was drawn; None for `topk`."""
     tail_logprob: Float32[Tensor, "n temperatures"]
     """Log of the mass outside the head."""
@@ -162,7 +162,7 @@ def gather(parts: Sequence[Entries], *, logsumexp: bool) -> Callable[[], tuple[T
         filled, finite = arrays.pop("filled"), arrays.pop("finite")
         arrays |= {name: arrays[name][filled] for name in ("ids", "logprobs", "counts") if name in arrays}
         offsets = np.concatenate([[0], np.cumsum(filled.sum(1), dtype=np.int64)])
-        return Targets(offsets=offsets, **({"counts": None, "logsumexp": None} | arrays)), finite
+        return Targets(offsets=offsets, **arrays), finite
 
     return gathered
 
@@ -223,7 +223,6 @@ def _exact(head: _Head) -> Entries:
         logprobs=head.logprobs.gather(1, order).float(),
         filled=head.inside.gather(1, order),
         head_size=head.inside.sum(1).int(),
-        counts=None,
         tail_logprob=head.tail.float(),
         logsumexp=head.logsumexp.float(),
         finite=head.logsumexp[:, 0].isfinite(),

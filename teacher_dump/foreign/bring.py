@@ -14,25 +14,16 @@ from storage_schemas.common.errors import DataError, MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.signals import stoppable
 from storage_schemas.config import DumpSection, TopK
-from storage_schemas.provenance import (
-    IMPORT,
-    CorpusIdentity,
-    EngineIdentity,
-    MadeBy,
-    Provenance,
-    TeacherIdentity,
-    TokenizerIdentity,
-)
+from storage_schemas.provenance import IMPORT, CorpusIdentity, EngineIdentity, MadeBy, Provenance, TeacherIdentity
 from storage_schemas.reader import Dump
 from storage_schemas.records import count_statuses, mean_per_token, totals
 from storage_schemas.rows import Row
-from storage_schemas.tokenizer import vocab_sha256
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import hash_sample
-from teacher_dump.corpus.preview import load_tokenizer
-from teacher_dump.dump import refuse_unusable, tokenizer_files
-from teacher_dump.foreign import distillkit, lists, tables
+from teacher_dump.corpus.preview import DescribedTeacher
+from teacher_dump.dump import refuse_unusable, tokenizer_files, tokenizer_identity
+from teacher_dump.foreign import distillkit, lists, megatron, tables
 from teacher_dump.foreign.sample import Claims, ForeignSample, Made, Survey, make_row
 
 Layout = Literal["distillkit", "axolotl", "lists", "megatron"]
@@ -119,14 +110,18 @@ def bring(
     hashes = tables.named_hashes([*files, *codec, *texts])
     refuse_unusable(dump)
     try:
-        tokenizer, lm_head_rows = load_tokenizer(teacher)
+        described = DescribedTeacher(teacher)
+        tokenizer, lm_head_rows = described.tokenizer, described.lm_head_rows
     except MismatchError as error:
         raise MismatchError(error.what, got=error.got, expected=error.expected, fix="correct --teacher") from error
     named = {"axolotl": lists.AXOLOTL, "lists": lists.LISTS}.get(layout, {}) | dict(columns or {})
-    samples = partial(_samples, layout, source, files, texts, named, told.mask)
+    read = {
+        "distillkit": partial(distillkit.read, source, files),
+        "megatron": partial(megatron.read, files, texts),
+    }.get(layout, partial(lists.read, files, named))
     with stoppable() as stop:
         survey, digest, count, longest, k = Survey(), hashlib.sha256(), 0, 1, 0
-        for made in _made(samples(), told, lm_head_rows):
+        for made in _made(read(mask=told.mask), told, lm_head_rows):
             stop.check()
             survey.add(made)
             hash_sample(digest, made.row)
@@ -134,16 +129,11 @@ def bring(
             k = max(k, 0 if made.row.targets is None else int(made.row.targets.lengths.max()))
         _refuse_empty(source, survey, count)
         survey.refuse_contradicted(told, heads_are_whole=k >= lm_head_rows, must_be_sure=layout == "megatron")
-        vocab, template = tokenizer.get_vocab(), tokenizer.chat_template
         provenance = Provenance(
             teacher=TeacherIdentity(
                 config_sha256=_UNKNOWN, weights_sha256={}, dtype=_UNKNOWN, lm_head_rows=lm_head_rows
             ),
-            tokenizer=TokenizerIdentity(
-                vocab_size=len(vocab),
-                vocab_sha256=vocab_sha256(vocab),
-                chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
-            ),
+            tokenizer=tokenizer_identity(tokenizer),
             corpus=CorpusIdentity(
                 fingerprint=digest.hexdigest(),
                 samples=count,
@@ -167,7 +157,7 @@ def bring(
         if not writer.has_tokenizer():
             writer.put_tokenizer(tokenizer_files(tokenizer))
         committed, rows = writer.committed(), list[Row]()
-        for made in _made(samples(), told, lm_head_rows) if len(committed) < provenance.units else ():
+        for made in _made(read(mask=told.mask), told, lm_head_rows) if len(committed) < provenance.units else ():
             stop.check()
             rows.append(made.row)
             unit = made.row.sample_index // provenance.samples_per_unit
@@ -214,20 +204,6 @@ def _claims(layout: Layout, said: Mapping[str, Any]) -> Claims:
             expected="--tail lost, or log-probs",
         )
     return claims
-
-
-def _samples(
-    layout: Layout, source: Path, files: list[Path], texts: list[Path], columns: dict[str, str], mask: str
-) -> Iterator[ForeignSample]:
-    match layout:
-        case "distillkit":
-            yield from distillkit.read(source, files, mask=mask)
-        case "megatron":
-            from teacher_dump.foreign import megatron
-
-            yield from megatron.read(files, texts, mask=mask)
-        case "axolotl" | "lists":
-            yield from lists.read(files, columns, mask=mask)
 
 
 def _made(samples: Iterator[ForeignSample], claims: Claims, lm_head_rows: int) -> Iterator[Made]:

@@ -59,9 +59,7 @@ def export_axolotl(
     """Write the targets of a sealed dump as axolotl's columns.
 
     Args:
-        url: the dump.
         out: the file to write; it must not be there.
-        options: settings of the object store.
         progress: called with (units done, units in all).
 
     Raises:

@@ -131,9 +131,7 @@ def make_row(sample: ForeignSample, claims: Claims, index: int, *, lm_head_rows:
         ids=ids[filled].astype(np.int32),
         logprobs=np.minimum((values - offset[:, None])[filled], 0.0).astype(np.float32),
         head_size=lengths.astype(np.int32),
-        counts=None,
         tail_logprob=tail,
-        logsumexp=None,
     )
     own, other = picked + 1, picked
     if claims.shift == "same":
@@ -194,7 +192,6 @@ class Survey:
         """Raise DataError where the data contradict what is claimed.
 
         Args:
-            claims: shift, values and tail.
             heads_are_whole: the stored entries are the whole vocabulary, so that there is no tail.
             must_be_sure: tokens and targets come from different files, so the data must show that they belong together.
         """

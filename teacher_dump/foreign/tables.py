@@ -49,7 +49,6 @@ class Record(NamedTuple):
         """(rows, k) a column with a list per row, filled up with `empty` to the longest.
 
         Args:
-            name: of the column.
             empty: the value to fill up with; None: all rows are of one length.
             like: another column, whose rows are as long as those of this one.
         """
@@ -73,11 +72,8 @@ class Record(NamedTuple):
         return found
 
     def supervised(self, mask: str) -> Bool | None:
-        """(tokens,) a mask of zeros and ones, or labels, in which -100 is what no loss is computed on.
-
-        Args:
-            mask: name of the column; `all`: there is none.
-        """
+        """(tokens,) what the column `mask` supervises: zeros and ones, or labels, in which -100 is what no loss is
+        computed on; None for `all`."""
         if mask == "all":
             return None
         found, tokens = self.tokens(mask), self.tokens("input_ids")

@@ -271,7 +271,7 @@ def unpacked(data: bytes) -> list[Targets | None]:
     arrays = load(data)
     tokens = arrays.pop("tokens")
     stops = np.cumsum(np.maximum(tokens, 0))
-    whole = Targets(**(dict.fromkeys(("counts", "logsumexp")) | arrays)) if arrays else None
+    whole = Targets(**arrays) if arrays else None
     pairs = zip(tokens.tolist(), stops.tolist(), strict=True)
     return [None if whole is None or count < 0 else whole.slice(stop - count, stop) for count, stop in pairs]
 

@@ -381,11 +381,8 @@ def refuse_unknown_model(model: Any) -> None:
 
 @torch.inference_mode()
 def launch(model: Any, samples: Sequence[Row], recipe: Recipe, *, least_tokens: int = 0) -> PendingTargets:
-    """Send samples through a model, see `Teacher.launch`.
-
-    Args:
-        least_tokens: call the head as often as for so many supervised tokens, where processes must call it together.
-    """
+    """Send samples through a model, see `Teacher.launch`. The head is called as often as for `least_tokens` supervised
+    tokens, where processes must call it together."""
     hidden = _supervised_hidden(model, samples)
     # What the draws of a token depend on.
     sizes = [len(sample.positions.tokens) for sample in samples]

@@ -108,9 +108,7 @@ def topk_targets(
         ids=ids[filled].astype(np.int32),
         logprobs=logprobs[filled].astype(np.float32),
         head_size=sizes.astype(np.int32),
-        counts=None,
         tail_logprob=tail[:, None].astype(np.float32),
-        logsumexp=None,
     )
     return targets, finite
 

@@ -206,11 +206,11 @@ def test_a_signal_reaches_all_workers_of_stage_one(monkeypatch: pytest.MonkeyPat
 
 def test_handlers_are_put_back() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    got: list[int] = []
-    with forwarded(got.append):
+    got: list[None] = []
+    with forwarded(lambda: got.append(None)):
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-    assert got == [1, 2, 3]
+    assert len(got) == 3
     assert {number: signal.getsignal(number) for number in before} == before
 
 

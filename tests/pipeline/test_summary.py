@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.views.summary import dump_lines, print_dumps, verify_lines
+from pipeline.views.summary import dump_lines, print_parts, verify_lines
 from storage_schemas.verify import VerifyReport
 from teacher_dump.dump import DumpSummary
 from teacher_dump.recompute import RecomputeReport
@@ -35,7 +35,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_a_dump_and_its_held_out_samples_are_a_table_each() -> None:
     screen = StringIO()
-    print_dumps(summary() | {"heldout": summary(url="h", truncated=0)}, Console(file=screen, width=80))
+    print_parts(dump_lines, summary() | {"heldout": summary(url="h", truncated=0)}, Console(file=screen, width=80))
     shown = screen.getvalue()
     first, second = shown.split("held-out samples")
     for part in ("1,256 (1,250 ok, 6 empty) in 8 units, 3 cut to", "13,140 of them supervised",

@@ -107,9 +107,7 @@ def large_unit(rows: int, k: int) -> UnitRows:
             ids=np.sort(rng.integers(0, 10**5, (n, k)), axis=1).astype(np.int32).reshape(-1),
             logprobs=-rng.exponential(2.0, n * k).astype(np.float32),
             head_size=np.full(n, k, np.int32),
-            counts=None,
             tail_logprob=np.full((n, 1), -3.0, np.float32),
-            logsumexp=None,
         ),
     )
 

@@ -125,9 +125,7 @@ def test_decode_is_the_written_rule_to_the_last_digit_of_float32(seed: int, temp
         ids=np.arange(len(logprobs), dtype=np.int32),
         logprobs=logprobs,
         head_size=lengths.astype(np.int32),
-        counts=None,
         tail_logprob=tails[:, None],
-        logsumexp=None,
     )
     p = decode(targets, temperature=temperature)
     for i, length in enumerate(lengths):

@@ -38,7 +38,6 @@ def make_row(index: int, mask: list[int], *, sizes: list[int] | None = None, dra
         head_size=np.array(sizes, np.int32),
         counts=np.concatenate(counts).astype(np.int32) if draws else None,
         tail_logprob=np.array(tails, np.float32).reshape(n, 2) + np.array([0.0, -0.1], np.float32),
-        logsumexp=None,
     )
     return Row(
         sample_index=index,

@@ -16,11 +16,10 @@ from support.tiny_student import save_student, write_dump
 
 from storage_schemas.canonical import canonical_json, with_checksum
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
 from student_train import warm_start
 from student_train.checkpoint import Checkpoints
-from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.config import LoraSection, Resolved, StudentSection, TrainSection
 from student_train.heldout import best, stops_early
 from student_train.metrics import HeldoutResult, read_events
 from student_train.results.evaluate import evaluate
@@ -350,7 +349,8 @@ def test_what_checkpoints_of_before_do_not_know_is_no_difference(
     training("plain", train=EVALUATED)
     output, section = folder / "compared", StudentSection(model=str(folder / "student"), lora=LoraSection(r=4))
     given = EVALUATED | {"epochs": 2, "warmup_ratio": 0.2}
-    run = open_run(DumpSection(url=str(folder / "dump")), section, LossSection(), train_section(output, **given), {})
+    train = train_section(output, **given)
+    run = open_run(Resolved(dump={"url": str(folder / "dump")}, student=section, loss={}, train=train))
     newest = Checkpoints(str(folder / "plain" / "checkpoints")).newest()
     assert newest is not None
     older = {key: value for key, value in newest.state.identity.items() if key not in {f"train.{n}" for n in LATER}}

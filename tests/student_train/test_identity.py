@@ -14,9 +14,8 @@ from support.engine_jobs import train_section
 from support.tiny_student import save_student
 
 from storage_schemas.common.errors import DataError, MismatchError
-from storage_schemas.config import DumpSection
 from student_train.checkpoint import TrainState
-from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.config import LoraSection, Resolved, StudentSection
 from student_train.model.load import load_model
 from student_train.model.student import causal_of
 from student_train.resume import FILES, consumed_root, identity_of, open_checkpoint
@@ -24,10 +23,16 @@ from student_train.train import _student
 from student_train.training_run import TrainingRun, open_run, refuse_early
 
 
+def opened(folder: Path, student: StudentSection, output: Path) -> TrainingRun:
+    """A run that is not begun."""
+    dump = {"url": str(folder / "dump")}
+    return open_run(Resolved(dump=dump, student=student, loss={}, train=train_section(output)))
+
+
 def run_of(folder: Path, **lora: Any) -> TrainingRun:
     """A run of that adapter."""
     student = StudentSection(model="any", lora=LoraSection(r=4, **lora))
-    return open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(folder / "run"), {})
+    return opened(folder, student, folder / "run")
 
 
 @pytest.mark.parametrize(("first", "then"), [(None, 8), (8.0, None), (None, None), (7.5, 7.5)])
@@ -45,7 +50,7 @@ def test_another_student_is_another_run(folder: Path, tmp_path: Path) -> None:
     """One weight, or a setting of config.json. Where it lies and with what it was saved is nothing."""
     first = save_student(tmp_path / "first")
     student = StudentSection(model=str(first), lora=LoraSection(r=4))
-    run = open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"), {})
+    run = opened(folder, student, tmp_path / "run")
     identity = identity_of(run) | {FILES: _student(run, None, None, main=True).files}
     state = TrainState(step=0, updates=0, consumed="", identity=identity)
     run.checkpoints.save(state, [], keep=1)
@@ -94,10 +99,7 @@ def test_attention_is_passed_on_and_no_other_run(attention: str, folder: Path, t
     """It changes the rounding, not what is trained."""
     section = StudentSection(model=str(save_student(tmp_path / "student")), lora=LoraSection(r=4))
     chosen = section.model_copy(update={"attn_implementation": attention})
-    runs = [
-        open_run(DumpSection(url=str(folder / "dump")), student, LossSection(), train_section(tmp_path / "run"), {})
-        for student in (section, chosen)
-    ]
+    runs = [opened(folder, student, tmp_path / "run") for student in (section, chosen)]
     assert identity_of(runs[0]) == identity_of(runs[1])
     assert causal_of(_student(runs[1], None, None, main=True).module.student).config._attn_implementation == attention
 

@@ -15,9 +15,9 @@ from support.tiny_student import VOCAB, save_student, write_dump
 from test_train import Trainings, assert_refused, largest_difference
 
 from storage_schemas.common.errors import MismatchError
-from storage_schemas.config import Adaptive, DumpSection, Sampled
+from storage_schemas.config import Adaptive, Sampled
 from storage_schemas.reader import Dump
-from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.config import LoraSection, LossSection, Resolved, StudentSection, TrainSection
 from student_train.data.batch import collate_mixed
 from student_train.model.student import load_student
 from student_train.training_run import open_run, weigh
@@ -256,10 +256,8 @@ def test_dumps_that_do_not_fit_together(name: str, folder: Path, tmp_path: Path)
 
 def opened(folder: Path, train: TrainSection, loss: LossSection | None = None, heldout: str | None = None) -> Any:
     """A run that is not begun."""
-    section = None if heldout is None else DumpSection(url=heldout)
-    return open_run(
-        DumpSection(url=train.dumps[0].url), StudentSection(model="m"), loss or LossSection(), train, {}, section
-    )
+    given = {"student": {"model": "m"}, "loss": loss or {}, "heldout": heldout and {"url": heldout}}
+    return open_run(Resolved(dump={"url": train.dumps[0].url}, train=train, **given))
 
 
 def test_what_no_mix_can_be_made_of(folder: Path, tmp_path: Path) -> None:
@@ -281,10 +279,10 @@ def test_what_no_mix_can_be_made_of(folder: Path, tmp_path: Path) -> None:
 def test_stated_settings_are_those_of_the_dump_that_is_made_here(folder: Path, tmp_path: Path) -> None:
     """The others may come from anywhere."""
     train = train_section(tmp_path / "run", **mixed(folder, "adaptive", "dump"))
-    student, loss, stated = StudentSection(model="m"), LossSection(), {"estimator.kind": "topk"}
-    open_run(DumpSection(url=str(folder / "dump")), student, loss, train, stated)
+    given = {"student": {"model": "m"}, "loss": {}, "train": train, "stated": {"estimator.kind": "topk"}}
+    open_run(Resolved(dump={"url": str(folder / "dump")}, **given))
     with pytest.raises(MismatchError, match="made with other settings"):
-        open_run(DumpSection(url=str(folder / "adaptive")), student, loss, train, stated)
+        open_run(Resolved(dump={"url": str(folder / "adaptive")}, **given))
 
 
 @torch.no_grad()

@@ -11,10 +11,9 @@ from support.engine_jobs import train_section
 from support.tiny_student import write_dump
 
 from storage_schemas.common.errors import TemporaryError
-from storage_schemas.config import DumpSection
 from storage_schemas.records import RUN, TOKENIZER
 from storage_schemas.stores.store import Store
-from student_train.config import LossSection, StudentSection
+from student_train.config import Resolved
 from student_train.data.follower import Follower
 from student_train.resume import consumed_root
 from student_train.training_run import TrainingRun, _is_there, open_run, weigh
@@ -22,7 +21,7 @@ from student_train.training_run import TrainingRun, _is_there, open_run, weigh
 
 def opened(url: Path, output: Path, **train: Any) -> TrainingRun:
     section = train_section(output, **train)
-    return open_run(DumpSection(url=str(url)), StudentSection(model="m"), LossSection(), section, {})
+    return open_run(Resolved(dump={"url": str(url)}, student={"model": "m"}, loss={}, train=section))
 
 
 def test_a_resume_asks_for_the_manifest_and_not_for_each_record(

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from storage_schemas.common.errors import MismatchError, UsageError
-from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
-from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.config import LoraSection, Resolved, StudentSection
 from student_train.results.merge import merge
 from student_train.results.resize import MULTIPLE, resize
 from student_train.train import _student
@@ -131,7 +130,8 @@ def test_frozen_rows_of_new_tokens_are_warned_of(
     tiny_llama(1, tied=tied).save_pretrained(student)
     tiny_tokenizer(vocab=OLD).save_pretrained(student)
     section = StudentSection(model=str(student), lora=LoraSection(r=4, modules_to_save=names))
-    run = open_run(DumpSection(url=dump.store.url), section, LossSection(), train_section(tmp_path / "run"), {})
+    train = train_section(tmp_path / "run")
+    run = open_run(Resolved(dump={"url": dump.store.url}, student=section, loss={}, train=train))
     with caplog.at_level(logging.WARNING):
         _student(run, None, None, main=True)
     assert ("26 tokens of the dump are new to the student's tokenizer, such as w70, w71, w72" in caplog.text) is warned

@@ -31,12 +31,12 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, UsageError
-from storage_schemas.config import Adaptive, DumpSection, Sampled, TopK
+from storage_schemas.config import Adaptive, Sampled, TopK
 from storage_schemas.logits import relative_difference
 from storage_schemas.reader import Dump
 from storage_schemas.rows import OK, Row
 from storage_schemas.shift import supervised_positions
-from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.config import LoraSection, LossSection, Resolved, StudentSection
 from student_train.model.adapter import MIXER, plain_adapter
 from student_train.model.load import load_model
 from student_train.model.student import load_student, refuse_long_rows
@@ -519,10 +519,9 @@ def test_learned_positions_end_somewhere(folder: Path, tmp_path: Path, positions
         return
     with pytest.raises(MismatchError, match=r"rows of up to 64 tokens[^$]*at most 63"):
         evaluate(tmp_path / "gpt2", dump)
-    run = open_run(
-        DumpSection(url=str(folder / "top8")), StudentSection(model=str(tmp_path / "gpt2"), lora=LoraSection(r=4)),
-        LossSection(), train_section(tmp_path / "run"), {},
-    )  # fmt: skip
+    student = {"model": str(tmp_path / "gpt2"), "lora": {"r": 4}}
+    train = train_section(tmp_path / "run")
+    run = open_run(Resolved(dump={"url": str(folder / "top8")}, student=student, loss={}, train=train))
     with pytest.raises(MismatchError, match="learned positions"):
         _student(run, None, None, main=True)
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from storage_schemas.common.errors import MismatchError
-from student_train.config import Schedule
+from student_train.config import Schedule, TrainSection
 from student_train.schedule import learning_rate, warmup_of
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -20,14 +20,19 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 """Of the schedules that need or have some."""
 
 
+def section(kind: str = "cosine", **changes: Any) -> TrainSection:
+    return TrainSection(output="runs/a", lr_scheduler_type=kind, learning_rate=1.0, **changes)
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("kind", get_args(Schedule))
 def test_learning_rate_equals_the_scheduler_of_transformers(kind: str, ratio: float, total: int) -> None:
-    peak, arguments = 2e-4, ARGUMENTS.get(kind, {})
-    warmup = warmup_of(total, ratio=ratio, steps=None)
+    arguments = ARGUMENTS.get(kind, {})
+    train = section(kind, warmup_ratio=ratio, lr_scheduler_kwargs=arguments)
+    warmup = warmup_of(train, total)
     assert warmup == math.ceil(total * ratio)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     name = "constant_with_warmup" if kind == "constant" else kind
     scheduler = transformers.get_scheduler(
         name, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=arguments or None
@@ -41,35 +46,34 @@ def test_learning_rate_equals_the_scheduler_of_transformers(kind: str, ratio: fl
         if step < last:
             scheduler.step()
     for step in range(last + 1):
-        got = learning_rate(step, total_steps=total, warmup_steps=warmup, kind=kind, peak=peak, arguments=arguments)
-        wanted = peak if step + 1 == warmup else theirs[min(last, step + (step < warmup))]
+        got = learning_rate(train, step, total_steps=total)
+        wanted = 1.0 if step + 1 == warmup else theirs[min(last, step + (step < warmup))]
         assert got == pytest.approx(wanted, rel=1e-12, abs=1e-20), step
 
 
 def test_the_schedule_peaks_after_the_warm_up_and_ends_at_0() -> None:
-    settings: dict[str, Any] = {"total_steps": 50, "warmup_steps": 5, "kind": "cosine", "peak": 1.0}
-    rates = [learning_rate(step, **settings) for step in range(51)]
+    train = section(warmup_steps=5)
+    rates = [learning_rate(train, step, total_steps=50) for step in range(51)]
     assert rates[0] == 0.2
     assert rates[4] == rates[5] == max(rates) == 1.0
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[50] == pytest.approx(0.0, abs=1e-15)
-    assert learning_rate(60, **settings) == pytest.approx(0.0, abs=1e-15)
+    assert learning_rate(train, 60, total_steps=50) == pytest.approx(0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
 def test_every_step_of_a_run_can_learn(total: int, ratio: float) -> None:
     """A run of one step included, whose rate was 0."""
-    warmup = warmup_of(total, ratio=ratio, steps=None)
     for kind in ("cosine", "linear", "constant"):
-        rates = [learning_rate(s, total_steps=total, warmup_steps=warmup, kind=kind, peak=1.0) for s in range(total)]
+        rates = [learning_rate(section(kind, warmup_ratio=ratio), s, total_steps=total) for s in range(total)]
         assert min(rates) > 0
 
 
 def test_warm_up_steps_take_the_place_of_their_share() -> None:
-    assert warmup_of(100, ratio=0.1, steps=None) == 10
-    assert warmup_of(100, ratio=0.1, steps=3) == 3
-    assert warmup_of(100, ratio=0.1, steps=0) == 0
+    assert warmup_of(section(), 100) == 10
+    assert warmup_of(section(warmup_steps=3), 100) == 3
+    assert warmup_of(section(warmup_steps=0), 100) == 0
 
 
 @pytest.mark.parametrize(
@@ -84,5 +88,6 @@ def test_warm_up_steps_take_the_place_of_their_share() -> None:
     ],
 )
 def test_arguments_that_a_schedule_does_not_take_are_refused(kind: str, arguments: dict[str, Any]) -> None:
+    train = section(kind, warmup_steps=2, lr_scheduler_kwargs=arguments)
     with pytest.raises(MismatchError, match=r"train.lr_scheduler_kwargs"):
-        [learning_rate(s, total_steps=9, warmup_steps=2, kind=kind, peak=1.0, arguments=arguments) for s in range(9)]
+        [learning_rate(train, step, total_steps=9) for step in range(9)]

@@ -17,11 +17,11 @@ from test_mix import located, mix_of, names
 from test_stream import streaming
 from test_train import Trainings, assert_refused, largest_difference
 
-from storage_schemas.config import DumpSection, Estimator
+from storage_schemas.config import Estimator
 from storage_schemas.reader import Dump
 from storage_schemas.rows import Row
 from student_train.checkpoint import TrainState
-from student_train.config import LossSection, StudentSection
+from student_train.config import Resolved
 from student_train.data.blocks import READERS, SPARE, block_bytes, decoded_bytes, units_within
 from student_train.data.mix import Mix
 from student_train.resume import identity_of, known
@@ -209,7 +209,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(folder: Path, train: dict[str, Any]) -> TrainingRun:
     """A run that is not begun."""
     section = train_section(folder / "opened", **train)
-    return open_run(DumpSection(url=str(folder / "dump")), StudentSection(model="m"), LossSection(), section, {})
+    return open_run(Resolved(dump={"url": str(folder / "dump")}, student={"model": "m"}, loss={}, train=section))
 
 
 @pytest.fixture(scope="module")

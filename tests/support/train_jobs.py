@@ -18,11 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from storage_schemas.common import extras, faults
 from storage_schemas.common.errors import NeoError
-from storage_schemas.config import DumpSection
 from storage_schemas.stores.store import Store
 from student_train.agreement import Agreement
 from student_train.checkpoint import Checkpoints
-from student_train.config import LoraSection, LossSection, StudentSection
+from student_train.config import Resolved
 from student_train.data.stream import Stream
 from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
@@ -94,22 +93,21 @@ def run_training(world: World, job: Job) -> dict[str, Any]:
             stack.enter_context(mock.patch.object(Agreement, name, noting(name, getattr(Agreement, name))))
         stack.callback(register_optimizer_step_pre_hook(lambda *_: order.append("update")).remove)
         try:
-            summary = train(
-                world,
-                DumpSection(url=job["dump"]),
-                StudentSection(
-                    model=job["model"],
-                    lora=LoraSection(**{"r": 4, **job.get("lora", {})}),
-                    adapter=job.get("adapter"),
-                    trust_remote_code=job.get("trust", False),
-                    quantization=job.get("quantization"),
-                ),
-                LossSection(**job.get("loss", {})),
-                settings,
-                stop=stop,
-                stated=job.get("stated"),
-                heldout=DumpSection(url=job["heldout"]) if job.get("heldout") else None,
+            config = Resolved(
+                dump={"url": job["dump"]},
+                student={
+                    "model": job["model"],
+                    "lora": {"r": 4, **job.get("lora", {})},
+                    "adapter": job.get("adapter"),
+                    "trust_remote_code": job.get("trust", False),
+                    "quantization": job.get("quantization"),
+                },
+                loss=job.get("loss", {}),
+                train=settings,
+                stated=job.get("stated") or {},
+                heldout={"url": job["heldout"]} if job.get("heldout") else None,
             )
+            summary = train(world, config, stop=stop)
             result["summary"] = summary.model_dump(mode="json")
         except NeoError as error:
             result |= {"code": int(error.exit_code), "message": str(error), "peer": isinstance(error, PeerError)}

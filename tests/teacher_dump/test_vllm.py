@@ -330,9 +330,7 @@ def targets_of(*tokens: dict[int, float], tail: float) -> Targets:
         ids=np.array([id_ for token in tokens for id_ in sorted(token)], np.int32),
         logprobs=np.log([token[id_] for token in tokens for id_ in sorted(token)]).astype(np.float32),
         head_size=np.array([len(token) for token in tokens], np.int32),
-        counts=None,
         tail_logprob=np.full((len(tokens), 1), np.log(tail), np.float32),
-        logsumexp=None,
     )
 
 
