@@ -9,19 +9,16 @@ matrix products alone would take at the rate that this machine reaches on a larg
 import argparse
 import json
 import logging
-import os
-import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from results import machine, refuse_missed, resident, seconds, table, versions
 
 import teacher_dump.teachers.teacher
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
@@ -67,21 +64,9 @@ def main() -> None:
         worker(arguments, *arguments.worker)
         return
     rows = speed(arguments) | memory(arguments.teacher) | workers(arguments)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps({k: {"value": v, "goal": GOALS.get(k)} for k, v in rows.items()}, indent=2) + "\n")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pyarrow"))
-    print(f"{arguments.samples} conversations, batch_tokens {arguments.batch_tokens}, {os.cpu_count()} cores, fp32")
-    print(f"Python {platform.python_version()}, {packages}\n\n| | value | goal |\n|---|---:|---:|")
-    for name, value in rows.items():
-        print(f"| {name} | {value:.4g} | {f'{GOALS[name]:.3g}' if name in GOALS else ''} |")
-    missed = [name for name, goal in GOALS.items() if not better(name, rows[name], goal)]
-    print(f"\nmissed: {', '.join(missed) or 'nothing'}")
-    sys.exit(bool(missed))
-
-
-def better(name: str, value: float, goal: float) -> bool:
-    """Whether a goal is reached: speed shall be above it, everything else below."""
-    return value >= goal if name.endswith("tokens per second") else value <= goal
+    print(f"{arguments.samples} conversations, batch_tokens {arguments.batch_tokens}, fp32; {machine()}")
+    print(versions("torch", "transformers", "pyarrow"), "", *table(OUT, rows, GOALS), sep="\n")
+    refuse_missed(rows, GOALS)
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, float]:
@@ -141,25 +126,18 @@ def workers(arguments: argparse.Namespace) -> dict[str, float]:
             for rank in range(count)
         ]
         for process in processes:
-            assert process.stdout is not None
             process.stdout.readline()
         begin = time.perf_counter()
-        tokens = sum(int(process.communicate()[0]) for process in together(processes))
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        tokens = sum(int(process.communicate()[0]) for process in processes)
         rates[count] = tokens / (time.perf_counter() - begin)
     return {
         "one worker, one thread, tokens per second": rates[1],
         "two workers, a thread each, tokens per second": rates[2],
         "two workers / one, a thread each, tokens per second": rates[2] / rates[1],
     }
-
-
-def together(processes: Sequence[subprocess.Popen[str]]) -> Sequence[subprocess.Popen[str]]:
-    """The same processes, told to start."""
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return processes
 
 
 def worker(arguments: argparse.Namespace, rank: int, world_size: int) -> None:
@@ -197,22 +175,13 @@ def peak_memory(name: str, side: str) -> int:
     samples = samples_of(corpus_of(teacher, "assistant", 150), ordered=False)
     batch = next(batches(samples, MEMORY_TOKENS))
     _ = teacher.model
-    base, peak, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    base = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # From here on the kernel notes the peak anew.
     if side == "bare":
         forward_all(teacher, batch, MEMORY_TOKENS)
     else:
         teacher.targets(batch, Recipe(estimator=TopK(), logsumexp=True))
-    done.set()
-    watcher.join()
-    return peak - base
+    return resident("VmHWM") - base
 
 
 class Stopwatch:
@@ -282,18 +251,6 @@ def dump(teacher: Teacher, mask: str, samples: int, estimator: Estimator) -> dic
     target = DumpSection(url=str(SCRATCH), samples_per_unit=samples)
     found = run_dump(dump=target, teacher=teacher, corpus=corpus_section(mask, samples), estimator=estimator)
     return found.model_dump()
-
-
-def seconds(work: Callable[[], None]) -> float:
-    """How long it takes."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def resident() -> int:
-    """Resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage import find_teacher, processor
+from results import machine
+from storage import find_teacher
 
 from pipeline.processes import end_with_parent
 from pipeline.prune import prune
@@ -169,10 +170,11 @@ class Lab:
             file = self.folder / "configs" / f"{name}.json"
             if not file.is_file() or json.loads(file.read_text()) != config:
                 shutil.rmtree(output, ignore_errors=True)
-            self._command("train", str(self._config(name, config)), "--nproc", "1", log=name)
+                file.parent.mkdir(exist_ok=True)
+                publish(file, json.dumps(config, indent=1))  # JSON is YAML.
+            self._command("train", str(file), "--nproc", "1", log=name)
             summary = json.loads((output / SUMMARY).read_text())
             newest = Checkpoints(str(output / "checkpoints")).newest()
-            assert newest is not None
             return {
                 **{key: summary[key] for key in ("final_record", "loss", "ce", "kl", "peak_rss_bytes")},
                 "trained_parameters": sum(t.numel() for _, t in newest.tensors(("master",))),
@@ -265,7 +267,7 @@ class Lab:
             known = {
                 "name": name,
                 "day": time.strftime("%Y-%m-%d", time.gmtime()),
-                "machine": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
+                "machine": machine(),
                 "made_from": made_from,
                 "result": result,
             }
@@ -276,20 +278,10 @@ class Lab:
         return found
 
     def _say(self, what: str) -> None:
-        left = max(0.0, self._planned - self._done)
-        eta = ""
-        if self._measured:
-            minutes = left * self._seconds / self._measured / 60
-            eta = f", about {minutes:.0f} min left"
+        minutes = max(0.0, self._planned - self._done) * self._seconds / max(1e-9, self._measured) / 60
+        eta = f", about {minutes:.0f} min left" if self._measured else ""
         share = self._done / self._planned if self._planned else 0.0
         print(f"{time.strftime('%H:%M:%S')} {share:4.0%}  {what}{eta}", flush=True)
-
-    def _config(self, name: str, config: Mapping[str, Any]) -> Path:
-        file = self.folder / "configs" / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        # JSON is YAML.
-        publish(file, json.dumps(config, indent=1))
-        return file
 
     def _command(self, *words: str, log: str) -> None:
         file = self.folder / "logs" / f"{log}.log"

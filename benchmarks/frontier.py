@@ -110,7 +110,8 @@ class Frontier:
         contrast = {k: self.contrast(k) for k in renormalised}
         gated = [self.gated(gate) for gate in gates]
         tempered = self.tempered(points, contrast[TEMPERED_K]) if temperatures else []
-        before, default = self.lab.evaluate("before", [self.lab.untrained()], self.heldout), self.default_bytes()
+        before = self.lab.evaluate("before", [self.lab.untrained()], self.heldout)
+        default = self.bytes_of(self.lab.dump("default", self.data, TopK()))
         text = "\n".join([
             *self.lab.made("The price of a byte"),
             f"Neo at a learning rate of {self.rate:.1e}; means and deviations of {len(self.budget.seeds)} seeds.",
@@ -150,10 +151,6 @@ class Frontier:
         dump = self.lab.dump(_slug(name), self.data, TopK(k=64, mass=1.0), max_kl=gate, logprob_step=1.0)
         rounding = self.lab.measured("rounding", dump, rounding_of)
         return self.trained(f"{name}: grid {rounding['step']:g}, KL {rounding['kl']:.1e}", dump, label=name)
-
-    def default_bytes(self) -> float:
-        """Bytes per supervised token of a dump as the configuration makes it by default."""
-        return self.bytes_of(self.lab.dump("default", self.data, TopK()))
 
     def bytes_of(self, dump: LazyDump) -> float:
         """Bytes per supervised token."""
@@ -233,9 +230,8 @@ def picture(points: Sequence[Point], contrast: Sequence[Point], full: Point) -> 
 
     series: dict[str, list[Point]] = {}
     for point in points:
-        if point is not full:
-            kind = "topk, cut at a mass" if "k = 64, mass" in point.name else point.name.split(",")[0]
-            series.setdefault(kind, []).append(point)
+        kind = "topk, cut at a mass" if "k = 64, mass" in point.name else point.name.split(",")[0]
+        series.setdefault(kind, []).append(point)
     series["topk renormalised, no tail"] = list(contrast)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")

@@ -9,34 +9,31 @@ in the same run) that the arithmetic of the models reaches, and peak memory.
 import argparse
 import gc
 import json
-import logging
 import os
 import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from results import quiet, shown, versions
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from train_workload import plain_inputs
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK
 from storage_schemas.logits import compile_layers
 from storage_schemas.provenance import TeacherIdentity
 from storage_schemas.reader import Dump
-from student_train.config import LoraSection, LossSection, StudentSection, TrainSection
+from student_train.config import LoraSection, LossSection, Resolved, StudentSection, TrainSection
 from student_train.data.batch import TrainBatch, collate
 from student_train.engine import join
 from student_train.metrics import EVENTS, read_events
@@ -86,9 +83,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two layers of 64: to try the benchmark itself")
     parser.add_argument("--samples", type=int, default=768, help="samples that each estimator is dumped on")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
+    quiet()
     if not torch.cuda.is_available():
         raise SystemExit(f"no GPU that torch {torch.__version__} can use")
     shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -108,11 +103,10 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         print(f"{section}: {time.monotonic() - began:.0f} s", flush=True)
-    packages = ("torch", "transformers", "peft", "deepspeed", *(["trl"] if find_spec("trl") else []))
-    print(f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(f"{torch.cuda.get_device_name()}; {versions('torch', 'transformers', 'peft', 'deepspeed', 'trl')}")
     print(f"{TOKENS} tokens per sample, {SUPERVISED} supervised; rank {RANK}\n\n| | value |\n|---|---:|")
     for name, value in rows.items():
-        print(f"| {name} | {value:,.0f} |" if value >= 1000 else f"| {name} | {value:.3g} |")
+        print(f"| {name} | {shown(value)} |")
 
 
 def save_shape(folder: Path, shape: dict[str, Any]) -> None:
@@ -279,7 +273,7 @@ def dumped(samples: int) -> Path:
 
 
 def sections(output: Path, **changes: Any) -> dict[str, Any]:
-    """Of `train`."""
+    """Of `Resolved`."""
     settings: dict[str, Any] = {
         "global_batch_size": ROWS, "micro_batch_size": MICRO, "precision": "bf16", "zero_stage": 2, "logging_steps": 1,
         "save_steps": 10**6, "warmup_ratio": 0.0, "epochs": 100,
@@ -287,7 +281,7 @@ def sections(output: Path, **changes: Any) -> dict[str, Any]:
     return {
         "student": StudentSection(model=str(student_folder()), lora=LoraSection(r=RANK)),
         "loss": LossSection(alpha=ALPHA),
-        "settings": TrainSection(output=output, **(settings | changes)),
+        "train": TrainSection(output=output, **(settings | changes)),
     }
 
 
@@ -318,7 +312,7 @@ def trained(arguments: argparse.Namespace, name: str, **changes: Any) -> Rows:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     output = SCRATCH / f"run-{name}"
-    train(world(), DumpSection(url=str(url)), **sections(output, max_steps=10, **changes))
+    train(world(), Resolved(dump=DumpSection(url=str(url)), **sections(output, max_steps=10, **changes)))
     events = read_events(output / EVENTS)[3:]
     if not changes.get("gradient_checkpointing"):
         FLOP[name] = step_flop(AutoConfig.from_pretrained(student_folder()))
@@ -399,7 +393,7 @@ def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]
 def neo(dump: Dump, batch: TrainBatch, *, compiled: bool = False) -> Callable[[], float]:
     """Stored targets and the fused head; no teacher. All in bfloat16, without masters in fp32, which `train` has."""
     given = sections(SCRATCH / "unused")
-    module = load_student(given["student"], [given["loss"]], given["settings"], dump.provenance).module
+    module = load_student(given["student"], [given["loss"]], given["train"], dump.provenance).module
     module.cuda().to(torch.bfloat16).train()
     if compiled:
         compile_layers(causal_of(module.student), partial(torch.compile, dynamic=True), role="train")

@@ -8,35 +8,29 @@ are dumped once and kept beside them.
 """
 
 import argparse
-import hashlib
-import importlib.util
 import io
 import itertools
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from results import machine, refuse_missed, resident, table, versions
 
 from storage_schemas import codec
 from storage_schemas.config import Adaptive, DumpSection, Estimator, TopK
-from storage_schemas.provenance import Provenance
 from storage_schemas.reader import Dump
-from storage_schemas.records import RUN, CommitRecord, record_key
-from storage_schemas.rows import OK, UnitRows
-from storage_schemas.stores.store import Store
-from storage_schemas.targets import Targets
+from storage_schemas.rows import UnitRows
+from storage_schemas.writer import DumpWriter
 
 K, TEMPERATURES, STEP, MAX_KL = 64, (1.0, 2.0), 0.0625, 1e-4
 LEAF = "x.list.element.list.element"
@@ -52,12 +46,7 @@ GOALS = {
 }
 
 
-class Row(NamedTuple):
-    """One line of the result."""
-
-    name: str
-    value: float
-    goal: float | None = None
+Rows = Iterator[tuple[str, float]]
 
 
 def main() -> None:
@@ -74,27 +63,25 @@ def main() -> None:
     if arguments.child:
         print(peak_over_raw(*arguments.child))
         return
-    exact = {name: exact_unit(arguments, name, estimator) for name, estimator in ESTIMATORS.items()}
-    full = exact["topk"]
-    heads = {"topk k=64 mass=0.999": cut_to_mass(full, 0.999), "topk k=64 to the end": full}
-    rows = list(totals(heads | {name: unit for name, unit in exact.items() if name != "topk"}))
-    rows += speed(full)
-    for name, unit in heads.items():
-        rows += id_columns(name, unit)
-        rows += logprob_columns(name, unit)
-    rows = [row._replace(goal=GOALS.get(row.name)) for row in rows]
-    write(rows, arguments, tokens=len(full.targets))
+    exact = {name: exact_dump(arguments, name, estimator) for name, estimator in ESTIMATORS.items()}
+    units = {name: dump.read_unit(0) for name, dump in exact.items()}
+    rows = dict([*totals(units), *speed(exact[FULL])])
+    for name in (CUT, FULL):
+        rows |= dict([*id_columns(name, units[name]), *logprob_columns(name, units[name])])
+    write(rows, arguments, tokens=len(units[FULL].targets))
 
 
+CUT, FULL = "topk k=64 mass=0.999", "topk k=64 to the end"
 ESTIMATORS: dict[str, Estimator] = {
-    "topk": TopK(k=K, mass=1.0),
+    CUT: TopK(k=K, mass=0.999),
+    FULL: TopK(k=K, mass=1.0),
     "adaptive (0.9, 16, 4)": Adaptive(kind="adaptive"),
 }
 
 
-def exact_unit(arguments: argparse.Namespace, name: str, estimator: Estimator) -> UnitRows:
-    """All rows of the corpus with unrounded targets; the teacher runs the first time only."""
-    url = arguments.output / f"exact-{name.split()[0]}-{Path(arguments.corpus).stem}-{arguments.samples}"
+def exact_dump(arguments: argparse.Namespace, name: str, estimator: Estimator) -> Dump:
+    """All rows of the corpus with unrounded targets in one unit; the teacher runs the first time only."""
+    url = arguments.output / f"exact-{name.replace(' ', '-')}-{Path(arguments.corpus).stem}-{arguments.samples}"
     if not (url / "SEALED.json").is_file():
         # Only here: the rest needs no torch.
         from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
@@ -110,7 +97,7 @@ def exact_unit(arguments: argparse.Namespace, name: str, estimator: Estimator) -
             estimator=estimator,
             temperatures=temperatures,
         )
-    return Dump.open(str(url)).read_unit(0)
+    return Dump.open(str(url))
 
 
 def find_teacher(folder: Path) -> Path:
@@ -120,34 +107,6 @@ def find_teacher(folder: Path) -> Path:
     return folder
 
 
-def cut_to_mass(unit: UnitRows, mass: float) -> UnitRows:
-    """What `topk` with this mass would have stored: heads that end once they hold it."""
-    t = unit.targets
-    n = len(t)
-    # (n, K), by rank
-    logprobs = t.logprobs.reshape(n, K).astype(np.float64)
-    rank = np.argsort(np.argsort(-logprobs, axis=1, kind="stable"), axis=1)
-    by_rank = -np.sort(-logprobs, axis=1)
-    size = np.minimum((np.cumsum(np.exp(by_rank), axis=1) < mass).sum(1) + 1, K)
-    inside = rank < size[:, None]
-    tails = []
-    for i, temperature in enumerate(TEMPERATURES):
-        assert t.logsumexp is not None
-        lse = t.logsumexp.astype(np.float64)
-        tempered = (logprobs + lse[:, :1]) / temperature - lse[:, i : i + 1]
-        left_out = np.where(inside, -np.inf, tempered)
-        tails.append(np.logaddexp.reduce(np.concatenate([left_out, t.tail_logprob[:, i : i + 1]], axis=1), axis=1))
-    targets = replace(
-        t,
-        offsets=np.concatenate([[0], np.cumsum(size)]),
-        ids=t.ids.reshape(n, K)[inside],
-        logprobs=t.logprobs.reshape(n, K)[inside],
-        head_size=size.astype(np.int32),
-        tail_logprob=np.minimum(np.stack(tails, axis=1), 0.0).astype(np.float32),
-    )
-    return replace(unit, targets=targets)
-
-
 def rounded_unit(unit: UnitRows) -> tuple[UnitRows, codec.Rounded]:
     """The unit as stage one would store it."""
     temperatures = TEMPERATURES[: unit.targets.tail_logprob.shape[1]]
@@ -155,27 +114,25 @@ def rounded_unit(unit: UnitRows) -> tuple[UnitRows, codec.Rounded]:
     return replace(unit, targets=rounded.targets), rounded
 
 
-def totals(units: dict[str, UnitRows]) -> Iterator[Row]:
+def totals(units: dict[str, UnitRows]) -> Rows:
     """Whole files of the settings in use: all columns, one temperature as by default, and what rounding costs."""
     for name, unit in units.items():
         stored, rounded = rounded_unit(unit)
         n = len(unit.targets)
         t = stored.targets
-        yield Row(f"{name}: entries per token", len(t.ids) / n)
-        yield Row(f"{name}: grid of log-probs, nats", rounded.step)
+        yield f"{name}: entries per token", len(t.ids) / n
+        yield f"{name}: grid of log-probs, nats", rounded.step
         for temperature, loss in zip(TEMPERATURES, rounded.fidelity, strict=False):
-            yield Row(f"{name}: KL(exact || stored), T={temperature:g}", loss)
+            yield f"{name}: KL(exact || stored), T={temperature:g}", loss
         if len(rounded.fidelity) > 1:
             size = len(codec.encode(stored, {}, step=rounded.step)) / n
-            yield Row(f"{name}: bytes per supervised token, T=1 and T=2", size)
+            yield f"{name}: bytes per supervised token, T=1 and T=2", size
         assert t.logsumexp is not None
         one = replace(stored, targets=replace(t, tail_logprob=t.tail_logprob[:, :1], logsumexp=t.logsumexp[:, :1]))
         data = codec.encode(one, {}, step=rounded.step)
-        yield Row(f"{name}: bytes per supervised token", len(data) / n)
+        yield f"{name}: bytes per supervised token", len(data) / n
         for column, size in column_bytes(data).items():
-            yield Row(f"{name}: of these {column}", size / n)
-        for reader, works in readers(data, one).items():
-            yield Row(f"{name}: {reader} reads plain ids and natural logs", float(works))
+            yield f"{name}: of these {column}", size / n
 
 
 def column_bytes(data: bytes) -> dict[str, int]:
@@ -189,59 +146,27 @@ def column_bytes(data: bytes) -> dict[str, int]:
     return found
 
 
-def readers(data: bytes, unit: UnitRows) -> dict[str, bool]:
-    """Whether other tools see the stored values in the two large columns."""
-    ids, logprobs = unit.targets.ids, unit.targets.logprobs
-    columns = {"target_ids": ids, "target_logprobs": logprobs}
-
-    def same(flat: dict[str, Any]) -> bool:
-        return all(np.array_equal(np.asarray(flat[name]), columns[name]) for name in columns)
-
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
-        file.write(data)
-        file.flush()
-        found = {}
-        if importlib.util.find_spec("duckdb"):
-            import duckdb
-
-            query = "SELECT flatten(flatten(list({} ORDER BY sample_index))) FROM read_parquet('{}')"
-            found["DuckDB"] = same(
-                {name: duckdb.sql(query.format(name, file.name)).fetchall()[0][0] for name in columns}
-            )
-        if importlib.util.find_spec("polars"):
-            import polars
-
-            frame = polars.read_parquet(file.name)
-            leaf = {name: frame[name].explode().drop_nulls().explode().drop_nulls() for name in columns}
-            found["Polars"] = same({name: series.to_numpy() for name, series in leaf.items()})
-        if importlib.util.find_spec("pandas"):
-            import pandas
-
-            frame = pandas.read_parquet(file.name)
-            flat = {name: [token for row in frame[name] for token in row] for name in columns}
-            found["pandas"] = same({name: np.concatenate(tokens) for name, tokens in flat.items()})
-    return found
-
-
-def speed(unit: UnitRows) -> Iterator[Row]:
+def speed(source: Dump) -> Rows:
     """Encoding and decoding at k = 64 on one core, as stage one and stage two do it: every check included."""
+    unit = source.read_unit(0)
     start = time.process_time()
     stored, rounded = rounded_unit(unit)
     middle = time.process_time()
     codec.encode(stored, {}, step=rounded.step)
     end = time.process_time()
     n = len(unit.targets)
-    yield Row("rounding and fidelity gate, k=64, T=1 and T=2: supervised tokens/s on one core", n / (middle - start))
-    yield Row("encode, k=64: supervised tokens/s on one core", n / (end - middle))
+    yield "rounding and fidelity gate, k=64, T=1 and T=2: supervised tokens/s on one core", n / (middle - start)
+    yield "encode, k=64: supervised tokens/s on one core", n / (end - middle)
     with tempfile.TemporaryDirectory() as folder:
         large, tiny = Path(folder) / "large", Path(folder) / "tiny"
-        committed(stored, tiny, step=rounded.step)
-        dump = committed(repeated(stored, 8), large, step=rounded.step)
-        seconds = best_of(3, lambda: dump.read_unit(0))
-        yield Row("decode, k=64: supervised tokens/s on one core", 8 * n / seconds)
+        repeated_dump(source, tiny, each=len(unit))
+        dump = repeated_dump(source, large, each=8 * len(unit))
+        # The fastest: the machine may be busy.
+        seconds = min(timeit.repeat(lambda: dump.read_unit(0), timer=time.process_time, number=1, repeat=3))
+        yield "decode, k=64: supervised tokens/s on one core", 8 * n / seconds
         child = [sys.executable, __file__, "--child", str(tiny), str(large)]
         ratios = [float(subprocess.check_output(child)) for _ in range(3)]
-    yield Row("decode, k=64: peak memory / raw arrays", max(ratios))
+    yield "decode, k=64: peak memory / raw arrays", max(ratios)
 
 
 def peak_over_raw(tiny: str, large: str) -> float:
@@ -257,91 +182,16 @@ def peak_over_raw(tiny: str, large: str) -> float:
     return peak / sum(array.nbytes for array in arrays if array is not None)
 
 
-def resident(which: str) -> int:
-    """Bytes of resident memory, now (VmRSS) or at most so far (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
-    return int(line.split()[1]) * 1024
-
-
-def repeated(unit: UnitRows, times: int) -> UnitRows:
-    """The same rows several times over, as a shard of ordinary size."""
-
-    def offsets(one: Any) -> Any:
-        return np.concatenate([[0], *(one[1:] + one[-1] * i for i in range(times))])
-
-    t = unit.targets
-    return UnitRows(
-        sample_index=np.arange(len(unit) * times),
-        sample_id=unit.sample_id * times,
-        status=unit.status * times,
-        token_offsets=offsets(unit.token_offsets),
-        input_ids=np.tile(unit.input_ids, times),
-        loss_mask=np.tile(unit.loss_mask, times),
-        target_offsets=offsets(unit.target_offsets),
-        targets=Targets(
-            offsets=offsets(t.offsets),
-            ids=np.tile(t.ids, times),
-            logprobs=np.tile(t.logprobs, times),
-            head_size=np.tile(t.head_size, times),
-            counts=None,
-            tail_logprob=np.tile(t.tail_logprob, (times, 1)),
-            logsumexp=None if t.logsumexp is None else np.tile(t.logsumexp, (times, 1)),
-        ),
-    )
-
-
-def committed(unit: UnitRows, folder: Path, *, step: float) -> Dump:
-    """A dump of one unit, as it is."""
-    zero = "0" * 64
-    provenance = Provenance.model_validate(
-        {
-            "teacher": {"model": "teacher", "revision": None, "config_sha256": zero, "weights_sha256": {}}
-            | {"dtype": "float32", "head_size": int(unit.targets.ids.max()) + 1},
-            "tokenizer": {"vocab_size": 1, "vocab_sha256": zero, "chat_template_sha256": None},
-            "corpus": {"fingerprint": zero, "samples": len(unit), "mask": "assistant"}
-            | {"max_length": int(np.diff(unit.token_offsets).max()), "too_long": "truncate"},
-            "samples_per_unit": len(unit),
-            "estimator": {"kind": "topk", "k": K, "mass": 1.0},
-            "temperatures": TEMPERATURES,
-            "logsumexp": True,
-            "logprob_step": STEP,
-            "max_kl": MAX_KL,
-            "engine": {"name": "benchmark", "version": "1"},
-        }
-    )
-    metadata = {"llm_neo.format_version": "1", "llm_neo.fingerprint": provenance.fingerprint, "llm_neo.unit": "0"}
-    data = codec.encode(unit, metadata, step=step)
-    record = CommitRecord(
-        fingerprint=provenance.fingerprint,
-        unit=0,
-        file=f"data/unit-00000000-{zero[:32]}.parquet",
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        rows=len(unit),
-        tokens=len(unit.input_ids),
-        supervised_tokens=len(unit.targets),
-        entries=len(unit.targets.ids),
-        max_id=int(unit.targets.ids.max()),
-        statuses={OK: len(unit)},
-        mean_kept_mass=0.0,
-        mean_entropy=0.0,
-        fidelity=(0.0,) * len(TEMPERATURES),
-        logprob_step=step,
-    )
-    store = Store(str(folder))
-    for key, content in {RUN: provenance.to_json(), record.file: data, record_key(0): record.to_json()}.items():
-        store.put_new(key, content)
-    return Dump.open(str(folder))
-
-
-def best_of(times: int, call: Callable[[], object]) -> float:
-    """Processor seconds of the fastest of several calls: the machine may be busy."""
-    seconds = []
-    for _ in range(times):
-        start = time.process_time()
-        call()
-        seconds.append(time.process_time() - start)
-    return min(seconds)
+def repeated_dump(source: Dump, url: Path, *, units: int = 1, each: int) -> Dump:
+    """A dump that holds another one's rows several times over, in units of so many."""
+    rows = [row for unit in range(source.provenance.units) for row in source.read_unit(unit)]
+    corpus = source.provenance.corpus.model_copy(update={"samples": units * each})
+    changes = {"corpus": corpus, "samples_per_unit": each, "logprob_step": STEP}
+    writer = DumpWriter.open(str(url), source.provenance.model_copy(update=changes))
+    for unit in range(units):
+        places = writer.provenance.unit_range(unit)
+        writer.commit_unit(unit, [replace(rows[i % len(rows)], sample_index=i) for i in places])
+    return Dump.open(str(url))
 
 
 def one_column(values: Any, unit: UnitRows, *, fixed: bool = False, **settings: Any) -> int:
@@ -362,7 +212,7 @@ def one_column(values: Any, unit: UnitRows, *, fixed: bool = False, **settings: 
     return sink.tell()
 
 
-def id_columns(name: str, unit: UnitRows) -> Iterator[Row]:
+def id_columns(name: str, unit: UnitRows) -> Rows:
     """Bytes of target_ids: order, layout, encoding, page size, compression level."""
     t, n = unit.targets, len(unit.targets)
     token = np.repeat(np.arange(n), t.lengths)
@@ -381,10 +231,10 @@ def id_columns(name: str, unit: UnitRows) -> Iterator[Row]:
     if np.all(t.lengths == K):
         kinds["ascending, fixed-size lists"] = (t.ids, {"fixed": True})
     for kind, (values, settings) in kinds.items():
-        yield Row(f"{name}: target_ids {kind}, bytes", one_column(values, unit, **settings) / n)
+        yield f"{name}: target_ids {kind}, bytes", one_column(values, unit, **settings) / n
 
 
-def logprob_columns(name: str, unit: UnitRows) -> Iterator[Row]:
+def logprob_columns(name: str, unit: UnitRows) -> Rows:
     """Bytes of target_logprobs and what they cost in KL: rounding, type, encoding."""
     t, n = unit.targets, len(unit.targets)
 
@@ -413,21 +263,13 @@ def logprob_columns(name: str, unit: UnitRows) -> Iterator[Row]:
     }  # fmt: skip
     for kind, (values, settings) in kinds.items():
         losses = codec.fidelity(t, replace(t, logprobs=values.astype(np.float32)), temperatures=TEMPERATURES)
-        yield Row(f"{name}: target_logprobs {kind}, bytes", one_column(values, unit, **settings) / n)
+        yield f"{name}: target_logprobs {kind}, bytes", one_column(values, unit, **settings) / n
         for temperature, loss in zip(TEMPERATURES, losses, strict=True):
-            yield Row(f"{name}: target_logprobs {kind}, KL at T={temperature:g}", loss)
+            yield f"{name}: target_logprobs {kind}, KL at T={temperature:g}", loss
 
 
-def write(rows: list[Row], arguments: argparse.Namespace, *, tokens: int) -> None:
+def write(rows: dict[str, float], arguments: argparse.Namespace, *, tokens: int) -> None:
     """storage.json and storage.md; prints the table and fails if a goal is missed."""
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    result = {row.name: {"value": row.value, "goal": row.goal} for row in rows}
-    (arguments.output / "storage.json").write_text(json.dumps(result, indent=2) + "\n")
-    missed = [row for row in rows if row.goal is not None and not reached(row)]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "numpy", "torch", "transformers"))
-    optional = [name for name in ("duckdb", "polars", "pandas") if importlib.util.find_spec(name)]
-    packages += "".join(f", {name} {version(name)}" for name in optional)
-    named = [(row.name.replace("|", r"\|"), row) for row in rows]  # A bar would end the cell.
     lines = [
         "# Storage: bytes per supervised token, fidelity and speed",
         "",
@@ -435,35 +277,15 @@ def write(rows: list[Row], arguments: argparse.Namespace, *, tokens: int) -> Non
         "",
         f"- targets: {Path(arguments.teacher).name}, float32, on {arguments.samples} conversations of "
         f"{Path(arguments.corpus).name}: {tokens:,} supervised tokens",
-        f"- machine: {platform.machine()}, {processor()}, {os.cpu_count()} cores; one used",
-        f"- versions: Python {platform.python_version()}, {packages}",
+        f"- machine: {machine()}; one used",
+        f"- versions: {versions('pyarrow', 'numpy', 'torch', 'transformers')}",
         "",
-        "| | value | goal |",
-        "|---|---:|---:|",
-        *(f"| {name} | {shown(row.value)} | {'' if row.goal is None else shown(row.goal)} |" for name, row in named),
+        *table(arguments.output / "storage.json", rows, GOALS),
         "",
     ]
     (arguments.output / "storage.md").write_text("\n".join(lines))
     print("\n".join(lines))
-    if missed:
-        sys.exit(f"missed: {', '.join(row.name for row in missed)}")
-
-
-def reached(row: Row) -> bool:
-    """Speeds shall be at least their goal, everything else at most."""
-    assert row.goal is not None
-    return row.value >= row.goal if "tokens/s" in row.name else row.value <= row.goal
-
-
-def shown(value: float) -> str:
-    """Short, without losing what matters."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def processor() -> str:
-    """Model name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    refuse_missed(rows, GOALS)
 
 
 if __name__ == "__main__":

@@ -11,25 +11,20 @@ real targets, stays in runs/bench/train.
 
 import argparse
 import json
-import logging
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import train_workload
-from storage import processor
+from results import machine, quiet, refuse_missed, table, versions
 from torch.profiler import ProfilerActivity, profile
 from train_scale import Rows, entries, length, loader, ranks, say, start, turns, vocabulary
 from train_workload import (
@@ -45,13 +40,10 @@ from train_workload import (
     make_workload,
     neo,
 )
-from transformers.utils.logging import disable_progress_bar
 
 OUT = Path("runs/bench/train.json")
 THREADS = 2
 ROUNDS, PROCESSES, LOOP_STEPS, WAIT_STEPS = 6, 3, 9, 13
-AT_LEAST = ("supervised tokens/s", "loader / datasets")
-"""Rows of which more is better."""
 GOALS = {
     "Neo step / LoRA SFT of transformers + peft": 0.80,
     "Neo step / online-teacher KD": 0.45,
@@ -75,10 +67,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--child", choices=SECTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
+    quiet()
     datasets.disable_progress_bars()
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
     torch.set_num_threads(THREADS)
     if arguments.child:
         print(json.dumps(SECTIONS[arguments.child](make_workload(arguments.teacher))))
@@ -162,8 +152,7 @@ def loop(work: Workload) -> Rows:
     import shutil
 
     import student_train.train as training
-    from storage_schemas.config import DumpSection
-    from student_train.config import LossSection
+    from student_train.config import Resolved
     from student_train.data.batch import TrainBatch
     from student_train.engine import Engine, StepResult, join
     from student_train.metrics import EVENTS, read_events
@@ -218,9 +207,9 @@ def loop(work: Workload) -> Rows:
         output = SCRATCH / name
         shutil.rmtree(output, ignore_errors=True)
         section = work.train_section(output, max_steps=steps, save_steps=10**6, warmup_ratio=0.0, **changes)
-        heldout = DumpSection(url=str(work.heldout)) if changes else None
-        sections = (work.student_section(), LossSection(), section)
-        summary = training.train(world, DumpSection(url=str(work.dump)), *sections, heldout=heldout)
+        student, heldout = work.student_section(), {"url": str(work.heldout)} if changes else None
+        config = Resolved(dump={"url": str(work.dump)}, student=student, loss={}, train=section, heldout=heldout)
+        summary = training.train(world, config)
         say(f"{name}: {steps} steps")
         return summary
 
@@ -288,32 +277,12 @@ SECTIONS: dict[str, Callable[[Workload], Rows]] = {
 
 def write(rows: Rows, *, minutes: float) -> None:
     """train.json, and the table; exit code 1 if a goal is missed."""
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    result = {name: {"value": value, "goal": GOALS.get(name)} for name, value in rows.items()}
-    OUT.write_text(json.dumps(result, indent=2) + "\n")
-    packages = ["torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow"]
-    packages += ["trl"] if find_spec("trl") else []
-    print(
-        f"\nstudent of {LAYERS} layers, LoRA r={RANK}, {BATCH} x {TOKENS} tokens, {SUPERVISED} of each supervised, fp32"
-    )
-    print(f"{platform.machine()}, {processor()}, {os.cpu_count()} cores, {THREADS} threads; {minutes:.1f} minutes")
-    print(f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}")
-    print("\n| | value | goal |\n|---|---:|---:|")
-    for name, value in rows.items():
-        print(f"| {name} | {shown(value)} | {shown(GOALS[name]) if name in GOALS else ''} |")
-    missed = [name for name, value in rows.items() if name in GOALS and not reached(name, value)]
-    if missed:
-        sys.exit(f"missed: {'; '.join(missed)}")
-
-
-def reached(name: str, value: float) -> bool:
-    """Whether the goal of a row is met."""
-    return value >= GOALS[name] if name.startswith(AT_LEAST) or "tokens/s" in name else value <= GOALS[name]
-
-
-def shown(value: float) -> str:
-    """Short, without losing what matters."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    size = f"{BATCH} x {TOKENS} tokens, {SUPERVISED} of each supervised, fp32"
+    print(f"\nstudent of {LAYERS} layers, LoRA r={RANK}, {size}")
+    print(f"{machine()}, {THREADS} threads; {minutes:.1f} minutes")
+    print(versions("torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow", "trl"))
+    print("", *table(OUT, rows, GOALS), sep="\n")
+    refuse_missed(rows, GOALS)
 
 
 if __name__ == "__main__":

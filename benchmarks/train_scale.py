@@ -3,13 +3,11 @@ the head and of a step grows."""
 
 import gc
 import hashlib
-import itertools
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from results import seconds
+from storage import repeated_dump
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from train_workload import SCRATCH, SUPERVISED, K, Workload, dump, neo, random_batch, random_targets, rows_of, sft
+from train_workload import SCRATCH, SUPERVISED, K, Workload, dump, neo, random_batch, random_targets, sft
 
 from storage_schemas.config import TopK
 from storage_schemas.provenance import Provenance
@@ -30,7 +30,6 @@ from storage_schemas.records import CommitRecord, Seal, data_key, manifest_bytes
 from storage_schemas.rows import OK
 from storage_schemas.stores.shared import KEPT
 from storage_schemas.stores.store import Store
-from storage_schemas.writer import DumpWriter
 from student_train.config import LossSection, TrainSection
 from student_train.data.batch import collate_mixed
 from student_train.data.follower import Follower
@@ -91,12 +90,7 @@ def loader_dump(source: Path, *, units: int = LOADER_UNITS, each: int = LOADER_S
     """A dump's rows several times over, in units of ordinary size."""
     url = SCRATCH / "loader"
     shutil.rmtree(url, ignore_errors=True)
-    rows, provenance = rows_of(source), Dump.open(str(source)).provenance
-    corpus = provenance.corpus.model_copy(update={"samples": units * each})
-    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": each})
-    writer = DumpWriter.open(str(url), provenance)
-    for unit in range(provenance.units):
-        writer.commit_unit(unit, [replace(rows[i % len(rows)], sample_index=i) for i in provenance.unit_range(unit)])
+    repeated_dump(Dump.open(str(source)), url, units=units, each=each)
     return url
 
 
@@ -141,8 +135,7 @@ def ranks(work: Workload) -> Rows:
         for unit in range(KEPT):
             dump.open_unit(unit)
         decoding = time.process_time() - begin
-        for place in in_turn(i, len(RANKS)):
-            name, (world_size, nodes) = list(RANKS.items())[place]
+        for name, (world_size, nodes) in list(RANKS.items())[:: -1 if i % 2 else 1]:
             # All of them stream as many tokens, so that what is done once weighs alike.
             tokens, taken = streamed(
                 Dump.open(str(url)) if world_size == 1 else dump, train, world_size=world_size, epochs=world_size
@@ -274,13 +267,6 @@ def synthetic_record(unit: int, rows: int, fingerprint: str) -> CommitRecord:
     )  # fmt: skip
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def vocabulary(_: Workload) -> Rows:
     """Forward and backward of the head alone, by vocabulary."""
     rows: Rows = {}
@@ -337,14 +323,9 @@ def turns(contenders: list[Callable[[], Any]], *, rounds: int) -> list[list[floa
     """Seconds of each contender and round. One round is for warming up; each begins where the last one ended."""
     found: list[list[float]] = [[] for _ in contenders]
     for i in range(-1, rounds):
-        for place in in_turn(i, len(contenders)):
+        for place in range(len(contenders))[:: -1 if i % 2 else 1]:
             gc.collect()
             taken = seconds(contenders[place])
             if i >= 0:
                 found[place].append(taken)
     return found
-
-
-def in_turn(i: int, n: int) -> Iterator[int]:
-    """0 ... n - 1, backwards in odd rounds."""
-    return itertools.chain(reversed(range(n))) if i % 2 else itertools.chain(range(n))

@@ -4,10 +4,8 @@ beside its rivals on one and the same batch."""
 import importlib.util
 import itertools
 import json
-import logging
 import resource
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from results import quiet
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from storage_schemas.config import DumpSection, TopK
 from storage_schemas.provenance import Provenance
@@ -279,9 +277,7 @@ def random_targets(labels: Tensor, *, vocab: int, k: int, generator: torch.Gener
 
 def main() -> None:
     """The peak resident memory in bytes of a process that takes steps: TEACHER CONTENDER THREADS."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
+    quiet()
     torch.set_num_threads(int(sys.argv[3]))
     work = workload_at(Path(sys.argv[1]))
     step = CONTENDERS[sys.argv[2]](work, work.batch())

@@ -96,9 +96,7 @@ def _documented(node: ast.Module | ast.ClassDef, name: str) -> Iterator[Pair]:
             yield from _pair(child, f"{name}.{child.name}", "function")
 
 
-def _pair(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, kind: str
-) -> Iterator[Pair]:
+def _pair(node: Documented, name: str, kind: str) -> Iterator[Pair]:
     answer = shorten(inspect.cleandoc(ast.get_docstring(node, clean=False) or ""))
     # A docstring that breaks off before its list or example, or is one long example, answers no question.
     if len(answer) < MIN_CHARACTERS or answer.endswith(":") or ">>>" in answer or not answer.isascii():
