@@ -273,7 +273,7 @@ def dumped(samples: int) -> Path:
 
 
 def sections(output: Path, **changes: Any) -> dict[str, Any]:
-    """Of `Resolved`."""
+    """The sections student, loss and train."""
     settings: dict[str, Any] = {
         "global_batch_size": ROWS, "micro_batch_size": MICRO, "precision": "bf16", "zero_stage": 2, "logging_steps": 1,
         "save_steps": 10**6, "warmup_ratio": 0.0, "epochs": 100,

@@ -54,8 +54,8 @@ def refuse_missed(rows: Mapping[str, float], goals: Mapping[str, float]) -> None
     """Exit with 1 if a goal is missed: speeds shall be at least theirs, all else at most."""
     missed = []
     for name, goal in goals.items():
-        fast = any(sign in name for sign in _AT_LEAST)
-        if name in rows and (rows[name] < goal if fast else rows[name] > goal):
+        more = any(sign in name for sign in _AT_LEAST)
+        if name not in rows or (rows[name] < goal if more else rows[name] > goal):
             missed.append(name)
     if missed:
         sys.exit(f"missed: {'; '.join(missed)}")

@@ -44,9 +44,8 @@ GOALS = {
     "decode, k=64: supervised tokens/s on one core": 150_000.0,
     "decode, k=64: peak memory / raw arrays": 3.0,
 }
-
-
 Rows = Iterator[tuple[str, float]]
+"""Name and value."""
 
 
 def main() -> None:

@@ -167,9 +167,9 @@ def preview(
     from teacher_dump.corpus.preview import DescribedTeacher
     from teacher_dump.corpus.preview import preview as view
 
-    whole = load_config(config, overrides or ())
-    part = whole.heldout_config("preview --heldout") if heldout else whole
-    teacher, corpus = need(part.teacher, "teacher", "preview"), need(part.corpus, "corpus", "preview")
+    settings = load_config(config, overrides or ())
+    settings = settings.heldout_config("preview --heldout") if heldout else settings
+    teacher, corpus = need(settings.teacher, "teacher", "preview"), need(settings.corpus, "corpus", "preview")
     described = DescribedTeacher(teacher)
     found, rows = view(corpus, described.tokenizer, lm_head_rows=described.lm_head_rows, row=row, samples=samples)
     told = found.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in rows]}

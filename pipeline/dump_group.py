@@ -1,7 +1,11 @@
 """One of the processes that hold one teacher together: `python -m pipeline.dump_group`.
 
-Process 0 works on the dump, or on the pilot of a plan, and leaves what it found in the `result` of `--job`; the others
-follow, and end with it. As in stage two, each leaves its exit code, in the same folder. Process 0 answers signals.
+Process 0 works on the dump, or on the pilot of a plan, and leaves what it found in a file; the others follow, and end
+with it. As in stage two, each leaves its exit code, in the same folder. Process 0 answers signals.
+
+`--job` is JSON, of `processes.dump_group`: `config` and `overrides` as on the command line, `rank` and `world_size` of
+this group among all workers of the dump, `events`, the file for these or null, `pilot`, what `run_plan` is told of it
+or null, and `result`, the file.
 """
 
 import argparse

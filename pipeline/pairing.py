@@ -50,4 +50,6 @@ def teacher_vocabulary(teacher: TeacherSection) -> dict[str, int]:
     """Ids by token; no weights are fetched. Raises MismatchError."""
     from teacher_dump.corpus.preview import DescribedTeacher
 
-    return dict(DescribedTeacher(teacher).tokenizer.get_vocab())
+    described = DescribedTeacher(teacher)
+    _ = described.lm_head_rows  # A teacher whose config cannot be read is refused before anything is started.
+    return dict(described.tokenizer.get_vocab())

@@ -16,4 +16,4 @@ __all__ = [
     "Adaptive", "DataError", "Decoded", "Dump", "DumpSection", "MismatchError", "NeoError", "Provenance", "Row",
     "Sampled", "Targets", "TemporaryError", "TopK", "UnitRows", "decode",
 ]  # fmt: skip
-__getattr__ = lazily(__name__, __all__, "common.errors", "config", "provenance", "reader", "rows", "targets")
+__getattr__ = lazily(__name__, __all__, "common.errors", "config", "provenance", "targets", "rows", "reader")

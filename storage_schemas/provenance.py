@@ -254,10 +254,10 @@ class Provenance(_Identity, ProvenJson):
         return canonical_json(content, indent=2)
 
 
-_ANOTHER = "restore what this dump was started with, or choose another dump.url"
+_RESTORE_DUMP = "restore what this dump was started with, or choose another dump.url"
 
 
-def refuse_differences(what: str, found: Differences | None, *, fix: str = _ANOTHER) -> None:
-    """Raise MismatchError that names all in which what is wanted differs from what is there, the `here` of `found`."""
+def refuse_differences(what: str, found: Differences | None, *, fix: str = _RESTORE_DUMP) -> None:
+    """Raise MismatchError that names each difference; `there` is told as got, `here` as expected."""
     if found:
         raise MismatchError(f"{what}: {', '.join(found.keys)}", got=found.there, expected=found.here, fix=fix)

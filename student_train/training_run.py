@@ -95,10 +95,13 @@ class TrainingRun:
 
     def share(self) -> None:
         """Have each unit decoded once per node, for all its ranks."""
-        last = self.train.global_batch_size - 1
-        # Of each dump all blocks that a step may touch.
-        most = sum(o.block_units * (2 + last // (o.block_units * o.samples_per_unit)) for o in self.mix.orders)
-        if self.train.shuffle == "windows" and most > OPEN_UNITS:
+        # Units that a rank may have open: of each dump all blocks that a step may touch.
+        further = self.train.global_batch_size - 1
+        units = sum(
+            order.block_units * (2 + further // (order.block_units * order.samples_per_unit))
+            for order in self.mix.orders
+        )
+        if self.train.shuffle == "windows" and units > OPEN_UNITS:
             log.info("each rank decodes every unit, since blocks of so many units would be open files on each")
             return
         heldout = [] if self.heldout is None else [self.heldout.dump]

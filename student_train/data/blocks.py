@@ -130,7 +130,7 @@ class Blocks:
             start = block.last
 
     def _samples(self, start: int, stop: int) -> I64:
-        """Of the positions start:stop of an epoch that are the rank's."""
+        """The rank's samples at positions start:stop, counted on over all epochs."""
         samples = self._order.samples_of(start, stop)
         return samples if self._own is None else samples[self._own(start, stop) - start]
 

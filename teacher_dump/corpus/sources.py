@@ -168,11 +168,12 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
     train = _split_name(source.split) == "train"
     by_line = found.builder == "json" and train and all(isinstance(file, Path) for file in files)
+    reader = found.builder if found.builder in READERS and found.builder != "json" else None
     try:
-        if found.builder in READERS and found.builder != "json":
+        if reader is not None:
             if not train:
                 raise ValueError("a file has the split train alone")
-            return _by_line(files, found.builder, source, seed)
+            return _by_line(files, reader, source, seed)
         dataset = _load(source, found, files)
     except NeoError:
         raise
@@ -180,7 +181,7 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
         # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
         if by_line:
             return _by_line(files, "json", source, seed)
-        raise _unreadable(source, error.__cause__ or error) from error
+        raise _unreadable(source, error if reader is not None else error.__cause__ or error) from error
     # Arrow takes text for times where all of a column looks like it.
     read = {*READ, *source.columns.values()} - {"id"}
     if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if name in read):

@@ -9,8 +9,11 @@ from support.dump_checks import write_corpus
 from support.tiny_student import save_student
 from support.tiny_teachers import save_teacher, tiny_tokenizer
 
+from pipeline.pairing import teacher_vocabulary
+from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.exits import Exit
 from storage_schemas.reader import Dump
+from teacher_dump.config import TeacherSection
 
 
 @pytest.fixture
@@ -41,6 +44,14 @@ def test_it_is_refused_before_the_weights_are_looked_at(
     assert "the student's tokenizer is not the teacher's" in err
     assert "choose a student with the teacher's tokenizer" in err
     assert not (tmp_path / "dump").exists()
+
+
+def test_a_teacher_that_cannot_be_loaded_is_refused_before_anything_is_started(config: Path, tmp_path: Path) -> None:
+    """Although its tokenizer can be."""
+    file = tmp_path / "teacher" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "unheard"}))
+    with pytest.raises(MismatchError, match="cannot be loaded"):
+        teacher_vocabulary(TeacherSection(model=str(tmp_path / "teacher")))
 
 
 def test_a_student_that_is_elsewhere_keeps_no_dump_from_being_made(

@@ -79,6 +79,14 @@ def test_the_order_is_fixed_for_ever() -> None:
     assert m.step_samples(200).tolist() == [625, 595, 624, 627, 622, 619, 596, 601]  # of the second epoch
 
 
+def test_any_positions_are_those_of_whole_epochs_put_together() -> None:
+    """No positions are no samples, also between the pieces that are remembered."""
+    o = order((2500, 7, 5, 3, 8))
+    whole = np.concatenate([o.samples_at(epoch, 0, 2500) for epoch in range(3)])
+    for start, stop in ((0, 0), (1024, 1024), (2500, 2500), (1020, 1030), (2490, 2510), (3, 2600), (1500, 7500)):
+        assert np.array_equal(o.samples_of(start, stop), whole[start:stop])
+
+
 def test_seed_and_epoch_change_the_order() -> None:
     shape = (2000, 10, 50, 8, 32)
     kinds = [epoch_samples(order(shape, 0), 0), epoch_samples(order(shape, 0), 1), epoch_samples(order(shape, 1), 0)]

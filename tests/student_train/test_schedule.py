@@ -20,19 +20,19 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 """Of the schedules that need or have some."""
 
 
-def section(kind: str = "cosine", **changes: Any) -> TrainSection:
-    return TrainSection(output="runs/a", lr_scheduler_type=kind, learning_rate=1.0, **changes)
+def section(kind: str = "cosine", *, peak: float = 1.0, **changes: Any) -> TrainSection:
+    return TrainSection(output="runs/a", lr_scheduler_type=kind, learning_rate=peak, **changes)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("kind", get_args(Schedule))
 def test_learning_rate_equals_the_scheduler_of_transformers(kind: str, ratio: float, total: int) -> None:
-    arguments = ARGUMENTS.get(kind, {})
-    train = section(kind, warmup_ratio=ratio, lr_scheduler_kwargs=arguments)
+    peak, arguments = 2e-4, ARGUMENTS.get(kind, {})
+    train = section(kind, peak=peak, warmup_ratio=ratio, lr_scheduler_kwargs=arguments)
     warmup = warmup_of(train, total)
     assert warmup == math.ceil(total * ratio)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     name = "constant_with_warmup" if kind == "constant" else kind
     scheduler = transformers.get_scheduler(
         name, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=arguments or None
@@ -47,7 +47,7 @@ def test_learning_rate_equals_the_scheduler_of_transformers(kind: str, ratio: fl
             scheduler.step()
     for step in range(last + 1):
         got = learning_rate(train, step, total_steps=total)
-        wanted = 1.0 if step + 1 == warmup else theirs[min(last, step + (step < warmup))]
+        wanted = peak if step + 1 == warmup else theirs[min(last, step + (step < warmup))]
         assert got == pytest.approx(wanted, rel=1e-12, abs=1e-20), step
 
 

@@ -81,8 +81,9 @@ def test_a_preview_runs_the_code_of_the_teacher_alone(
     own = bring_code(save_teacher(tmp_path / "own"), AUTO_MAP | foreign)
     with (own / "configuration_own.py").open("a") as file:
         file.write(f"\n{line}\n")
+    described = DescribedTeacher(TeacherSection(model=str(own), trust_remote_code=True))
     with pytest.raises(MismatchError, match=says):
-        _ = DescribedTeacher(TeacherSection(model=str(own), trust_remote_code=True)).config
+        _ = described.tokenizer, described.lm_head_rows
     assert not marker.exists()
 
 
