@@ -243,7 +243,7 @@ frontier: $(SETUP)  ## What each stored byte buys a student, six hours: make fro
 bench-dump: $(SETUP)  ## Stage one against a bare forward pass (needs the demo's teacher: make demo)
 	$(BIN)/python benchmarks/dump.py $(ARGS)
 
-bench-storage: $(DEV)  ## Bytes per supervised token, speed and fidelity of the shard's encodings
+bench-storage: $(SETUP)  ## Bytes per supervised token, speed and fidelity of the shard's encodings
 	$(BIN)/python benchmarks/storage.py $(ARGS)
 
 bench-train: $(SETUP)  ## Stage two against LoRA fine-tuning and online distillation, a quarter of an hour

@@ -11,6 +11,7 @@ import argparse
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,8 @@ ESTIMATORS: dict[str, Estimator] = {
 
 def exact_dump(arguments: argparse.Namespace, name: str, estimator: Estimator) -> Dump:
     """All rows of the corpus with unrounded targets in one unit; the teacher runs the first time only."""
-    url = arguments.output / f"exact-{name.replace(' ', '-')}-{Path(arguments.corpus).stem}-{arguments.samples}"
+    words = "-".join(re.findall(r"[\w.]+", name))
+    url = arguments.output / f"exact-{words}-{Path(arguments.corpus).stem}-{arguments.samples}"
     if not (url / "SEALED.json").is_file():
         # Only here: the rest needs no torch.
         from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
