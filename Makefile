@@ -234,10 +234,10 @@ test-skypilot: $(SKY)/.installed  ## SkyPilot reads the files of examples/skypil
 reproduce: $(SETUP)  ## The paper's four methods at the scale of a laptop, three hours: docs/design/evidence.md
 	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
-guidelines: $(SETUP)  ## Rank, learning rate, alpha, data and LoRA's variants as curves, two hours
+guidelines: $(SETUP)  ## Rank, learning rate, alpha, data and LoRA's variants as curves, about three hours
 	$(BIN)/python benchmarks/guidelines.py $(ARGS)
 
-frontier: $(SETUP)  ## What each stored byte buys a student, six hours: make frontier ARGS="--learning-rate 2e-3"
+frontier: $(SETUP)  ## What each stored byte buys a student, about five hours: make frontier ARGS="--learning-rate 2e-3"
 	$(BIN)/python benchmarks/frontier.py $(ARGS)
 
 bench-dump: $(SETUP)  ## Stage one against a bare forward pass (needs the demo's teacher: make demo)

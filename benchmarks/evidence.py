@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class LazyDump:
     """What determines its content, and names no place."""
     make: Callable[[], object]
 
-    def open(self) -> Dump:
+    @cached_property
+    def opened(self) -> Dump:
         """The dump, made if it is not there."""
         self.make()
         return Dump.open(str(self.url))
@@ -138,7 +140,7 @@ class Lab:
 
     def measured(self, name: str, dump: LazyDump, work: Callable[[Dump], Result]) -> Result:
         """What `work` finds in a dump."""
-        return self._once(f"{name}-of-{dump.url.name}", dump.made_from, cost=0.0, work=lambda: work(dump.open()))
+        return self._once(f"{name}-of-{dump.url.name}", dump.made_from, cost=0.0, work=lambda: work(dump.opened))
 
     def train(
         self,
@@ -158,11 +160,9 @@ class Lab:
         output, settings = self.folder / name, SETTINGS | train
 
         def work() -> Result:
-            dump.open()
-            heldout.open()
             config = {
-                "dump": {"url": str(dump.url)},
-                "heldout": {"url": str(heldout.url)},
+                "dump": {"url": dump.opened.store.url},
+                "heldout": {"url": heldout.opened.store.url},
                 "student": {"model": str(self.student), **student},
                 "loss": dict(loss),
                 "train": {"output": str(output), "save_steps": 50, "save_total_limit": 1, **settings},
@@ -175,6 +175,7 @@ class Lab:
             self._command("train", str(file), "--nproc", "1", log=name)
             summary = json.loads((output / SUMMARY).read_text())
             newest = Checkpoints(str(output / "checkpoints")).newest()
+            assert newest is not None
             return {
                 **{key: summary[key] for key in ("final_record", "loss", "ce", "kl", "peak_rss_bytes")},
                 "trained_parameters": sum(t.numel() for _, t in newest.tensors(("master",))),
@@ -203,7 +204,7 @@ class Lab:
         """What `llm-neo evaluate` says of one training; of two, how far the second differs on the same tokens."""
 
         def work() -> Result:
-            found = [evaluate(run["directory"], heldout.open(), batch_tokens=4096) for run in runs]
+            found = [evaluate(run["directory"], heldout.opened, batch_tokens=4096) for run in runs]
             if len(found) == 1:
                 return found[0].result().model_dump(mode="json")
             first, second = found

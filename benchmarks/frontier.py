@@ -1,7 +1,7 @@
 """`make frontier`: what each stored byte of a target buys, as docs/design/evidence.md lays down.
 
-Neo is trained from dumps of the same samples that store less or more of the teacher's distribution. Six hours on two
-cores; what is done stays done. Ends with `frontier.md`, a picture and a page of the runs in its directory.
+Neo is trained from dumps of the same samples that store less or more of the teacher's distribution. About five hours on
+two cores; what is done stays done. Ends with `frontier.md`, a picture and a page of the runs in its directory.
 """
 
 import json
@@ -143,7 +143,7 @@ class Frontier:
     def without_tail(self, name: str, estimator: Estimator, alone: str, **dump: Any) -> LazyDump:
         """The dump `alone`: that of `name`, as if its entries held all of the probability."""
         source, url = self.lab.dump(_slug(name), self.data, estimator, **dump), self.lab.folder / _slug(alone)
-        return LazyDump(url, {"without_tail": source.made_from}, lambda: without_tail(source.open(), url))
+        return LazyDump(url, {"without_tail": source.made_from}, lambda: without_tail(source.opened, url))
 
     def gated(self, gate: float) -> Point:
         """From log-probs rounded as far as a gate allows: from a coarse grid on, which is refined until it is kept."""

@@ -1,6 +1,7 @@
 """`make guidelines`: rank, learning rate, alpha, data and LoRA's variants as curves (docs/design/evidence.md).
 
-Neo as in `make reproduce`, half as long. Two hours on two cores; what is done stays done. Ends with `guidelines.md`.
+Neo as in `make reproduce`, half as long. About three hours on two cores; what is done stays done. Ends with
+`guidelines.md`.
 """
 
 import itertools

@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from pipeline.config import Config, load_config
 
 __all__ = ["Config", "load_config"]
-__getattr__ = lazily(__name__, __all__, "config")
+__getattr__ = lazily(__name__, dict.fromkeys(("Config", "load_config"), "config"))

@@ -164,14 +164,14 @@ def preview(
 ) -> None:
     """Show what the corpus becomes: formats, counts, lengths, samples with what is supervised. Loads no weights."""
     from pipeline.views.preview import show
-    from teacher_dump.corpus.preview import DescribedTeacher
+    from teacher_dump.corpus.preview import load_tokenizer
     from teacher_dump.corpus.preview import preview as view
 
     settings = load_config(config, overrides or ())
     settings = settings.heldout_config("preview --heldout") if heldout else settings
     teacher, corpus = need(settings.teacher, "teacher", "preview"), need(settings.corpus, "corpus", "preview")
-    described = DescribedTeacher(teacher)
-    found, rows = view(corpus, described.tokenizer, lm_head_rows=described.lm_head_rows, row=row, samples=samples)
+    tokenizer, lm_head_rows = load_tokenizer(teacher)
+    found, rows = view(corpus, tokenizer, lm_head_rows=lm_head_rows, row=row, samples=samples)
     told = found.model_dump(mode="json") | {"rows": [sample.model_dump(mode="json") for sample in rows]}
     print_result(told, as_json, show=lambda _, console: show(found, rows, console))
 

@@ -336,13 +336,12 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
 
 def _teacher(teacher: TeacherSection, *, trains: bool) -> Iterator[Finding]:
     """Whether its files are here; of one on the hub, whose weights may be large, all but these."""
-    from teacher_dump.corpus.preview import DescribedTeacher
+    from teacher_dump.corpus.preview import load_tokenizer
     from teacher_dump.teachers.model_files import find_model
 
     local = Path(teacher.model).is_dir()
     try:
-        described = DescribedTeacher(teacher)
-        _ = described.tokenizer, described.lm_head_rows
+        load_tokenizer(teacher)
         find_model(teacher.model, teacher.revision, weights=local)
     except MismatchError as error:
         if not trains:

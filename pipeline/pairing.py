@@ -48,8 +48,6 @@ def refuse_unlike(theirs: Mapping[str, int], ours: Mapping[str, int] | None) -> 
 
 def teacher_vocabulary(teacher: TeacherSection) -> dict[str, int]:
     """Ids by token; no weights are fetched. Raises MismatchError."""
-    from teacher_dump.corpus.preview import DescribedTeacher
+    from teacher_dump.corpus.preview import load_tokenizer
 
-    described = DescribedTeacher(teacher)
-    _ = described.lm_head_rows  # A teacher whose config cannot be read is refused before anything is started.
-    return dict(described.tokenizer.get_vocab())
+    return dict(load_tokenizer(teacher)[0].get_vocab())

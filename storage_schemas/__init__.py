@@ -16,4 +16,14 @@ __all__ = [
     "Adaptive", "DataError", "Decoded", "Dump", "DumpSection", "MismatchError", "NeoError", "Provenance", "Row",
     "Sampled", "Targets", "TemporaryError", "TopK", "UnitRows", "decode",
 ]  # fmt: skip
-__getattr__ = lazily(__name__, __all__, "common.errors", "config", "provenance", "targets", "rows", "reader")
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("DataError", "MismatchError", "NeoError", "TemporaryError"), "common.errors"),
+        **dict.fromkeys(("Adaptive", "DumpSection", "Sampled", "TopK"), "config"),
+        "Provenance": "provenance",
+        "Dump": "reader",
+        **dict.fromkeys(("Row", "UnitRows"), "rows"),
+        **dict.fromkeys(("Decoded", "Targets", "decode"), "targets"),
+    },
+)

@@ -17,5 +17,13 @@ __all__ = [
     "TrainBatch", "fused_head_loss", "token_losses",
 ]  # fmt: skip
 __getattr__ = lazily(
-    __name__, __all__, "config", "data.batch", "data.dataset", "model.head", "model.token_losses", "hf_trainer"
+    __name__,
+    {
+        "LossSection": "config",
+        **dict.fromkeys(("SparseTargets", "TrainBatch"), "data.batch"),
+        **dict.fromkeys(("DumpCollator", "DumpDataset"), "data.dataset"),
+        "DumpTrainer": "hf_trainer",
+        **dict.fromkeys(("HeadLoss", "HeadSpec", "fused_head_loss"), "model.head"),
+        **dict.fromkeys(("TokenLosses", "token_losses"), "model.token_losses"),
+    },
 )

@@ -14,4 +14,12 @@ __all__ = [
     "CorpusSection", "DumpSummary", "LoadedTeacher", "RecomputeReport", "SourceSection", "TeacherSection",
     "recompute_rows", "run_dump",
 ]  # fmt: skip
-__getattr__ = lazily(__name__, __all__, "config", "dump", "recompute", "teachers.loaded")
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("CorpusSection", "SourceSection", "TeacherSection"), "config"),
+        **dict.fromkeys(("DumpSummary", "run_dump"), "dump"),
+        **dict.fromkeys(("RecomputeReport", "recompute_rows"), "recompute"),
+        "LoadedTeacher": "teachers.loaded",
+    },
+)

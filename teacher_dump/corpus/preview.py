@@ -11,7 +11,7 @@ import numpy as np
 from storage_schemas.common.errors import UsageError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.rows import INVALID_TEXT, OK
-from teacher_dump.config import CorpusSection, SourceSection
+from teacher_dump.config import CorpusSection, SourceSection, TeacherSection
 from teacher_dump.corpus.cache import cache_folder
 from teacher_dump.corpus.formats import Conversation, unread_columns
 from teacher_dump.corpus.freeze import Corpus, allowed_bad, freeze_corpus
@@ -100,6 +100,16 @@ class SampleView(FrozenModel):
     """Tokens before it was cut or dropped."""
     parts: list[tuple[str, bool]]
     """(text, supervised) in order; all of it together is the decoded sample."""
+
+
+def load_tokenizer(teacher: TeacherSection) -> tuple[Any, int]:
+    """The teacher's tokenizer and the rows of its LM head; its weights are neither needed nor fetched.
+
+    Raises:
+        MismatchError: there is no such teacher, or code that it brings is another model's, or fails.
+    """
+    described = DescribedTeacher(teacher)
+    return described.tokenizer, described.lm_head_rows
 
 
 class DescribedTeacher(Teacher):

@@ -21,7 +21,7 @@ from storage_schemas.rows import Row
 from storage_schemas.writer import DumpWriter
 from teacher_dump.config import TeacherSection
 from teacher_dump.corpus.freeze import hash_sample
-from teacher_dump.corpus.preview import DescribedTeacher
+from teacher_dump.corpus.preview import load_tokenizer
 from teacher_dump.dump import refuse_unusable, tokenizer_files, tokenizer_identity
 from teacher_dump.foreign import distillkit, lists, megatron, tables
 from teacher_dump.foreign.sample import Claims, ForeignSample, Made, Survey, make_row
@@ -110,8 +110,7 @@ def bring(
     hashes = tables.named_hashes([*files, *codec, *texts])
     refuse_unusable(dump)
     try:
-        described = DescribedTeacher(teacher)
-        tokenizer, lm_head_rows = described.tokenizer, described.lm_head_rows
+        tokenizer, lm_head_rows = load_tokenizer(teacher)
     except MismatchError as error:
         raise MismatchError(error.what, got=error.got, expected=error.expected, fix="correct --teacher") from error
     named = {"axolotl": lists.AXOLOTL, "lists": lists.LISTS}.get(layout, {}) | dict(columns or {})

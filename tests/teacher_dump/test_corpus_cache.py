@@ -27,7 +27,7 @@ from teacher_dump.corpus import freeze as corpus_module
 from teacher_dump.corpus.cache import kept
 from teacher_dump.corpus.columns import COLUMNS, JOURNAL, Columns, Part
 from teacher_dump.corpus.freeze import Corpus, freeze_corpus
-from teacher_dump.corpus.preview import DescribedTeacher, preview
+from teacher_dump.corpus.preview import load_tokenizer, preview
 from teacher_dump.dump import run_dump
 from teacher_dump.plan import plan_dump
 from teacher_dump.teachers.teacher import Teacher
@@ -460,8 +460,8 @@ def test_preview_plan_and_dump_share_one_kept_corpus(tmp_path: Path, made: list[
     file = write_corpus(tmp_path / "corpus.jsonl")
     os.utime(file, (1e9, 1e9))
     job = sections(tmp_path / "dump", file, save_teacher(tmp_path / "teacher"))
-    teacher = DescribedTeacher(job["teacher"])
-    seen, _ = preview(job["corpus"], teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, row=None, samples=1)
+    tokenizer, lm_head_rows = load_tokenizer(job["teacher"])
+    seen, _ = preview(job["corpus"], tokenizer, lm_head_rows=lm_head_rows, row=None, samples=1)
     plan = plan_dump(**job | {"teacher": Teacher(job["teacher"]), "temperatures": (1.0,)}, samples=2)
     assert (plan.samples, plan.statuses) == (seen.samples, seen.statuses)
     assert run_dump(**job).rows == plan.samples

@@ -12,7 +12,7 @@ from support.tiny_teachers import save_teacher
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.reader import Dump
 from teacher_dump.config import TeacherSection
-from teacher_dump.corpus.preview import DescribedTeacher
+from teacher_dump.corpus.preview import load_tokenizer
 from teacher_dump.dump import run_dump
 from teacher_dump.teachers.teacher import Teacher
 
@@ -35,7 +35,7 @@ def test_code_is_part_of_the_identity(tmp_path: Path, corpus_file: Path) -> None
     run_dump(**job)
     dump = Dump.open(job["dump"].url)
     assert set(dump.provenance.teacher.code_sha256 or {}) == {"configuration_own.py", "modeling_own.py"}
-    assert DescribedTeacher(job["teacher"]).lm_head_rows == dump.provenance.teacher.lm_head_rows
+    assert load_tokenizer(job["teacher"])[1] == dump.provenance.teacher.lm_head_rows
     change_code(own)
     with pytest.raises(MismatchError, match=r"teacher\.code_sha256"):
         run_dump(**job)
@@ -81,9 +81,8 @@ def test_a_preview_runs_the_code_of_the_teacher_alone(
     own = bring_code(save_teacher(tmp_path / "own"), AUTO_MAP | foreign)
     with (own / "configuration_own.py").open("a") as file:
         file.write(f"\n{line}\n")
-    described = DescribedTeacher(TeacherSection(model=str(own), trust_remote_code=True))
     with pytest.raises(MismatchError, match=says):
-        _ = described.tokenizer, described.lm_head_rows
+        load_tokenizer(TeacherSection(model=str(own), trust_remote_code=True))
     assert not marker.exists()
 
 
