@@ -57,24 +57,26 @@ def kind(annotation: Any) -> str:
     return names.get(annotation, "mapping")
 
 
-def section(model: type[BaseModel], path: str) -> Iterator[str]:
-    """Heading, description and table of one section, then those inside it."""
+def section(model: type[BaseModel], path: str, shown: dict[type[BaseModel], str]) -> Iterator[str]:
+    """Heading, description and table of one section, then those inside it that are not `shown` elsewhere."""
+    shown[model] = path.partition(" ")[0]
     yield f"\n## `{path}`\n\n{(model.__doc__ or '').strip()}\n"
     yield "| field | type | default | |\n|---|---|---|---|"
     inner = []
     for name, field in model.model_fields.items():
         nested = models(field.annotation)
-        if nested:
+        known = shown.get(nested[0]) if nested else None
+        if not known:
             inner += [(m, f"{path}.{name}") for m in nested]
         if field.default is PydanticUndefined:
             default = "**required**"
         else:
             default = "" if nested else f"`{_yaml(field.default)}`"
-        what = "section" if nested else kind(field.annotation)
+        what = f"as `{known}`" if known else "section" if nested else kind(field.annotation)
         description = " ".join((field.description or "").split()).replace("|", chr(92) + "|")
         yield f"| `{name}` | {what} | {default} | {description} |"
     for m, p in inner:
-        yield from section(m, p)
+        yield from section(m, p, shown)
 
 
 def _yaml(value: Any) -> str:
@@ -83,12 +85,12 @@ def _yaml(value: Any) -> str:
 
 def page() -> str:
     """The whole page."""
-    lines = [HEAD]
+    lines, shown = [HEAD], dict[type[BaseModel], str]()
     for name, field in Config.model_fields.items():
         nested = models(field.annotation)
         for model in nested:
             suffix = f" ({model.model_fields['kind'].annotation.__args__[0]})" if "kind" in model.model_fields else ""
-            lines += section(model, name + suffix)
+            lines += section(model, name + suffix, shown)
         if not nested:
             what = f"{kind(field.annotation).capitalize()}, default `{_yaml(field.default)}`."
             lines.append(f"\n## `{name}`\n\n{what} {field.description}")

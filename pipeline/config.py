@@ -8,10 +8,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.credentials import secrets_in
@@ -33,6 +33,14 @@ MAX_VALUES = 50_000
 T = TypeVar("T")
 
 
+def _with_kind(value: Any) -> Any:
+    return {"kind": "topk", **value} if isinstance(value, Mapping) and "kind" not in value else value
+
+
+ChosenEstimator = Annotated[Estimator, BeforeValidator(_with_kind)]
+"""An estimator as it is written down: without `kind` it is `topk`."""
+
+
 class HeldoutSection(FrozenModel):
     """Held-out samples: dumped with the same teacher and settings into a second dump, and only ever evaluated on."""
 
@@ -40,6 +48,9 @@ class HeldoutSection(FrozenModel):
     """Where the held-out dump lies."""
     sources: list[SourceSection] = []
     """Read in order and concatenated, like those of `corpus`, whose mask and lengths apply. Stage one only."""
+    estimator: ChosenEstimator | None = None
+    """Which entries are stored of these samples. Without it those that `estimator` says, or, where that draws, those of
+    `topk`: it compares without noise, whatever the student is trained on. Stage one only."""
 
 
 class Config(FrozenModel):
@@ -49,7 +60,7 @@ class Config(FrozenModel):
     """Where the dump lies and how it is cut; the one section that every command needs."""
     teacher: TeacherSection | None = None
     """The model whose distribution is stored. Stage one only."""
-    estimator: Estimator = TopK()
+    estimator: ChosenEstimator = TopK()
     """Which entries of the teacher's distribution are stored. Stage one only: training reads it from the dump."""
     temperatures: Temperatures = (1.0,)
     """Temperatures that a student may later be trained at; each costs one stored tail per supervised token."""
@@ -63,11 +74,6 @@ class Config(FrozenModel):
     """What is minimised. Stage two only."""
     train: TrainSection | None = None
     """The optimisation. Stage two only."""
-
-    @field_validator("estimator", mode="before")
-    @classmethod
-    def _default_kind(cls, value: Any) -> Any:
-        return {"kind": "topk", **value} if isinstance(value, Mapping) and "kind" not in value else value
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
@@ -94,6 +100,7 @@ class Config(FrozenModel):
             update={
                 "dump": self.dump.model_copy(update={"url": heldout.url}),
                 "corpus": corpus.model_copy(update={"sources": heldout.sources}),
+                "estimator": heldout.estimator or (TopK() if self.estimator.draws else self.estimator),
                 "heldout": None,
             }
         )
@@ -124,11 +131,15 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
         yield "train.dumps", f"must name dump.url as well: {config.dump.url}", mixed
     if config.train is not None and config.train.eval_steps and config.heldout is None:
         yield "train.eval_steps", "needs held-out samples: name their dump, heldout.url", config.train.eval_steps
-    if retempered(estimator, *config.temperatures):
-        problem = f"must be [1.0] with estimator.kind {estimator.kind}: draws cannot be re-tempered"
-        yield "temperatures", problem, list(config.temperatures)
+    estimators = {"estimator": estimator}
+    if config.heldout is not None and config.heldout.estimator is not None:
+        estimators["heldout.estimator"] = config.heldout.estimator
+    for place, chosen in estimators.items():
+        if retempered(chosen, *config.temperatures):
+            problem = f"must be [1.0] with {place}.kind {chosen.kind}: draws cannot be re-tempered"
+            yield "temperatures", problem, list(config.temperatures)
     if config.teacher is not None and config.teacher.backend == "vllm":
-        yield from vllm_cannot(estimator, config.temperatures, logsumexp=config.dump.logsumexp)
+        yield from vllm_cannot(estimators, config.temperatures, logsumexp=config.dump.logsumexp)
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
     if config.train is None or not config.train.distils or config.teacher is None:
         return
@@ -178,7 +189,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Args:
         overrides: `a.b=c`, where c is YAML (`null`, `[1, 2]` and `{k: 8}` work) and a number in the path indexes a
-            list. Setting `estimator.kind` to another kind starts that section anew.
+            list. Setting an estimator's `kind` to another one starts that section anew.
 
     Raises:
         UsageError: no such file, or an override that is not of the form `a.b=c`.
@@ -366,7 +377,7 @@ def _apply(data: dict[str, Any], path: Sequence[str], value: Any) -> list[Proble
         elif not isinstance(node, dict):
             return [Problem(dotted, f"{'.'.join(path[:depth])} is a value, not a section", node)]
         if last:
-            if dotted == "estimator.kind" and node.get("kind", "topk") != value:
+            if dotted.endswith("estimator.kind") and node.get("kind", "topk") != value:
                 node.clear()
             if isinstance(node, dict):  # The same setting under its other name.
                 for old, new in RENAMED.items():

@@ -140,9 +140,10 @@ def _location(details: ErrorDetails, data: Any) -> list[str]:
 
 def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str | None:
     """A key of that name or nearly so: in the same section first, then below it, else anywhere."""
-    estimator = data.get("estimator")
-    chosen = estimator.get("kind", "topk") if isinstance(estimator, dict) else "topk"
     section, name = tuple(part for part in parts[:-1] if not part.isdecimal()), parts[-1]
+    around = data.get("heldout") if section[:1] == ("heldout",) else data
+    estimator = around.get("estimator") if isinstance(around, dict) else None
+    chosen = estimator.get("kind", "topk") if isinstance(estimator, dict) else "topk"
     if hint := elsewhere.setting(name, section):
         return hint
     if ":" in name:

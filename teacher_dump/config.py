@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -237,12 +237,13 @@ class CorpusSection(FrozenModel):
 
 
 def vllm_cannot(
-    estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool
+    estimators: Mapping[str, Estimator], temperatures: Sequence[float], *, logsumexp: bool
 ) -> Iterator[tuple[str, str, object]]:
     """(dotted path, problem, got) of every setting that vLLM's log-probs of the k largest entries cannot serve."""
-    if estimator.draws:
-        problem = "must be topk with teacher.backend vllm: it names the largest entries only, and draws need them all"
-        yield "estimator.kind", problem, estimator.kind
+    for place, estimator in estimators.items():
+        if estimator.draws:
+            problem = "must be topk with teacher.backend vllm: it names the largest entries only; draws need them all"
+            yield f"{place}.kind", problem, estimator.kind
     if tuple(temperatures) != (1.0,):
         problem = "must be [1.0] with teacher.backend vllm: the tail's mass at T needs every logit"
         yield "temperatures", problem, list(temperatures)

@@ -87,7 +87,7 @@ class VllmTeacher(Teacher):
 
     def refuse_unsupported(self, estimator: Estimator, temperatures: Sequence[float], *, logsumexp: bool) -> None:
         """Raise MismatchError for what cannot be had from vLLM's log-probs."""
-        if problems := list(vllm_cannot(estimator, temperatures, logsumexp=logsumexp)):
+        if problems := list(vllm_cannot({"estimator": estimator}, temperatures, logsumexp=logsumexp)):
             raise MismatchError(
                 "teacher.backend: vllm cannot make these targets",
                 got="; ".join(f"{field} = {got}" for field, _, got in problems),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pipeline.config import MAX_BYTES, Config, load_config, need
 from pipeline.processes import stated
 from storage_schemas.common.errors import MismatchError, UsageError
-from storage_schemas.config import Adaptive, Sampled, TopK
+from storage_schemas.config import Adaptive, Estimator, Sampled, TopK
 
 FULL = """
 dump: {url: s3://bucket/run-a, samples_per_unit: 512}
@@ -292,7 +292,7 @@ def test_relative_paths_stay_relative(file: Path, monkeypatch: pytest.MonkeyPatc
     assert config.train.output == Path("runs/a")
 
 
-def test_heldout_config_swaps_corpus_and_url_and_nothing_else(file: Path) -> None:
+def test_heldout_config_swaps_corpus_and_url(file: Path) -> None:
     config = load_config(file)
     heldout = config.heldout_config()
     assert heldout.dump.url == "s3://bucket/run-a-heldout"
@@ -303,6 +303,35 @@ def test_heldout_config_swaps_corpus_and_url_and_nothing_else(file: Path) -> Non
     assert heldout.teacher == config.teacher
     with pytest.raises(MismatchError, match="heldout"):
         heldout.heldout_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stored"),
+    [
+        (["estimator.k=32"], TopK(k=32, mass=0.999)),
+        (["estimator.kind=sampled"], TopK()),
+        (["estimator.kind=adaptive"], TopK()),
+        (["estimator.kind=sampled", "heldout.estimator.k=256"], TopK(k=256)),
+        (["heldout.estimator={kind: sampled}"], Sampled(kind="sampled")),
+        (["heldout.estimator.kind=sampled", "heldout.estimator.draws=9"], Sampled(kind="sampled", draws=9)),
+    ],
+)
+def test_held_out_samples_are_compared_without_noise_unless_asked_for(
+    file: Path, overrides: list[str], stored: Estimator
+) -> None:
+    assert load_config(file, overrides).heldout_config().estimator == stored
+
+
+def test_what_the_held_out_estimator_cannot_is_told_by_its_own_name(file: Path) -> None:
+    drawn = "heldout.estimator.kind=sampled"
+    assert "temperatures -> must be [1.0] with heldout.estimator.kind sampled" in problems(
+        file, drawn, "temperatures=[1, 2]"
+    )
+    assert "heldout.estimator.kind -> must be topk with teacher.backend vllm" in problems(
+        file, drawn, "teacher.backend=vllm", "dump.logsumexp=false"
+    )
+    message = problems(file, "heldout.estimator={kind: adaptive, kmax: 8}")
+    assert "heldout.estimator.kmax -> unknown key; did you mean heldout.estimator.k_max?" in message
 
 
 def test_a_config_made_in_python_is_checked_as_well() -> None:

@@ -56,7 +56,7 @@ def test_every_setting_is_shown_with_who_states_it(call: Call, file: Path) -> No
 
 def test_no_setting_is_left_out_and_each_may_be_set(file: Path) -> None:
     mixed = TEXT.replace("deepspeed: zero3", "deepspeed: zero3, dumps: [{url: runs/d}, {url: runs/e}]")
-    file.write_text(mixed + "student: {model: s}\nheldout: {url: runs/h, sources: [{path: c}]}\n")
+    file.write_text(mixed + "student: {model: s}\nheldout: {url: runs/h, sources: [{path: c}], estimator: {k: 8}}\n")
     shown = settings_of(load(file))
     plain = {".".join(part for part in name.split(".") if not part.isdecimal()) for name in shown}
     known = {".".join(path) for path in keys(Config, "topk")}
