@@ -42,7 +42,7 @@ ChosenEstimator = Annotated[Estimator, BeforeValidator(_with_kind)]
 
 
 class HeldoutSection(FrozenModel):
-    """Held-out samples: dumped with the same teacher and settings into a second dump, and only ever evaluated on."""
+    """Held-out samples: dumped with the same teacher into a second dump, and only ever evaluated on."""
 
     url: str
     """Where the held-out dump lies."""
@@ -50,7 +50,7 @@ class HeldoutSection(FrozenModel):
     """Read in order and concatenated, like those of `corpus`, whose mask and lengths apply. Stage one only."""
     estimator: ChosenEstimator | None = None
     """Which entries are stored of these samples. Without it those that `estimator` says, or, where that draws, those of
-    `topk`: it compares without noise, whatever the student is trained on. Stage one only."""
+    `topk`: it compares without noise, whatever the student is trained on. Stage one only, and not asked of the dump."""
 
 
 class Config(FrozenModel):
@@ -83,7 +83,7 @@ class Config(FrozenModel):
         return self
 
     def heldout_config(self, command: str = "dump") -> "Config":
-        """The same configuration with the held-out samples in place of the training corpus.
+        """The same configuration with the held-out samples, and their estimator, in place of the training corpus.
 
         Raises:
             MismatchError: no `heldout` with sources, or no `corpus` whose mask and lengths would apply.
@@ -136,21 +136,22 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
         estimators["heldout.estimator"] = config.heldout.estimator
     for place, chosen in estimators.items():
         if retempered(chosen, *config.temperatures):
-            problem = f"must be [1.0] with {place}.kind {chosen.kind}: draws cannot be re-tempered"
+            problem = f"must be [1.0] with {place}.kind {chosen.kind}: draws cannot be re-tempered, topk can"
             yield "temperatures", problem, list(config.temperatures)
+            break
     if config.teacher is not None and config.teacher.backend == "vllm":
         yield from vllm_cannot(estimators, config.temperatures, logsumexp=config.dump.logsumexp)
     # Without a teacher the dump was made elsewhere: only the dump knows its temperatures, and the trainer asks it.
     if config.train is None or not config.train.distils or config.teacher is None:
         return
     if config.loss.divergence != "forward_kl" and estimator.draws:
-        problem = f"must be forward_kl with estimator.kind {estimator.kind}: only that is unbiased on draws"
+        problem = f"must be forward_kl with estimator.kind {estimator.kind}: on draws only that is unbiased"
         yield "loss.divergence", problem, config.loss.divergence
-    if config.loss.temperature not in config.temperatures:
-        yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
-    elif retempered(estimator, config.loss.temperature):
-        problem = f"must be 1.0 with estimator.kind {estimator.kind}: draws cannot be re-tempered"
+    if retempered(estimator, config.loss.temperature):
+        problem = f"must be 1.0 with estimator.kind {estimator.kind}: draws cannot be re-tempered, topk can"
         yield "loss.temperature", problem, config.loss.temperature
+    elif config.loss.temperature not in config.temperatures:
+        yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
 
 
 def need(section: T | None, name: str, command: str) -> T:
@@ -201,6 +202,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     written = copy.deepcopy(data)
     known = {key[-1] for key in keys(Config)}
     problems: list[Problem] = []
+    # A kind starts its section anew: first, so that it takes nothing away that is set beside it.
+    if not any(place[-1] == "estimator" for place, _ in parsed):
+        parsed.sort(key=lambda one: one[0][-2:] != ("estimator", "kind"))
     for place, value in parsed:
         problems += _apply(data, place, value)
     # First, and alone: what is said about other faults may show what stands beside them.

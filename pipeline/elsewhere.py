@@ -181,10 +181,13 @@ def setting(name: str, section: Sequence[str] = ()) -> str | None:
     found = next((SETTINGS[key] for at in range(len(parts)) if (key := ".".join(parts[at:])) in SETTINGS), None)
     if found is None:
         return None
-    # Held-out samples have sources of their own.
-    places = [p.replace("corpus.sources", "heldout.sources") if parts[0] == "heldout" else p for p in found.places]
-    own = tuple(place for place in places if place.startswith(f"{'.'.join(parts[:-1])}."))
-    return Here(own or tuple(places), found.note).hint()
+    # Held-out samples have sources and an estimator of their own.
+    places = list(found.places)
+    if parts[0] == "heldout":
+        own = ("corpus.sources", "estimator.")
+        places = [f"heldout.{p.removeprefix('corpus.')}" if p.startswith(own) else p for p in places]
+    here = tuple(place for place in places if place.startswith(f"{'.'.join(parts[:-1])}."))
+    return Here(here or tuple(places), found.note).hint()
 
 
 def value(place: str, said: object) -> str | None:

@@ -69,7 +69,8 @@ def _setting(name: str) -> str | None:
     """How to give a setting that was given as an option."""
     *section, last = name.split(".")
     known = {".".join(path) for path in keys(Config)}
-    if places := sorted(place for place in known if f".{place}".endswith(f".{name}")):
+    places = [place for place in known if f".{place}".endswith(f".{name}")]
+    if places := sorted(places, key=lambda place: (place.startswith("heldout."), place)):
         return _set(*places[:3])
     if hint := elsewhere.setting(last, section):
         return f"{hint.rstrip('.')}{'' if hint.endswith('?') else '.'} Settings are given as --set A.B=VALUE"

@@ -49,7 +49,8 @@ def report(
             for p in set_paths
         )
         # What disagrees with it.
-        other = next((p for p in set_paths if "." in p and re.search(rf"\b{re.escape(p)}\b", problem.text)), None)
+        named = re.findall(r"[\w.]*\w", problem.text)
+        other = next((p for p in set_paths if "." in p and p in named), None)
         place = "--set" if by_hand else f"{path} and --set {other}" if other else path
         line = f"  {place}: {problem.path} -> {problem.text}"
         if problem.got is not UNSAID:
@@ -141,14 +142,19 @@ def _location(details: ErrorDetails, data: Any) -> list[str]:
 def _similar_key(parts: Sequence[str], data: Any, model: type[BaseModel]) -> str | None:
     """A key of that name or nearly so: in the same section first, then below it, else anywhere."""
     section, name = tuple(part for part in parts[:-1] if not part.isdecimal()), parts[-1]
-    around = data.get("heldout") if section[:1] == ("heldout",) else data
+    around = data.get("heldout") if section[:2] == ("heldout", "estimator") else data
     estimator = around.get("estimator") if isinstance(around, dict) else None
     chosen = estimator.get("kind", "topk") if isinstance(estimator, dict) else "topk"
     if hint := elsewhere.setting(name, section):
         return hint
     if ":" in name:
         return "a colon needs a blank after it"
-    known = list(dict.fromkeys(keys(model, chosen)))
+    for member in _members(section, model) if section[-1:] == ("estimator",) else ():
+        if name in member.model_fields:
+            kind, place = get_args(member.model_fields["kind"].annotation)[0], ".".join(section)
+            return f"{place}.kind {chosen} has none, {kind} has: --set '{place}={{kind: {kind}, {name}: ...}}'"
+    # What is said of held-out samples alone comes last.
+    known = sorted(dict.fromkeys(keys(model, chosen)), key=lambda path: path[:2] == ("heldout", "estimator"))
     siblings = {path[-1]: (*parts[:-1], path[-1]) for path in known if path[:-1] == section}
     if found := difflib.get_close_matches(name, list(siblings), n=1, cutoff=0.7):
         return f"did you mean {'.'.join(siblings[found[0]])}?"

@@ -192,6 +192,8 @@ def _dump_inputs(config: Config) -> dict[str, Any]:
     """What decides the content of both dumps; stage one itself compares it with what lies there."""
     sections = ("dump", "teacher", "estimator", "temperatures", "corpus", "heldout")
     described = config.model_dump(mode="json", include=set(sections))
+    if config.heldout and config.heldout.estimator is None:
+        del described["heldout"]["estimator"]
     sources = [source.path for part in (config, config.heldout_config()) for source in part.corpus.sources]  # type: ignore[union-attr]
     template = [str(config.corpus.template_file)] if config.corpus and config.corpus.template_file else []
     return described | {"files": {path: _state(path) for path in [described["teacher"]["model"], *sources, *template]}}

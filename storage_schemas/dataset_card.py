@@ -31,13 +31,15 @@ One row is one sample. Per supervised token `t` (`loss_mask[t]`), in order, `tar
 teacher's distribution of token `t` given the tokens before it: absolute token ids and natural log-probabilities at
 T = 1. The first `head_size` entries are exact, `target_counts` says how often each of the others was drawn.
 `tail_logprob` and `logsumexp` hold one value per temperature: the log of the mass outside the head, and the log-sum-exp
-of the raw logits. Rescale the head to `1 - exp(tail_logprob)` before use.
+of the raw logits. {use}
 {precision}
 ```sql
--- DuckDB: the teacher's probability of its most likely token, by token
+-- DuckDB: the teacher's probability of the most likely token that is stored, by token
 SELECT sample_index, list_transform(target_logprobs, lambda t: exp(list_max(t))) FROM 'data/*.parquet';
 ```
 """
+
+_DRAWS = "An entry that was drawn c times weighs `exp(tail_logprob) * c / sum(target_counts)`, at T = 1 alone."
 
 _IMPORTED = """
 These distributions were imported from a store of the layout `{layout}`: run.json has what was claimed of its numbers
@@ -59,6 +61,7 @@ def dataset_card(provenance: Provenance, seal: Seal) -> str:
         revision=provenance.origin.revision
         or ("of a model in memory" if provenance.teacher.in_memory else "of a local directory"),
         estimator=provenance.estimator.model_dump(),
+        use=_DRAWS if provenance.estimator.draws else "Rescale the head to `1 - exp(tail_logprob)` before use.",
         temperatures=", ".join(map(str, provenance.temperatures)),
         per_token=seal.bytes / max(seal.supervised_tokens, 1),
         precision=_precision(provenance),

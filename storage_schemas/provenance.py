@@ -254,7 +254,7 @@ class Provenance(_Identity, ProvenJson):
         return canonical_json(content, indent=2)
 
 
-_RESTORE_DUMP = "restore what this dump was started with, or choose another dump.url"
+_RESTORE_DUMP = "restore what it was started with (of held-out samples: heldout.estimator), or choose another dump.url"
 
 
 def refuse_differences(what: str, found: Differences | None, *, fix: str = _RESTORE_DUMP) -> None:

@@ -110,7 +110,7 @@ class DumpProgress:
         if eta is not None:
             text += f", {timedelta(seconds=round(eta))} left"
         if density is not None:
-            text += f", {density:.1f} bytes/supervised token, coverage {mass:.4f}"
+            text += f", {density:.1f} bytes/supervised token" + (f", coverage {mass:.4f}" if mass else "")
         if self._bar is None:
             log.info("dump: %d/%d units, %s", len(done), units, text)
         else:

@@ -221,7 +221,7 @@ def _entropy(decoded: Decoded, i: int) -> float:
     """Entropy in nats of a token's weights; what no entry stands for counts as one event."""
     weights = decoded.weights[i].astype(np.float64)
     rest = max(0.0, 1.0 - float(weights.sum()))
-    return float(-sum(w * math.log(w) for w in [*weights.tolist(), rest] if w > 0))
+    return float(sum(-w * math.log(w) for w in [*weights.tolist(), rest] if w > 0))
 
 
 def text_pieces(tokenizer: Tokenizer | None, ids: list[int]) -> list[str]:
@@ -286,10 +286,15 @@ def header_lines(view: Header) -> list[tuple[str, str]]:
         *lines,
         ("bytes", f"{view.bytes:,}, {view.bytes_per_supervised_token:.1f} per supervised token"),
         ("stored entries", f"{view.entries_per_supervised_token:.1f} per supervised token"),
-        ("coverage", f"{view.mean_kept_mass:.4f} of the probability is stored exactly, on average"),
+        ("coverage", coverage(view.mean_kept_mass)),
         ("entropy", f"{view.mean_entropy:.3f} nats, of the teacher's distribution"),
         ("fidelity", f"KL(exact || stored) at most {worst} in any unit"),
     ]
+
+
+def coverage(mass: float | None) -> str:
+    """How much probability has entries, in words."""
+    return f"{mass:.4f} of the probability is stored exactly, on average" if mass else "none: every entry is drawn"
 
 
 def counts(statuses: dict[str, int]) -> str:

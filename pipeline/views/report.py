@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.views.inspect import coverage
 from student_train.config import METHODS
 from student_train.metrics import HeldoutResult
 from student_train.results.model_card import package_version
@@ -36,7 +37,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
         "|---|---|",
         f"| teacher, tokens per second | {_number(summary['dump_tokens_per_second'])} |",
         f"| dump, bytes per supervised token | {summary['bytes_per_supervised_token']:.1f} |",
-        f"| dump, mean coverage (probability that is stored exactly) | {dumped['mean_kept_mass']:.4f} |",
+        f"| dump, coverage | {coverage(dumped['mean_kept_mass'])} |",
         f"| training, tokens per second | {_number(summary['train_tokens_per_second'])} |",
         f"| training, steps | {summary['train_steps']} |",
         f"| training, peak memory of a rank | {summary['peak_rss_bytes'] / 2**30:.2f} GiB |",

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.text import Text
 
-from pipeline.views.inspect import counts
+from pipeline.views.inspect import counts, coverage
 from pipeline.views.terminal import facts_table
 from storage_schemas.common.secrets import visible
 
@@ -32,7 +32,7 @@ def dump_lines(found: Mapping[str, Any]) -> Lines:
     if found["bytes_per_supervised_token"] is not None:
         lines += [
             ("bytes", f"{found['bytes']:,}, {found['bytes_per_supervised_token']:.1f} per supervised token"),
-            ("coverage", f"{found['mean_kept_mass']:.4f} of the probability is stored exactly, on average"),
+            ("coverage", coverage(found["mean_kept_mass"])),
         ]
     if found["tokens_per_second"] is None:
         return [*lines, ("done here", "nothing: all was there")]

@@ -92,7 +92,7 @@ def token_table(view: RowView) -> Table:
             "-" if token.rank is None else str(token.rank),
             "-" if token.p is None else f"{token.p:.4f}",
             _top(token),
-            f"{token.mass:.4f}",
+            f"{token.mass:.4f}" if token.mass else "-",
             f"{token.entropy:.2f}",
         )
     return table
@@ -104,7 +104,8 @@ def token_lines(view: RowView) -> Table:
     lines.add_column(justify="right", no_wrap=True)
     lines.add_column(overflow="fold")
     for token in view.supervised:
-        said = f"  {odds(token)}, coverage {token.mass:.4f}, entropy {token.entropy:.2f}"
+        covered = f"coverage {token.mass:.4f}, " if token.mass else ""
+        said = f"  {odds(token)}, {covered}entropy {token.entropy:.2f}"
         lines.add_row(str(token.position), Group(Text.assemble(_token(token), said), _top(token)))
     return lines
 

@@ -233,6 +233,13 @@ def test_overrides_are_yaml_and_reach_into_lists_and_missing_sections(file: Path
 
 
 def test_an_override_of_the_kind_starts_the_estimator_anew(file: Path) -> None:
+    file.write_text(FULL.replace("kind: topk, k: 64, mass: 0.999", "kind: sampled, draws: 50"))
+    for order in (1, -1):
+        assert load_config(file, ["estimator.k=32", "estimator.kind=topk"][::order]).estimator == TopK(k=32)
+    assert load_config(file, ["estimator={k: 5}", "estimator.kind=sampled"]).estimator == Sampled(kind="sampled")
+    hint = "estimator.kind sampled has none, topk has: --set 'estimator={kind: topk, k: ...}'"
+    assert hint in problems(file, "estimator.k=32")
+    file.write_text(FULL)
     assert load_config(file, ["estimator.kind=sampled", "estimator.draws=9"]).estimator == Sampled(
         kind="sampled", draws=9
     )
@@ -329,6 +336,9 @@ def test_what_the_held_out_estimator_cannot_is_told_by_its_own_name(file: Path) 
     )
     assert "heldout.estimator.kind -> must be topk with teacher.backend vllm" in problems(
         file, drawn, "teacher.backend=vllm", "dump.logsumexp=false"
+    )
+    assert "and --set estimator.kind" not in problems(
+        file, "estimator.kind=topk", "heldout={url: x, estimator: {kind: sampled}}", "temperatures=[1, 2]"
     )
     message = problems(file, "heldout.estimator={kind: adaptive, kmax: 8}")
     assert "heldout.estimator.kmax -> unknown key; did you mean heldout.estimator.k_max?" in message

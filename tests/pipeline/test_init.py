@@ -12,6 +12,7 @@ from pipeline.config import load_config
 from pipeline.init import FOLDER, SCHEMA, recipes, write_recipe
 from storage_schemas.common.errors import MismatchError, UsageError
 from storage_schemas.common.exits import Exit
+from storage_schemas.config import Sampled, TopK
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["smollm2-demo", "llama-3.1-8b-to-3.2-1b", "own", "qwen3"]
@@ -33,6 +34,8 @@ def test_a_recipe_is_a_whole_configuration_that_editors_know(call: Call, tmp_pat
     config = load_config(file)
     for section in ("teacher", "corpus", "heldout", "student", "train"):
         assert getattr(config, section) is not None
+    assert config.estimator == (TopK() if name == "smollm2-demo" else Sampled(kind="sampled"))
+    assert load_config(file, ["estimator={kind: topk}", "temperatures=[1, 2]", "loss.temperature=2"])
     first, second = file.read_text().splitlines()[:2]
     assert second == f"# {recipes()[name]}"
     # Relative to the configuration, as language servers read it.

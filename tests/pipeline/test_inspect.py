@@ -257,6 +257,8 @@ def test_of_draws_only_drawn_tokens_have_a_probability(tmp_path, tokenizer):
     assert unknown
     assert len(unknown) < len(view.supervised)
     assert all(token.mass == 0 for token in view.supervised)
+    assert not [token for token in view.supervised if f"{token.entropy:.2f}".startswith("-")]
+    assert ("coverage", "none: every entry is drawn") in show.header_lines(show.header(dump))
     drawn = {int(token["href"].rpartition("-")[2]): token["class"] for token in parsed.tokens}
     assert [position for position, shade in drawn.items() if shade == "s5"] == unknown
 

@@ -48,6 +48,10 @@ def test_a_dump_and_its_held_out_samples_are_a_table_each() -> None:
     assert "…" not in shown
 
 
+def test_where_all_is_drawn_no_coverage_is_claimed() -> None:
+    assert dict(dump_lines(summary(mean_kept_mass=0.0)))["coverage"] == "none: every entry is drawn"
+
+
 def test_a_dump_without_targets_and_without_work_says_so() -> None:
     lines = dict(dump_lines(summary(supervised_tokens=0, bytes_per_supervised_token=None, tokens_per_second=None)))
     assert lines["done here"] == "nothing: all was there"

@@ -12,6 +12,8 @@ from support.corpora import write_questions
 from support.tiny_teachers import save_teacher
 
 from pipeline import cli
+from storage_schemas.config import Sampled, TopK
+from storage_schemas.reader import Dump
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
@@ -74,3 +76,5 @@ def test_the_commands_print_what_the_page_quotes(checkout: Path, capfd: pytest.C
     assert typed >= {f"llm-neo {command}" for command in commands.split()}
     before, after = map(float, cross_entropy)
     assert after < before
+    stored = [Dump.open(f"runs/own/{name}").provenance.estimator for name in ("dump", "dump-heldout")]
+    assert stored == [Sampled(kind="sampled", draws=50), TopK()]
