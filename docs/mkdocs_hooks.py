@@ -12,11 +12,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-OUTSIDE = ("benchmarks/*.md", "SECURITY.md", "CHANGELOG.md")
+OUTSIDE = ("benchmarks/*.md", "benchmarks/*.svg", "SECURITY.md", "CHANGELOG.md")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages outside of docs/."""
+    """Add the pages and pictures outside of docs/."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
