@@ -123,8 +123,7 @@ def run_dump(
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
     with opened(teacher) as teacher, stoppable() as stop:
         teacher.refuse_unsupported(estimator, temperatures, logsumexp=dump.logsumexp)
-        place = "estimator" if apart_from is None else "heldout.estimator"
-        refuse_wider_than_vocabulary(estimator, teacher, place=place)
+        refuse_wider_than_vocabulary(estimator, teacher)
         # What can be refused is refused before hours go by, and before anything is written.
         refuse_unusable(dump)
         teacher.refuse_unloadable()
@@ -205,16 +204,17 @@ def provenance_of(
     )
 
 
-def refuse_wider_than_vocabulary(estimator: Estimator, teacher: Teacher, *, place: str) -> None:
-    """Raise MismatchError if a head shall have more entries than there are ids; `place` is the setting."""
+def refuse_wider_than_vocabulary(estimator: Estimator, teacher: Teacher) -> None:
+    """Raise MismatchError if a head shall have more entries than there are ids."""
     ids = teacher.masked_from or teacher.lm_head_rows
     wanted = {name: value for name, value in estimator.model_dump().items() if name in ("k", "k_min", "k_max")}
-    if too_many := {f"{place}.{name}": value for name, value in wanted.items() if value > ids}:
+    if too_many := {f"estimator.{name}": value for name, value in wanted.items() if value > ids}:
         raise MismatchError(
             "the estimator asks for more entries than the teacher's vocabulary has",
             got=", ".join(f"{name} = {value}" for name, value in too_many.items()),
             expected=f"at most {ids}",
-            fix="lower it; 64 holds nearly all of the probability of most tokens, `llm-neo plan` says how much",
+            fix="lower it, for held-out samples with heldout.estimator; 64 holds nearly all of the probability of most "
+            "tokens, `llm-neo plan` says how much",
         )
 
 

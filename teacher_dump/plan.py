@@ -117,7 +117,7 @@ def plan_dump(
         MismatchError: the teacher cannot be loaded, or a sample is too long for it.
         DataError: the corpus cannot be used.
     """
-    refuse_wider_than_vocabulary(estimator, teacher, place="estimator")
+    refuse_wider_than_vocabulary(estimator, teacher)
     teacher.refuse_unloadable()
     frozen = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
     refuse_too_long(frozen, teacher)
