@@ -192,6 +192,7 @@ def _dump_inputs(config: Config) -> dict[str, Any]:
     """What decides the content of both dumps; stage one itself compares it with what lies there."""
     sections = ("dump", "teacher", "estimator", "temperatures", "corpus", "heldout")
     described = config.model_dump(mode="json", include=set(sections))
+    # Not said, it is left out: a run that was begun before there was such a setting is still the same one.
     if config.heldout and config.heldout.estimator is None:
         del described["heldout"]["estimator"]
     sources = [source.path for part in (config, config.heldout_config()) for source in part.corpus.sources]  # type: ignore[union-attr]
