@@ -227,6 +227,7 @@ def picture(points: Sequence[Point], contrast: Sequence[Point], full: Point) -> 
     """Held-out KL over bytes per supervised token, with the seeds' spread; SVG."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     series: dict[str, list[Point]] = {}
     for point in points:
@@ -244,6 +245,8 @@ def picture(points: Sequence[Point], contrast: Sequence[Point], full: Point) -> 
         mean, deviation = fmean(full.values("kl_mean")), _deviation(full.values("kl_mean"))
         axes.axhspan(mean - deviation, mean + deviation, color=INK, alpha=0.3, linewidth=0)
         axes.axhline(mean, color=INK, linewidth=1, label=f"{full.name}, {full.bytes_per_token:,.0f} bytes")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8)
         return str(svg(figure))

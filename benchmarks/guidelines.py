@@ -36,8 +36,8 @@ class Grid:
         return len(self.ranks) + len(self.alphas) + len(self.conversations) + len(self.variants)
 
 
-BUDGET = Budget(steps=75, conversations=1600, first_rate=2)
-HELDOUT = 200
+BUDGET = Budget(steps=75, tuning_samples=100, conversations=1500, first_rate=2)
+HELDOUT = 100
 SMALL = Grid(ranks=(2, 16), alphas=(0.0, 0.5), conversations=(16, 32), variants=("lora", "dora"))
 
 
