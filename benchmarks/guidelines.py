@@ -72,7 +72,8 @@ class Guidelines:
         ranks = {f"{rank}": self.point(f"r{rank}", rates[rank], lora={"r": rank}) for rank in self.grid.ranks}
         alphas = {f"{alpha:g}": self.point(f"alpha-{alpha:g}", best, alpha=alpha) for alpha in self.grid.alphas}
         data = {
-            f"{count:,}": self.point(f"data-{count}", best, steps=count // BATCH) for count in self.grid.conversations
+            f"{count // BATCH * BATCH:,}": self.point(f"data-{count}", best, steps=count // BATCH)
+            for count in self.grid.conversations
         }
         own = {name: self.variant_rate(name, best) for name in self.grid.variants}
         variants = {
@@ -83,7 +84,7 @@ class Guidelines:
         scores = {rank: self.study.scores.get((NEO, rank), {}) for rank in self.grid.ranks}
         return "\n".join([
             *self.lab.made("Neo's settings, one at a time"),
-            f"One seed per row; the standard deviation of Neo's KL over {len(seeds)} seeds is {spread:.4f}.",
+            f"One seed per row; over {len(seeds)} seeds of one setting KL has a standard deviation of {spread:.4f}.",
             "",
             *rate_table("rank, KL on the tuning set at", scores),
             "",
@@ -146,7 +147,7 @@ def verdicts(
             return "holds"
         if any(step > spread for step in steps):
             return "contradicted"
-        return "not shown: a difference is within the spread of seeds"
+        return "not shown: a difference is within twice the spread of seeds"
 
     chosen = [rates[rank] for rank in sorted(rates)]
     lower = chosen == sorted(chosen, reverse=True) and chosen[0] > chosen[-1]

@@ -199,7 +199,8 @@ def report(
         *rate_table("on the tuning set, at", told),
         "",
         "Seconds per step: the median of all steps and seeds. Memory: the most that the training's process held, with",
-        "the copy from which a checkpoint is written.",
+        "the copy from which a checkpoint is written; the median of the seeds. The verdicts on time are medians over",
+        "steps of the ratio on the same samples, not ratios of these medians.",
         "",
         "| | seconds per step | peak memory, GiB | optimizer state, MB | trained parameters |",
         "|---|---:|---:|---:|---:|",
@@ -272,7 +273,7 @@ def verdicts(
                                       f"{cost[1]:.2f} of the memory, state {'the same' if same_state else 'another'}"),
         ("Neo costs less than KD", f"{_held(cheaper)}: {against_kd[0]:.2f} of the time, {against_kd[1]:.2f} of the "
                                    f"memory, {state:.3f} of the state"),
-        ("low rank wants ten times the learning rate", f"{ten}: {tenfold[0]:.0f} (CE), {tenfold[1]:.0f} (with KL)"),
+        ("low rank wants ten times the learning rate", f"{ten}: {tenfold[0]:.2g} (CE), {tenfold[1]:.2g} (with KL)"),
     ]  # fmt: skip
 
 
