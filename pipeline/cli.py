@@ -265,6 +265,13 @@ def evaluate(
 
     if len(model) > 2 or len(set(model)) < len(model):
         raise UsageError("one model is evaluated, or two", got=", ".join(model), expected="at most two, of other names")
+    if revision is not None and Path(model[0]).is_dir() and not is_adapter(model[0]):
+        raise UsageError(
+            f"{model[0]} is a directory",
+            got=f"--revision {revision}",
+            expected="a model on the hub",
+            fix="leave it out",
+        )
     found: dict[str, Evaluated] = {}
     for name in model:
         with shown_progress(f"evaluating {name}") as progress:
@@ -276,7 +283,7 @@ def evaluate(
                 device=device,
                 limit=limit,
                 partial=partial,
-                base=base if len(model) == 1 or is_adapter(name) else None,
+                base=base if is_adapter(name) or not any(map(is_adapter, model)) else None,
                 revision=revision if name == model[0] else None,
                 trust=trust_remote_code,
                 progress=progress,
@@ -301,6 +308,7 @@ def report(
         int, typer.Option(min=0, help="Held-out samples on the page, beside the first run's student; 0: load no model.")
     ] = 3,
     base: Base = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Put finished runs side by side: what they were, what came out, what it cost; what seeds say of differences."""
     from pipeline.views.runs import markdown, read_run
@@ -320,7 +328,9 @@ def report(
         heldout = config.heldout.url
         try:
             dump = Dump.open(heldout, options=config.dump.storage_options)
-            told = samples_of(evaluate_model(runs[0] / "final", dump, limit=samples, base=base))
+            told = samples_of(
+                evaluate_model(runs[0] / "final", dump, limit=samples, base=base, trust=trust_remote_code)
+            )
         except NeoError as error:
             sys.stderr.write(f"the page has no samples: {shown(str(error))}\n")
     _write_page(html, run_page(found, told, heldout=heldout))

@@ -85,7 +85,7 @@ def run_pipeline(
     steps.do("verify", lambda: _verify(config, config.dump.url), {"dump": _sealed(config, config.dump.url)})
     steps.do("verify-heldout", lambda: _verify(config, heldout.url), against)
     trust = ["--trust-remote-code"] if student.trust_remote_code else []
-    pinned = ["--revision", student.revision] if student.revision else []
+    pinned = ["--revision", student.revision] if student.revision and not Path(student.model).is_dir() else []
     before_inputs = against | {"student": _state(student.model), "revision": student.revision, "trust": trust}
     before = steps.do("before", lambda: _evaluate(config, student.model, heldout.url, trust, pinned), before_inputs)
 
@@ -116,6 +116,7 @@ def run_pipeline(
         "train_tokens_per_second": trained.tokens_per_second,
         "bytes_per_supervised_token": dumped["bytes_per_supervised_token"],
         "heldout_supervised_tokens": after["supervised_tokens"],
+        "heldout_dump": dumped["heldout"]["fingerprint"],
         "train_steps": trained.steps,
         "train_samples": sum(count_statuses(one.read_records()).get(OK, 0) for one in trained_on),
         "teacher": teacher.model,

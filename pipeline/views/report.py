@@ -29,7 +29,7 @@ def report(config: Config, summary: dict[str, Any], dumped: dict[str, Any]) -> s
     lines = [
         f"# {METHODS[summary['arm']]}: {Path(summary['student']).name} from {Path(summary['teacher']).name}",
         "",
-        *_quality(summary, tokens=summary["heldout_supervised_tokens"]),
+        *_quality(summary, tokens=summary["heldout_supervised_tokens"], temperature=1.0),
         *[line for remark in remarks(config, summary) for line in (f"**{remark}**", "")],
         "## Cost",
         "",
@@ -66,7 +66,7 @@ def training_report(config: Config, summary: Summary) -> str:
     lines = [
         f"# {METHODS[summary.arm]}: {Path(summary.student).name}",
         "",
-        *_quality(quality, tokens=last.supervised_tokens),
+        *_quality(quality, tokens=last.supervised_tokens, temperature=last.temperature),
         *[line for remark in _no_closer(first.kl, last.kl, steps=last.step) for line in (f"**{remark}**", "")],
         "| step | KL | cross-entropy | same most likely token | acceptance rate of drafts |",
         "|---|---|---|---|---|",
@@ -114,10 +114,11 @@ def _evaluation(result: HeldoutResult) -> str:
     return f"| {result.step} | {result.kl:.4f} | {result.ce:.4f} | {top1} | {acceptance} |"
 
 
-def _quality(summary: dict[str, Any], *, tokens: int) -> list[str]:
+def _quality(summary: dict[str, Any], *, tokens: int, temperature: float) -> list[str]:
     return [
         f"Against the teacher, on {tokens:,} supervised tokens of held-out samples.",
-        "KL is over the stored entries and one tail bucket, a lower bound of the divergence over the whole vocabulary.",
+        f"KL is at temperature {temperature:g}: over the stored entries and one tail bucket a lower bound of that over "
+        "the whole vocabulary, from drawn tokens an estimate of it.",
         "",
         "| | before | after | change |",
         "|---|---|---|---|",

@@ -16,9 +16,9 @@ INK = "#808080"
 """Of axes and text of a figure: legible on white and on black."""
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "llm-neo", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "font.size": 9,
+    "xtick.color": INK, "ytick.color": INK, "font.size": 9, "text.parse_math": False,
 }  # fmt: skip
-"""Of a figure: its text stays text, and the same runs give the same bytes."""
+"""Of a figure: its text stays text, a `$` too, and the same runs give the same bytes."""
 
 
 class StudentToken(NamedTuple):
@@ -93,20 +93,24 @@ def figures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     from matplotlib.figure import Figure
 
     drawn: list[tuple[str, Callable[[Any], float], str | None]] = [
-        ("Divergence from the teacher, nats per token", lambda event: event.kl, "kl"),
+        ("Divergence from the teacher, nats per token; dots: held-out KL", lambda event: event.kl, "kl"),
         ("Cross-entropy, nats per token", lambda event: event.ce, "ce"),
         ("Tokens per second", lambda event: event.tokens_per_second, None),
         ("Learning rate", lambda event: event.learning_rate, None),
     ]
     found = []
-    names = [run.name if len(run.name) <= 40 else f"…{run.name[-39:]}" for run in runs]
+    # A legend leaves out what begins with an underscore; the space before it has no width.
+    names = ["\u200b" + (run.name if len(run.name) <= 40 else f"…{run.name[-39:]}") for run in runs]
     with matplotlib.rc_context(STYLE):
         for title, of_event, of_evaluation in drawn:
             figure = Figure(figsize=(5.2, 2.9 + 0.1 * len(runs)), layout="constrained")
             axes = figure.add_subplot()
             for run, short in zip(runs, names, strict=True):
-                steps = [event.step for event in run.events]
-                (line,) = axes.plot(steps, [of_event(event) for event in run.events], linewidth=1, label=short)
+                assert run.config.train is not None
+                # What does not distil says 0 of its divergence in training.
+                events = run.events if of_evaluation != "kl" or run.config.train.distils else ()
+                steps = [event.step for event in events]
+                (line,) = axes.plot(steps, [of_event(event) for event in events], linewidth=1, label=short)
                 if of_evaluation is not None:
                     held = run.summary.heldout
                     values = [getattr(result, of_evaluation) for result in held]

@@ -45,10 +45,10 @@ class Run(NamedTuple):
         return {name: pair for name, pair in pairs.items() if None not in pair}
 
     def evaluated_on(self) -> tuple[object, float]:
-        """The held-out dump and the temperature of its numbers: by fingerprint, or as configured."""
+        """The held-out dump and the temperature of its numbers: by fingerprint, or as configured where it has none."""
         if self.summary.heldout:
             return self.summary.heldout[0].dump, self.summary.heldout[0].temperature
-        return self.config.heldout and self.config.heldout.url, 1.0
+        return self.content.get("heldout_dump") or (self.config.heldout and self.config.heldout.url), 1.0
 
     def kind(self) -> str:
         """The same for runs that differ in their seed alone."""
@@ -113,8 +113,9 @@ def facts(run: Run) -> dict[str, str]:
 def differences(runs: Sequence[Run]) -> list[str]:
     """Sentences on what seeds say: the spread of runs of one kind, and intervals between two kinds with the same seeds.
 
-    Held-out results are compared on one dump only; a sentence says so where they are not.
+    Held-out results are compared on one dump only; a sentence says so where they are not. Runs without are left out.
     """
+    runs = [run for run in runs if "kl" in run.before_and_after()]
     if len({run.evaluated_on() for run in runs}) > 1:
         return ["The runs were evaluated on different held-out dumps, or at different temperatures: no comparison."]
     kinds: dict[str, list[Run]] = {}
@@ -122,16 +123,15 @@ def differences(runs: Sequence[Run]) -> list[str]:
         kinds.setdefault(run.kind(), []).append(run)
     told, groups = [], []
     for group in kinds.values():
-        after = {run.config.train.seed: run.before_and_after()["kl"][1]  # type: ignore[union-attr]
-                 for run in group if "kl" in run.before_and_after()}  # fmt: skip
+        after = {run.config.train.seed: run.before_and_after()["kl"][1] for run in group}  # type: ignore[union-attr]
         groups.append((group[0].name, after))
         if len(after) > 1:
             told.append(
                 f"{group[0].name} and {len(after) - 1} more of its kind: KL {statistics.fmean(after.values()):.4f}, "
                 f"standard deviation {statistics.stdev(after.values()):.4f} over seeds."
             )
-    first, of_first = groups[0]
     for name, other in groups[1:]:
+        first, of_first = groups[0]
         seeds = sorted(of_first.keys() & other.keys())
         if not seeds:
             continue

@@ -102,6 +102,8 @@ def _loading(name: str, code: Code) -> Iterator[None]:
             got, fix = "the directory of a run", f"give {Path(name) / FINAL}, what the run has trained"
         elif code:
             fix = f"correct its code, which {TRUST} lets run"
+        elif "trust_remote_code" in str(error):
+            fix = f"read its code, and let it run if you trust it: {TRUST}, or --trust-remote-code of a command"
         raise MismatchError(
             f"the model {name} cannot be loaded",
             got=got,

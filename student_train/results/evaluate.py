@@ -157,7 +157,7 @@ def evaluate(
 
     Raises:
         MismatchError: another tokenizer, a temperature that the dump does not have, or no such model or device.
-        DataError: a unit or the model is damaged, or nothing is supervised.
+        DataError: a unit or the model is damaged, nothing is supervised, or what the model says is not finite.
         TemporaryError: not all of the samples are there yet, and `partial` is not set.
     """
     index = dump.provenance.temperature_index(temperature)
@@ -187,13 +187,23 @@ def evaluate(
     if not found:
         raise DataError(
             "the dump has no supervised tokens to evaluate on",
-            got=f"{len(dump.read_records())} committed units",
+            got=f"{sum(map(len, there.values()))} samples without any",
             expected="at least one sample with the status `ok`",
-            fix="let stage one finish, or raise the limit",
+            fix="`llm-neo inspect` counts the dump's samples by status" if dump.is_sealed() and limit is None
+            else "let stage one finish, or raise the limit",
+        )  # fmt: skip
+    tokens, of = TokenMeasures.joined(found), np.concatenate(sample)
+    finite = np.isfinite(tokens.kl) & np.isfinite(tokens.ce) & np.isfinite(tokens.confidence)
+    if not finite.all():
+        raise DataError(
+            f"what {model} says of the dump's tokens is not finite",
+            got=f"NaN or infinity at {(~finite).sum()} of {len(finite)} tokens, first in sample {of[~finite][0]}",
+            expected="finite logits",
+            fix="train again at a lower learning rate; weights in float16 give in bfloat16 or float32",
         )
     return Evaluated(
-        tokens=TokenMeasures.joined(found), sample=np.concatenate(sample), place=np.concatenate(place),
-        samples=sum(map(len, there.values())), dump=dump, temperature=temperature,
+        tokens=tokens, sample=of, place=np.concatenate(place), samples=sum(map(len, there.values())), dump=dump,
+        temperature=temperature,
     )  # fmt: skip
 
 
@@ -258,6 +268,8 @@ def device_named(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # `meta` holds no numbers.
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise no_such_device(name, error, setting="--device") from error

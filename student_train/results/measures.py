@@ -24,9 +24,9 @@ PLACES = (0, 1, 4, 16, 64, 256, 1024)
 ENTROPIES = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)
 """Where groups of tokens by the teacher's entropy begin, nats."""
 Z_95 = 1.959964
-"""Standard errors on either side of a 95 % interval."""
+"""Standard errors on either side of a 95 % interval of a normal distribution."""
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""The same of Student's t with 1, 2, ... degrees of freedom."""
+"""The same of Student's t with 1, 2, ... degrees of freedom; `students_t` has those of more."""
 
 
 class TokenMeasures(NamedTuple):
@@ -156,6 +156,17 @@ def calibration_error(confidence: npt.NDArray[np.float32], correct: npt.NDArray[
     return float(np.abs(off).sum() / len(confidence))
 
 
+def students_t(freedom: int) -> float:
+    """Standard errors on either side of a 95 % interval, by Student's t (Abramowitz and Stegun, eq. 26.7.5)."""
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z, n = Z_95, 4 * freedom
+    return (
+        z + (z**3 + z) / n + (5 * z**5 + 16 * z**3 + 3 * z) / (6 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (6 * n**3)
+    )  # fmt: skip
+
+
 class Difference(FrozenModel):
     """Of the means of two models over the same tokens, the second one less the first one."""
 
@@ -170,7 +181,7 @@ def paired(
     """Compare two models by a measure of the same tokens.
 
     The difference is a ratio of sums over samples, and its standard error that of a ratio (Cochran, Sampling
-    Techniques, 3rd ed., eq. 2.39).
+    Techniques, 3rd ed., eq. 2.39); the interval is Student's, by the number of samples.
 
     Args:
         first: (n,) of one model.
@@ -183,15 +194,16 @@ def paired(
     off = np.bincount(which, by_token - mean)
     if len(off) < 2:
         return Difference(difference=mean, interval=None)
-    error = Z_95 * math.sqrt(len(off) / (len(off) - 1) * float((off**2).sum())) / len(by_token)
-    return Difference(difference=mean, interval=(mean - error, mean + error))
+    error = math.sqrt(len(off) / (len(off) - 1) * float((off**2).sum())) / len(by_token)
+    wide = students_t(len(off) - 1) * error
+    return Difference(difference=mean, interval=(mean - wide, mean + wide))
 
 
 def by_seed(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean of second - first over seeds, and its 95 % interval by Student's t; none for one seed or over 10."""
+    """Mean of second - first over seeds, and its 95 % interval by Student's t; none for one seed."""
     off = [b - a for a, b in zip(first, second, strict=True)]
     mean = statistics.fmean(off)
-    if not 2 <= len(off) <= len(T_95) + 1:
+    if len(off) < 2:
         return mean, None
-    wide = T_95[len(off) - 2] * statistics.stdev(off) / math.sqrt(len(off))
+    wide = students_t(len(off) - 1) * statistics.stdev(off) / math.sqrt(len(off))
     return mean, (mean - wide, mean + wide)

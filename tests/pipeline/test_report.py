@@ -1,5 +1,6 @@
 """`llm-neo report`: finished runs side by side, as a table and as a page that needs nothing else."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from support.tiny_student import save_student, write_dump
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.views.run_page import run_page, samples_of
+from pipeline.views.run_page import figures, run_page, samples_of
 from pipeline.views.runs import differences, markdown, read_run
 from storage_schemas.common.errors import DataError, UsageError
 from storage_schemas.config import TopK
 from storage_schemas.reader import Dump
 from student_train.metrics import EVENTS, HeldoutResult, event_log
 from student_train.results.evaluate import evaluate
-from student_train.summary import Summary, write_summary
+from student_train.summary import SUMMARY, Summary, write_summary
 
 
 def held(step: int, kl: float, dump: str = "h") -> HeldoutResult:
@@ -70,6 +71,39 @@ def test_seeds_give_an_interval(tmp_path: Path) -> None:
     assert "and 2 more of its kind: KL 2.1000, standard deviation 0.1000 over seeds." in told
     # -1, -0.9, -0.8: mean -0.9, 4.303 * 0.1 / sqrt(3) on either side.
     assert "over 3 shared seeds: KL -0.9000, 95 % interval -1.1484 to -0.6516." in told
+
+
+def test_many_seeds_give_an_interval_too(tmp_path: Path) -> None:
+    first = [finished(tmp_path / f"a{seed}", kl=2.0, seed=seed) for seed in range(11)]
+    second = [finished(tmp_path / f"b{seed}", kl=1 + seed / 10, seed=seed, learning_rate=1e-3) for seed in range(11)]
+    told = "\n".join(differences([read_run(folder) for folder in [*first, *second]]))
+    # -1, -0.9, ... 0: mean -0.5, standard deviation 0.33166; 2.228 * that / sqrt(11) on either side.
+    assert "over 11 shared seeds: KL -0.5000, 95 % interval -0.7228 to -0.2772." in told
+
+
+def test_runs_that_were_not_evaluated_hide_no_comparison(tmp_path: Path) -> None:
+    """And what `llm-neo run` has evaluated before and after is compared with what training itself has."""
+    folders = [
+        finished(tmp_path / name, kl=1.0, learning_rate=rate) for name, rate in (("a", 1e-3), ("b", 2e-3), ("c", 3e-3))
+    ]
+    for folder, more in zip(folders, ({}, {"heldout_dump": "h", "kl_before": 4.0, "kl_after": 1.5}), strict=False):
+        summary = json.loads((folder / SUMMARY).read_text())
+        write_summary(folder, summary | {"heldout": []} | more)
+    told = "\n".join(differences([read_run(folder) for folder in folders]))
+    assert told == f"{folders[2]} less {folders[1]}, over 1 shared seeds: KL -0.5000; one seed gives no interval."
+    assert differences([read_run(folders[0])]) == []
+
+
+def test_names_of_runs_are_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stands in the legend as it is; a method without distillation has no line of divergence."""
+    monkeypatch.chdir(tmp_path)
+    names = ["x$_$", "_a", "x$a$b"]
+    runs = [read_run(finished(tmp_path / f"run{i}", kl=1.0).rename(name)) for i, name in enumerate(names)]
+    sft = read_run(finished(tmp_path / "sft", kl=1.0, method="lora_sft"))
+    for _, figure in figures(runs):
+        assert {name for name in names if f"\u200b{name}</text>" in figure} == set(names)
+    for run, has_line in ((runs[0], True), (sft, False)):
+        assert (figures([run])[0] != figures([run._replace(events=())])[0]) is has_line
 
 
 def test_other_held_out_samples_are_not_compared(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_evaluation_is_told_where_there_is_one(dump: Dump) -> None:
     text = card(dump, evaluation=Evaluation(url="s3://b/held", before=BEFORE, after=after))
     assert "on 1,234 supervised tokens of `s3://b/held`" in text
     assert "| KL(teacher, student), nats per token | 2.5000 | 1.2500 |" in text
+    assert "KL is at temperature 1:" in text
     assert "| same most likely token | 25.0% | 50.0% |" in text
     none = {"top1_agreement": None}
     text = card(dump, evaluation=Evaluation(url="x", before=BEFORE | none, after=after | none))

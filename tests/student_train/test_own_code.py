@@ -54,8 +54,9 @@ def test_a_revision_that_may_move_is_refused(revision: str | None) -> None:
 
 def test_nothing_is_run_unasked(folder: Path) -> None:
     """The directory is refused, as it was; and loads where it is asked for, with what the code does."""
-    with pytest.raises(MismatchError, match="cannot be loaded"):
+    with pytest.raises(MismatchError, match="cannot be loaded") as error:
         load_model(str(folder / "own"), None, dtype=torch.float32)
+    assert "--trust-remote-code" in str(error.value)
     own = load_model(str(folder / "own"), None, dtype=torch.float32, trust=True).eval()
     assert type(own).__name__ == "OwnForCausalLM"
     plain = load_model(str(save_student(folder / "plain")), None, dtype=torch.float32).eval()

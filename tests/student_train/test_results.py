@@ -45,6 +45,7 @@ from student_train.results import final
 from student_train.results.end_of_turn import span_ends
 from student_train.results.evaluate import evaluate
 from student_train.results.final import refuse_other_logits, save_model, write_final
+from student_train.results.measures import by_seed, paired, students_t
 from student_train.results.merge import merge
 from student_train.results.model_card import model_card
 from student_train.results.saved import load_adapter, read_record, write_record
@@ -193,12 +194,25 @@ def test_two_models_are_compared_on_the_same_tokens(folder: Path) -> None:
     # By the jackknife over samples, which knows nothing of the formula.
     by_token = second.tokens.kl.astype(float) - first.tokens.kl
     left = np.array([by_token[first.sample != sample].mean() for sample in np.unique(first.sample)])
-    error = 1.96 * np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
+    error = students_t(len(left) - 1) * np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
     assert found.interval == pytest.approx((found.difference - error, found.difference + error), rel=0.1)
     with pytest.raises(TemporaryError, match="has grown"):
         evaluate(folder / "student", dump, limit=5).less(first)
     same = first.less(first)["kl_mean"]
     assert (same.difference, same.interval) == (0, (0, 0))
+
+
+def test_intervals_are_students() -> None:
+    """At every number of samples; where each sample has one token, the interval is that of the mean of differences."""
+    tabulated = {1: 12.706, 2: 4.303, 9: 2.262, 10: 2.228, 20: 2.086, 40: 2.021, 120: 1.980, 10**9: 1.960}
+    assert {n: round(students_t(n), 3) for n in tabulated} == tabulated
+    values = np.random.default_rng(0).normal(size=(2, 40))
+    for count in (2, 3, 10, 11, 12, 40):
+        first, second = values[:, :count]
+        found = paired(first, second, np.arange(count))
+        mean, ends = by_seed(first.tolist(), second.tolist())
+        assert (found.difference, found.interval) == (pytest.approx(mean), pytest.approx(ends))
+    assert by_seed([1.0], [2.0]) == (1.0, None)
 
 
 def test_the_command_compares_two_models(folder: Path) -> None:
@@ -270,11 +284,30 @@ def test_evaluation_refuses(folder: Path, tmp_path: Path) -> None:
         evaluate(tmp_path / "other", dump)
     with pytest.raises(MismatchError, match="temperature"):
         evaluate(folder / "student", dump, temperature=3.0)
-    with pytest.raises(MismatchError, match="device"):
-        evaluate(folder / "student", dump, device="tpu9")
+    for device in ("tpu9", "meta"):
+        with pytest.raises(MismatchError, match="device"):
+            evaluate(folder / "student", dump, device=device)
     write_dump(tmp_path / "empty", units=range(4, 5))
     with pytest.raises(DataError, match="no supervised tokens"):
         evaluate(folder / "student", Dump.open(str(tmp_path / "empty")), limit=3, partial=True)
+    write_dump(tmp_path / "none", none_usable=True)
+    with pytest.raises(DataError, match="counts the dump's samples by status"):
+        evaluate(folder / "student", Dump.open(str(tmp_path / "none")))
+
+
+def test_a_model_that_is_not_finite_is_refused(folder: Path) -> None:
+    """Where a sample has the token, whatever the others say."""
+    dump = Dump.open(str(folder / "top8"))
+    rows = [row for row in rows_of(dump, range(12)) if row.targets is not None]
+    token = int(rows[-1].input_ids[0])
+    first = next(row.sample_index for row in rows if token in row.input_ids)
+    model = load_model(str(folder / "student"), None, dtype=torch.float32)
+    model.get_input_embeddings().weight.data[token] = torch.nan
+    model.save_pretrained(folder / "nan")
+    shutil.copytree(folder / "student", folder / "nan", dirs_exist_ok=True, ignore=lambda _, names: [
+        name for name in names if "token" not in name])  # fmt: skip
+    with pytest.raises(DataError, match=f"first in sample {first}"):
+        evaluate(folder / "nan", dump)
 
 
 @torch.no_grad()
