@@ -130,6 +130,7 @@ def run_dump(
         samples = freeze_corpus(corpus, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
         refuse_too_long(samples, teacher)
         if apart_from is not None:
+            log.info("reading the training corpus, which must not hold these samples")
             trained = freeze_corpus(apart_from, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows, check=stop.check)
             refuse_shared(trained, heldout=samples)
         provenance = provenance_of(dump, teacher, corpus, samples, estimator=estimator, temperatures=temperatures)

@@ -1,7 +1,13 @@
-"""Files that are read record by record: JSON lines with bad ones among them, lines of text, and rows of CSV and TSV."""
+"""Files that are read record by record: JSON, lines of text, and rows of CSV and TSV; bad records are among them.
 
+JSON is not read by `datasets`, whose columns have one type each: it decodes strings that are JSON, rounds numbers and
+sorts keys where records differ, and takes text for times.
+"""
+
+import codecs
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +21,7 @@ from storage_schemas.common.errors import DataError
 from teacher_dump.corpus.masks import Unusable
 
 RawRecord = Mapping[str, Any] | Unusable
+_BLANKS = re.compile(r"\s*")
 _BLOCK_BYTES = 2**24
 """A row of a table is at most so long."""
 
@@ -25,27 +32,67 @@ def _lines(paths: Sequence[str | Path]) -> Iterator[tuple[str, bytes]]:
         with fsspec.open(str(path), "rb", compression="infer") as file:
             # zstandard's reader knows no lines.
             for number, line in enumerate(io.BufferedReader(file), 1):
-                if line.strip():
-                    yield f"{path}, line {number}", line
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
+                    yield f"{path}, line {number}", content
 
 
-def _json_object(where: str, line: bytes) -> RawRecord:
+def _documents(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any]]:
+    """(where, record) of JSON files: lines as bytes, or the objects of a list or that take several lines."""
+    for path in paths:
+        where, first = next(_lines([path]), ("", b""))
+        if first.lstrip()[:1] == b"[" or not _is_json(first):
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                whole = _parsed(file.read())
+            if whole is not None:
+                yield from ((f"{path}, object {number}", one) for number, one in enumerate(whole, 1))
+                continue
+        if where:
+            yield from _lines([path])
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        text = line.decode()
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(content: bytes) -> list[Any] | None:
+    """The elements of a list, or JSON objects one after the other; None if it is neither."""
+    decoder, found, place = json.JSONDecoder(), list[Any](), 0
+    try:
+        text = content.decode("utf-8-sig").strip()
+        while place < len(text):
+            one, place = decoder.raw_decode(text, place)
+            found.append(one)
+            place = _BLANKS.match(text, place).end()  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        return None
+    return found[0] if len(found) == 1 and isinstance(found[0], list) else found
+
+
+def _json_object(where: str, given: Any) -> RawRecord:
+    text = given
+    try:
+        if isinstance(given, bytes):
+            text = given.decode()
+            given = json.loads(text)
+        if isinstance(given, str):
+            return {"text": given}
+        if not isinstance(given, dict):
+            raise ValueError("not an object")
     except UnicodeDecodeError as error:
         return Unusable(f"not valid Unicode: {error}")
-    try:
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: not a JSON object",
-            got=f"{error} in {text[:100]!r}",
-            expected="one JSON object per line",
-            fix="correct or drop the line",
+            got=f"{error} in {str(text)[:100]!r}",
+            expected="one JSON object per line, or a list of them",
+            fix="correct or drop it",
         ) from error
-    return record
+    return given
 
 
 def _text(_: str, line: bytes) -> RawRecord:
@@ -84,7 +131,7 @@ def _row(_: str, row: Mapping[str, bytes]) -> RawRecord:
 
 
 READERS: dict[str, tuple[Callable[..., Iterator[tuple[str, Any]]], Callable[[str, Any], RawRecord]]] = {
-    "json": (_lines, _json_object),
+    "json": (_documents, _json_object),
     "text": (_lines, _text),
     "csv": (partial(_rows, delimiter=","), _row),
     "tsv": (partial(_rows, delimiter="\t"), _row),

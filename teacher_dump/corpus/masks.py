@@ -29,7 +29,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') "
     "| replace('%m', '07') | replace('%Y', '2024') | replace('%y', '24') | replace('%A', 'Friday') "
-    "| replace('%a', 'Fri') | replace('%H', '00') | replace('%M', '00') | replace('%S', '00') }}{%- endmacro %}{{ '' }}"
+    "| replace('%a', 'Fri') | replace('%H', '00') | replace('%M', '00') | replace('%S', '00') | replace('%-d', '26') "
+    "| replace('%e', '26') | replace('%j', '208') | replace('%I', '12') | replace('%p', 'AM') }}{%- endmacro %}{{ '' }}"
 )
 """Put before a template that writes today's date: another date makes another corpus, which no dump could continue."""
 
@@ -80,7 +81,19 @@ def tokenise_conversations(
     Raises:
         DataError: no chat template, or a tokenizer that reports no offsets.
     """
-    template = _chat_template(tokenizer)
+    found: dict[int, Tokens | Unusable] = {}
+    for tools in (False, True):  # A tokenizer may have a template of its own for conversations with tools.
+        chosen = [i for i, conversation in enumerate(conversations) if bool(conversation.tools) is tools]
+        if chosen:
+            given = [conversations[i] for i in chosen]
+            template = _chat_template(tokenizer, given[0].tools)
+            found |= zip(chosen, _conversations(tokenizer, template, given, mask), strict=True)
+    return [found[i] for i in range(len(conversations))]
+
+
+def _conversations(
+    tokenizer: Any, template: str, conversations: Sequence[Conversation], mask: str
+) -> list[Tokens | Unusable]:
     conversations = [_acceptable(tokenizer, template, conversation) for conversation in conversations]
     rendered = [_render(tokenizer, template, conversation, conversation.messages) for conversation in conversations]
     for conversation in conversations:
@@ -128,18 +141,18 @@ def _located(
 def tokenise_completions(tokenizer: Any, records: Sequence[Completion], *, mask: str) -> list[Tokens | Unusable]:
     """Prompts with their completions, tokenised as one text; the completion and an end-of-text token are supervised.
 
-    Of plain text, which has no prompt, every token but the first is. Where the tokenizer appends the end-of-text token
-    by itself, none is added.
+    Of plain text, which has no prompt, every token but the first is. There is one end-of-text token, whether the text
+    has it, the tokenizer appends it, or neither.
     """
-    eos = tokenizer.eos_token or ""
-    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
-        eos = ""
+    eos, bos = tokenizer.eos_token or "", tokenizer.bos_token or ""
+    appended = bool(eos) and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
     texts: list[str | Unusable] = []
     spans: list[list[Span]] = []
     for record in records:
         prompt = record.prompt or ""
-        text = prompt + record.completion
-        if text and not text.endswith(eos):
+        text = (prompt + record.completion).removesuffix(eos) if record.completion else prompt
+        # The tokenizer adds nothing to a text that begins with its first token, see `_tokenise`.
+        if text and not (appended and not (bos and text.startswith(bos))):
             text += eos
         texts.append(valid_text(text))
         spans.append([(0 if mask == "all" else len(prompt), len(text))])
@@ -166,9 +179,9 @@ def valid_text(text: str) -> str | Unusable:
     return text
 
 
-def _chat_template(tokenizer: Any) -> str:
+def _chat_template(tokenizer: Any, tools: Any) -> str:
     try:
-        template = str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template(tools=tools or None))
     except ValueError as error:
         raise DataError(
             "conversations need a chat template, and the teacher's tokenizer has none",
@@ -237,27 +250,35 @@ def _warn_once(text: str) -> None:
 def _by_generation_marks(
     tokenizer: Any, template: str, conversation: Conversation, special: set[str]
 ) -> Tokens | Unusable:
-    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = _apply(
-        tokenizer, template, conversation, conversation.messages, **how, tokenizer_kwargs={"verbose": False}
-    )
-    ids, mask = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], bool)
-    stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
-    starts = np.flatnonzero(mask & ~np.insert(mask[:-1], 0, False))
-    if len(stops) and stops[-1] < len(ids):
-        last, after = tokenizer.convert_ids_to_tokens(ids[stops[-1] - 1 : stops[-1] + 1].tolist())
+    ids, mask, stretches = _marked(tokenizer, template, conversation, conversation.messages)
+    if stretches and (stop := stretches[-1][1]) < len(ids):
+        last, after = tokenizer.convert_ids_to_tokens(ids[stop - 1 : stop + 1].tolist())
         if after in special and last not in special:
             _warn_once(f"the chat template's {{% generation %}} leaves out {after}: a student does not learn to stop")
     if conversation.silent:
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if len(starts) != len(turns):
-            return Unusable(
-                f"the template marks {len(starts)} stretches for {len(turns)} turns, and some have weight 0"
-            )
-        for i, start, stop in zip(turns, starts, stops, strict=True):
+        try:  # Thoughts may have a stretch of their own, and a turn without words none.
+            found = [len(_marked(tokenizer, template, conversation, conversation.messages[: i + 1])[2]) for i in turns]
+        except (TemplateError, TypeError, ValueError) as error:
+            return Unusable(f"some turns have weight 0, and the template refuses those before the last: {error}")
+        if [*found, len(stretches)] != [*range(1, len(turns) + 1), len(turns)]:
+            return Unusable(f"{len(turns)} turns have not one stretch each of {len(stretches)}, and some have weight 0")
+        for i, (start, stop) in zip(turns, stretches, strict=True):
             if i in conversation.silent:
                 mask[start:stop] = False
     return Tokens.of(ids, mask)
+
+
+def _marked(
+    tokenizer: Any, template: str, conversation: Conversation, messages: list[Message]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], list[Span]]:
+    """Token ids of messages, which of them the template marks as the assistant's, and the stretches of these."""
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _apply(tokenizer, template, conversation, messages, **how, tokenizer_kwargs={"verbose": False})
+    mask = np.array(encoded["assistant_masks"], bool)
+    starts = np.flatnonzero(mask & ~np.insert(mask[:-1], 0, False))
+    stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
+    return np.array(encoded["input_ids"], np.int64), mask, list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def _tokenise(

@@ -81,6 +81,8 @@ class Preview(FrozenModel):
     max_length: int
     over_max_length: int
     """Samples that were longer, and so were cut or dropped."""
+    refused: bool
+    """Whether one of them is refused, as `corpus.too_long: error` asks, so that nothing would be dumped."""
     lengths: dict[str, int]
     """Tokens per sample before that: median, p90, p99, max."""
     supervised_lengths: dict[str, int]
@@ -171,6 +173,7 @@ def _whole(
     usable = corpus.have(OK)
     supervised, tokens = (sums[stops] - sums[starts])[usable], (stops - starts)[usable]
     bodies = {_body(corpus, i) for i in np.flatnonzero(usable).tolist()}
+    over = int((corpus.lengths > section.max_length).sum())
     return Preview(
         fingerprint=corpus.fingerprint,
         sources=sources,
@@ -188,7 +191,8 @@ def _whole(
         supervised_tokens=int(supervised.sum()),
         supervised_share=float(supervised.sum() / tokens.sum()) if tokens.sum() else None,
         max_length=section.max_length,
-        over_max_length=int((corpus.lengths > section.max_length).sum()),
+        over_max_length=over,
+        refused=section.too_long == "error" and over > 0,
         lengths=_quantiles(corpus.lengths),
         supervised_lengths=_quantiles(supervised),
     )

@@ -1,6 +1,8 @@
-"""Records of one source, read through `datasets`."""
+"""Records of one source: JSON, text and tables are read by line, all else through `datasets`."""
 
 import glob
+import hashlib
+import json
 import logging
 import os
 import re
@@ -14,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.packaged_modules.json.json import JsonConfig
 
 from storage_schemas.common.errors import DataError, NeoError
 from storage_schemas.stores.address import local_path
@@ -34,8 +37,9 @@ _BUILDERS = {
 }  # fmt: skip
 _BELOW = ("json", "parquet")
 """What is read of a directory or below a prefix; the other kinds are named, or found by a glob."""
+_SAVED = ("state.json", "dataset_dict.json")
+"""What `Dataset.save_to_disk` leaves in a directory."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_TIMES = re.compile(r"'(timestamp|date|time)")
 _HIDDEN = re.compile(r"/[._]|/dataset_infos?\.json$")
 
 
@@ -166,26 +170,27 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     """
     files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
     files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
-    train = _split_name(source.split) == "train"
-    by_line = found.builder == "json" and train and all(isinstance(file, Path) for file in files)
-    reader = found.builder if found.builder in READERS and found.builder != "json" else None
+    reader = found.builder if found.builder in READERS else None
+    if reader == "json" and not all(isinstance(file, Path) for file in files):
+        reader = None  # At a URL: `datasets` keeps a copy, and knows its version.
     try:
         if reader is not None:
-            if not train:
-                raise ValueError("a file has the split train alone")
+            if _split_name(source.split) != "train":
+                raise ValueError(f"Unknown split {source.split!r}: of a file there is ['train'] alone")
             return _by_line(files, reader, source, seed)
+        if (lines := _json_below(source, found)) is not None:
+            return _by_line(lines, "json", source, seed)
         dataset = _load(source, found, files)
     except NeoError:
         raise
     except Exception as error:  # Each compression and protocol has errors of its own.
-        # Arrow refuses a whole file for one bad string; read by line, only that record is lost.
-        if by_line:
-            return _by_line(files, "json", source, seed)
         raise _unreadable(source, error if reader is not None else error.__cause__ or error) from error
-    # Arrow takes text for times where all of a column looks like it.
-    read = {*READ, *source.columns.values()} - {"id"}
-    if by_line and any(_TIMES.search(repr(dataset.features[name])) for name in dataset.column_names if name in read):
-        return _by_line(files, "json", source, seed)
+    read = {*READ, *source.columns.values()}
+    if mixed := [name for name in dataset.column_names if name in read and "Json(" in repr(dataset.features[name])]:
+        log.warning(
+            "%s: `datasets` may round numbers and decode strings of %s, whose records differ; to have them as they "
+            "are, download the files and name them in corpus.sources[].path", source.path, ", ".join(mixed),
+        )  # fmt: skip
     total = len(dataset)
     identity = (dataset._fingerprint, tuple(Path(file["filename"]).stat().st_size for file in dataset.cache_files))
     if source.weight == 1:
@@ -225,12 +230,37 @@ def _one_kind(builders: set[str | None], source: SourceSection) -> str:
     )
 
 
+def _json_below(source: SourceSection, found: Found) -> list[Path] | None:
+    """The files of a split of a directory, if they are JSON; None: `datasets` reads it."""
+    path = Path(found.path)
+    if found.builder is not None or not path.is_dir() or any((path / name).is_file() for name in _SAVED):
+        return None
+    config = datasets.load_dataset_builder(found.path, source.name).config
+    chosen = (config.data_files or {}).get(_split_name(source.split))
+    # A `field` names where in a file the records are: that a README.md may say.
+    if chosen is None or not isinstance(config, JsonConfig) or getattr(config, "field", None) is not None:
+        return None
+    refuse_elsewhere(found.path, chain.from_iterable((config.data_files or {}).values()))
+    _warn_of_unread_files(source, path, {Path(name).resolve() for name in chosen})
+    files = [Path(name) for name in chosen]
+    return files if all(file.is_file() for file in files) else None
+
+
+def _own_cache(files: Iterable[str | Path]) -> str | None:
+    """Where `datasets` keeps what it makes of local files: it knows them by path and time alone, and would take those
+    of another size for the ones of before."""
+    seen = sorted((str(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files)
+    name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "llm-neo" / name)
+
+
 def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> Any:
     if found.builder is not None:
         names = [str(file) for file in files]
-        return datasets.load_dataset(found.builder, data_files=names, split=source.split)
+        cache = _own_cache(files) if all(isinstance(file, Path) for file in files) else None
+        return datasets.load_dataset(found.builder, data_files=names, split=source.split, cache_dir=cache)
     path = Path(found.path)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if any((path / name).is_file() for name in _SAVED):
         saved = datasets.load_from_disk(str(path.resolve()))
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_split_name(source.split)]
@@ -242,7 +272,8 @@ def _load(source: SourceSection, found: Found, files: Sequence[str | Path]) -> A
         _warn_of_unread_files(
             source, path, {Path(name).resolve() for name in chosen.get(_split_name(source.split), ())}
         )
-    return datasets.load_dataset(found.path, source.name, split=source.split)
+    cache = _own_cache(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else None
+    return datasets.load_dataset(found.path, source.name, split=source.split, cache_dir=cache)
 
 
 def refuse_elsewhere(dataset: str, files: Iterable[str]) -> None:

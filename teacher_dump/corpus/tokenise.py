@@ -59,7 +59,11 @@ def _tokenise(forms: list[Record | Unusable | None], tokenizer: Any, mask: str) 
 
 def _pretokenised(form: Pretokenised, mask: str) -> Tokens:
     # Larger than int32 is out of range for any vocabulary; keep it so, instead of wrapping around.
-    ids = np.clip(np.array(form.input_ids, np.int64), -1, 2**31 - 1).astype(np.int32)
+    try:
+        ids = np.array(form.input_ids, np.int64)
+    except OverflowError:
+        ids = np.array(form.input_ids, object)
+    ids = np.clip(ids, -1, 2**31 - 1).astype(np.int32)
     given = form.loss_mask if form.loss_mask is not None and mask == "assistant" else np.ones(len(ids), bool)
     return Tokens.of(ids, given)
 

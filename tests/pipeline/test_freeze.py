@@ -99,7 +99,7 @@ def test_what_cannot_be_kept_is_an_error_before_it_is_tokenised(
     ("change", "code", "says"),
     [
         ("corpus.max_length=200000", Exit.MISMATCH, "max_position_embeddings"),
-        ("heldout.sources.0.path={corpus}", Exit.BAD_DATA, "the held-out samples are the training corpus"),
+        ("heldout.sources.0.path={corpus}", Exit.BAD_DATA, "the held-out samples are in the training corpus"),
     ],
 )
 def test_what_a_dump_would_refuse_is_refused(config: Path, call: Call, change: str, code: int, says: str) -> None:

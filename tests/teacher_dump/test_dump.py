@@ -508,6 +508,8 @@ def test_held_out_samples_that_are_the_corpus_are_refused_before_anything_is_wri
     tmp_path: Path, corpus_file: Path, model_folder: Path
 ) -> None:
     job = sections(tmp_path / "dump", corpus_file, model_folder)
-    with pytest.raises(DataError, match="held-out samples are the training corpus"):
-        run_dump(**job, apart_from=job["corpus"])
+    part = job["corpus"].sources[0].model_copy(update={"split": "train[:50%]"})
+    for corpus in (job["corpus"], job["corpus"].model_copy(update={"sources": [part]})):
+        with pytest.raises(DataError, match="held-out samples are in the training corpus"):
+            run_dump(**job | {"corpus": corpus}, apart_from=job["corpus"])
     assert not (tmp_path / "dump").exists()

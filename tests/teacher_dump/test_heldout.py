@@ -26,10 +26,13 @@ def frozen(tmp_path: Path) -> Callable[..., Corpus]:
     return make
 
 
-def test_the_training_corpus_in_another_order_with_other_ids_is_refused(frozen: Callable[..., Corpus]) -> None:
+def test_held_out_samples_that_are_all_in_the_corpus_are_refused(frozen: Callable[..., Corpus]) -> None:
+    """In another order, with other ids, or a part of it."""
     for other in (TEXTS, [*reversed(TEXTS), "how"]):
-        with pytest.raises(DataError, match=r"training corpus(.|\n)*same 6 samples"):
+        with pytest.raises(DataError, match=r"training corpus(.|\n)*all 6 of them"):
             refuse_shared(frozen(TEXTS), frozen(other, id="x"))
+    with pytest.raises(DataError, match=r"training corpus(.|\n)*all 2 of them"):
+        refuse_shared(frozen(TEXTS), frozen(TEXTS[1:3]))
 
 
 def test_an_overlap_is_counted_and_none_is_silent(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.corpora import supervised_text, tokenise_chats
 from support.tiny_teachers import CHATML, CHATML_GENERATION, FORGETS_THOUGHTS, HEADERS, INSTRUCTIONS, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from storage_schemas.common.errors import DataError
 from teacher_dump.corpus import masks
@@ -193,6 +194,48 @@ def test_tools_options_and_weights_reach_the_template_and_the_mask(template: str
     (found,) = masks.tokenise_conversations(tokenizer, QUIET, mask="assistant")
     assert text(tokenizer, found).startswith("it|quiet <|im_start|>user\nwhat is it")
     assert supervised_text(tokenizer, found) == "so<|im_end|>"
+
+
+def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
+    """Of a tokenizer that has several by name; in the order of the records."""
+    tokenizer = tiny_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools[0].name }}|" + CHATML_GENERATION}
+    with_tools = Conversation(turns("what is it", "the answer"), [{"name": "it"}])
+    without = Conversation(turns("how", "so"))
+    found = masks.tokenise_conversations(tokenizer, [with_tools, without, with_tools], mask="assistant")
+    assert [text(tokenizer, one).startswith("it|") for one in found] == [True, False, True]
+    assert [supervised_text(tokenizer, one) for one in found] == [
+        "the answer<|im_end|>", "so<|im_end|>", "the answer<|im_end|>"
+    ]  # fmt: skip
+
+
+def test_a_weight_of_0_is_given_up_where_stretches_are_not_turns() -> None:
+    """A turn with two of them and one without any: as many as turns, and none where it seems to be."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning %}{% generation %}{{ m.reasoning }}"
+        "{% endgeneration %}|{% endif %}{% if m.role == 'assistant' and m.content %}{% generation %}"
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer, messages = tiny_tokenizer(template), turns("what", "the answer", "how", "")
+    messages[1]["reasoning"] = "so"
+    (found,) = masks.tokenise_conversations(tokenizer, [Conversation(messages, silent=(1,))], mask="assistant")
+    assert isinstance(found, masks.Unusable)
+    assert "not one stretch each" in found.reason
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_one_end_of_text_token_ends_a_completion(appends: bool) -> None:
+    """Whether the text has it, the tokenizer appends it, or neither; also where the text has the first one, too."""
+    tokenizer = tiny_tokenizer(CHATML)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if appends:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]
+        )
+    for given in ("so", f"so{eos}", f"{bos}so", f"{bos}so{eos}"):
+        (found,) = masks.tokenise_completions(tokenizer, [Completion(None, given)], mask="assistant")
+        assert text(tokenizer, found).removeprefix(bos) == f"so{eos}", given
+        assert supervised_text(tokenizer, found).endswith(eos)
 
 
 def test_what_the_template_does_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:

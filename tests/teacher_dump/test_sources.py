@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.corpora import freeze, ids_of, statuses_of, write_jsonl
 from support.s3_servers import BUCKET, READER, WRITER, TinyS3, be_impatient, options, seaweedfs
+from support.tiny_teachers import tiny_tokenizer
 
 from storage_schemas.common.errors import DataError, MismatchError, TemporaryError
 from storage_schemas.common.signals import stoppable
 from storage_schemas.stores.requests import object_store
 from teacher_dump.config import SourceSection
 from teacher_dump.corpus import remote
-from teacher_dump.corpus.sources import chosen_records, refuse_elsewhere
+from teacher_dump.corpus.sources import chosen_records, find_source, open_source, refuse_elsewhere
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -350,6 +351,62 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path: Path, record: dict[str
     dates, others = (freeze(SourceSection(path=path)), freeze(SourceSection(path=mixed)))
     np.testing.assert_array_equal(dates.sample(1).input_ids, others.sample(2).input_ids)
     assert statuses_of(dates) == ["ok", "ok"]
+
+
+EXACT = [
+    {"prompt": "quoted", "completion": '"42"'},
+    {"prompt": ["no text"], "completion": "it"},
+    {"prompt": "null", "completion": "null"},
+    {"prompt": "list", "completion": '{"b": 1, "a": [1.0]}'},
+    {"prompt": "day", "completion": "2024-01-01"},
+]
+"""Texts that are JSON, or a date, where one record makes the column mixed."""
+
+
+@pytest.mark.parametrize("kind", ["lines", "list", "pretty list", "objects over lines", "mark", "directory"])
+def test_json_is_read_as_it_is_written(tmp_path: Path, kind: str) -> None:
+    """No text is decoded or taken for a time, and a bad record of a list is that record alone."""
+    texts = {
+        "list": json.dumps(EXACT),
+        "pretty list": json.dumps(EXACT, indent=1),
+        "objects over lines": "\n".join(json.dumps(record, indent=1) for record in EXACT),
+        "mark": "\ufeff" + lines_of(EXACT).decode(),
+    }
+    file = tmp_path / ("data/train.json" if kind == "directory" else "a.json")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(texts.get(kind, lines_of(EXACT).decode()))
+    corpus = freeze(SourceSection(path=str(file.parent if kind == "directory" else file)))
+    assert statuses_of(corpus) == ["ok", "invalid_text", "ok", "ok", "ok"]
+    tokenizer = tiny_tokenizer()
+    supervised = [tokenizer.decode(sample.input_ids[sample.loss_mask]) for sample in map(corpus.sample, (0, 2, 3, 4))]
+    assert [each.removesuffix(tokenizer.eos_token) for each in supervised] == [
+        str(EXACT[i]["completion"]) for i in (0, 2, 3, 4)
+    ]
+
+
+def test_numbers_of_tool_calls_keep_their_digits_and_order(tmp_path: Path) -> None:
+    """Where some messages have calls and others have none; and no type of another call's argument."""
+    calls = ['{"lat": 48.858370123456, "tiny": 1e-12}', '{"b": 5, "a": 5.5}', '{"a": 2, "b": "5"}']
+    records = [
+        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "it", "arguments": json.loads(call)}}]}]}
+        for call in calls
+    ]  # fmt: skip
+    path = write(tmp_path / "a.jsonl", records)
+    read = [record for _, record in open_source(SourceSection(path=path), find_source(SourceSection(path=path)),
+                                                seed=0, cache=tmp_path).numbered]  # fmt: skip
+    assert [json.dumps(record) for record in read] == [json.dumps(record) for record in records]
+
+
+@pytest.mark.parametrize("place", ["file", "directory"])
+def test_files_of_another_size_and_the_same_time_are_read_again(tmp_path: Path, place: str) -> None:
+    """As archives leave them that set every time to one."""
+    file = tmp_path / "data" / "train.parquet"
+    file.parent.mkdir()
+    for texts in (["what"], ["how", "so"]):
+        pq.write_table(pa.table({"text": texts}), file)
+        os.utime(file, (10**9, 10**9))
+        assert len(freeze(SourceSection(path=str(file if place == "file" else file.parent)))) == len(texts)
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a.arrow.gz", "a"])
