@@ -19,6 +19,11 @@ from student_train.data.batch import SparseTargets
 
 ABSENT = -1e30
 """What a masked logit becomes. Finite, so that a student without a tail gets probability and gradient 0, not NaN."""
+_OUTSIDE = ABSENT / 1e9
+"""Log-probs of a student with a tail are above this, those without below, at every temperature."""
+_NO_MASS = math.log(2.0**-24)
+"""Log-prob of the bucket where the teacher has no mass outside of the head: what float32 does not tell from none. The
+divergences with log p under q, such as KL(q || p), are infinite at none."""
 AKL_HEAD_MASS = 0.5
 """mu of arXiv 2404.02657: the head of adaptive KL is the fewest entries that hold this much of the teacher's mass."""
 
@@ -48,12 +53,12 @@ def entry_divergence(
     if targets.has_draws:
         refuse_biased(spec.divergence)
         return (p * (log_p - log_q)).sum(1)
-    # (n, 1): without a tail on either side there is no bucket. (n, K + 1) from here on; both logs are 0 outside `used`.
-    bucket = (torch.isfinite(targets.tail_logprob) & (log_q_tail > ABSENT / 2))[:, None]
-    used = torch.cat([targets.in_head, bucket], 1)
-    log_p = torch.where(used, torch.cat([log_p, targets.tail_logprob[:, None].to(log_q.dtype)], 1), 0.0)
+    # A head of the whole vocabulary leaves no bucket. (n, K + 1) from here on; both logs are 0 outside of `used`.
+    used = torch.cat([targets.in_head, (log_q_tail > _OUTSIDE)[:, None]], 1)
+    tail = targets.tail_logprob[:, None].to(log_q.dtype)
+    log_p = torch.where(used, torch.cat([log_p, torch.where(torch.isfinite(tail), tail, _NO_MASS)], 1), 0.0)
     log_q = torch.where(used, torch.cat([log_q, log_q_tail[:, None]], 1), 0.0)
-    p = torch.where(used, torch.cat([p, log_p[:, -1:].exp()], 1), 0.0)
+    p = torch.where(used, torch.cat([p, tail.exp()], 1), 0.0)
     if spec.divergence == "forward_kl":
         return (p * (log_p - log_q)).sum(1)
     q = torch.where(used, log_q.exp(), 0.0)

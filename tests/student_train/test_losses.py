@@ -1,5 +1,8 @@
 """The loss that runs, on logits of one's own, against its definition in float64, and what training relies on."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,8 @@ from storage_schemas.common.errors import MismatchError
 from student_train.config import LossSection
 from student_train.data.batch import SparseTargets
 from student_train.model.head import HeadLoss, HeadSpec, fused_head_loss
-from student_train.model.losses import refuse_biased
-from student_train.model.token_losses import token_losses
+from student_train.model.losses import entry_divergence, refuse_biased
+from student_train.model.token_losses import entries_and_tail, token_losses
 
 pytestmark = pytest.mark.exact
 
@@ -103,6 +106,33 @@ def test_a_head_of_the_whole_vocabulary_has_no_bucket(kind: str) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
         (gradient,) = torch.autograd.grad(got.sum(), student)
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_where_the_teacher_has_no_mass_outside_the_students_is_pulled_in(kind: str) -> None:
+    """Heads that hold all probability (imports with lost tails): what the student has outside counts against it.
+
+    Compared with the definition, the teacher's mass outside being 2^-24 where its logarithm is needed.
+    """
+    targets = head_targets(random_logits(7), [3, 5] * (N // 2) + [3] * (N % 2))
+    p = targets.weights / targets.weights.sum(1, keepdim=True)
+    targets = replace(
+        targets, weights=p, logprobs=torch.where(targets.in_head, p.log(), 0.0),
+        tail_logprob=torch.full((N,), -torch.inf, dtype=torch.float64),
+    )  # fmt: skip
+    spec = LossSection(divergence=kind, beta=0.7)
+    student = random_logits(8).double().requires_grad_()
+    got = divergences(student, targets, spec)
+    nearly = replace(targets, tail_logprob=torch.full((N,), math.log(2.0**-24), dtype=torch.float64))
+    expected = torch.stack([token_divergence(student, nearly, i, spec) for i in range(N)])
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    log_q, log_q_tail = entries_and_tail(student.detach().log_softmax(1), targets)
+    log_q_tail.requires_grad_()
+    value = entry_divergence(log_q, log_q_tail, targets, spec).sum()
+    assert kind in ("forward_kl", "skewed_kl") or torch.autograd.grad(value, log_q_tail)[0].min() > 0
+    outside = student.detach().clone()
+    outside[torch.arange(N)[:, None], targets.ids.long()] -= 20
+    assert (divergences(outside, targets, spec) > divergences(student.detach(), targets, spec)).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
