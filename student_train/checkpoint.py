@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from storage_schemas.canonical import ProvenJson, canonical_json, digest, parse_json, refuse_other_version, validated
-from storage_schemas.common.errors import DataError
+from storage_schemas.common.errors import DataError, MismatchError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.records import proven
 from storage_schemas.stores.store import Store
@@ -91,6 +91,8 @@ class TrainState(FrozenModel):
     """That were trained on up to this step."""
     told: Event | None = None
     """The last line of events.jsonl by then, should the run directory be lost."""
+    best: int | None = None
+    """A step whose checkpoint stays as long as this one, see `Checkpoints.save`."""
 
 
 class FileRecord(FrozenModel):
@@ -239,7 +241,8 @@ class Checkpoints:
             state: step and identity.
             tensors: (`kind/name`, tensor), grouped by kind.
             keep: how many complete checkpoints stay. The record of the start of training goes with the first other.
-            best: a step whose checkpoint stays beside these.
+            best: a step whose checkpoint stays beside these, as do those that these were saved with: who goes on from
+                an older one needs the best of its time.
 
         Raises:
             TemporaryError: the disk is full or away; what is committed stays.
@@ -249,6 +252,7 @@ class Checkpoints:
             self._store.probe()
         self._remove(state.step)
         attempt = uuid.uuid4().hex[:8]
+        state = state.model_copy(update={"best": best})
         files = [self._put(state.step, f"{attempt}-state.json", "state", canonical_json(state.model_dump(mode="json")))]
         for kind, number, part in _files(tensors):
             name = f"{attempt}-{kind}-{number:03d}.safetensors"
@@ -256,10 +260,19 @@ class Checkpoints:
         commit = Commit(step=state.step, files=tuple(files))
         self._store.put_new(f"{_folder(state.step)}/{COMMIT}", commit.to_json())
         self.at(state.step).refuse_incomplete()
-        older = [step for step in self.steps() if step < state.step and step != best]
+        older = [step for step in self.steps() if step < state.step]
+        others = [step for step in older if step not in (0, best)]
+        kept = {step for step in older if step == best or step in others[max(0, len(others) + 1 - keep) :]}
+        kept |= {needed for step in kept if (needed := self._best_of(step)) is not None}
         for step in older:
-            if step == 0 or step in older[: max(0, len(older) + 1 - keep)]:
+            if step not in kept:
                 self._remove(step)
+
+    def _best_of(self, step: int) -> int | None:
+        """`TrainState.best` of a checkpoint; None where it is damaged, and so of no use."""
+        with suppress(DataError, MismatchError):
+            return self.at(step).state.best
+        return None
 
     def _put(self, step: int, name: str, kind: str, data: bytes) -> FileRecord:
         self._store.put_new(f"{_folder(step)}/{name}", data)

@@ -1,6 +1,7 @@
 """The sections of the configuration that only stage two reads."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -190,7 +191,7 @@ class TrainSection(FrozenModel):
     alone) or distillation (KD: cross-entropy and divergence). `lora_kd` is LLM-Neo, and `neo` means it, too. The old
     name of this setting is `arm`, with the values `sft`, `lora`, `kd`, `neo` in the same order."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage. Where it is not given, that of `deepspeed`, if that has one: 3 with `zero3`."""
     dumps: Annotated[list[MixedDump], AfterValidator(_several)] = []
     """Two or more dumps of one tokenizer that are mixed sample by sample, the one of the section `dump` among them:
     several corpora, or several teachers. Empty: that one alone."""
@@ -291,7 +292,7 @@ class TrainSection(FrozenModel):
     """Memory of the first rank's host for a copy of the training state, 12 bytes per trained parameter, from which a
     checkpoint is written while training goes on. While a larger state is written, training waits."""
     save_total_limit: int = Field(2, ge=1)
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept, and with `load_best_model_at_end` the best one of the time of each."""
     checkpoint_url: StoreUrl | None = None
     """Where checkpoints lie, if not in `checkpoints/` of the run directory: `s3://bucket/runs/a` and the like, with the
     settings of `dump.storage_options`, so that a run goes on where its disk is lost. For one training alone."""
@@ -307,7 +308,7 @@ class TrainSection(FrozenModel):
     any dump and under any settings but those of the adapter. Steps and schedule are counted anew; what differs is
     logged. Once a run is resumed the setting has no effect; leave it. Checkpoints of a `checkpoint_url` have to be
     copied to `checkpoints/` in a directory first. `student.adapter` begins from an adapter's weights alone."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**64)
     """Seed of the order, of the adapter's initial weights and of dropout."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers beside events.jsonl."""
@@ -351,6 +352,16 @@ class TrainSection(FrozenModel):
     def micro_batch(self) -> Limit:
         """What a micro-batch may hold."""
         return Limit(self.micro_batch_size or 4, self.micro_batch_tokens or 0, packed=self.packing)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_of_deepspeed(cls, data: Any) -> Any:
+        """The stage in `deepspeed` where no other is given; what is wrong with `deepspeed` is told as that."""
+        if isinstance(data, dict) and "zero_stage" not in data:
+            with suppress(ValueError, AttributeError, KeyError, TypeError):
+                stage = _deepspeed_settings(data["deepspeed"])["zero_optimization"]["stage"]  # type: ignore[index]
+                return data | {"zero_stage": stage}
+        return data
 
     @model_validator(mode="after")
     def _supported(self) -> "TrainSection":

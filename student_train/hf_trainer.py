@@ -142,6 +142,9 @@ def _refuse_unfit(model: nn.Module, args: Any, loss: LossSection, trainer: Mappi
         "torch_compile": args.torch_compile,
         "a train_sampling_strategy, where the dump has an order": getattr(args, "train_sampling_strategy", "random")
         not in ("random", "sequential"),
+        "dataloader_persistent_workers, which would read each epoch in the order of the first": bool(
+            args.dataloader_num_workers and args.dataloader_persistent_workers
+        ),
         "the auxiliary loss of routers (output_router_logits)": RouterLoss.of(causal_of(model)) is not None,
         **{name: trainer.get(name) is not None for name in ("compute_loss_func", "compute_metrics", "data_collator")},
     }

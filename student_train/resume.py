@@ -62,20 +62,22 @@ def decide(world: World, run: TrainingRun) -> Start:
 
     Raises:
         NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
-        MismatchError: the checkpoint is of another run.
+        MismatchError: the checkpoint is of another run, or is to go on under other settings with nothing left to train.
         DataError: the dump is not the one that was trained on.
     """
     step = int(world.told(lambda: _chosen_step(run)))
     if step < 0:
         return Start(run, None, None)
     checkpoint = world.together(lambda: open_checkpoint(run, step, verify=world.main))
-    state = checkpoint.state
-    if world.told(lambda: _is_done(run, state)) and (done := world.together(lambda: finished(run, state))):
+    state, changes = checkpoint.state, _extension(run, checkpoint.state)
+    is_done = world.told(lambda: _is_done(run, state))
+    if changes:
+        world.on_main(lambda: _refuse_idle(run, state, changes, done=bool(is_done)))
+    if is_done and (done := world.together(lambda: finished(run, state))):
         if world.main:
             log.info("%s is finished: %d steps; nothing to do", run.train.output, done.steps)
         return Start(run, checkpoint, done)
     world.on_main(lambda: run.left_behind(step, state.heldout) if step else None)
-    changes = _extension(run, state)
     if changes and world.main:
         log.info("from step %d on under other settings: %s; until then: %s", step, changes.after, changes.before)
     extended = state.extended + ((changes,) if changes else ())
@@ -248,6 +250,21 @@ def finished(run: TrainingRun, state: TrainState) -> Summary | None:
     if not over(run, state.step, results):
         return None
     return summary if summary.final_step in (None, run.exported(state.step, results)) else None
+
+
+def _refuse_idle(run: TrainingRun, state: TrainState, changes: Extension, *, done: bool) -> None:
+    """Raise MismatchError for other settings that nothing would be trained under; fewer steps may end a run where it
+    is."""
+    early, changed = state.step < run.steps, as_configured(changes.after)
+    if not (done or over(run, state.step, state.heldout)) or (not early and changed.keys() == {"train.max_steps"}):
+        return
+    named = "train.early_stopping_patience" if early else "train.max_steps or train.epochs"
+    raise MismatchError(
+        f"train.extend: true changes settings, but {named} leaves nothing to train under them",
+        got="; ".join([f"{state.step} steps done", *(f"{key} = {value}" for key, value in changed.items())]),
+        expected="steps that are left to train",
+        fix=f"raise {named}, or restore these settings",
+    )
 
 
 def _is_done(run: TrainingRun, state: TrainState) -> bool:

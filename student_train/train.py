@@ -90,7 +90,7 @@ def train(world: World, config: Resolved, *, stop: Callable[[], bool] = lambda: 
     opened = world.together(lambda: open_run(config))
     if world.world_size > 1:
         opened.share()
-    world.on_main(lambda: weigh(opened))
+    world.on_main(lambda: weigh(opened, ranks=world.world_size))
     run, checkpoint, done = decide(world, opened)
     if checkpoint is not None:
         world.on_main(partial(refuse_other_start, settings, checkpoint.state.began))
@@ -437,14 +437,16 @@ class _Loop:
             ends=span_ends(rows),
         )
         best_result = best(comparable, run.train.metric_for_best_model)
+        # Steps whose samples all lack targets have no loss.
+        last = next((event for event in reversed(events) if event.supervised_tokens), events[-1])
         summary = Summary(
             arm=run.train.arm,
             steps=self._done,
             planned_steps=run.steps,
             epochs=self._done / run.mix.steps_per_epoch,
-            loss=events[-1].loss,
-            ce=events[-1].ce,
-            kl=events[-1].kl,
+            loss=last.loss,
+            ce=last.ce,
+            kl=last.kl,
             supervised_tokens=max(self._supervised, sum(event.supervised_tokens for event in events)),
             tokens_per_second=self._meter.total_tokens / max(1e-9, seconds),
             seconds=seconds,
@@ -455,7 +457,7 @@ class _Loop:
             zero_stage=run.train.zero_stage,
             resumed_from=self._resumed,
             fingerprint=run.dump.fingerprint,
-            dumps=trained_on(run, self._done, events[-1]),
+            dumps=trained_on(run, self._done, last),
             student=run.student.model,
             began_from_adapter=str(run.student.adapter) if run.student.adapter else None,
             began_from_checkpoint=run.began,

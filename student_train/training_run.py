@@ -141,14 +141,36 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     refuse_unfit_quantisation(student, train)
     refuse_unfit_adapter(student, train)
     refuse_unfit_start(train)
-    refuse_unfit_schedule(train, train.max_steps or 1000)
+    refuse_unfit_schedule(train, train.max_steps)
 
 
-def refuse_unfit_schedule(train: TrainSection, steps: int) -> None:
-    """Raise MismatchError if the schedule does not take its arguments, which some tell after the warm-up alone."""
-    warmup = warmup_of(train, steps)
-    for step in {0, min(warmup, steps - 1), steps - 1}:
-        learning_rate(train, step, total_steps=steps)
+def refuse_unfit_schedule(train: TrainSection, steps: int | None) -> None:
+    """Raise MismatchError if the schedule does not take its arguments, which some tell after the warm-up alone, or if a
+    setting cannot be had in so many steps; None where their number is not known yet."""
+    total, arguments = steps or 1000, train.lr_scheduler_kwargs
+    warmup = warmup_of(train, total)
+    for step in {0, min(warmup, total - 1), total - 1}:
+        learning_rate(train, step, total_steps=total)
+    # (setting, its value, the most that it may be, what that is)
+    limits: list[tuple[str, Any, float, str]] = [
+        ("lr_scheduler_kwargs.min_lr", arguments.get("min_lr"), train.learning_rate, "train.learning_rate"),
+        ("lr_scheduler_kwargs.min_lr_rate", arguments.get("min_lr_rate"), 1, "all of train.learning_rate"),
+        ("lr_scheduler_kwargs.min_lr_ratio", arguments.get("min_lr_ratio"), 1, "all of train.learning_rate"),
+    ]
+    if steps is not None:
+        decay = arguments.get("num_decay_steps")
+        limits += [
+            ("warmup_steps", train.warmup_steps, steps, "all steps"),
+            ("lr_scheduler_kwargs.num_decay_steps", decay, steps - warmup, "the steps after the warm-up"),
+        ]
+    for name, value, most, what in limits:
+        if isinstance(value, int | float) and value > most:
+            raise MismatchError(
+                f"train.{name} is more than the schedule can have",
+                got=f"train.{name} = {value}",
+                expected=f"at most {most}, {what}",
+                fix=f"lower train.{name}",
+            )
 
 
 def refuse_unfit_adapter(student: StudentSection, train: TrainSection) -> None:
@@ -269,8 +291,8 @@ def refuse_contradicted(run: Provenance, stated: Mapping[str, Any]) -> None:
         )
 
 
-def weigh(run: TrainingRun) -> None:
-    """Refuse a sealed dump that nothing can be learned from, and tell of dumps that fill no step.
+def weigh(run: TrainingRun, *, ranks: int = 1) -> None:
+    """Refuse a sealed dump that nothing can be learned from, and tell of dumps that fill no step, and steps no ranks.
 
     Raises:
         DataError: no sample of a dump has a target.
@@ -296,6 +318,12 @@ def weigh(run: TrainingRun) -> None:
     for source, order in zip(run.sources, run.mix.orders, strict=True):
         _tell_import(source)
         _tell_shuffle(source, order, run.train)
+    if wanted < ranks:
+        log.warning(
+            "%d of the %d ranks have no sample in any step, which has train.global_batch_size (%d) of them: raise it, "
+            "or start fewer ranks",
+            ranks - wanted, ranks, wanted,
+        )  # fmt: skip
     if usable < wanted:
         log.warning(
             "only %d of the dump's %d samples can be trained on, fewer than train.global_batch_size (%d): an epoch is "

@@ -78,15 +78,16 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
 def _refuse_impossible(train: TrainSection) -> None:
     """Refuse what DeepSpeed would meet with an assertion, or with gradients that are coarser than asked for."""
     given = dict(leaves(train.deepspeed))
-    accumulation, overlap = "data_types.grad_accum_dtype", "zero_optimization.overlap_comm"
+    overlap, ratio = "zero_optimization.overlap_comm", "zero_optimization.offload_optimizer.ratio"
     allowed = (None, AUTO, "fp32", *(["bf16"] if train.precision == "bf16" else []))
-    if given.get(accumulation) not in allowed:
-        raise MismatchError(
-            f"train.deepspeed.{accumulation} does not go with train.precision {train.precision}",
-            got=given[accumulation],
-            expected="fp32, or with train.precision bf16 also bf16",
-            fix=f"remove train.deepspeed.{accumulation}",
-        )
+    for dtype in ("data_types.grad_accum_dtype", "communication_data_type"):
+        if given.get(dtype) not in allowed:
+            raise MismatchError(
+                f"train.deepspeed.{dtype} does not go with train.precision {train.precision}",
+                got=given[dtype],
+                expected="fp32, or with train.precision bf16 also bf16",
+                fix=f"remove train.deepspeed.{dtype}",
+            )
     if given.get(overlap) is True and train.zero_stage < 2:
         raise MismatchError(
             f"train.deepspeed.{overlap} needs ZeRO stage 2 or 3: below, gradients are reduced once per step",
@@ -94,6 +95,18 @@ def _refuse_impossible(train: TrainSection) -> None:
             expected="train.zero_stage = 2 or 3",
             fix=f"remove train.deepspeed.{overlap}, or raise train.zero_stage",
         )
+    zero = train.deepspeed.get("zero_optimization")
+    needing = {"zero_optimization.zenflow": zero.get("zenflow") if isinstance(zero, Mapping) else None}
+    if train.zero_stage == 3 and given.get(ratio) != 1:
+        needing[ratio] = given.get(ratio)
+    for path, value in needing.items():
+        if value not in (None, AUTO):
+            raise MismatchError(
+                f"train.deepspeed.{path} needs an optimizer of DeepSpeed's own",
+                got=f"train.deepspeed.{path} = {value!r}",
+                expected="what goes with the AdamW of train.adam_*, whose state is in one place",
+                fix=f"remove train.deepspeed.{path}",
+            )
 
 
 def monitors(deepspeed: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

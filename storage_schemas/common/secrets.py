@@ -20,8 +20,9 @@ IN_QUERY = re.compile(
 )
 """A parameter of a URL that signs it or lets its owner in: name and value."""
 _PATTERNS = (
-    # Userinfo of a URL; a password may hold a slash.
-    (re.compile(r"(\w://)[^\s\"'<>]*@"), rf"\1{_MASK}@"),
+    # Userinfo of a URL; a password may hold a slash. In hf://USER/NAME@REVISION it is none.
+    (re.compile(r"(\w://)(?<!\bhf://)[^\s\"'<>]*@"), rf"\1{_MASK}@"),
+    (re.compile(r"(\bhf://)[^\s\"'<>@]*:[^\s\"'<>]*@"), rf"\1{_MASK}@"),
     # Query parameters and headers of a signed request.
     (re.compile(r"(authorization[\"']?\s*[:=]\s*)[^\n<]+", re.I), rf"\1{_MASK}"),
     (IN_QUERY, rf"\1{_MASK}"),

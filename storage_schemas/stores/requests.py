@@ -139,7 +139,8 @@ def failure(error: BaseException, url: str, *, setting: str = SETTING, answered:
         what, expected = "no trusted connection to {}", "HTTPS with a certificate of a known authority"
         fix = f"correct the endpoint in {setting}, or name the authority's certificate in SSL_CERT_FILE"
     elif unknown_host and not answered:
-        what, expected, fix = "the host of {} is not known", "a name that can be resolved", f"correct {setting}"
+        what, expected = "the host of {} is not known", "a name that can be resolved"
+        fix = f"correct {setting}, `--store endpoint=URL` of a command that has the URL, or AWS_ENDPOINT_URL"
     elif _is_panic(error) or _names(error, ("builder error",)):
         what, expected, fix = "the client cannot ask {}", "options of this store", f"correct {setting}"
     elif status == 501 or (status and 300 <= status < 500 and not _can_mend(status, error)):

@@ -98,7 +98,10 @@ class DumpDataset(Dataset[Row]):
         self.__dict__.update(state, _process=os.getpid())
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order `[position]` has; Trainer and accelerate call this."""
+        """Choose the epoch whose order `[position]` has; Trainer and accelerate call this.
+
+        It does not reach workers of a `DataLoader` that have started: leave `persistent_workers` at False.
+        """
         self._epoch = epoch
 
     def steps_per_epoch(self, batch_size: int, *, world_size: int = 1) -> int:

@@ -1,5 +1,6 @@
 """The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
@@ -44,10 +46,10 @@ OWNED = {
 
 EXTRA = {
     "exclude_modules", "fan_in_fan_out", "bias", "init_lora_weights", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "velora_config",
+    "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters",
 }  # fmt: skip
 """Arguments of LoraConfig that `student.lora.extra` may hold: they leave base weights, head and embeddings as they are,
-need no pass over the data, and are saved as a plain adapter."""
+need no pass over the data and no state beside the weights, and are saved as a plain adapter."""
 
 ROUTERS = {"gate", "router", "router_gate"}
 """What transformers calls the modules that choose experts for a token; no dense model has a module of these names."""
@@ -129,7 +131,8 @@ def attach(
             adapter has the factors of the rank's own weights, and `spread` does the rest.
 
     Raises:
-        MismatchError: no such modules, the head is among those to adapt, or `extra` does not go with the variant.
+        MismatchError: no such modules or layers, the head is among those to adapt, or rank or `extra` do not go with
+            the variant.
         DataError: `initial` is not that of this adapter.
     """
     config = lora_config(lora)
@@ -143,8 +146,10 @@ def attach(
         raise _not_taken(error) from error
     _refuse_head(model)
     _refuse_adapted_twice(model)
+    _refuse_passed_over(model, lora)
     if lora.variant == "pissa":
         _refuse_experts(model)
+        _refuse_undecomposable(model, lora.extra)
         if initial is None:
             _decompose(model, part)
         else:
@@ -386,6 +391,35 @@ def _refuse_adapted_twice(model: PeftModel) -> None:
             )
 
 
+def _refuse_passed_over(model: PeftModel, lora: LoraSection) -> None:
+    """Raise MismatchError for a module or layer that is named, and that peft has passed over in silence."""
+    base, config = model.get_base_model(), copy.copy(model.peft_config[ADAPTER])
+    adapted = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    named = lora.target_modules if isinstance(lora.target_modules, list) else []
+    if unused := [end for end in named if not any(f".{name}".endswith(f".{end}") for name in adapted)]:
+        # Experts that are parameters, not linear layers, are known to peft by other names.
+        left = lora_config(lora)
+        convert_peft_config_for_transformers(left, base, get_model_conversion_mapping(base))
+        unused = [name for name in unused if name in left.target_modules]
+    if unused:
+        raise MismatchError(
+            "student.lora.target_modules names what is not adapted",
+            got=", ".join(unused),
+            expected="the ends of names of linear layers, which nothing else in student.lora leaves out",
+            fix="correct or remove it",
+        )
+    layers = lora.extra.get("layers_to_transform")
+    for layer in [layers] if isinstance(layers, int) else layers or ():
+        config.layers_to_transform = [layer]
+        if not any(check_target_module_exists(config, name) for name in adapted):
+            raise MismatchError(
+                "student.lora.extra.layers_to_transform names a layer that is not adapted",
+                got=layer,
+                expected="numbers of layers that have one of student.lora.target_modules; the first is 0",
+                fix="correct or remove it",
+            )
+
+
 def _refuse_experts(model: PeftModel) -> None:
     """Raise MismatchError where `pissa` would have to decompose what is not one matrix."""
     if name := next((name for name, layer in _lora_layers(model) if isinstance(layer, ParamWrapper)), None):
@@ -395,6 +429,27 @@ def _refuse_experts(model: PeftModel) -> None:
             expected="linear layers",
             fix="name student.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj], or choose another variant",
         )
+
+
+def _refuse_undecomposable(model: PeftModel, extra: Mapping[str, Any]) -> None:
+    """Raise MismatchError where `pissa` has fewer components than the rank, or would leave more than two factors."""
+    if extra.get("lora_bias"):
+        raise MismatchError(
+            "student.lora.extra.lora_bias does not go with student.lora.variant: pissa",
+            got="student.lora.extra.lora_bias = true",
+            expected="an adapter of A and B alone: what they begin with is taken out of the base weights",
+            fix="remove student.lora.extra.lora_bias, or choose another variant",
+        )
+    for name, layer in _lora_layers(model):
+        least, rank = min(layer.get_base_layer().weight.shape), layer.r[ADAPTER]
+        if rank > least:
+            raise MismatchError(
+                "student.lora.variant: pissa cannot have a rank above the smaller dimension of a layer",
+                got=f"rank {rank} for {name}, whose smaller dimension is {least}",
+                expected=f"at most {least}",
+                fix="lower student.lora.r, give this layer a rank of its own in student.lora.extra.rank_pattern, or "
+                "choose another variant",
+            )
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:

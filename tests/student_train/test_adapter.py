@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import LoraSection
+from student_train.model import adapter
 from student_train.model.adapter import OWNED, Part, attach, initial_factors, lora_config, plain_adapter, spread
 
 VARIANTS = ("lora", "rslora", "dora", "pissa", "moslora")
@@ -278,8 +279,11 @@ def test_moslora_as_a_plain_adapter() -> None:
         ({"target_parameters": ["mlp.up_proj.weight"]}, "ParamWrapper"),
     ],
 )
-def test_moslora_refuses_what_misses_the_mixer(extra: dict[str, Any], says: str) -> None:
-    """What peft would compute from A and B without it."""
+def test_moslora_refuses_what_misses_the_mixer(
+    extra: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What peft would compute from A and B without it, be it refused before or not."""
+    monkeypatch.setattr(adapter, "EXTRA", adapter.EXTRA | extra.keys())
     lora = LoraSection(r=4, variant="moslora", target_modules=["q_proj"], extra=extra)
     with pytest.raises(MismatchError, match=r"does not go with student\.lora\.variant: moslora") as error:
         attach(tiny_llama(1), lora, seed=0)
@@ -313,6 +317,7 @@ def test_other_arguments_pass_through() -> None:
         ({"modules_to_save": ["lm_head"]}, "student.lora.modules_to_save instead"),
         ({"loftq_config": {}}, "one of alpha_pattern, "),
         ({"kasa_config": {}}, "one of alpha_pattern, "),
+        ({"velora_config": {}}, "one of alpha_pattern, "),
         ({"init_lora_weights": "pissa_niter_4"}, "leave the base model as it is"),
         ({"init_lora_weights": "pissa"}, "student.lora.variant: pissa"),
         ({"init_lora_weights": "olora"}, "leave the base model as it is"),
@@ -341,3 +346,49 @@ def test_head_and_unknown_modules_are_refused(targets: str | list[str]) -> None:
     """The head stays frozen, and a pattern must fit something."""
     with pytest.raises(MismatchError, match=r"student\.lora\.target_modules"):
         attach(tiny_llama(1), LoraSection(r=2, target_modules=targets), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"target_modules": ["q_proj", "v_prj"]}, "got:      v_prj"),
+        ({"target_modules": ["q_proj", "layers.9.self_attn.v_proj"]}, "got:      layers.9.self_attn.v_proj"),
+        ({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["v_proj"]}, "got:      v_proj"),
+        ({"target_modules": [f"q_proj{i or ''}" for i in range(30)]}, "got:      q_proj1, q_proj2"),
+        ({"target_modules": ["q_proj"], "extra": {"layers_to_transform": [0, 99]}}, "got:      99"),
+        (
+            {"target_modules": ["layers.1.self_attn.q_proj", "v_proj"], "extra": {"layers_to_transform": 0}},
+            "got:      layers.1.self_attn.q_proj",
+        ),
+    ],
+)
+def test_what_peft_passes_over_is_refused(given: dict[str, Any], says: str) -> None:
+    """A name or a layer that nothing has, among others that there are."""
+    with pytest.raises(MismatchError, match="not adapted") as error:
+        attach(tiny_llama(1), LoraSection(r=2, **given), seed=0)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [0, [0], [1, 0], []])
+def test_layers_and_whole_names_are_taken(layers: int | list[int]) -> None:
+    """By one number or several; none are all."""
+    targets, extra = ["model.layers.0.self_attn.q_proj", "v_proj"], {"layers_to_transform": layers}
+    model = attach(tiny_llama(1), LoraSection(r=2, target_modules=targets, extra=extra), seed=0)
+    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    both = {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}
+    assert adapted - both == ({"model.layers.1.self_attn.v_proj"} if layers in ([1, 0], []) else set())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"extra": {"lora_bias": True}}, "student.lora.extra.lora_bias"),
+        ({"r": 33}, "rank 33 for base_model.model.model.layers.0.self_attn.q_proj, whose smaller dimension is 32"),
+        ({"extra": {"rank_pattern": {"v_proj": 17}}}, "v_proj, whose smaller dimension is 16"),
+    ],
+)
+def test_pissa_refuses_what_it_cannot_decompose_or_save(given: dict[str, Any], says: str) -> None:
+    """A bias beside the factors, and more components than there are."""
+    with pytest.raises(MismatchError, match=r"student\.lora\.variant: pissa") as error:
+        attach(tiny_llama(1), LoraSection(**{"r": 2, "variant": "pissa"} | given), seed=0)
+    assert says in str(error.value)

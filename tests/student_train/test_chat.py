@@ -1,13 +1,20 @@
 """Replies of models and adapters: transformers' own, with the template, to the learned end."""
 
+import io
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from support.tiny_student import save_student, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
 
-from storage_schemas.common.errors import MismatchError
+from pipeline.cli import app
+from pipeline.views.chat import converse
+from storage_schemas.common.errors import MismatchError, UsageError
 from student_train.results.chat import Chat
 
 TEMPLATE = (
@@ -77,3 +84,70 @@ def test_what_the_template_refuses_is_told(model: Path) -> None:
     turns = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
     with pytest.raises(MismatchError, match="no system message here"):
         Chat(model, device="cpu").reply(turns)
+
+
+class Echo:
+    """Says what it has heard."""
+
+    has_template = True
+
+    def reply(self, messages: Sequence[dict[str, str]], *, heard: Callable[[str], None], **_: object) -> str:
+        said = " ".join(message["content"] for message in messages if message["role"] == "user")
+        heard(said)
+        return said
+
+
+def conversed(typed: bytes, patch: pytest.MonkeyPatch, *, once: str | None = None, encoding: str = "utf-8") -> bytes:
+    """What is printed where this is typed."""
+    out = io.BytesIO()
+    patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    patch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+    converse([("echo", cast(Chat, Echo()))], system=None, once=once)
+    sys.stdout.flush()
+    return out.getvalue()
+
+
+def test_bytes_that_are_no_text_and_characters_that_cannot_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end no conversation."""
+    assert conversed(b"caf\xe9\n/new\nw4\n", monkeypatch) == "caf\ufffd\nw4\n".encode()
+    assert conversed("\u2713 w4\n".encode(), monkeypatch, encoding="ascii") == b"? w4\n"
+
+
+@pytest.mark.parametrize("text", ["/exit", "/new"])
+def test_a_prompt_is_a_text_and_no_command(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert conversed(b"", monkeypatch, once=text) == f"{text}\n".encode()
+
+
+def test_a_prompt_without_a_text_is_refused(tmp_path: Path) -> None:
+    """Before anything is loaded."""
+    for prompt in ("", " \n"):
+        refused = CliRunner().invoke(app, ["chat", str(tmp_path), "--prompt", prompt])
+        assert isinstance(refused.exception, UsageError), refused.output
+
+
+def test_trust_is_for_all_models_and_a_base_for_the_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `evaluate`."""
+    made: dict[str, Any] = {}
+
+    def chat(model: str, **settings: object) -> Echo:
+        made[model] = settings
+        return Echo()
+
+    monkeypatch.setattr("student_train.results.chat.Chat", chat)
+    one, other, plain = (tmp_path / name for name in ("one", "other", "plain"))
+    for folder in (one, other, plain):
+        folder.mkdir()
+    for adapter in (one, other):
+        (adapter / "adapter_config.json").write_text("{}")
+    words = ["--prompt", "w4", "--base", "base", "--trust-remote-code"]
+    for first, *beside in ([one, plain, other], [plain, one, other]):
+        made.clear()
+        asked = ["chat", str(first), *(word for name in beside for word in ("--beside", str(name))), *words]
+        assert CliRunner().invoke(app, asked).exit_code == 0
+        assert {name: settings["base"] for name, settings in made.items()} == {
+            str(one): Path("base"), str(other): Path("base"), str(plain): None,
+        }  # fmt: skip
+        assert all(settings["trust"] for settings in made.values())
+    # Where there is none it is refused.
+    CliRunner().invoke(app, ["chat", str(plain), *words])
+    assert made[str(plain)]["base"] == Path("base")

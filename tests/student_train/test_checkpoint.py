@@ -276,6 +276,20 @@ def test_old_ones_go(tmp_path: Path) -> None:
     assert found.steps() == [10, 15, 20]
 
 
+def test_what_an_older_one_needs_stays_as_long_as_it(tmp_path: Path) -> None:
+    """The best step of its time, though there is a better one since; a damaged one needs nothing."""
+    found = Checkpoints(str(tmp_path))
+    for step, best, there in (
+        (1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 2, 3]), (4, 4, [1, 3, 4]), (5, 4, [1, 3, 4, 5]), (6, 4, [4, 5, 6]),
+        (7, 7, [4, 6, 7]),
+    ):  # fmt: skip
+        found.save(state(step), tensors(step), keep=2, best=best)
+        assert found.steps() == there
+    (tmp_path / "step-00000006" / "COMMIT.json").write_bytes(b"{}")
+    found.save(state(8), tensors(8), keep=2, best=7)
+    assert found.steps() == [6, 7, 8]
+
+
 @pytest.mark.parametrize("keep", range(1, 21))
 def test_as_many_stay_as_asked(tmp_path: Path, keep: int) -> None:
     """After each of many saves."""
@@ -410,7 +424,9 @@ def test_checkpoints_in_an_object_store(store: dict[str, str]) -> None:
     assert newest(again) == 2
     found.save(state(3), tensors(3), keep=2)
     assert newest(again) == 3
-    assert found.steps() == [2, 3]
+    assert found.steps() == [1, 2, 3]
+    found.save(state(3), tensors(3), keep=1)
+    assert found.steps() == [3]
     reader = store | {"access_key_id": s3_servers.READER["access_key_id"]}
     reader |= {"secret_access_key": s3_servers.READER["secret_access_key"]}
     with pytest.raises(MismatchError, match="no access to s3://"):

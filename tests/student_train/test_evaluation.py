@@ -206,6 +206,10 @@ def test_early_stopping(training: Trainings, folder: Path) -> None:
     again = training("impatient", train=settings, again=True)
     assert again["summary"] == run["summary"]
     assert again["seconds"] < 1.0
+    for given in ({"max_steps": 12}, {"learning_rate": 0.1}):
+        refused = training("impatient", train=settings | {"extend": True} | given)
+        assert refused["code"] == 78
+        assert "train.early_stopping_patience leaves nothing to train" in refused["message"]
     on = training("impatient", train=settings | {"early_stopping_patience": None})
     assert on["summary"]["steps"] == 9
     whole = training("patient", train=settings | {"early_stopping_patience": None})

@@ -120,6 +120,8 @@ def test_what_would_be_trained_otherwise_is_refused(place: Path, tmp_path: Path,
     refused(place, tmp_path, "label_smoothing_factor", label_smoothing_factor=0.1)
     refused(place, tmp_path, "torch_compile", torch_compile=True)
     refused(place, tmp_path, "train_sampling_strategy", train_sampling_strategy="group_by_length")
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    refused(place, tmp_path, "dataloader_persistent_workers, which would read", **workers)
     refused(place, tmp_path, "compute_metrics", compute_metrics=print)
     refused(place, tmp_path, "data_collator", data_collator=print)
     refused(place, tmp_path, "tail mass for this temperature", loss=LossSection(temperature=3.0))

@@ -51,6 +51,16 @@ def test_a_dump_that_fills_no_step_is_told(tmp_path: Path, caplog: pytest.LogCap
     assert "(32): an epoch is 1 optimizer steps, training is 1" in caplog.text
 
 
+def test_ranks_without_work_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dump(tmp_path / "dump", samples=12)
+    with caplog.at_level(logging.WARNING):
+        run = opened(tmp_path / "dump", tmp_path / "run", global_batch_size=8)
+        weigh(run, ranks=8)
+        assert not caplog.records
+        weigh(run, ranks=16)
+    assert "8 of the 16 ranks have no sample in any step" in caplog.text
+
+
 def test_a_dump_has_begun_once_its_tokenizer_is_there(tmp_path: Path) -> None:
     """Between run.json and the first unit training waits; it left with 75, and its job was queued again."""
     write_dump(tmp_path / "dump", units=range(1), seal=False)

@@ -6,10 +6,12 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import Schedule, TrainSection
 from student_train.schedule import learning_rate, warmup_of
+from student_train.training_run import refuse_unfit_schedule
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "cosine_with_restarts": {"num_cycles": 3},
@@ -91,3 +93,46 @@ def test_arguments_that_a_schedule_does_not_take_are_refused(kind: str, argument
     train = section(kind, warmup_steps=2, lr_scheduler_kwargs=arguments)
     with pytest.raises(MismatchError, match=r"train.lr_scheduler_kwargs"):
         [learning_rate(train, step, total_steps=9) for step in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("cosine", {"warmup_steps": 7}, "train.warmup_steps is more"),
+        ("warmup_stable_decay", {"num_decay_steps": 7}, "num_decay_steps is more"),
+        ("warmup_stable_decay", {"warmup_steps": 3, "num_decay_steps": 4}, "at most 3, the steps after the warm-up"),
+        ("warmup_stable_decay", {"num_decay_steps": 1, "min_lr_ratio": 1.5}, "min_lr_ratio is more"),
+        ("cosine_with_min_lr", {"min_lr": 3e-4}, r"expected: at most 0.0002, train.learning_rate"),
+        ("cosine_with_min_lr", {"min_lr_rate": 2.0}, "min_lr_rate is more"),
+    ],
+)
+def test_what_no_schedule_can_do_is_refused(kind: str, changes: dict[str, Any], says: str) -> None:
+    """A peak or an end that is never reached, and an end above the peak."""
+    warmup = {name: value for name, value in changes.items() if name == "warmup_steps"}
+    arguments = {name: value for name, value in changes.items() if name not in warmup}
+    train = section(kind, peak=2e-4, warmup_ratio=0.0, lr_scheduler_kwargs=arguments, **warmup)
+    with pytest.raises(MismatchError, match=says):
+        refuse_unfit_schedule(train, 6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, None])
+@pytest.mark.parametrize("kind", get_args(Schedule))
+def test_what_a_schedule_can_just_do_is_taken(kind: str, steps: int | None) -> None:
+    """Warm-up or decay over all steps, an end that is the peak, and any number where that of all steps is not known."""
+    refuse_unfit_schedule(section(kind, lr_scheduler_kwargs=ARGUMENTS.get(kind, {}), max_steps=None), None)
+    over = 2000 if steps is None else steps
+    if kind == "warmup_stable_decay":
+        refuse_unfit_schedule(section(kind, warmup_steps=0, lr_scheduler_kwargs={"num_decay_steps": over}), steps)
+    else:
+        refuse_unfit_schedule(section(kind, warmup_steps=over, lr_scheduler_kwargs=ARGUMENTS.get(kind, {})), steps)
+    if kind == "cosine_with_min_lr":
+        refuse_unfit_schedule(section(kind, peak=0.1, lr_scheduler_kwargs={"min_lr": 0.1}), steps)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])
+def test_every_seed_that_torch_takes_is_taken(seed: int) -> None:
+    """And no other."""
+    torch.manual_seed(section(seed=seed).seed)
+    beyond = seed + 1 if seed > 0 else -(2**63) - 1
+    with pytest.raises(ValidationError, match="seed"):
+        section(seed=beyond)

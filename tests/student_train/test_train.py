@@ -285,6 +285,14 @@ REFUSED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "model": (78, "nowhere", {"model": "nowhere"}),
     "longer, unsaid": (78, "train.extend: true", {"copy": "zero2 whole", "train": {"max_steps": 9}}),
     "shorter": (78, "has done 6 steps already", {"copy": "zero2 whole", "train": {"max_steps": 2, "extend": True}}),
+    "nothing left": (
+        78, "train.max_steps or train.epochs leaves nothing to train",
+        {"copy": "zero2 whole", "train": {"learning_rate": 1e-3, "extend": True}},
+    ),
+    "nothing left, no summary": (
+        78, "got:      6 steps done; loss.alpha = 0.1\n",
+        {"copy": "zero2 whole", "spoil": "no summary", "train": {"extend": True}, "loss": {"alpha": 0.1}},
+    ),
     "other order": (78, "train.seed = 5", {"copy": "half", "train": {"seed": 5, "extend": True}}),
     "no dump": (75, "there is no dump at", {"train": {"data_wait_seconds": 0.5}, "dump": "never"}),
     "stop at no dump": (
@@ -401,6 +409,22 @@ def test_an_extended_run_is_the_longer_one(training: Trainings) -> None:
     assert once.codes == extended.codes == [0, 0]
     assert extended.losses == once.losses
     assert largest_difference(extended["state"], once["state"]) == 0
+
+
+def test_the_loss_of_a_run_is_of_steps_that_have_one(training: Trainings) -> None:
+    """Where the last step holds samples without targets alone."""
+    run = training("nothing in the end", train={"global_batch_size": 23, "max_steps": 2, "seed": 10})
+    first, last = run["events"]
+    assert last.supervised_tokens == 0 < first.supervised_tokens
+    for name in ("loss", "ce", "kl"):
+        assert run["summary"][name] == getattr(first, name) > 0
+
+
+def test_a_run_may_be_ended_where_it_is(training: Trainings) -> None:
+    """By fewer steps than were planned."""
+    run = training("ended", copy="half", train={"max_steps": 3, "extend": True})
+    assert run.codes == [0, 0]
+    assert run["summary"]["steps"] == training("half")["step"] == 3
 
 
 def test_optimisation_may_change_on_the_way(training: Trainings) -> None:

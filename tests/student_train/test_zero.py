@@ -126,12 +126,31 @@ def test_contradiction_names_both_sides(given: dict[str, Any], names: tuple[str,
         (2, {"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype does not go with"),
         (0, {"zero_optimization": {"overlap_comm": True}}, "overlap_comm needs ZeRO stage 2 or 3"),
         (1, {"zero_optimization": {"overlap_comm": True}}, "overlap_comm needs ZeRO stage 2 or 3"),
+        (2, {"communication_data_type": "bf16"}, "communication_data_type does not go with train.precision fp32"),
+        (2, {"communication_data_type": "fp16"}, "communication_data_type does not go with train.precision fp32"),
+        (3, {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "offload_optimizer.ratio"),
+        (2, {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow needs"),
+        (3, {"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow needs"),
     ],
 )
 def test_what_deepspeed_would_meet_with_an_assertion(stage: int, given: dict[str, Any], says: str) -> None:
     """Or with gradients of fp32 weights in bf16."""
     with pytest.raises(MismatchError, match=says):
         deepspeed_config(section(zero_stage=stage, precision="fp32", deepspeed=given))
+
+
+def test_gradients_are_sent_as_they_are() -> None:
+    """In their own dtype or in fp32; what has no effect is taken."""
+    for precision, dtypes in (("fp32", ["fp32"]), ("bf16", ["bf16", "fp32"])):
+        for dtype in dtypes:
+            given = {"communication_data_type": dtype}
+            found = deepspeed_config(section(precision=precision, deepspeed=given))
+            assert found["communication_data_type"] == dtype
+    with pytest.raises(MismatchError, match=r"communication_data_type.*\n  got:      fp16"):
+        deepspeed_config(section(deepspeed={"communication_data_type": "fp16"}))
+    for stage, ratio in ((2, 0.5), (3, 1.0), (3, "auto")):
+        given = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": ratio}, "zenflow": None}}
+        assert deepspeed_config(section(zero_stage=stage, deepspeed=given))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -167,6 +186,19 @@ def test_presets_by_name_agree_with_the_stage() -> None:
             else:
                 with pytest.raises(MismatchError, match=r"zero_optimization\.stage contradicts train\.zero_stage"):
                     deepspeed_config(train)
+
+
+def test_the_stage_is_that_of_deepspeeds_settings_where_it_is_not_said() -> None:
+    """By name or as a mapping; what is wrong with them is told as before."""
+    for name, content in DEEPSPEED_PRESETS.items():
+        for given in (name, content):
+            train = TrainSection.model_validate({"output": "runs/x", "deepspeed": given})
+            assert train.zero_stage == content["zero_optimization"]["stage"]
+            assert TrainSection.model_validate_json(train.model_dump_json()) == train
+    for given in ({}, {"zero_optimization": {"overlap_comm": True}}, {"zero_optimization": 3}):
+        assert TrainSection.model_validate({"output": "runs/x", "deepspeed": given}).zero_stage == 2
+    with pytest.raises(ValidationError, match="none of zero1"):
+        TrainSection.model_validate({"output": "runs/x", "deepspeed": "zero4"})
 
 
 def test_a_path_is_read_once_and_becomes_its_content(tmp_path: Path) -> None:
