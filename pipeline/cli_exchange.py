@@ -112,7 +112,7 @@ def push(
         str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME for a dump, hf://USER/NAME for a model.")
     ],
     private: Annotated[
-        bool, typer.Option("--private", help="If the repository is new, make it a private one.")
+        bool, typer.Option("--private", help="Make a new repository private; one that is public is refused.")
     ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite files of another model there; never those of a dump.")

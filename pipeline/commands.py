@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli_options import shown_progress
-from pipeline.config import Config, need
+from pipeline.config import Config, heldout_elsewhere, need
 from pipeline.launch import Placement
 from storage_schemas.common.errors import MismatchError
 from storage_schemas.common.publish import publish
 from storage_schemas.reader import Dump
+from storage_schemas.stores.address import local_path
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.teacher import Teacher
@@ -39,6 +40,8 @@ def run_dumps(
     from teacher_dump.dump import refuse_unusable, run_dump
     from teacher_dump.teachers.open import opened
 
+    if (said := heldout_elsewhere(config)) is not None:
+        log.warning("%s: what trains elsewhere will not find it", said)
     parts = [*([config.heldout_config()] if config.heldout else []), config]
     for part in parts:
         refuse_unusable(part.dump)
@@ -191,7 +194,7 @@ def recomputing(
     refuse_other_teacher(dump.provenance, teacher)
     corpus = None
     if config is not None and config.corpus is not None:
-        heldout = config.heldout is not None and config.heldout.url.rstrip("/") == dump.store.url.rstrip("/")
+        heldout = config.heldout is not None and _same_place(config.heldout.url, dump.store.url)
         part = config.heldout_config().corpus if heldout else config.corpus
         assert part is not None
         corpus = freeze_corpus(part, teacher.tokenizer, lm_head_rows=teacher.lm_head_rows)
@@ -203,3 +206,11 @@ def recomputing(
         return report.model_dump(mode="json")
 
     return compare
+
+
+def _same_place(url: str, other: str) -> bool:
+    """Whether two URLs, or paths however they are written, name one place."""
+    here, there = local_path(url), local_path(other)
+    if here is None or there is None:
+        return url.rstrip("/") == other.rstrip("/")
+    return here.resolve() == there.resolve()

@@ -51,17 +51,20 @@ def push(
     Args:
         source: on this machine.
         url: `hf://datasets/USER/NAME` for a dump, `hf://USER/NAME` for a model; the repository is made if need be.
-        private: whether a new one is.
-        replace: overwrite files of another model; never of another dump.
+        private: whether a new one is; one that is there must be.
+        replace: overwrite files of another model, and remove its others; never of a dump, whose card stays as it is
+            there.
         progress: of verifying, called with (units done, units in all).
 
     Raises:
         UsageError: the URL is not one for what is there.
         DataError: the dump is damaged or not sealed.
-        MismatchError: the repository holds something else, or may not be written to.
+        MismatchError: the repository holds something else, is public against `private`, or may not be written to.
         TemporaryError: the hub does not answer.
     """
     run = source / RUN
+    if not run.is_file():
+        _refuse_no_model(source)
     place = _place(url, "dataset" if run.is_file() else "model")
     ignored = [*_OF_THE_HUB, f"{_DOWNLOADS}/*", ".git/*"]
     fingerprint = None
@@ -74,8 +77,6 @@ def push(
             fix="let `llm-neo dump` finish, or restore what `llm-neo verify` names",
         )
         ignored += [*orphans, "*.staged-*", "probe/*"]
-    else:
-        _refuse_no_model(source)
     files = _local(source, ignored)
     api = HfApi()
     with asking(url):
@@ -83,9 +84,16 @@ def push(
         if there is None:
             api.create_repo(place.repo, repo_type=place.kind, private=private or None, exist_ok=True)
             there = _tree(api, place) or {}
+        if private:
+            _refuse_public(api, place, url)
         if fingerprint is not None:
             _refuse_other_dump(source, url, there)
-        stale = [] if fingerprint is not None else sorted(there.keys() - files.keys() - {*_OF_THE_HUB, _CARD})
+            if _CARD in files and _CARD in there and _different(source, {_CARD: 0}, there):
+                # Somebody has edited it there, or made it with the repository.
+                ignored.append(_CARD)
+                del files[_CARD]
+        kept = _OF_THE_HUB if replace else (*_OF_THE_HUB, _CARD)
+        stale = [] if fingerprint is not None else sorted(there.keys() - files.keys() - {*kept})
         if fingerprint is None and not replace:
             _refuse_other_model(source, url, files, there, stale)
         steps = [[RUN], [name for name in files if name not in (RUN, SEAL)], [SEAL]] if fingerprint else [list(files)]
@@ -218,6 +226,17 @@ def _refuse_no_model(source: Path) -> None:
             got=f"no {RUN}, and no config.json or adapter_config.json with *.safetensors",
             expected="a directory such as runs/a/final or runs/a/merged, or that of a dump",
             fix="copy a dump of an object store here first",
+        )
+
+
+def _refuse_public(api: HfApi, place: HubPlace, url: str) -> None:
+    """Raise MismatchError unless nobody else may read the repository."""
+    if not api.repo_info(place.repo, repo_type=place.kind).private:
+        raise MismatchError(
+            f"{url} is public: all could read what is pushed there",
+            got="--private, and a repository that was made before",
+            expected="a new repository, or a private one",
+            fix="make it private on the hub, push to another name, or leave out --private",
         )
 
 

@@ -4,18 +4,25 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from storage_schemas.canonical import digest
 from storage_schemas.common.errors import DataError, MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.hashes import file_sha256
+from storage_schemas.common.models import hashes_of, refuse_torn
 from storage_schemas.common.publish import publishing
 
 RECORD = "pruning.json"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 """Weights of any kind; all else beside them (tokenizer, chat template, generation config, licence) is copied."""
+NOT_KEPT = ("config.json", "README.md", "llm-neo.json")
+"""Not copied either: the first two are written anew, and a run's record of its files holds for these no longer."""
 
 
 class Pruning(FrozenModel):
@@ -27,6 +34,8 @@ class Pruning(FrozenModel):
     """Layers before."""
     kept: tuple[int, ...]
     """The source's layers that were kept, ascending; they are renumbered from 0."""
+    source_sha256: str | None = None
+    """Of its config.json and weight files; null: pruned before this was recorded."""
 
     def __str__(self) -> str:
         dropped = _ranges([layer for layer in range(self.source_layers) if layer not in self.kept]) or "none"
@@ -55,15 +64,18 @@ def parse_keep(text: str, layers: int) -> list[int]:
     Raises:
         UsageError: not of that form, out of range, or not ascending.
     """
-    expected = f"ascending layer numbers from 0 to {layers - 1}, such as 0-3,{layers - 1}"
+    example = _ranges(layers_to_keep(layers, max(1, layers - 1))).replace(" ", "")
+    expected = f"ascending layer numbers from 0 to {layers - 1}, such as {example}"
     kept: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if match is None:
             raise UsageError("layers to keep that cannot be understood", got=text, expected=expected)
-        kept += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not kept or kept != sorted(set(kept)) or kept[-1] >= layers:
-        raise UsageError("layers to keep that the model does not have, or not in order", got=text, expected=expected)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not (kept[-1] if kept else -1) < first <= last < layers:
+            problem = "layers to keep that the model does not have, or not in order"
+            raise UsageError(problem, got=text, expected=expected)
+        kept += range(first, last + 1)
     return kept
 
 
@@ -78,8 +90,8 @@ def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None 
 
     Raises:
         UsageError: neither or both of `layers` and `keep`, or out of range.
-        DataError: no safetensors, or no layers named model.layers.N.
-        MismatchError: `out` holds something else.
+        DataError: no safetensors, torn ones, or no layers named model.layers.N.
+        MismatchError: `out` holds something else, or what another model of this name was pruned to.
     """
     if (layers is None) == (keep is None):
         raise UsageError("say which layers stay", expected="exactly one of --layers N and --keep 0,1,2")
@@ -89,14 +101,23 @@ def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None 
     if not isinstance(there, int):
         raise DataError(f"{source}/config.json does not say how many layers there are", expected="num_hidden_layers")
     kept = layers_to_keep(there, layers) if layers is not None else parse_keep(str(keep), there)
-    pruning = Pruning(source=Path(model).name if Path(model).is_dir() else model, source_layers=there, kept=tuple(kept))
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{source} has no weights that can be pruned", got="no *.safetensors", fix="convert it first")
+    pruning = Pruning(
+        source=Path(model).name if Path(model).is_dir() else model,
+        source_layers=there,
+        kept=tuple(kept),
+        source_sha256=_identity(source, files),
+    )
     if out.exists():
         _refuse_other(out, pruning)
         return pruning
+    refuse_torn(*files)
     with publishing(out, setting="OUT") as staged:
-        _write_weights(source, staged, kept)
+        _write_weights(source, files, staged, kept)
         for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in ("config.json", "README.md"):
+            if file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in NOT_KEPT:
                 shutil.copyfile(file, staged / file.name)
         (staged / "config.json").write_text(json.dumps(_pruned_config(config, kept), indent=2, sort_keys=True) + "\n")
         (staged / "README.md").write_text(
@@ -107,26 +128,33 @@ def prune(model: str, out: Path, *, layers: int | None = None, keep: str | None 
     return pruning
 
 
+def _identity(source: Path, files: Sequence[Path]) -> str:
+    """Hash of what decides how the source computes, wherever it lies."""
+    from teacher_dump.corpus.cache import cache_folder
+
+    return digest(hashes_of([source / "config.json", *files], partial(file_sha256, folder=cache_folder() / "hashes")))
+
+
 def _refuse_other(out: Path, pruning: Pruning) -> None:
     record = out / RECORD
     if not record.is_file():
         raise MismatchError(f"{out} already exists and is not a pruned model", fix="choose another directory")
     there = Pruning.model_validate_json(record.read_bytes())
+    if there.source_sha256 is None:
+        there = there.model_copy(update={"source_sha256": pruning.source_sha256})
     if there != pruning:
+        got, expected = (f"{one.source} (sha256 {str(one.source_sha256)[:16]}), {one}" for one in (there, pruning))
         fix = "choose another directory, or delete this one"
-        raise MismatchError(f"{out} holds another pruned model", got=there, expected=pruning, fix=fix)
+        raise MismatchError(f"{out} holds another pruned model", got=got, expected=expected, fix=fix)
 
 
-def _write_weights(source: Path, out: Path, kept: Sequence[int]) -> None:
+def _write_weights(source: Path, files: Sequence[Path], out: Path, kept: Sequence[int]) -> None:
     """Copy the tensors that stay, file by file, under their new names, with an index if there are several files."""
     # torch takes seconds to import, and is not needed to choose layers.
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     renamed = {old: new for new, old in enumerate(kept)}
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{source} has no weights that can be pruned", got="no *.safetensors", fix="convert it first")
     where: dict[str, str] = {}
     seen: set[int] = set()
     total = 0
@@ -159,12 +187,29 @@ def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any
     layers = config["num_hidden_layers"]
     pruned = {
         key: [value[layer] for layer in kept] if isinstance(value, list) and len(value) == layers else value
-        for key, value in config.items()
+        for key, value in (config | _derived(config)).items()
     }
     pruned |= {"num_hidden_layers": len(kept), "pruned_layers_kept": list(kept)}
     if isinstance(pruned.get("max_window_layers"), int):
         pruned["max_window_layers"] = min(pruned["max_window_layers"], len(kept))
     return pruned
+
+
+def _derived(config: dict[str, Any]) -> dict[str, list[Any]]:
+    """What transformers makes of the layers' numbers where config.json does not say it: these are about to change."""
+    from transformers import CONFIG_MAPPING
+
+    whole: dict[str, Any] = {}
+    with suppress(Exception):  # What transformers does not know or take, it derives nothing from.
+        whole = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+    return {
+        key: value
+        for key, value in whole.items()
+        if "layer" in key
+        and config.get(key) is None
+        and isinstance(value, list)
+        and len(value) == config["num_hidden_layers"]
+    }
 
 
 def _ranges(layers: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,8 +20,11 @@ def converse(models: "Sequence[tuple[str, Chat]]", *, system: str | None, once: 
     Args:
         models: name and model; with more than one, each reply is headed by the name.
         system: first message of every conversation.
-        once: answer this alone.
+        once: answer this alone, even if it is `NEW` or `LEAVE`.
     """
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # A byte that is no text, or a character that the terminal lacks.
     told = Console(stderr=True)
     first = [{"role": "system", "content": system}] if system else []
     begun = [first if model.has_template else [] for _, model in models]
@@ -28,22 +32,32 @@ def converse(models: "Sequence[tuple[str, Chat]]", *, system: str | None, once: 
     for name, model in models:
         if not model.has_template:
             told.print(f"{name} has no chat template: text is continued as it is", highlight=False, soft_wrap=True)
-    typed = sys.stdin.isatty() and once is None
+    if once is not None:
+        _answer(once, models, conversations, **settings)
+        return
+    typed = sys.stdin.isatty()
     if typed:
         told.print(f"{NEW} begins anew, {LEAVE} or Ctrl-D leaves", highlight=False)
-    while (text := once if once is not None else _line(typed)) is not None and text != LEAVE:
+    while (text := _line(typed)) is not None and text != LEAVE:
         if text == NEW:
             conversations = [list(messages) for messages in begun]
         elif text.strip():
-            for (name, model), messages in zip(models, conversations, strict=True):
-                if len(models) > 1:
-                    sys.stdout.write(f"--- {name}\n")
-                messages.append({"role": "user", "content": text})
-                reply = model.reply(messages, heard=_said, **settings)
-                sys.stdout.write("\n")
-                messages.append({"role": "assistant", "content": reply})
-        if once is not None:
-            return
+            _answer(text, models, conversations, **settings)
+
+
+def _answer(
+    text: str,
+    models: "Sequence[tuple[str, Chat]]",
+    conversations: Sequence[list[dict[str, str]]],
+    **settings: Any,
+) -> None:
+    for (name, model), messages in zip(models, conversations, strict=True):
+        if len(models) > 1:
+            sys.stdout.write(f"--- {name}\n")
+        messages.append({"role": "user", "content": text})
+        reply = model.reply(messages, heard=_said, **settings)
+        sys.stdout.write("\n")
+        messages.append({"role": "assistant", "content": reply})
 
 
 def _line(typed: bool) -> str | None:

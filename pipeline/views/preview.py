@@ -17,7 +17,7 @@ _SHOWN = 600
 def show(found: Preview, samples: Sequence[SampleView], console: Console) -> None:
     """Print it: in colours on a terminal, else with `{+...+}` around what is supervised, which survives a pipe."""
     texts = (_text(sample, colour=console.is_terminal) for sample in samples)
-    console.print(Group(*_sources(found), _totals(found), *texts), soft_wrap=True)
+    console.print(Group(*_sources(found), _totals(found), *_refusal(found), *texts), soft_wrap=True)
 
 
 def _sources(found: Preview) -> list[RenderableType]:
@@ -57,6 +57,11 @@ def _totals(found: Preview) -> Table:
         "fingerprint": found.fingerprint,
     }
     return facts_table(rows.items())
+
+
+def _refusal(found: Preview) -> list[Text]:
+    said = "`dump` refuses this: samples are too long, and corpus.too_long is error"
+    return [Text(said, style="red")] if found.refused else []
 
 
 def _text(sample: SampleView, *, colour: bool) -> Text:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from storage_schemas.common.errors import DataError, MismatchError, UsageError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.common.signals import stoppable
@@ -188,7 +190,12 @@ def _claims(layout: Layout, said: Mapping[str, Any]) -> Claims:
             expected=", ".join(f"--{name}" for name in missing),
             fix="see `llm-neo import --help` and `llm-neo docs interoperability`; a wrong word trains on wrong targets",
         )
-    claims = Claims.model_validate(found)
+    try:
+        claims = Claims.model_validate(found)
+    except ValidationError as error:
+        told = error.errors()[0]
+        fix = "see `llm-neo import --help`"
+        raise UsageError(f"--{told['loc'][0]}: {told['msg']}", got=told["input"], fix=fix) from error
     if claims.temperature != 1.0:
         raise MismatchError(
             "values of another temperature cannot be imported",

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -55,6 +56,14 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    info = huggingface_hub.HfApi.repo_info
+
+    def with_privacy(self: huggingface_hub.HfApi, repo_id: str, *, repo_type: str, **settings: Any) -> Any:
+        found = info(self, repo_id, repo_type=repo_type, **settings)
+        found.private = server.repositories[f"{repo_type}s", repo_id].private
+        return found
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", with_privacy)
     return server
 
 
@@ -161,6 +170,28 @@ def test_another_dump_is_never_overwritten(hub: Hub, dump: Path, tmp_path: Path)
     assert hub.files("me/dump") == before
 
 
+def test_the_card_of_a_dump_that_was_edited_on_the_hub_stays(hub: Hub, dump: Path, call: Call) -> None:
+    exchange.push(dump, URL)
+    hub.repositories["datasets", "me/dump"].commits.append(hub.files("me/dump") | {"README.md": b"edited"})
+    for replace in (False, True):
+        exchange.push(dump, URL, replace=replace)
+        assert hub.files("me/dump")["README.md"] == b"edited"
+    # One that was made with the repository, too.
+    hub.repositories["datasets", "me/new"] = Repository([{"README.md": b"mine"}])
+    assert call("push", dump, "hf://datasets/me/new")[0] == 0
+    assert set(hub.files("me/new")) == set(hub.files("me/dump")) - {".gitattributes"}
+    assert hub.files("me/new")["README.md"] == b"mine"
+    assert verify("hf://datasets/me/new").ok
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_what_shall_be_private_goes_to_no_public_repository(hub: Hub, dump: Path, call: Call, private: bool) -> None:
+    hub.repositories["datasets", "me/dump"] = Repository(private=private)
+    code, _, err = call("push", dump, URL, "--private")
+    assert (code, "is public" in err) == ((0, False) if private else (Exit.MISMATCH, True)), err
+    assert ("run.json" in hub.files("me/dump")) is private
+
+
 def test_two_dumps_do_not_mix_where_pushes_meet(hub: Hub, dump: Path) -> None:
     hub.meanwhile["run.json"] = b"{}"
     with pytest.raises(TemporaryError, match="run the same command again"):
@@ -242,6 +273,18 @@ def test_a_model_there_and_back(hub: Hub, tmp_path: Path, call: Call) -> None:
     assert (code, "holds something else" in err) == (Exit.MISMATCH, True)
 
 
+def test_another_model_does_not_get_the_card_of_the_one_that_it_replaces(hub: Hub, tmp_path: Path, call: Call) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file({"w": np.ones(3, np.float32)}, model / "model.safetensors")
+    files = {"config.json": b'{"other": 1}', "README.md": b"of the other one"}
+    hub.repositories["models", "me/model"] = Repository([files])
+    assert call("push", model, "hf://me/model")[0] == Exit.MISMATCH
+    assert call("push", model, "hf://me/model", "--replace")[0] == 0
+    assert set(hub.files("me/model", "models")) == {"config.json", "model.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -249,7 +292,8 @@ def test_a_model_there_and_back(hub: Hub, tmp_path: Path, call: Call) -> None:
         (("push", "DUMP", "s3://bucket/x"), Exit.USAGE, "hf://datasets/USER/NAME"),
         (("push", "DUMP", "hf://datasets/me/dump@v1"), Exit.USAGE, "no place for a dump"),
         (("push", "nowhere", "hf://me/model"), Exit.USAGE, "neither a dump nor a model"),
-        (("push", "nowhere", "hf://datasets/me/model"), Exit.USAGE, "hf://USER/NAME"),
+        (("push", "nowhere", "hf://datasets/me/dump"), Exit.USAGE, "nowhere is neither a dump nor a model"),
+        (("push", "s3://bucket/x", "hf://datasets/me/dump"), Exit.USAGE, "copy a dump of an object store here first"),
         (("pull", "hf://datasets/me/nothing", "out"), Exit.MISMATCH, "not there, or not for you"),
         (("verify", "hf://datasets/me/nothing"), Exit.MISMATCH, "not there, or not for you"),
         (("verify", "hf://me/model"), Exit.MISMATCH, "hf://datasets/USER/NAME"),

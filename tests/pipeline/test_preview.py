@@ -144,7 +144,21 @@ def test_held_out_samples_and_a_policy_that_would_stop_the_dump(config, call):
     code, out, _ = call("preview", config, "--json", "--set", "corpus.too_long=error")
     assert code == Exit.DONE
     assert json.loads(out)["statuses"] == {"empty": 1, "ok": 6, "too_long": 1}
-    assert json.loads(out)["over_max_length"] == 1
+    assert (json.loads(out)["over_max_length"], json.loads(out)["refused"]) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["corpus.too_long=error"], True),
+        (["corpus.too_long=error", "corpus.max_length=1000"], False),
+        (["corpus.too_long=drop"], False),
+        ([], False),
+    ],
+)
+def test_samples_that_dump_refuses_as_too_long_are_said_to_be(config, call, overrides, refused):
+    code, out, _ = call("preview", config, *(word for one in overrides for word in ("--set", one)))
+    assert (code, "`dump` refuses this: samples are too long" in out) == (Exit.DONE, refused)
 
 
 def test_what_cannot_be_shown_is_told(config, call):

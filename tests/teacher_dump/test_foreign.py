@@ -367,6 +367,10 @@ REFUSED: dict[str, tuple[Callable[[World, Path], Path], str, dict[str, Any], typ
     "against the layout": (lambda w, d: write_lists(w, d), "distillkit", {"shift": "same"}, UsageError, "otherwise"),
     "other shift": (lambda w, d: write_lists(w, d), "lists", TRUE | {"shift": "same"}, DataError, "--shift next"),
     "temperature": (lambda w, d: write_lists(w, d), "lists", TRUE | {"temperature": 2.0}, MismatchError, "temperature"),
+    "no temperature": (
+        lambda w, d: write_lists(w, d), "lists", TRUE | {"temperature": float("nan")}, UsageError,
+        "--temperature: .*finite",
+    ),
     "tail of logits": (lambda w, d: write_lists(w, d), "lists", TRUE | {"values": "logits"}, UsageError, "logsumexp"),
     "renormalised": (
         lambda w, d: write_lists(w, d, top_values=w.logprobs - np.log(np.exp(w.logprobs).sum(-1, keepdims=True))),
