@@ -1,4 +1,4 @@
-"""Write docs/configuration.md, docs/api.md and the JSON schema from the code: `python docs/generate.py`.
+"""Write docs/configuration.md, docs/commands.md, docs/api.md and the JSON schema: `python docs/generate.py`.
 
 A test keeps them current.
 """
@@ -13,7 +13,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from api_page import api_page
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from typer.core import TyperArgument
+from typer.main import get_command
 
+from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.init import FOLDER, SCHEMA
 from pipeline.settings import schema
@@ -30,6 +33,13 @@ it (`llm-neo config schema` prints it). `llm-neo config show x.yaml` prints ever
 ones the file or `--set` state; `llm-neo config diff x.yaml runs/a` says what a run was configured with otherwise.
 
 This page is generated from the models by `python docs/generate.py`.
+"""
+COMMANDS = """# Commands
+
+What `llm-neo COMMAND --help` says, for all of them. Running a command again continues it; the exit codes are those of
+[troubleshooting.md](troubleshooting.md).
+
+This page is generated from the commands by `python docs/generate.py`.
 """
 
 
@@ -97,8 +107,33 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def commands(command: Any, name: str) -> Iterator[str]:
+    """What `--help` says of a command and those below it."""
+    if hasattr(command, "commands"):
+        for below, one in command.commands.items():
+            yield from commands(one, f"{name} {below}")
+        return
+    shown = [option for option in command.params if not getattr(option, "hidden", False)]
+    words = [_written(one) for one in shown if isinstance(one, TyperArgument)]
+    yield f"\n## `{' '.join([name, *words])}`\n\n{' '.join((command.help or '').split())}\n"
+    yield "| option | default | |\n|---|---|---|"
+    for one in shown:
+        default = "**required**" if one.required else "" if one.default in (None, False, ()) else f"`{one.default}`"
+        help_text = " ".join((getattr(one, "help", None) or "").split()).replace("|", chr(92) + "|")
+        yield f"| `{_written(one)}` | {default} | {help_text} |"
+
+
+def _written(one: Any) -> str:
+    """An option or argument as it is typed."""
+    if isinstance(one, TyperArgument):
+        return str(one.metavar or one.name.upper())
+    return str(one.opts[0]) if one.is_flag else f"{one.opts[0]} {one.metavar or 'VALUE'}"
+
+
 if __name__ == "__main__":
-    pages = {HERE / "configuration.md": page(), HERE / "api.md": api_page(), FOLDER / SCHEMA: schema()}
+    help_page = "\n".join([COMMANDS, *commands(get_command(app), "llm-neo")]) + "\n"
+    pages = {HERE / "configuration.md": page(), HERE / "commands.md": help_page, HERE / "api.md": api_page()}
+    pages[FOLDER / SCHEMA] = schema()
     for target, text in pages.items():
         if sys.argv[1:] != ["--check"]:
             target.write_text(text)

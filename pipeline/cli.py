@@ -68,6 +68,8 @@ Result = Annotated[
     Path | None, typer.Option(hidden=True, help="Leave the result there, for the command that started this one.")
 ]
 _WATCH_SECONDS = 10
+_PAGE = b"<style>\n:root { color-scheme: light dark; --line: #8884;"
+"""In every page that is written, by which a page is known that may be written anew."""
 
 
 @app.callback(invoke_without_command=True)
@@ -203,6 +205,7 @@ def train(
             publish(kept, found.to_yaml(), private=True)
         if nodes.node_rank == 0 and code == Exit.DONE:
             report_training(found)
+            typer.echo(f"trained: {kept.parent / 'final'}")
     raise typer.Exit(code)
 
 
@@ -361,9 +364,13 @@ def chat(
     refuse_missing("`llm-neo chat`", "peft", extra="train")
     from pipeline.views.chat import converse
     from student_train.results.chat import Chat
+    from student_train.results.saved import is_adapter
 
-    models = [(model, Chat(model, base=base, device=device, trust=trust_remote_code))]
-    models += [(name, Chat(name, device=device)) for name in beside or ()]
+    if prompt is not None and not prompt.strip():
+        raise UsageError("there is nothing to answer", got=f"--prompt {prompt!r}", expected="a text")
+    names = [model, *(beside or ())]
+    bases = {name: base if is_adapter(name) or not any(map(is_adapter, names)) else None for name in names}
+    models = [(name, Chat(name, base=bases[name], device=device, trust=trust_remote_code)) for name in names]
     converse(models, system=system, once=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
@@ -497,6 +504,13 @@ def inspect(
 
 def _write_page(file: Path, text: str) -> None:
     try:
+        if file.is_file() and (there := file.read_bytes()) and _PAGE not in there:
+            raise UsageError(
+                f"{file} is there already, and is no page of llm-neo",
+                got=f"{len(there)} bytes of something else",
+                expected="the name of a new file, or a page that --html has written",
+                fix="choose another file",
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         publish(file, text)
     except OSError as error:
@@ -527,7 +541,11 @@ def status(
     store: StoreOptions = None,
     watch: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="[SECONDS]", help="Look again until all is done; default: every 10 seconds."),
+        typer.Option(
+            min=0.1,
+            metavar="[SECONDS]",
+            help="Look again until the dump is sealed and a run that has begun is done; default: every 10 s.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -568,6 +586,8 @@ def doctor(
     """Check versions, devices, launcher, disks, stores, teacher, student and tokenizer, before anything is paid for."""
     from pipeline.doctor import examine, exit_code
 
+    if config is None and overrides:
+        raise typer.BadParameter("there is no configuration to override", param_hint="--set")
     findings, console = [], Console(quiet=as_json)
     with console.status("checking; a store that does not answer is asked for two minutes"):
         for finding in examine(config, overrides or (), os.environ):

@@ -151,7 +151,21 @@ def _disagreements(config: Config) -> Iterator[tuple[str, str, object]]:
         problem = f"must be 1.0 with estimator.kind {estimator.kind}: draws cannot be re-tempered, topk can"
         yield "loss.temperature", problem, config.loss.temperature
     elif config.loss.temperature not in config.temperatures:
-        yield "loss.temperature", f"must be one of temperatures ({list(config.temperatures)})", config.loss.temperature
+        yield (
+            "loss.temperature",
+            f"must be one of temperatures ({list(config.temperatures)}), of the dump",
+            config.loss.temperature,
+        )
+
+
+def heldout_elsewhere(config: Config) -> str | None:
+    """That of the two dumps one lies on this machine and the other one does not, where stage two may look in vain."""
+    urls = {"dump.url": config.dump.url, "heldout.url": config.heldout.url if config.heldout else config.dump.url}
+    here = [name for name, url in urls.items() if local_path(url) is not None]
+    if len(here) != 1:
+        return None
+    away = next(name for name in urls if name not in here)
+    return f"{here[0]} lies on this machine ({urls[here[0]]}), {away} does not ({urls[away]})"
 
 
 def need(section: T | None, name: str, command: str) -> T:

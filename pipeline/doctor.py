@@ -22,15 +22,17 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from rich.text import Text
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, heldout_elsewhere, load_config
 from pipeline.launch import dump_placement, training_nodes
 from pipeline.pairing import refuse_unlike, teacher_vocabulary
+from pipeline.processes import refuse_output
 from pipeline.views.report import PACKAGES
 from storage_schemas.common.devices import refuse_idle_gpus, usable_cores, visible_gpus
-from storage_schemas.common.errors import MismatchError, NeoError, TemporaryError, explained, first_line
+from storage_schemas.common.errors import DataError, MismatchError, NeoError, TemporaryError, explained, first_line
 from storage_schemas.common.exits import Exit
 from storage_schemas.common.extras import STAGE_TWO, installed
 from storage_schemas.common.frozen import FrozenModel
+from storage_schemas.common.models import refuse_torn
 from storage_schemas.common.secrets import masked
 from storage_schemas.config import DumpSection
 from storage_schemas.reader import Dump
@@ -40,11 +42,12 @@ from storage_schemas.stores.requests import is_refusal
 from storage_schemas.stores.store import Store
 from student_train.config import StudentSection, TrainSection, sections_of
 from student_train.results.model_card import package_version
-from teacher_dump.config import TeacherSection
+from teacher_dump.config import CorpusSection, TeacherSection
 
 State = Literal["ok", "warning", "failure"]
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
+_RUN = "run directory"
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 _LAUNCHERS = {
     "torchrun": (r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_(RANK|WORLD_SIZE)", "RANK", "WORLD_SIZE"),
@@ -117,7 +120,7 @@ def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
         "DeepSpeed": partial(_no_stage_two, lacking, config) if lacking else partial(_deepspeed, env),
         "ranks": partial(_ranks, env),
     }
-    checks |= {subject: partial(_disk, subject, folder) for subject, folder in _disks(config).items()}
+    checks |= {subject: partial(_disk, subject, folder, config) for subject, folder in _disks(config).items()}
     if config is None:
         return checks
     stores = {f"dump {place.url}": place for place in sections_of(config.dump, config.train)}
@@ -125,8 +128,12 @@ def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
     if config.heldout is not None:
         stores["held-out dump"] = config.dump.model_copy(update={"url": config.heldout.url})
     checks |= {subject: partial(_store, subject, section, config) for subject, section in stores.items()}
+    checks["places"] = partial(_places, config)
+    trains = config.train is not None
     if config.teacher is not None:
-        checks["teacher"] = partial(_teacher, config.teacher, trains=config.train is not None)
+        checks["teacher"] = partial(_of_stage_one, "teacher", partial(_teacher, config, config.teacher), trains=trains)
+    if config.corpus is not None:
+        checks["corpus"] = partial(_of_stage_one, "corpus", partial(_corpus, config, config.corpus), trains=trains)
     if config.student is not None and not lacking:
         checks["student"] = partial(_student, config.student, config.train)
         checks["tokenizer"] = partial(_tokenizer, config.student, config.dump, config.teacher)
@@ -276,13 +283,15 @@ def _disks(config: Config | None) -> dict[str, Path]:
 
     found = {"hub cache": Path(HF_HUB_CACHE)}
     if config is not None and config.train is not None:
-        found["run directory"] = config.train.output
+        found[_RUN] = config.train.output
     if config is not None and (folder := local_path(config.dump.url)) is not None:
         found["disk of the dump"] = folder
     return found
 
 
-def _disk(subject: str, folder: Path) -> Iterator[Finding]:
+def _disk(subject: str, folder: Path, config: Config | None) -> Iterator[Finding]:
+    if config is not None and subject == _RUN:
+        refuse_output(config, folder)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     state: State = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else "ok"
@@ -295,10 +304,11 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
     """Read, write and put-if-absent, with the credentials at hand; what is written is removed again."""
     store = Store(section.url, options=section.storage_options)
     begun = "a dump is there" if store.get_if_present(RUN) is not None else "no dump is there yet"
-    if store.root is not None and not store.root.exists():
+    if store.root is not None and begun.startswith("no"):
         from teacher_dump.dump import refuse_unusable
 
         refuse_unusable(section)  # Makes no directory.
+    if store.root is not None and not store.root.exists():
         yield Finding(subject=subject, state="ok", said=f"{section.url}: it can be made there")
         return
     key = f"probe/{uuid.uuid4().hex}"
@@ -334,25 +344,64 @@ def _store(subject: str, section: DumpSection, config: Config) -> Iterator[Findi
         yield Finding(subject=subject, state="ok", said=said)
 
 
-def _teacher(teacher: TeacherSection, *, trains: bool) -> Iterator[Finding]:
-    """Whether its files are here; of one on the hub, whose weights may be large, all but these."""
-    from teacher_dump.corpus.preview import load_tokenizer
-    from teacher_dump.teachers.model_files import find_model
+def _places(config: Config) -> Iterator[Finding]:
+    """Whether what one cluster writes is where the other one reads."""
+    if (said := heldout_elsewhere(config)) is not None:
+        fix = "give both a URL that both clusters reach, unless both stages run on this machine"
+        yield Finding(subject="places", state="warning", said=said, fix=fix)
 
-    local = Path(teacher.model).is_dir()
+
+def _of_stage_one(subject: str, look: Callable[[], str], *, trains: bool) -> Iterator[Finding]:
+    """What there is, as `look` says; what it refuses is a warning where training may run and stage one elsewhere."""
     try:
-        load_tokenizer(teacher)
-        find_model(teacher.model, teacher.revision, weights=local)
-    except MismatchError as error:
+        said = look()
+    except (MismatchError, DataError) as error:
         if not trains:
             raise
-        said = f"{error.what}: {error.got}; `dump` needs it where it runs, `train` does not"
-        yield Finding(subject="teacher", state="warning", said=said, fix=error.fix)
+        said = f"{error.what}: {error.got}; `dump` would refuse it here, `train` does not need it"
+        yield Finding(subject=subject, state="warning", said=said, fix=error.fix)
     else:
-        there = "configuration, tokenizer and weights are there"
-        if not local:
-            there = "configuration and tokenizer are there; its weights are fetched when it runs"
-        yield Finding(subject="teacher", state="ok", said=f"{teacher.model}: {there}")
+        yield Finding(subject=subject, state="ok", said=said)
+
+
+def _teacher(config: Config, teacher: TeacherSection) -> str:
+    """Its files, but weights on the hub, which may be large; what runs it; whether it has as many ids as asked for."""
+    from teacher_dump.corpus.preview import DescribedTeacher
+    from teacher_dump.dump import refuse_wider_than_vocabulary
+    from teacher_dump.teachers.model_files import find_model
+    from teacher_dump.teachers.vllm import VllmTeacher
+
+    described, local = DescribedTeacher(teacher), Path(teacher.model).is_dir()
+    heldout = [config.heldout_config()] if config.heldout and config.heldout.sources and config.corpus else []
+    for part in (config, *heldout):
+        refuse_wider_than_vocabulary(part.estimator, described)
+    refuse_torn(*find_model(teacher.model, teacher.revision, weights=local).weights)
+    if teacher.backend == "vllm":
+        VllmTeacher(teacher)
+    elif teacher.device != "auto":  # What `auto` finds stands in a line of its own.
+        _ = described.device
+    if local:
+        return f"{teacher.model}: configuration, tokenizer and weights are there"
+    return f"{teacher.model}: configuration and tokenizer are there; its weights are fetched when it runs"
+
+
+def _corpus(config: Config, corpus: CorpusSection) -> str:
+    """Files and chat template; nothing is read of the samples, as `llm-neo preview` does."""
+    from teacher_dump.corpus.preview import load_tokenizer
+    from teacher_dump.corpus.sources import find_source
+    from teacher_dump.corpus.template import templated
+
+    sources = [*corpus.sources, *(config.heldout.sources if config.heldout else ())]
+    found = [find_source(source) for source in sources]
+    tokenizer = None
+    if config.teacher is not None:
+        with suppress(MismatchError):  # Another check says what the teacher lacks.
+            tokenizer = load_tokenizer(config.teacher)[0]
+    if tokenizer is not None:
+        templated(tokenizer, corpus)
+    there = f"{sum(len(one.files) for one in found)} files"
+    named = [one.path for one in found if not one.files]
+    return f"{there} are there" if not named else f"{there} are there; not looked into: {', '.join(named)}"
 
 
 def _student(student: StudentSection, train: TrainSection | None) -> Iterator[Finding]:
@@ -374,10 +423,13 @@ def _tokenizer(student: StudentSection, section: DumpSection, teacher: TeacherSe
     from student_train.model.tokenizers import has_tokenizer, refuse_tokenizer, student_vocabulary
 
     model, revision, whose = student.model, student.revision, "the dump"
+    code = runs_code(student.trust_remote_code, model, revision, setting=TRUST)
+    try:
+        head_rows = described(model, revision, code).get_text_config().vocab_size
+    except (OSError, ValueError):  # Another check says what the student lacks.
+        return
     if Store(section.url, options=section.storage_options).size(RUN) is not None:
         files = Dump.open(section.url, options=section.storage_options).read_tokenizer()
-        code = runs_code(student.trust_remote_code, model, revision, setting=TRUST)
-        head_rows = described(model, revision, code).get_text_config().vocab_size
         refuse_tokenizer(model, revision, files, head_rows=head_rows)
     else:
         whose, theirs = "the teacher", None

@@ -171,10 +171,15 @@ def run_directory(config: Config, nodes: Nodes, *, command: str = "train") -> It
     if nodes.node_rank:
         yield
         return
-    named = [path for text in _texts(config.model_dump(mode="json")) if (path := local_path(text)) is not None]
-    refuse_foreign(output, dump=local_path(config.dump.url), named=named)
+    refuse_output(config, output)
     with held(output, LAUNCHER):
         yield
+
+
+def refuse_output(config: Config, output: Path) -> None:
+    """Raise MismatchError if a run directory holds what is not a run's, or cannot be one."""
+    named = [path for text in _texts(config.model_dump(mode="json")) if (path := local_path(text)) is not None]
+    refuse_foreign(output, dump=local_path(config.dump.url), named=named)
 
 
 def stated(config: Config) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from storage_schemas.common.errors import DataError
 from storage_schemas.common.frozen import FrozenModel
 from storage_schemas.config import Adaptive, DumpSection, Estimator, Sampled, TopK, described
 from storage_schemas.provenance import Provenance
-from storage_schemas.records import CommitRecord
 from storage_schemas.rows import OK, Row
 from storage_schemas.targets import Targets, concatenate, decode
 from storage_schemas.writer import DumpWriter
@@ -200,19 +200,36 @@ def _passes(
     return found
 
 
-def _encoded(picked: Sequence[Row], targets: dict[int, Targets], provenance: Provenance) -> CommitRecord:
-    """The pilot as one unit, written by the dump's own writer to a scratch directory.
+class _Pilot(NamedTuple):
+    """What the pilot's files come to."""
+
+    bytes: int
+    supervised_tokens: int
+    entries: int
+    mean_kept_mass: float
+
+
+def _encoded(picked: Sequence[Row], targets: dict[int, Targets], provenance: Provenance) -> _Pilot:
+    """The pilot in units of the dump's size, or one if it fills no two; by the dump's writer in a scratch directory.
 
     Raises:
         DataError: the fidelity gate is missed, as it would be in the dump.
     """
     rows = [replace(row_of(s, targets.get(s.sample_index)), sample_index=i) for i, s in enumerate(picked)]
+    size = provenance.samples_per_unit if len(rows) >= 2 * provenance.samples_per_unit else len(rows)
     corpus = provenance.corpus.model_copy(update={"samples": len(rows)})
-    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": len(rows)})
+    provenance = provenance.model_copy(update={"corpus": corpus, "samples_per_unit": size})
     with tempfile.TemporaryDirectory() as folder:
-        record = DumpWriter.open(folder, provenance).commit_unit(0, rows)
-    assert record is not None
-    return record
+        writer = DumpWriter.open(folder, provenance)
+        units = [writer.commit_unit(unit, rows[unit * size : (unit + 1) * size]) for unit in range(provenance.units)]
+    records = [record for record in units if record is not None]
+    tokens = [record.supervised_tokens for record in records]
+    return _Pilot(
+        bytes=sum(record.bytes for record in records),
+        supervised_tokens=sum(tokens),
+        entries=sum(record.entries for record in records),
+        mean_kept_mass=float(np.average([record.mean_kept_mass for record in records], weights=tokens)),
+    )
 
 
 def mass_at(wide: Targets, widths: Sequence[int]) -> dict[int, float]:

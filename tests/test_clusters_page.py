@@ -174,7 +174,7 @@ def test_the_worked_example_adds_up() -> None:
             f"{2 * config.train.shuffle_block_units * unit * tokens * entries * 8 / 1e9:.1f} GB"
         ),
         "steps": f"{-(-samples // config.train.global_batch_size) * config.train.epochs}",
-        "ranks that have work": f"{ranks}",
+        "ranks with full micro-batches": f"{ranks}",
     }
     found = {row[0]: row[2] for row in rows("what | formula")}
     assert {name: found[name] for name in expected} == expected

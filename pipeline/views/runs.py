@@ -116,6 +116,8 @@ def differences(runs: Sequence[Run]) -> list[str]:
     Held-out results are compared on one dump only; a sentence says so where they are not. Runs without are left out.
     """
     runs = [run for run in runs if "kl" in run.before_and_after()]
+    if not runs:
+        return ["No run has held-out results: `train.eval_steps` makes them, and `llm-neo run`."]
     if len({run.evaluated_on() for run in runs}) > 1:
         return ["The runs were evaluated on different held-out dumps, or at different temperatures: no comparison."]
     kinds: dict[str, list[Run]] = {}
@@ -130,8 +132,8 @@ def differences(runs: Sequence[Run]) -> list[str]:
                 f"{group[0].name} and {len(after) - 1} more of its kind: KL {statistics.fmean(after.values()):.4f}, "
                 f"standard deviation {statistics.stdev(after.values()):.4f} over seeds."
             )
+    first, of_first = groups[0]
     for name, other in groups[1:]:
-        first, of_first = groups[0]
         seeds = sorted(of_first.keys() & other.keys())
         if not seeds:
             continue

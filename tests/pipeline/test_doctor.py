@@ -8,6 +8,7 @@ import tempfile
 from collections import namedtuple
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,67 @@ def test_the_teacher_is_looked_for(tmp_path: Path, call: Call) -> None:
     assert (finding["state"], "weights are there" in finding["said"]) == ("ok", True)
     (tmp_path / "teacher/model.safetensors").unlink()
     assert "no model.safetensors" in found(call, config, code=Exit.MISMATCH)["teacher"]["said"]
+
+
+def test_what_dump_would_refuse_is_found(tmp_path: Path, call: Call) -> None:
+    """A failure, or a warning where the configuration trains: stage one may run elsewhere."""
+    save_student(tmp_path / "teacher")
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    config = write_config(
+        tmp_path,
+        dump={"url": str(tmp_path / "dump")},
+        teacher={"model": str(tmp_path / "teacher")},
+        corpus={"sources": [{"path": str(tmp_path / "data.jsonl")}, {"path": "some/dataset"}]},
+    )
+    assert found(call, config)["corpus"]["said"] == "1 files are there; not looked into: some/dataset"
+    for change, subject, said in (
+        (f"corpus.sources.0.path={tmp_path}/absent.jsonl", "corpus", "absent.jsonl"),
+        (f"corpus.chat_template={tmp_path}/absent.jinja", "corpus", "absent.jinja"),
+        (f"estimator.k={VOCAB + 1}", "teacher", f"k = {VOCAB + 1}"),
+        ("teacher.device=cuda:7", "teacher", "no device cuda:7"),
+    ):
+        finding = found(call, config, "--set", change, code=Exit.MISMATCH)[subject]
+        assert (finding["state"], said in finding["said"]) == ("failure", True), change
+        finding = found(call, config, "--set", change, "--set", f"train.output={tmp_path}/run")[subject]
+        assert (finding["state"], said in finding["said"]) == ("warning", True), change
+    if find_spec("vllm") is None:
+        changes = ("--set", "teacher.backend=vllm", "--set", "dump.logsumexp=false")
+        assert "needs vllm" in found(call, config, *changes, code=Exit.MISMATCH)["teacher"]["said"]
+
+
+def test_places_that_hold_something_else_are_failures(tmp_path: Path, call: Call) -> None:
+    """What `dump` and `train` refuse at once: a model's directory, a file, a torn model."""
+    save_student(tmp_path / "model")
+    (tmp_path / "file").write_text("x")
+    place = {"dump": {"url": str(tmp_path / "model")}, "teacher": {"model": str(tmp_path / "model")}}
+    assert "holds something else" in found(call, write_config(tmp_path, **place), code=Exit.MISMATCH)["dump"]["said"]
+    place["dump"]["url"] = str(tmp_path / "dump")
+    config = write_config(tmp_path, **place)
+    for output in ("file", "model"):
+        told = found(call, config, "--set", f"train.output={tmp_path}/{output}", code=Exit.MISMATCH)
+        assert told["run directory"]["state"] == "failure"
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "is torn" in found(call, config, code=Exit.MISMATCH)["teacher"]["said"]
+
+
+def test_dumps_at_two_kinds_of_places_are_told(tmp_path: Path) -> None:
+    """One on this machine, the other in a bucket: whoever trains elsewhere will not find the first."""
+    for url, heldout, told in (("s3://b/d", "runs/h", "heldout.url lies on this machine"),
+                               ("runs/d", "gs://b/h", "dump.url lies on this machine"),
+                               ("runs/d", "runs/h", ""), ("s3://b/d", "s3://b/h", "")):  # fmt: skip
+        config = Config.model_validate({"dump": {"url": url}, "heldout": {"url": heldout}})
+        findings = list(doctor._places(config))
+        assert [told in finding.said for finding in findings] == ([True] if told else [])
+
+
+def test_a_student_that_is_not_there_is_one_failure(tmp_path: Path, call: Call) -> None:
+    """Nothing is said of its tokenizer."""
+    write_dump(tmp_path / "dump", samples=5)
+    config = write_config(tmp_path, dump={"url": str(tmp_path / "dump")}, student={"model": str(tmp_path / "absent")})
+    findings = found(call, config, code=Exit.MISMATCH)
+    assert [name for name, finding in findings.items() if finding["state"] == "failure"] == ["student"]
+    assert "tokenizer" not in findings
 
 
 def test_the_tokenizers_of_dump_and_student(tmp_path: Path, call: Call) -> None:

@@ -49,10 +49,16 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("train x.yaml --nnodes 2 --node-rank 0", 64, ["without a rendezvous endpoint", "--rdzv-endpoint HOST:PORT"]),
     ("verify d --model teacher", 64, ["only --recompute needs a teacher"]),
     ("inspect d --row 99", 64, ["no such row", "0 to 11"]),
+    ("inspect d --html x.yaml", 64, ["x.yaml is there already, and is no page of llm-neo", "choose another file"]),
     ("preview x.yaml --row 99", 64, ["no such row", "0 to 11"]),
     ("merge run/final m --dtype int8", 64, ["no such dtype", "bfloat16, float16, float32"]),
     ("merge run/final teacher", 64, ["teacher is not empty", "choose another output"]),
     ("prune student s --layers 9", 64, ["impossible number of layers", "1 to 2"]),
+    ("prune student s --keep 0-1000000000", 64, ["cannot be understood", "from 0 to 1, such as 0"]),
+    ("prune student s --keep 0-100000000", 64, ["does not have", "from 0 to 1, such as 0"]),
+    ("prune torn s --layers 2", 65, ["torn/model.safetensors is torn", "fetch or copy the file again"]),
+    ("chat student --prompt ''", 64, ["there is nothing to answer", "got:      --prompt ''", "a text"]),
+    ("doctor --set train.epochs=2", 64, ["there is no configuration to override"]),
     ("init qwen", 64, ["no such recipe", "did you mean qwen3?"]),
     ("init qwen3 --out x.yaml", 64, ["x.yaml is there already", "--out FILE"]),
     # The file.
@@ -128,7 +134,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     ("dump x.yaml --set estimator.k=4", 78, ["made with other settings: estimator.k", "estimator.k = 8"]),
     ("dump x.yaml --set teacher.dtype=bf16", 78, ["teacher.dtype = bfloat16", "teacher.dtype = float32"]),
     ("dump x.yaml --set dump.samples_per_unit=2", 78, ["samples_per_unit = 4", "choose another dump.url"]),
-    ("dump x.yaml --set corpus.sources.0.path=h.jsonl", 65, ["the held-out samples are the training corpus"]),
+    ("dump x.yaml --set corpus.sources.0.path=h.jsonl", 65, ["the held-out samples are in the training corpus"]),
     ("dump x.yaml --set dump.url=a.jsonl", 78, ["cannot be written to", "is no directory", "correct dump.url"]),
     ("dump x.yaml --set dump.url=run --set train=null", 78, ["holds something else", "choose another dump.url"]),
     ("dump x.yaml --set dump.url=student --set train=null", 78, ["holds something else", "config.json in it"]),
@@ -269,3 +275,16 @@ def test_no_dump_is_begun_beside_one_that_is_refused(world: World) -> None:
 def test_what_is_allowed_goes_on(world: World) -> None:
     wrong = [text for words, parts in ALLOWED for text in wrong_with(words, 0, parts, world)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_held_out_samples_are_known_however_their_place_is_written(world: World) -> None:
+    for url in ("h", "h/", "./h", "d/../h", str(world.folder / "h"), f"file://{world.folder}/h"):
+        code, printed = world.run(words=["verify", url, "--recompute", "2", "--config", "x.yaml"])
+        assert code == 0, (url, printed)
+
+
+def test_a_page_may_take_the_place_of_a_page(world: World) -> None:
+    pages = (["inspect", "d", "--row", "0"], ["report", "run", "--samples", "0"])
+    for words in (*pages, *pages):
+        code, printed = world.run(words=[*words, "--html", "page.html"])
+        assert code == 0, (words, printed)

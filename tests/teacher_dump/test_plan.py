@@ -103,6 +103,15 @@ def test_the_forecast_is_that_of_the_real_dump(place: Path, tmp_path: Path, kind
     assert forecast.entries_per_supervised_token == pytest.approx(entries, rel=0.05)
 
 
+def test_small_files_have_their_own_overhead(place: Path, tmp_path: Path) -> None:
+    """Of a corpus that is all in the pilot."""
+    chosen = settings(place, tmp_path / "dump", samples_per_unit=2)
+    plan = plan_dump(**chosen, samples=SAMPLES)
+    real = run_dump(**chosen)
+    (configured,) = [each for each in plan.estimators if each.configured]
+    assert configured.bytes == pytest.approx(real.bytes, rel=0.02)
+
+
 def test_the_other_kinds_are_planned_with_their_defaults(place: Path, tmp_path: Path) -> None:
     seen = []
     plan = plan_dump(
