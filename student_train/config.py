@@ -122,7 +122,7 @@ class StudentSection(FrozenModel):
     """Used by the methods `lora_sft` and `lora_kd`."""
     adapter: LocalFolder | None = None
     """Directory of an adapter on this very model that training begins from, such as `final` of another run, with its
-    rank, scaling and modules. Null: a new one."""
+    rank, scaling and modules; in bfloat16 from its weights rounded to that. Null: a new one."""
 
     @model_validator(mode="after")
     def _plain_start(self) -> "StudentSection":

@@ -100,6 +100,8 @@ def _loading(name: str, code: Code) -> Iterator[None]:
             got, fix = absent(name, error, setting="the model's name (student.model in a configuration)")
         elif (Path(name) / FINAL).is_dir():
             got, fix = "the directory of a run", f"give {Path(name) / FINAL}, what the run has trained"
+        elif not (Path(name) / "config.json").is_file():
+            got, fix = "no config.json in it", "give the directory of a model, or of an adapter"
         elif code:
             fix = f"correct its code, which {TRUST} lets run"
         elif "trust_remote_code" in str(error):

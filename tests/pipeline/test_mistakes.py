@@ -185,6 +185,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     # Results.
     ("evaluate --model absent --dump h", 78, ["absent is no directory", "HF_HOME"]),
     ("evaluate --model run --dump h", 78, ["the directory of a run", "give run/final"]),
+    ("evaluate --model d --dump h", 78, ["no config.json in it", "give the directory of a model"]),
     ("evaluate --model student --dump unsealed", 75, ["8 of 12 samples", "--partial"]),
     ("evaluate --model student --dump h --temperature 2", 78, ["one of [1.0]", "--temperature"]),
     ("evaluate --model student --dump h --device cuda", 78, ["there is no device cuda", "correct --device"]),
