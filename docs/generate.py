@@ -118,7 +118,13 @@ def commands(command: Any, name: str) -> Iterator[str]:
     yield f"\n## `{' '.join([name, *words])}`\n\n{' '.join((command.help or '').split())}\n"
     yield "| option | default | |\n|---|---|---|"
     for one in shown:
-        default = "**required**" if one.required else "" if one.default in (None, False, ()) else f"`{one.default}`"
+        default = (
+            "**required**"
+            if one.required
+            else ""
+            if one.default is None or one.default is False or one.default == ()
+            else f"`{one.default}`"
+        )
         help_text = " ".join((getattr(one, "help", None) or "").split()).replace("|", chr(92) + "|")
         yield f"| `{_written(one)}` | {default} | {help_text} |"
 

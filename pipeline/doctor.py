@@ -355,7 +355,7 @@ def _of_stage_one(subject: str, look: Callable[[], str], *, trains: bool) -> Ite
     """What there is, as `look` says; what it refuses is a warning where training may run and stage one elsewhere."""
     try:
         said = look()
-    except (MismatchError, DataError) as error:
+    except (MismatchError, DataError, TemporaryError) as error:
         if not trains:
             raise
         said = f"{error.what}: {error.got}; `dump` would refuse it here, `train` does not need it"
@@ -399,9 +399,10 @@ def _corpus(config: Config, corpus: CorpusSection) -> str:
             tokenizer = load_tokenizer(config.teacher)[0]
     if tokenizer is not None:
         templated(tokenizer, corpus)
-    there = f"{sum(len(one.files) for one in found)} files"
-    named = [one.path for one in found if not one.files]
-    return f"{there} are there" if not named else f"{there} are there; not looked into: {', '.join(named)}"
+    looked = [file for one in found for file in one.files if not isinstance(file, str)]
+    named = [one.path for one in found if not one.files or isinstance(one.files[0], str)]
+    there = f"files that are there: {len(looked)}"
+    return there if not named else f"{there}; not looked into: {', '.join(named)}"
 
 
 def _student(student: StudentSection, train: TrainSection | None) -> Iterator[Finding]:

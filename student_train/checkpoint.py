@@ -263,7 +263,8 @@ class Checkpoints:
         older = [step for step in self.steps() if step < state.step]
         others = [step for step in older if step not in (0, best)]
         kept = {step for step in older if step == best or step in others[max(0, len(others) + 1 - keep) :]}
-        kept |= {needed for step in kept if (needed := self._best_of(step)) is not None}
+        if best is not None:
+            kept |= {needed for step in kept if (needed := self._best_of(step)) is not None}
         for step in older:
             if step not in kept:
                 self._remove(step)

@@ -360,7 +360,7 @@ class TrainSection(FrozenModel):
         if isinstance(data, dict) and "zero_stage" not in data:
             with suppress(ValueError, AttributeError, KeyError, TypeError):
                 stage = _deepspeed_settings(data["deepspeed"])["zero_optimization"]["stage"]  # type: ignore[index]
-                return data | {"zero_stage": stage}
+                return data | {"zero_stage": stage} if stage in (0, 1, 2, 3) else data
         return data
 
     @model_validator(mode="after")

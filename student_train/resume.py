@@ -22,7 +22,7 @@ from student_train.model.student import FILES, START
 from student_train.model.student_files import sha256
 from student_train.results.saved import RECORD, read_record
 from student_train.summary import FINAL, SUMMARY, Summary, read_summary
-from student_train.training_run import TrainingRun
+from student_train.training_run import TrainingRun, refuse_impossible_schedule
 from student_train.world import World
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,13 @@ def decide(world: World, run: TrainingRun) -> Start:
 
     Raises:
         NothingToResumeError: a checkpoint is asked for, or was there once, and none is valid.
-        MismatchError: the checkpoint is of another run, or is to go on under other settings with nothing left to train.
+        MismatchError: the checkpoint is of another run, or is to go on under other settings with nothing left to train;
+            or a new run cannot have its schedule.
         DataError: the dump is not the one that was trained on.
     """
     step = int(world.told(lambda: _chosen_step(run)))
     if step < 0:
+        world.on_main(lambda: refuse_impossible_schedule(run.train, run.steps))
         return Start(run, None, None)
     checkpoint = world.together(lambda: open_checkpoint(run, step, verify=world.main))
     state, changes = checkpoint.state, _extension(run, checkpoint.state)

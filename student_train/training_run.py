@@ -141,28 +141,28 @@ def refuse_early(student: StudentSection, train: TrainSection) -> None:
     refuse_unfit_quantisation(student, train)
     refuse_unfit_adapter(student, train)
     refuse_unfit_start(train)
-    refuse_unfit_schedule(train, train.max_steps)
+    refuse_unfit_schedule(train, train.max_steps or 1000)
 
 
-def refuse_unfit_schedule(train: TrainSection, steps: int | None) -> None:
-    """Raise MismatchError if the schedule does not take its arguments, which some tell after the warm-up alone, or if a
-    setting cannot be had in so many steps; None where their number is not known yet."""
-    total, arguments = steps or 1000, train.lr_scheduler_kwargs
-    warmup = warmup_of(train, total)
-    for step in {0, min(warmup, total - 1), total - 1}:
-        learning_rate(train, step, total_steps=total)
+def refuse_unfit_schedule(train: TrainSection, steps: int) -> None:
+    """Raise MismatchError if the schedule does not take its arguments, which some tell after the warm-up alone."""
+    warmup = warmup_of(train, steps)
+    for step in {0, min(warmup, steps - 1), steps - 1}:
+        learning_rate(train, step, total_steps=steps)
+
+
+def refuse_impossible_schedule(train: TrainSection, steps: int) -> None:
+    """Raise MismatchError if a new run of so many steps cannot have what is set; what has begun may be ended early."""
+    arguments = train.lr_scheduler_kwargs
     # (setting, its value, the most that it may be, what that is)
     limits: list[tuple[str, Any, float, str]] = [
+        ("warmup_steps", train.warmup_steps, steps, "all steps"),
+        ("lr_scheduler_kwargs.num_decay_steps", arguments.get("num_decay_steps"), steps - warmup_of(train, steps),
+         "the steps after the warm-up"),
         ("lr_scheduler_kwargs.min_lr", arguments.get("min_lr"), train.learning_rate, "train.learning_rate"),
         ("lr_scheduler_kwargs.min_lr_rate", arguments.get("min_lr_rate"), 1, "all of train.learning_rate"),
         ("lr_scheduler_kwargs.min_lr_ratio", arguments.get("min_lr_ratio"), 1, "all of train.learning_rate"),
-    ]
-    if steps is not None:
-        decay = arguments.get("num_decay_steps")
-        limits += [
-            ("warmup_steps", train.warmup_steps, steps, "all steps"),
-            ("lr_scheduler_kwargs.num_decay_steps", decay, steps - warmup, "the steps after the warm-up"),
-        ]
+    ]  # fmt: skip
     for name, value, most, what in limits:
         if isinstance(value, int | float) and value > most:
             raise MismatchError(

@@ -1,6 +1,5 @@
 """The low-rank adapter: its peft configuration, how it is put on the student, and the plain LoRA that is saved."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
@@ -290,9 +288,8 @@ def _mix(model: PeftModel, extra: Mapping[str, Any]) -> None:
     """Put a mixer behind each A. Raises MismatchError, which names `extra`, where what peft does would miss it."""
     for name, layer in _lora_layers(model):
         wrong = None
-        if not isinstance(layer, Linear) or layer.lora_variant:
-            found = " with ".join([type(layer).__name__, *(type(v).__name__ for v in layer.lora_variant.values())])
-            wrong = f"{name} is {found}", "plain linear layers: what others do with A misses the mixer"
+        if not isinstance(layer, Linear):
+            wrong = f"{name} is {type(layer).__name__}", "plain linear layers: what others do with A misses the mixer"
         elif layer.lora_B[ADAPTER].weight.any():
             wrong = f"B of {name} does not begin at zero", "B at zero, so that a random mixer changes nothing"
         if wrong is not None:
@@ -393,7 +390,7 @@ def _refuse_adapted_twice(model: PeftModel) -> None:
 
 def _refuse_passed_over(model: PeftModel, lora: LoraSection) -> None:
     """Raise MismatchError for a module or layer that is named, and that peft has passed over in silence."""
-    base, config = model.get_base_model(), copy.copy(model.peft_config[ADAPTER])
+    base = model.get_base_model()
     adapted = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
     named = lora.target_modules if isinstance(lora.target_modules, list) else []
     if unused := [end for end in named if not any(f".{name}".endswith(f".{end}") for name in adapted)]:
@@ -409,9 +406,16 @@ def _refuse_passed_over(model: PeftModel, lora: LoraSection) -> None:
             fix="correct or remove it",
         )
     layers = lora.extra.get("layers_to_transform")
-    for layer in [layers] if isinstance(layers, int) else layers or ():
-        config.layers_to_transform = [layer]
-        if not any(check_target_module_exists(config, name) for name in adapted):
+    chosen = [layers] if isinstance(layers, int) else list(layers or ())
+    if chosen and any(isinstance(module, ParamWrapper) for module in base.modules()):
+        raise MismatchError(
+            "student.lora.extra.layers_to_transform does not reach parameters: PEFT adapts the experts of all layers",
+            got=layers,
+            expected="linear layers alone",
+            fix="remove it, or leave the parameters out of student.lora.target_modules and extra.target_parameters",
+        )
+    for layer in chosen:
+        if not any(f".{layer}." in name for name in adapted):
             raise MismatchError(
                 "student.lora.extra.layers_to_transform names a layer that is not adapted",
                 got=layer,

@@ -158,10 +158,12 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
     Raises:
         DataError: a column is missing, or of another shape than the format's.
     """
-    missing = [column for column in FORMATS[kind] if column not in record]
-    # A reader of columns gives null where a record of another format has no such column.
-    missing += [column for column in FORMATS[kind] if record.get(column) is None and any(unread_columns(record, kind))]
-    if missing:
+    # Not there, or null as columnar files have it: a record with something else in it is of another format, one without
+    # is empty.
+    missing = [column for column in FORMATS[kind] if record.get(column) is None]
+    filled = [column for column, value in record.items() if is_filled(value)] if missing else []
+    elsewhere = fitting_format(filled) is not None and any(column not in record for column in missing)
+    if missing and (elsewhere or any(unread_columns(record, kind))):
         raise DataError(
             f"the record is not of format `{kind}`",
             got=f"columns {', '.join(sorted(name for name in record if record[name] is not None)) or '(none)'}",
@@ -170,7 +172,7 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
         )
     match kind:
         case "messages" | "conversations":
-            messages = _messages(record[kind], kind)
+            messages = _messages(record.get(kind), kind)
             system = _text(record.get("system"), "system")
             if system and messages and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
@@ -180,16 +182,15 @@ def normalise(record: Mapping[str, Any], kind: str) -> Record | None:
         case kind if kind in _ONE_TURN:
             return _one_turn(record, kind)
         case "prompt_completion" if _is_conversational(record):
-            before, after = (_messages(record[name], name) for name in FORMATS[kind])
+            before, after = (_messages(record.get(name), name) for name in FORMATS[kind])
             context = tuple(i for i, message in enumerate(before) if message["role"] == "assistant")
             found = _conversation(before + after, record) if after else None
             return found and replace(found, silent=tuple(sorted({*found.silent, *context})))
         case "prompt_completion":
-            prompt = _text(record["prompt"], "prompt")
-            completion = _text(record["completion"], "completion")
+            prompt, completion = (_text(record.get(name), name) for name in FORMATS[kind])
             return Completion(prompt, completion) if completion else None
         case "text":
-            text = _text(record["text"], "text")
+            text = _text(record.get("text"), "text")
             return Completion(None, text) if text else None
         case "tokens":
             return _tokens(record)
@@ -313,7 +314,7 @@ def _is_conversational(record: Mapping[str, Any]) -> bool:
 
 
 def _tokens(record: Mapping[str, Any]) -> Pretokenised | None:
-    ids = record["input_ids"]
+    ids = record.get("input_ids")
     if not ids:
         return None
     if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):

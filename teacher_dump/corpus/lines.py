@@ -43,7 +43,7 @@ def _documents(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any]]:
         where, first = next(_lines([path]), ("", b""))
         if first.lstrip()[:1] == b"[" or not _is_json(first):
             with fsspec.open(str(path), "rb", compression="infer") as file:
-                whole = _parsed(file.read())
+                whole = _parsed(file.read(), where=str(path))
             if whole is not None:
                 yield from ((f"{path}, object {number}", one) for number, one in enumerate(whole, 1))
                 continue
@@ -54,13 +54,19 @@ def _documents(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any]]:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
+    except UnicodeDecodeError:
+        return True  # This record is unusable, the others are not.
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def _parsed(content: bytes) -> list[Any] | None:
-    """The elements of a list, or JSON objects one after the other; None if it is neither."""
+def _parsed(content: bytes, *, where: str) -> list[Any] | None:
+    """The elements of a list, or JSON objects one after the other; None if it is neither.
+
+    Raises:
+        DataError: a list that is not JSON.
+    """
     decoder, found, place = json.JSONDecoder(), list[Any](), 0
     try:
         text = content.decode("utf-8-sig").strip()
@@ -68,8 +74,14 @@ def _parsed(content: bytes) -> list[Any] | None:
             one, place = decoder.raw_decode(text, place)
             found.append(one)
             place = _BLANKS.match(text, place).end()  # type: ignore[union-attr]
-    except (ValueError, RecursionError):
-        return None
+    except (ValueError, RecursionError) as error:
+        if content.lstrip()[:1] != b"[":
+            return None
+        expected, fix = (
+            "a list of JSON objects",
+            "correct the file, or make it one object per line, of which one may be bad",
+        )
+        raise DataError(f"{where} is no JSON", got=f"{error}", expected=expected, fix=fix) from error
     return found[0] if len(found) == 1 and isinstance(found[0], list) else found
 
 

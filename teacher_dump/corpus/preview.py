@@ -31,7 +31,7 @@ class SourceView(FrozenModel):
 
     path: str
     files: int | None
-    """Files that its path stands for; null: a directory or a hub dataset, read by `datasets`."""
+    """Files that its path stands for; null: a directory or a hub dataset, whose files `datasets` finds."""
     format: str | None
     """As configured, or as found in the first record; null without records."""
     columns: list[str]
@@ -162,7 +162,9 @@ def _whole(
 ) -> Preview:
     template: Literal["marks", "located"] | None = None
     if templated and section.mask == "assistant":
-        template = "marks" if marks_generation(tokenizer.get_chat_template()) else "located"
+        several = tokenizer.chat_template  # By name, or one.
+        text = "".join(several.values()) if isinstance(several, dict) else tokenizer.get_chat_template()
+        template = "marks" if marks_generation(text) else "located"
     starts, stops = corpus.offsets[:-1], corpus.offsets[1:]
     filled = starts < stops
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

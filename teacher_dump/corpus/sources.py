@@ -7,10 +7,10 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from teacher_dump.corpus.remote import RemoteFile, fetch, find_remote, is_remote
 log = logging.getLogger(__name__)
 
 _BATCH = 256
+_PROBED = 1000
+"""Records of a source among which one must be of a known format."""
 _BUILDERS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".csv": "csv", ".tsv": "tsv", ".txt": "text",
@@ -120,16 +122,15 @@ def read_source(
     Raises:
         DataError: the format of its first record is not known.
     """
-    usual: str | None = None if source.format == "auto" else source.format
+    read = named(source, records.numbered, uniform=records.uniform)
+    usual, read = _usual(read, where=source.path) if source.format == "auto" else (source.format, read)
     seen: Counter[str] = Counter()
     unknown: set[str] = set()
-    for number, record in named(source, records.numbered, uniform=records.uniform):
+    for number, record in read:
         where = f"{source.path}, record {number + 1}"
         if isinstance(record, Unusable):
-            yield where, usual or "text", record
+            yield where, usual, record
             continue
-        if usual is None:
-            usual = detect_format(record.keys(), where=source.path)
         kind = usual if source.format != "auto" else _kind(record, usual)
         seen[kind] += 1
         decisive, odd = unread_columns(record, kind)
@@ -147,6 +148,26 @@ def read_source(
     if len(seen) > 1:
         counted = ", ".join(f"{count} {kind}" for kind, count in seen.most_common())
         log.warning("%s holds records of several formats: %s", source.path, counted)
+
+
+def _usual(read: Iterator[tuple[int, RawRecord]], *, where: str) -> tuple[str, Iterator[tuple[int, RawRecord]]]:
+    """The format of the first record that fits one, and all records: those before it may lack columns.
+
+    Raises:
+        DataError: none of the first `_PROBED` fits.
+    """
+    seen: list[tuple[int, RawRecord]] = []
+    columns: Collection[str] | None = None
+    for number, record in islice(read, _PROBED):
+        seen.append((number, record))
+        if isinstance(record, Unusable):
+            continue
+        if (kind := fitting_format(record.keys())) is not None:
+            return kind, chain(seen, read)
+        columns = columns or record.keys()
+    if columns is None:
+        return "text", chain(seen, read)
+    return detect_format(columns, where=where), chain(seen, read)
 
 
 def _kind(record: Mapping[str, Any], usual: str) -> str:
@@ -171,8 +192,8 @@ def open_source(source: SourceSection, found: Found, *, seed: int, cache: Path) 
     files: list[str | Path] = [file for file in found.files if not isinstance(file, RemoteFile)]
     files += fetch([file for file in found.files if isinstance(file, RemoteFile)], source.storage_options, cache)
     reader = found.builder if found.builder in READERS else None
-    if reader == "json" and not all(isinstance(file, Path) for file in files):
-        reader = None  # At a URL: `datasets` keeps a copy, and knows its version.
+    if reader == "json" and (_is_union(source.split) or not all(isinstance(file, Path) for file in files)):
+        reader = None  # At a URL `datasets` keeps a copy, and knows its version.
     try:
         if reader is not None:
             if _split_name(source.split) != "train":
@@ -235,15 +256,18 @@ def _json_below(source: SourceSection, found: Found) -> list[Path] | None:
     path = Path(found.path)
     if found.builder is not None or not path.is_dir() or any((path / name).is_file() for name in _SAVED):
         return None
+    if _is_union(source.split):
+        return None
     config = datasets.load_dataset_builder(found.path, source.name).config
-    chosen = (config.data_files or {}).get(_split_name(source.split))
-    # A `field` names where in a file the records are: that a README.md may say.
-    if chosen is None or not isinstance(config, JsonConfig) or getattr(config, "field", None) is not None:
+    files = [Path(name) for name in (config.data_files or {}).get(_split_name(source.split), ())]
+    # A README.md may say where in a file the records are, and how its text is encoded.
+    plain = isinstance(config, JsonConfig) and config.field is None
+    plain = plain and (getattr(config, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    if not plain or not files or not all(file.is_file() and _builder(file.name) == "json" for file in files):
         return None
     refuse_elsewhere(found.path, chain.from_iterable((config.data_files or {}).values()))
-    _warn_of_unread_files(source, path, {Path(name).resolve() for name in chosen})
-    files = [Path(name) for name in chosen]
-    return files if all(file.is_file() for file in files) else None
+    _warn_of_unread_files(source, path, {file.resolve() for file in files})
+    return files
 
 
 def _own_cache(files: Iterable[str | Path]) -> str | None:
@@ -328,13 +352,18 @@ def _by_line(files: Sequence[str | Path], kind: str, source: SourceSection, seed
     chosen: Sequence[int] = range(last - first)
     if source.weight < 1:
         chosen = chosen_records(last - first, source.weight, seed=seed).tolist()
-    wanted = set(chosen)
+    wanted = set(chosen) if source.weight < 1 else chosen
     numbered = (
         (number, record_of(where, given))
         for number, (where, given) in enumerate(raw(files), -first)
         if number in wanted
     )
     return Records(last - first, len(chosen), numbered, uniform=kind != "json")
+
+
+def _is_union(split: str) -> bool:
+    """Whether several parts or splits are asked for, which `datasets` puts together."""
+    return "+" in split or split == "all"
 
 
 def _split_name(split: str) -> str:

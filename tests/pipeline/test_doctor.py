@@ -242,7 +242,7 @@ def test_what_dump_would_refuse_is_found(tmp_path: Path, call: Call) -> None:
         teacher={"model": str(tmp_path / "teacher")},
         corpus={"sources": [{"path": str(tmp_path / "data.jsonl")}, {"path": "some/dataset"}]},
     )
-    assert found(call, config)["corpus"]["said"] == "1 files are there; not looked into: some/dataset"
+    assert found(call, config)["corpus"]["said"] == "files that are there: 1; not looked into: some/dataset"
     for change, subject, said in (
         (f"corpus.sources.0.path={tmp_path}/absent.jsonl", "corpus", "absent.jsonl"),
         (f"corpus.chat_template={tmp_path}/absent.jinja", "corpus", "absent.jinja"),

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from storage_schemas.common.errors import MismatchError
 from student_train.config import LoraSection
-from student_train.model import adapter
 from student_train.model.adapter import OWNED, Part, attach, initial_factors, lora_config, plain_adapter, spread
 
 VARIANTS = ("lora", "rslora", "dora", "pissa", "moslora")
@@ -275,15 +274,11 @@ def test_moslora_as_a_plain_adapter() -> None:
     [
         ({"init_lora_weights": False}, "does not begin at zero"),
         ({"init_lora_weights": "orthogonal"}, "does not begin at zero"),
-        ({"velora_config": {}}, "Linear with VeloraLinearVariant"),
         ({"target_parameters": ["mlp.up_proj.weight"]}, "ParamWrapper"),
     ],
 )
-def test_moslora_refuses_what_misses_the_mixer(
-    extra: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What peft would compute from A and B without it, be it refused before or not."""
-    monkeypatch.setattr(adapter, "EXTRA", adapter.EXTRA | extra.keys())
+def test_moslora_refuses_what_misses_the_mixer(extra: dict[str, Any], says: str) -> None:
+    """What peft would compute from A and B without it."""
     lora = LoraSection(r=4, variant="moslora", target_modules=["q_proj"], extra=extra)
     with pytest.raises(MismatchError, match=r"does not go with student\.lora\.variant: moslora") as error:
         attach(tiny_llama(1), lora, seed=0)
@@ -357,6 +352,10 @@ def test_head_and_unknown_modules_are_refused(targets: str | list[str]) -> None:
         ({"target_modules": [f"q_proj{i or ''}" for i in range(30)]}, "got:      q_proj1, q_proj2"),
         ({"target_modules": ["q_proj"], "extra": {"layers_to_transform": [0, 99]}}, "got:      99"),
         (
+            {"target_modules": ["model.layers.0.self_attn.q_proj"], "extra": {"layers_to_transform": 99}},
+            "got:      99",
+        ),
+        (
             {"target_modules": ["layers.1.self_attn.q_proj", "v_proj"], "extra": {"layers_to_transform": 0}},
             "got:      layers.1.self_attn.q_proj",
         ),
@@ -367,6 +366,12 @@ def test_what_peft_passes_over_is_refused(given: dict[str, Any], says: str) -> N
     with pytest.raises(MismatchError, match="not adapted") as error:
         attach(tiny_llama(1), LoraSection(r=2, **given), seed=0)
     assert says in str(error.value)
+
+
+def test_layers_are_not_chosen_of_parameters() -> None:
+    extra = {"target_parameters": ["mlp.up_proj.weight"], "layers_to_transform": [0]}
+    with pytest.raises(MismatchError, match="does not reach parameters"):
+        attach(tiny_llama(1), LoraSection(r=2, target_modules=["q_proj"], extra=extra), seed=0)
 
 
 @pytest.mark.parametrize("layers", [0, [0], [1, 0], []])

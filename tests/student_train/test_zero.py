@@ -195,7 +195,12 @@ def test_the_stage_is_that_of_deepspeeds_settings_where_it_is_not_said() -> None
             train = TrainSection.model_validate({"output": "runs/x", "deepspeed": given})
             assert train.zero_stage == content["zero_optimization"]["stage"]
             assert TrainSection.model_validate_json(train.model_dump_json()) == train
-    for given in ({}, {"zero_optimization": {"overlap_comm": True}}, {"zero_optimization": 3}):
+    for given in (
+        {},
+        {"zero_optimization": {"stage": "auto"}},
+        {"zero_optimization": {"stage": 7}},
+        {"zero_optimization": 3},
+    ):
         assert TrainSection.model_validate({"output": "runs/x", "deepspeed": given}).zero_stage == 2
     with pytest.raises(ValidationError, match="none of zero1"):
         TrainSection.model_validate({"output": "runs/x", "deepspeed": "zero4"})

@@ -384,6 +384,55 @@ def test_json_is_read_as_it_is_written(tmp_path: Path, kind: str) -> None:
     ]
 
 
+def test_a_record_without_its_columns_is_empty(tmp_path: Path) -> None:
+    """As one in which they are null, the first ones included; with something else in it, it is of another format."""
+    records = [
+        {},
+        {"id": "a"},
+        {"prompt": "how"},
+        {"prompt": "what", "completion": "it"},
+        {"completion": None},
+        {"foo": 1},
+    ]
+    assert statuses_of(freeze(SourceSection(path=write(tmp_path / "a.jsonl", records)))) == [
+        "empty", "empty", "empty", "ok", "empty", "invalid_text"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="no known record format fits"):
+        freeze(SourceSection(path=write(tmp_path / "b.jsonl", [{"foo": 1}] * 3)))
+
+
+@pytest.mark.parametrize("split", ["train[:2]+train[8:]", "all", "train"])
+@pytest.mark.parametrize("place", ["file", "directory"])
+def test_several_parts_of_a_json_source_are_read(tmp_path: Path, place: str, split: str) -> None:
+    """In the notation of `datasets`."""
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "train.jsonl", RECORDS)
+    corpus = freeze(SourceSection(path=path if place == "file" else str(tmp_path / "data"), split=split))
+    assert len(corpus) == (4 if "+" in split else 10)
+
+
+def test_archives_and_other_encodings_of_a_directory_are_read_whole(tmp_path: Path) -> None:
+    """What only `datasets` can take apart is left to it."""
+    packed, latin = tmp_path / "packed", tmp_path / "latin"
+    packed.mkdir()
+    with zipfile.ZipFile(packed / "a.zip", "w") as archive:
+        for name in ("a.jsonl", "b.jsonl"):
+            archive.writestr(name, lines_of(RECORDS[:3]))
+    assert len(freeze(SourceSection(path=str(packed)))) == 6
+    latin.mkdir()
+    (latin / "a.jsonl").write_bytes(json.dumps({"text": "\xe9"}, ensure_ascii=False).encode("latin-1"))
+    (latin / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n  encoding: latin-1\n---\n"
+    )
+    assert statuses_of(freeze(SourceSection(path=str(latin)))) == ["ok"]
+
+
+def test_a_list_that_is_torn_says_where(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"},\n{"text": "b"}')
+    with pytest.raises(DataError, match=r"a\.json is no JSON(.|\n)*line 2"):
+        freeze(SourceSection(path=str(tmp_path / "a.json")))
+
+
 def test_numbers_of_tool_calls_keep_their_digits_and_order(tmp_path: Path) -> None:
     """Where some messages have calls and others have none; and no type of another call's argument."""
     calls = ['{"lat": 48.858370123456, "tiny": 1e-12}', '{"b": 5, "a": 5.5}', '{"a": 2, "b": "5"}']
