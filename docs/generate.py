@@ -83,10 +83,14 @@ def section(model: type[BaseModel], path: str, shown: dict[type[BaseModel], str]
         else:
             default = "" if nested else f"`{_yaml(field.default)}`"
         what = f"as `{known}`" if known else "section" if nested else kind(field.annotation)
-        description = " ".join((field.description or "").split()).replace("|", chr(92) + "|")
-        yield f"| `{name}` | {what} | {default} | {description} |"
+        yield f"| `{name}` | {what} | {default} | {_cell(field.description)} |"
     for m, p in inner:
         yield from section(m, p, shown)
+
+
+def _cell(text: str | None) -> str:
+    """A text in a cell of a table."""
+    return " ".join((text or "").split()).replace("|", chr(92) + "|")
 
 
 def _yaml(value: Any) -> str:
@@ -118,15 +122,9 @@ def commands(command: Any, name: str) -> Iterator[str]:
     yield f"\n## `{' '.join([name, *words])}`\n\n{' '.join((command.help or '').split())}\n"
     yield "| option | default | |\n|---|---|---|"
     for one in shown:
-        default = (
-            "**required**"
-            if one.required
-            else ""
-            if one.default is None or one.default is False or one.default == ()
-            else f"`{one.default}`"
-        )
-        help_text = " ".join((getattr(one, "help", None) or "").split()).replace("|", chr(92) + "|")
-        yield f"| `{_written(one)}` | {default} | {help_text} |"
+        default = "" if one.default is None or one.default is False or one.default == () else f"`{one.default}`"
+        default = "**required**" if one.required else default
+        yield f"| `{_written(one)}` | {default} | {_cell(getattr(one, 'help', None))} |"
 
 
 def _written(one: Any) -> str:

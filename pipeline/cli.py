@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -286,7 +287,7 @@ def evaluate(
                 device=device,
                 limit=limit,
                 partial=partial,
-                base=base if is_adapter(name) or not any(map(is_adapter, model)) else None,
+                base=_base_of(name, model, base),
                 revision=revision if name == model[0] else None,
                 trust=trust_remote_code,
                 progress=progress,
@@ -364,13 +365,13 @@ def chat(
     refuse_missing("`llm-neo chat`", "peft", extra="train")
     from pipeline.views.chat import converse
     from student_train.results.chat import Chat
-    from student_train.results.saved import is_adapter
 
     if prompt is not None and not prompt.strip():
         raise UsageError("there is nothing to answer", got=f"--prompt {prompt!r}", expected="a text")
     names = [model, *(beside or ())]
-    bases = {name: base if is_adapter(name) or not any(map(is_adapter, names)) else None for name in names}
-    models = [(name, Chat(name, base=bases[name], device=device, trust=trust_remote_code)) for name in names]
+    models = [
+        (name, Chat(name, base=_base_of(name, names, base), device=device, trust=trust_remote_code)) for name in names
+    ]
     converse(models, system=system, once=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
@@ -500,6 +501,13 @@ def inspect(
         typer.echo(f"{html}: {url}, {len(rows)} rows")
     else:
         terminal.show(found, rows, Console())
+
+
+def _base_of(name: str, names: Sequence[str], base: Path | None) -> Path | None:
+    """`--base` for one of several models: it is meant for the adapters, and refused where there is none."""
+    from student_train.results.saved import is_adapter
+
+    return base if is_adapter(name) or not any(map(is_adapter, names)) else None
 
 
 def _write_page(file: Path, text: str) -> None:

@@ -47,7 +47,6 @@ from teacher_dump.config import CorpusSection, TeacherSection
 State = Literal["ok", "warning", "failure"]
 FULL_BYTES, LOW_BYTES = 2**30, 10 * 2**30
 """Free space of a disk that is a failure, and that is a warning, below."""
-_RUN = "run directory"
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 _LAUNCHERS = {
     "torchrun": (r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_(RANK|WORLD_SIZE)", "RANK", "WORLD_SIZE"),
@@ -120,9 +119,11 @@ def _checks(config: Config | None, env: Mapping[str, str]) -> dict[str, Check]:
         "DeepSpeed": partial(_no_stage_two, lacking, config) if lacking else partial(_deepspeed, env),
         "ranks": partial(_ranks, env),
     }
-    checks |= {subject: partial(_disk, subject, folder, config) for subject, folder in _disks(config).items()}
+    checks |= {subject: partial(_disk, subject, folder) for subject, folder in _disks(config).items()}
     if config is None:
         return checks
+    if config.train is not None:
+        checks["run directory"] = partial(_run_directory, config, config.train.output)
     stores = {f"dump {place.url}": place for place in sections_of(config.dump, config.train)}
     stores = {"dump": config.dump} if len(stores) == 1 else stores
     if config.heldout is not None:
@@ -283,15 +284,19 @@ def _disks(config: Config | None) -> dict[str, Path]:
 
     found = {"hub cache": Path(HF_HUB_CACHE)}
     if config is not None and config.train is not None:
-        found[_RUN] = config.train.output
+        found["run directory"] = config.train.output
     if config is not None and (folder := local_path(config.dump.url)) is not None:
         found["disk of the dump"] = folder
     return found
 
 
-def _disk(subject: str, folder: Path, config: Config | None) -> Iterator[Finding]:
-    if config is not None and subject == _RUN:
-        refuse_output(config, folder)
+def _run_directory(config: Config, folder: Path) -> Iterator[Finding]:
+    """Whether training may write there, and has room."""
+    refuse_output(config, folder)
+    yield from _disk("run directory", folder)
+
+
+def _disk(subject: str, folder: Path) -> Iterator[Finding]:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     state: State = "failure" if free < FULL_BYTES else "warning" if free < LOW_BYTES else "ok"

@@ -349,16 +349,15 @@ def _by_line(files: Sequence[str | Path], kind: str, source: SourceSection, seed
     """Records of files of a kind in `READERS`; one that is not UTF-8 is unusable."""
     raw, record_of = READERS[kind]
     first, last = _split_range(source, sum(1 for _ in raw(files)))
-    chosen: Sequence[int] = range(last - first)
+    wanted: Collection[int] = range(last - first)
     if source.weight < 1:
-        chosen = chosen_records(last - first, source.weight, seed=seed).tolist()
-    wanted = set(chosen) if source.weight < 1 else chosen
+        wanted = set(chosen_records(last - first, source.weight, seed=seed).tolist())
     numbered = (
         (number, record_of(where, given))
         for number, (where, given) in enumerate(raw(files), -first)
         if number in wanted
     )
-    return Records(last - first, len(chosen), numbered, uniform=kind != "json")
+    return Records(last - first, len(wanted), numbered, uniform=kind != "json")
 
 
 def _is_union(split: str) -> bool:
